@@ -1,0 +1,3 @@
+"""dpo_fast: align text-to-image diffusion models with human preferences by Diffusion-DPO (arXiv 2311.12908)."""
+
+__version__ = "0.1.0"

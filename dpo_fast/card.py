@@ -1,0 +1,71 @@
+"""The model card of a run: what was trained on what, by which command, and how to load it."""
+
+import platform
+import shlex
+from importlib.metadata import version
+
+import yaml
+
+PACKAGES = ("dpo_fast", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets")
+
+
+def model_card(
+    config: dict[str, object], summary: dict[str, object], counts: dict[str, object], family: str, argv: list[str]
+) -> str:
+    """README.md of an output folder, with the hub's metadata block.
+
+    `counts` are the numbers of the data set, `argv` the flags the run was started with.
+    """
+    lora = config["tuning"] == "lora"
+    base = config["pretrained_model_name_or_path"]
+    pipeline = "StableDiffusionPipeline" if family == "sd15" else "StableDiffusionXLPipeline"
+    metadata = {
+        "base_model": base,
+        "library_name": "diffusers",
+        "datasets": [config["dataset_name"]],
+        "tags": ["text-to-image", "diffusers", "diffusion-dpo", *(["lora"] if lora else [])],
+    }
+    load = (
+        f"pipeline = {pipeline}.from_pretrained({base!r})\npipeline.load_lora_weights(FOLDER)"
+        if lora
+        else f"pipeline = {pipeline}.from_pretrained(FOLDER)"
+    )
+    rows = {
+        "base model": base,
+        "tuning": f"LoRA, rank {config['rank']}, alpha {config['lora_alpha'] or config['rank']}"
+        if lora
+        else "full UNet",
+        "objective": f"{config['objective']}, beta {config['beta_dpo']:g}",
+        "pairs": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.items()),
+        "steps": f"{summary['steps']} of {config['pairs_per_step']} pairs",
+        "learning rate": f"{config['learning_rate']:g}" + (" x pairs a step" if config["scale_lr"] else ""),
+        "precision": f"compute {config['mixed_precision'] if config['mixed_precision'] != 'no' else 'fp32'}, masters fp32",
+        "loss": f"{_number(summary['loss_first'])} at first, {_number(summary['loss_last'])} at last",
+        "implicit accuracy": _number(summary["implicit_accuracy"]),
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return (
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n\n"
+        f"# {base} aligned by Diffusion-DPO\n\n"
+        "Trained with dpo_fast by [Diffusion-DPO](https://arxiv.org/abs/2311.12908).\n\n"
+        f"| | |\n|---|---|\n{table}\n\n"
+        f"## Use\n\n```python\nfrom diffusers import {pipeline}\n\n{load}\n```\n\n"
+        f"## Made by\n\n```bash\npython -m dpo_fast.train {shlex.join(_without_token(argv))}\n```\n\n"
+        f"Python {platform.python_version()}, {versions}. Everything resolved is in config.yaml.\n"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
+def _without_token(argv: list[str]) -> list[str]:
+    """The command line with the hub token's value left out."""
+    shown, skip = [], False
+    for word in argv:
+        name = word.split("=", 1)[0].replace("-", "_")
+        if not skip and name != "__hub_token":
+            shown.append(word)
+        skip = name == "__hub_token" and "=" not in word
+    return shown

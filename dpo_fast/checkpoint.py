@@ -1,0 +1,87 @@
+"""Checkpoints: everything a run needs to go on bit for bit, as safetensors and JSON, written whole or not at all.
+
+    checkpoint-N/weights.safetensors     fp32 masters of what is trained
+                 optimizer.safetensors   optimizer state, loss scale, skip counters
+                 ema.safetensors         with --use_ema
+                 state.json              step, pairs seen, configuration, fingerprints of base model and pairs
+
+Tensors are whole (never sharded) and nothing is pickled, so a checkpoint cannot run code.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from dpo_fast.errors import BadInput
+from dpo_fast.files import atomic_folder, write_json
+
+PREFIX = "checkpoint-"
+
+# What may differ between a checkpoint and the run that resumes it: none of it changes what is computed. Any other
+# difference is refused. (The batch split may change too: see `differences`.)
+MAY_CHANGE = frozenset(
+    "preset max_train_steps num_train_epochs log_every report_to logging_dir tracker_name output_dir overwrite"
+    " resume_from_checkpoint checkpointing_steps checkpoints_total_limit run_validation validation_steps"
+    " validation_prompts push_to_hub hub_model_id cache_dir dataloader_num_workers vae_encode_batch_size"
+    " max_skipped_updates train_batch_size gradient_accumulation_steps backend".split()
+)
+
+
+def save(output_dir: Path, step: int, files: dict[str, dict[str, torch.Tensor]], state: dict[str, object]) -> Path:
+    """Write checkpoint-`step` under a temporary name and rename it. Returns its path."""
+    target = output_dir / f"{PREFIX}{step}"
+    with atomic_folder(target) as folder:
+        for name, tensors in files.items():
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / f"{name}.safetensors")
+        write_json(folder / "state.json", state)
+    return target
+
+
+def load(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, object]]:
+    """Read a checkpoint back. Raises BadInput for a folder that is not one, or is damaged."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        files = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+        if missing := {"weights", "optimizer"} - set(files):
+            raise FileNotFoundError(f"{min(missing)}.safetensors is missing")
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise BadInput(
+            f"{folder} is not a whole checkpoint ({error}); give another checkpoint-N folder, or `latest`"
+        ) from error
+    return files, state
+
+
+def all_of(output_dir: Path) -> list[Path]:
+    """The checkpoints in `output_dir`, oldest first."""
+    found = [p for p in output_dir.glob(PREFIX + "*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+
+
+def find(output_dir: Path, wanted: str) -> Path:
+    """The folder `--resume_from_checkpoint` means: `latest`, a path, or the name of one inside `output_dir`."""
+    if wanted == "latest":
+        found = all_of(output_dir)
+        if not found:
+            raise BadInput(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint-N folder to go on from")
+        return found[-1]
+    for path in (Path(wanted), output_dir / wanted):
+        if path.is_dir():
+            return path
+    raise BadInput(f"--resume_from_checkpoint {wanted}: no such folder, neither as given nor inside {output_dir}")
+
+
+def prune(output_dir: Path, keep: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    if keep is not None:
+        for old in all_of(output_dir)[:-keep]:
+            shutil.rmtree(old)
+
+
+def differences(saved: dict[str, object], now: dict[str, object]) -> list[str]:
+    """What differs between two configurations and would change the result, as `name: saved -> now`."""
+    names = [n for n in {**saved, **now} if n not in MAY_CHANGE and saved.get(n) != now.get(n)]
+    return [f"{n}: {saved.get(n)} -> {now.get(n)}" for n in names]

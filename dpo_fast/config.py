@@ -1,0 +1,452 @@
+"""The training configuration: every flag with its unit, the presets, how the layers combine, and what is refused.
+
+Layers, later ones win: the defaults below, a preset, a YAML recipe (`--config`), the command line.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+import yaml
+
+from dpo_fast.errors import BadInput
+
+PICKAPIC = "yuvalkirstain/pickapic_v2"
+SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+SDXL_VAE_FP16 = "madebyollin/sdxl-vae-fp16-fix"
+
+# What a full run of the paper's authors uses (their launch scripts, not the formula in the paper: the two differ
+# 2500-fold in the learning rate, and the launch scripts are what made the published weights).
+_PUBLISHED_FULL = dict(
+    tuning="full",
+    dataset_name=PICKAPIC,
+    beta_dpo=5000.0,
+    learning_rate=1e-8,
+    scale_lr=True,
+    pairs_per_step=2048,
+    lr_scheduler="constant_with_warmup",
+    max_train_steps=2000,
+    mixed_precision="fp16",
+    gradient_checkpointing=True,
+)
+# The LoRA recipe of diffusers' README for SDXL and SDXL-Turbo.
+_PUBLISHED_LORA = dict(
+    pretrained_vae_model_name_or_path=SDXL_VAE_FP16,
+    dataset_name=PICKAPIC,
+    beta_dpo=5000.0,
+    learning_rate=1e-5,
+    rank=8,
+    train_batch_size=8,
+    gradient_accumulation_steps=2,
+    lr_scheduler="constant",
+    lr_warmup_steps=0,
+    max_train_steps=2000,
+    mixed_precision="fp16",
+    gradient_checkpointing=True,
+)
+PRESETS: dict[str, dict[str, object]] = {
+    "sd15": dict(
+        _PUBLISHED_FULL,
+        pretrained_model_name_or_path="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        resolution=512,
+        lr_warmup_steps=500,
+        proportion_empty_prompts=0.2,
+    ),
+    "sdxl": dict(
+        _PUBLISHED_FULL,
+        pretrained_model_name_or_path=SDXL_BASE,
+        resolution=1024,
+        optimizer="adafactor",
+        lr_warmup_steps=200,
+        proportion_empty_prompts=0.2,
+    ),
+    "sdxl-lora": dict(_PUBLISHED_LORA, pretrained_model_name_or_path=SDXL_BASE, resolution=1024),
+    "turbo": dict(
+        _PUBLISHED_LORA,
+        pretrained_model_name_or_path="stabilityai/sdxl-turbo",
+        is_turbo=True,
+        resolution=512,
+    ),
+}
+
+
+@dataclass
+class TrainConfig:
+    """Align a text-to-image diffusion model with preference pairs by Diffusion-DPO (arXiv 2311.12908)."""
+
+    preset: Literal["sd15", "sdxl", "sdxl-lora", "turbo"] | None = None
+    """A published recipe to start from; every other flag overrides it."""
+    config: Path | None = None
+    """A YAML file of flags (the config.yaml of an earlier run, for one); flags on the command line override it."""
+    dry_run: bool = False
+    """Print the resolved configuration, parameter counts, memory, disk and FLOPs a step, and exit."""
+
+    # The model.
+    pretrained_model_name_or_path: str | None = None
+    """The base model: a hub id, a diffusers folder, or a single .safetensors file (SD1.5, SDXL, SDXL-Turbo)."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Another VAE (hub id or folder), for example one that is safe in fp16."""
+    revision: str | None = None
+    """Hub revision (branch, tag, commit) of the base model."""
+    variant: str | None = None
+    """Weight file variant of the base model, for example fp16."""
+    single_file_config: str | None = None
+    """Pipeline configuration (hub id or folder) for a single-file model; None: the hub's for the detected family."""
+    is_turbo: bool = False
+    """The model is SDXL-Turbo: train on its 4-step timestep grid. Never guessed from the path."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the UNet predicts; None: as the model's scheduler config says."""
+    zero_terminal_snr: Literal["auto", "on", "off"] = "auto"
+    """Rescale the noise schedule to zero terminal SNR; auto: on for Turbo and where the model's own config asks."""
+    attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    """Attention of the UNet, the same for policy and reference; auto: PyTorch's scaled_dot_product_attention."""
+    enable_xformers_memory_efficient_attention: bool = False
+    """The name diffusers' scripts have for --attention xformers."""
+    cache_dir: str | None = None
+    """Where the hub's downloads are kept; None: the hub's default."""
+
+    # What is trained.
+    tuning: Literal["lora", "full"] = "lora"
+    """Train low-rank adapters or the whole UNet."""
+    rank: int = 4
+    """LoRA rank."""
+    lora_alpha: float | None = None
+    """LoRA alpha: the update is scaled by alpha / rank; None: equal to rank."""
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Names of the UNet modules that get an adapter."""
+    init_lora: str | None = None
+    """A LoRA (file, folder, hub id) merged into the base first: it becomes part of the reference."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Compute dtype: no is fp32. Masters are fp32 always. None: what `accelerate launch` was given, else no."""
+    use_ema: bool = False
+    """Keep an exponential moving average of the trained weights; it is what is sampled and exported."""
+    ema_decay: float = 0.9999
+    """EMA decay an optimizer step, in [0, 1)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    # The pairs.
+    dataset_name: str | None = None
+    """Preference pairs: a hub id, a folder or a parquet / arrow / JSONL file. Formats are in the README."""
+    dataset_config_name: str | None = None
+    """Configuration name of a hub data set."""
+    dataset_split_name: str | None = None
+    """Split; None: train, else the only one there is."""
+    image_columns: tuple[str, str] | None = None
+    """The two image columns, in the label's order; None: jpg_0 jpg_1, or chosen rejected."""
+    label_column: str | None = None
+    """Column with 1 (first image wins), 0 (second wins), 0.5 (tie); None: label_0."""
+    caption_column: str | None = None
+    """Column with the prompt; None: caption or prompt."""
+    streaming: bool = False
+    """Read a hub data set as a stream, without storing it; shuffled in windows of 1024 pairs. Needs max_train_steps."""
+    max_train_samples: int | None = None
+    """Use only the first N rows."""
+    soft_labels: bool = False
+    """Train on labels anywhere in [0, 1], ties included, as soft labels; otherwise ties are dropped and counted."""
+    max_bad_fraction: float = 0.01
+    """Stop when more than this fraction of the rows is unusable (undecodable image, empty caption, missing file)."""
+    validation_fraction: float = 0.0
+    """Fraction of the captions held out to measure implicit accuracy; no image of theirs is trained on."""
+    resolution: int | None = None
+    """Side of the square training images in pixels; None: the model's own."""
+    hflip: bool = False
+    """Flip both images of a pair, or neither, at random."""
+    random_crop: bool = False
+    """Crop both images of a pair at one random place, instead of at the centre."""
+    time_ids: Literal["fixed", "real"] = "fixed"
+    """SDXL size conditioning: (res, res, 0, 0, res, res), or the true size and crop of the pair's smaller image."""
+    proportion_empty_prompts: float = 0.0
+    """Probability that a pair is trained with an empty caption."""
+    vae_encode_batch_size: int = 8
+    """Images a VAE call."""
+    dataloader_num_workers: int = 2
+    """Processes that decode images; 0: decode in the training process."""
+
+    # The objective.
+    objective: Literal["dpo", "ipo", "hinge", "cdpo", "kto", "mapo", "sft"] = "dpo"
+    """The loss, as a function of the margin -(beta/2)[(e_w - eref_w) - (e_l - eref_l)]."""
+    loss_type: Literal["sigmoid", "hinge", "ipo"] | None = None
+    """The name diffusers' SD script has for --objective (sigmoid is dpo)."""
+    beta_dpo: float | None = None
+    """Strength of the tie to the reference, in the paper's unit (the 1/2 counted, errors are means); None: 5000, mapo 0.1."""
+    label_smoothing: float = 0.0
+    """cdpo: the assumed probability that a label is wrong, in [0, 0.5)."""
+
+    # The optimizer.
+    train_batch_size: int = 4
+    """Pairs a forward pass and rank."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes an optimizer step."""
+    pairs_per_step: int | None = None
+    """Pairs an optimizer step over all ranks; derives gradient_accumulation_steps."""
+    num_train_epochs: int = 1
+    """Passes over the pairs, where max_train_steps is not given."""
+    max_train_steps: int | None = None
+    """Optimizer steps."""
+    learning_rate: float = 1e-5
+    """Learning rate after the warm-up (see scale_lr)."""
+    scale_lr: bool = False
+    """Multiply learning_rate by batch size x accumulation x ranks, as the public scripts do."""
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = "constant"
+    """Learning rate schedule over the optimizer steps."""
+    lr_warmup_steps: int = 500
+    """Warm-up in optimizer steps (the schedule `constant` has none)."""
+    lr_num_cycles: int = 1
+    """Restarts of cosine_with_restarts."""
+    lr_power: float = 1.0
+    """Power of the polynomial schedule."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
+    """adamw is PyTorch's fused one; adamw8bit needs bitsandbytes; adafactor runs at the given learning rate."""
+    use_8bit_adam: bool = False
+    """The name diffusers' scripts have for --optimizer adamw8bit."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_weight_decay: float = 1e-2
+    """Decoupled weight decay (Adafactor's too)."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm to this; 0: do not clip."""
+    max_skipped_updates: int = 20
+    """Stop with a diagnosis after this many non-finite updates in a row (each is skipped)."""
+    seed: int | None = None
+    """Everything random follows from it; None: drawn, printed and recorded."""
+    allow_tf32: bool = False
+    """Let fp32 matrix products on the GPU use TF32."""
+    backend: Literal["auto", "reference", "triton", "native"] = "auto"
+    """Which implementation of the pair kernels to run."""
+
+    # What comes out.
+    output_dir: Path | None = None
+    """Folder of the run; None: runs/<preset or family>-<time>."""
+    overwrite: bool = False
+    """Replace what an earlier run left in output_dir."""
+    resume_from_checkpoint: str | None = None
+    """`latest`, or a checkpoint folder: go on from there, bit for bit."""
+    checkpointing_steps: int = 500
+    """Save the training state every N optimizer steps."""
+    checkpoints_total_limit: int | None = None
+    """Keep only the newest N checkpoints."""
+    log_every: int = 10
+    """Optimizer steps between two lines of metrics.jsonl (the only points where CPU and GPU wait for each other)."""
+    report_to: str = "none"
+    """Trackers through accelerate: tensorboard, wandb, comet_ml, all, none."""
+    logging_dir: str = "logs"
+    """Where trackers write, inside output_dir."""
+    tracker_name: str = "diffusion-dpo"
+    """Project name for the trackers."""
+    run_validation: bool = False
+    """Measure held-out accuracy and draw samples (before over after, same seeds) during and after training."""
+    validation_steps: int = 200
+    """Optimizer steps between two validations."""
+    validation_prompts: tuple[str, ...] = ()
+    """Prompts of the samples; none given: the first four held-out (or training) captions."""
+    push_to_hub: bool = False
+    """Upload the result to the hub at the end."""
+    hub_model_id: str | None = None
+    """Repository to upload to; None: the name of output_dir."""
+    hub_token: str | None = None
+    """Access token for the hub; None: the one you are logged in with. It is not written to config.yaml."""
+    local_rank: int = -1
+    """Accepted for old launch lines and without effect: the launcher says the rank."""
+    prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = None
+    """Accepted for old launch lines and without effect: there is no prior."""
+
+
+def parse(argv: list[str]) -> tuple[TrainConfig, list[str]]:
+    """Parse a command line into a checked configuration and notes for the user.
+
+    Raises BadInput for an unknown flag (naming the nearest), an unreadable recipe or a refused value.
+    """
+    recipe = _early(argv).config
+    flags = [*(_recipe_flags(recipe) if recipe else []), *argv]
+    preset = _early(flags).preset
+    defaults = TrainConfig(**PRESETS[preset]) if preset in PRESETS else TrainConfig()
+    with _one_line_errors():
+        config = tyro.cli(TrainConfig, args=flags, default=defaults, prog="python -m dpo_fast.train")
+    return resolve(config)
+
+
+@dataclass
+class _Early:
+    """The two flags that decide the defaults of all others."""
+
+    preset: str | None = None
+    config: Path | None = None
+
+
+def _early(flags: list[str]) -> _Early:
+    wanted = [flag for flag in flags if flag not in ("-h", "--help")]
+    with _one_line_errors():
+        return tyro.cli(_Early, args=wanted, return_unknown_args=True)[0]
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turn tyro's boxed error and exit into a BadInput of one line; `--help` prints and exits as usual."""
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            yield
+    except SystemExit as exit_:
+        if exit_.code in (0, None):
+            raise
+        raise BadInput(_one_line(captured.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """The text of tyro's error box: the message, and of its suggestions only the first flag."""
+    lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in box.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("╭", "╰"))]
+    rule = next((i for i, line in enumerate(lines) if set(line) <= {"─", "-"}), len(lines))
+    message = " ".join(lines[:rule])
+    suggestion = re.search(r"Perhaps you meant:\s*(?:\S*\s)??(--[\w-]+)", " ".join(lines[rule:]))
+    return message + (f" (did you mean {suggestion[1]}?)" if suggestion else "") + "; --help lists every flag"
+
+
+def _recipe_flags(path: Path) -> list[str]:
+    """A YAML mapping as command-line flags, so that one parser checks names and types."""
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise BadInput(f"--config {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise BadInput(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict):
+        raise BadInput(f"--config {path} must hold `flag: value` lines, not a {type(recipe).__name__}")
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    flags: list[str] = []
+    for key, value in recipe.items():
+        name = str(key).replace("-", "_")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            raise BadInput(f"--config {path}: unknown flag {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        if name == "config":
+            raise BadInput(f"--config {path} names a further config; put everything into one file")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no_{name}")
+        elif isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags += [f"--{name}", str(value)]
+    return flags
+
+
+def resolve(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """Fold the scripts' alternative names into ours, fill what follows from other flags, and refuse bad values.
+
+    Returns the configuration and one line for each flag that was accepted without effect.
+    """
+    config = dataclasses.replace(config)
+    notes = []
+    if config.local_rank != -1:
+        notes.append("--local_rank does nothing here: the launcher (accelerate, torchrun) says the rank")
+    if config.prior_generation_precision is not None:
+        notes.append("--prior_generation_precision does nothing here: no prior images are generated")
+    config.local_rank, config.prior_generation_precision = -1, None
+    if config.loss_type:
+        config.objective, config.loss_type = {"sigmoid": "dpo"}.get(config.loss_type, config.loss_type), None
+    if config.use_8bit_adam:
+        config.optimizer, config.use_8bit_adam = "adamw8bit", False
+    if config.enable_xformers_memory_efficient_attention:
+        config.attention, config.enable_xformers_memory_efficient_attention = "xformers", False
+    if config.mixed_precision is None:
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        config.mixed_precision = launched if launched in ("fp16", "bf16") else "no"
+    if config.beta_dpo is None:
+        config.beta_dpo = 0.1 if config.objective == "mapo" else 5000.0
+    check(config)
+    return config, notes
+
+
+# Numbers a training run can use; the second column is how the limits read in the error.
+_NUMBERS = {
+    "rank": (lambda v: v >= 1, "at least 1"),
+    "lora_alpha": (lambda v: v > 0, "greater than 0"),
+    "ema_decay": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "max_train_samples": (lambda v: v >= 1, "at least 1"),
+    "max_bad_fraction": (lambda v: 0 <= v <= 1, "in [0, 1]"),
+    "validation_fraction": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "resolution": (lambda v: v >= 8, "at least 8 pixels"),
+    "proportion_empty_prompts": (lambda v: 0 <= v <= 1, "in [0, 1]"),
+    "vae_encode_batch_size": (lambda v: v >= 1, "at least 1"),
+    "dataloader_num_workers": (lambda v: v >= 0, "0 or more"),
+    "beta_dpo": (lambda v: 0 < v <= 1e7, "in (0, 1e7]; published runs use 2000 to 5000 (mapo 0.1)"),
+    "label_smoothing": (lambda v: 0 <= v < 0.5, "in [0, 0.5)"),
+    "train_batch_size": (lambda v: v >= 1, "at least 1"),
+    "gradient_accumulation_steps": (lambda v: v >= 1, "at least 1"),
+    "pairs_per_step": (lambda v: v >= 1, "at least 1"),
+    "num_train_epochs": (lambda v: v >= 1, "at least 1"),
+    "max_train_steps": (lambda v: v >= 1, "at least 1"),
+    "learning_rate": (lambda v: 0 < v <= 1, "in (0, 1]; published runs use 1e-8 x pairs a step, or 1e-5 with LoRA"),
+    "lr_warmup_steps": (lambda v: v >= 0, "0 or more"),
+    "lr_num_cycles": (lambda v: v >= 1, "at least 1"),
+    "lr_power": (lambda v: v > 0, "greater than 0"),
+    "adam_beta1": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "adam_beta2": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "adam_weight_decay": (lambda v: v >= 0, "0 or more"),
+    "adam_epsilon": (lambda v: v > 0, "greater than 0"),
+    "max_grad_norm": (lambda v: v >= 0, "0 (do not clip) or more"),
+    "max_skipped_updates": (lambda v: v >= 1, "at least 1"),
+    "seed": (lambda v: 0 <= v < 2**63, "in [0, 2^63)"),
+    "checkpointing_steps": (lambda v: v >= 1, "at least 1"),
+    "checkpoints_total_limit": (lambda v: v >= 1, "at least 1"),
+    "log_every": (lambda v: v >= 1, "at least 1"),
+    "validation_steps": (lambda v: v >= 1, "at least 1"),
+}
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse values no run can use, naming flag, value and remedy. Raises BadInput."""
+    for name, (allowed, reading) in _NUMBERS.items():
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and allowed(value)):
+            raise BadInput(f"--{name} ({value}) must be {reading}")
+    if config.pretrained_model_name_or_path is None:
+        raise BadInput(
+            "no model is named: give --pretrained_model_name_or_path (a hub id, a diffusers folder or a .safetensors"
+            f" file), or --preset {' | '.join(PRESETS)}"
+        )
+    if config.dataset_name is None:
+        raise BadInput(
+            "no preference pairs are named: give --dataset_name (a hub id such as"
+            f" {PICKAPIC}, or a local file or folder)"
+        )
+    if config.label_smoothing and config.objective != "cdpo":
+        raise BadInput(
+            f"--label_smoothing ({config.label_smoothing}) belongs to --objective cdpo, not {config.objective}"
+        )
+    if config.streaming and config.max_train_steps is None:
+        raise BadInput("--streaming needs --max_train_steps: the length of a stream is not known")
+    if config.streaming and config.validation_fraction:
+        raise BadInput(
+            "--validation_fraction cannot be had with --streaming: images shared across captions stay unseen"
+        )
+    if config.overwrite and config.resume_from_checkpoint:
+        raise BadInput("--overwrite and --resume_from_checkpoint exclude each other: one deletes what the other needs")
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The configuration as YAML that `--config` reads back; the hub token is left out."""
+    return yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True)
+
+
+def public(config: TrainConfig) -> dict[str, object]:
+    """The configuration as plain JSON/YAML values, without the hub token and the flags that only steer a parse."""
+    hidden = {"hub_token", "config", "dry_run"}
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in hidden}
+    return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}

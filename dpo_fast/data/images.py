@@ -1,0 +1,96 @@
+"""One encoded image to pixels: decode whatever people really store, refuse by name what cannot be a training image."""
+
+import io
+import math
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+# Only codecs that are data: PIL would hand EPS to Ghostscript, and the exotic ones are where decoders break.
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000")
+
+# PIL warns above its pixel limit and refuses above twice that; `decode` refuses at the limit itself, so the warning adds nothing.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class BadImage(ValueError):
+    """One image that cannot be used: the reason, and the column where the caller knew it."""
+
+    def __init__(self, reason: str, column: str = ""):
+        super().__init__(f"{column} {reason}" if column else reason)
+        self.reason = reason
+        self.column = column
+
+
+def decode(data: bytes) -> Image.Image:
+    """Encoded bytes to an upright RGB image, 8 bits a channel: EXIF rotation applied, transparency laid over white.
+
+    Raises BadImage for what is not an image, is truncated, is animated, or has more pixels than PIL's limit.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _check_size(image.width, image.height)
+        # A camera's MPO is a JPEG with further views behind the photograph, which is the first frame.
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            raise BadImage(f"is animated or has several pages ({image.format}, {image.n_frames} frames)")
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except BadImage:
+        raise
+    except Exception as error:  # decoders fed a broken file raise nearly anything, and one file must not end a run
+        raise BadImage(f"cannot be decoded ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
+
+
+def resize(image: Image.Image, resolution: int) -> Image.Image:
+    """Scale so that the shorter side is `resolution` (bilinear with antialiasing; the longer side rounds down)."""
+    short = min(image.size)
+    size = tuple(resolution if side == short else resolution * side // short for side in image.size)
+    _check_size(*size)  # a strip of 1 x 60000 pixels is small until its shorter side becomes 1024
+    return image.resize(size, Image.Resampling.BILINEAR)
+
+
+def crop_corner(size: tuple[int, int], resolution: int, where: tuple[float, float] | None) -> tuple[int, int]:
+    """(top, left) of a square of side `resolution` in an image of `size` (width, height).
+
+    `where` holds two uniforms in (0, 1] for top and left, the same for both images of a pair, and every position is
+    equally likely; None is the center.
+    """
+    spare = (size[1] - resolution, size[0] - resolution)
+    if where is None:
+        return round(spare[0] / 2), round(spare[1] / 2)
+    return math.ceil(where[0] * (spare[0] + 1)) - 1, math.ceil(where[1] * (spare[1] + 1)) - 1
+
+
+def to_pixels(image: Image.Image, top: int, left: int, resolution: int) -> torch.Tensor:
+    """The square at (top, left) of an RGB image as uint8 [3, resolution, resolution]."""
+    square = image.crop((left, top, left + resolution, top + resolution))
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+def _check_size(width: int, height: int) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise BadImage(f"is too large ({width} x {height} pixels; the limit is {limit} pixels)")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        return _from_16_bit(image)
+    if image.mode == "F":
+        raise BadImage("has floating-point pixels, whose range is unknown")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits (PIL's modes I;16 and, where it widens PNGs, I): PIL's own convert would clip it to white."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise BadImage(f"has integer pixels outside 16 bits ({values.min()} to {values.max()})")
+    if (transparent := image.info.get("transparency")) is not None:
+        values[values == transparent] = 65535
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")

@@ -1,0 +1,454 @@
+"""From rows to training pairs: which rows train, which validate, and how one pair becomes tensors.
+
+Everything random about a pair (timestep, flip, crop, caption dropout) is drawn here, once a pair and never once an image,
+as a pure function of (seed, pair id, draw): see `dpo_fast.draws`. The noise is drawn where it is used, by `noise_pair`.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from dpo_fast import draws
+from dpo_fast.data.images import BadImage, crop_corner, decode, resize, to_pixels
+from dpo_fast.data.sources import BadRow, Columns, Source
+from dpo_fast.errors import BadInput
+from dpo_fast.files import write_text
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class PairIndex:
+    """The pairs of one split, in the order of the source."""
+
+    pair_id: Tensor  # int64 [n]: the row in the source, before any filtering
+    chosen: Tensor  # int64 [n]: which of the row's two images is the chosen one, 0 or 1
+    label: Tensor  # fp32 [n]: how probable it is that the chosen image is the better one, in [0.5, 1]
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def keep(self, kept: Tensor) -> "PairIndex":
+        """The pairs where `kept` (bool [n]) is true."""
+        captions = [caption for caption, keep in zip(self.captions, kept.tolist(), strict=True) if keep]
+        return PairIndex(self.pair_id[kept], self.chosen[kept], self.label[kept], captions)
+
+
+@dataclass(frozen=True, eq=False)
+class PairSets:
+    """What became of a source's rows: rows = train + validation + ties_dropped + bad_rows + shared_with_validation."""
+
+    train: PairIndex
+    validation: PairIndex
+    rows: int
+    ties_dropped: int
+    shared_with_validation: int  # training pairs left out because validation has one of their images
+    bad: list[BadRow]
+
+    @property
+    def bad_rows(self) -> int:
+        return len(self.bad)
+
+
+def build_index(
+    source: Source,
+    *,
+    seed: int,
+    soft_labels: bool = False,
+    max_bad_fraction: float = 0.01,
+    validation_fraction: float = 0.0,
+    report_path: Path | None = None,
+    check_pairs: int = 1000,
+    progress: bool = True,
+) -> PairSets:
+    """Sort a source's rows into training, validation and left out.
+
+    Ties are dropped and counted, or kept with `soft_labels` (which allows any label in [0, 1]). Rows without a caption,
+    a label or an image file are bad rows; so are those of `check_pairs` evenly spaced pairs whose images do not decode.
+    Bad rows are listed in `report_path`. A share of the captions goes to validation, picked by a hash of (seed, caption);
+    training pairs that share an image with validation are left out.
+
+    Raises BadInput for labels that are no labels, for a set in which nothing is left to train on, and when bad rows are
+    more than `max_bad_fraction` of the rows looked at.
+    """
+    for name, value in (("max_bad_fraction", max_bad_fraction), ("validation_fraction", validation_fraction)):
+        if not 0 <= value < 1:
+            raise BadInput(f"{name} ({value}) must be at least 0 and less than 1")
+    rows = len(source)
+    bad: list[BadRow] = []
+
+    def settle(found: list[BadRow], looked_at: int) -> None:
+        bad.extend(found)
+        if report_path is not None:
+            write_report(report_path, bad)
+        if len(found) > max_bad_fraction * looked_at:
+            raise too_many_bad(found, looked_at, max_bad_fraction, report_path)
+
+    index, ties, unusable = _read_rows(source, soft_labels, progress)
+    settle(unusable, rows)
+    if len(index) == 0:
+        raise nothing_to_train_on(source.description, rows, ties)
+
+    spread = torch.linspace(0, len(index) - 1, min(check_pairs, len(index)), dtype=torch.float64).round().long()
+    unusable = _each_pair(source, index.pair_id[spread], _decodes, "Checking images", progress)[1]
+    settle(unusable, len(spread))
+    index = _without(index, unusable)
+
+    validation, shared = index.keep(torch.zeros(len(index), dtype=torch.bool)), 0
+    if validation_fraction > 0:
+        held_out = _validation_captions(index.captions, validation_fraction, seed)
+        hashes, unusable = _each_pair(source, index.pair_id, _image_hashes, "Hashing images", progress)
+        settle(unusable, len(index))
+        index = _without(index, unusable)
+        held = torch.tensor([_caption_key(caption) in held_out for caption in index.captions], dtype=torch.bool)
+        seen = {digest for row in index.pair_id[held].tolist() for digest in hashes[row]}
+        shares = torch.tensor([not seen.isdisjoint(hashes[row]) for row in index.pair_id.tolist()], dtype=torch.bool)
+        validation, index, shared = index.keep(held), index.keep(~shares), int((shares & ~held).sum())
+    if len(index) == 0:
+        raise BadInput(
+            f"{source.description}: no training pair is left, all share an image with validation or cannot be decoded; "
+            "lower --validation_fraction"
+        )
+    return PairSets(index, validation, rows, ties, shared, bad)
+
+
+def read_row(
+    row: int, caption: Any, label: Any, columns: Columns, soft_labels: bool
+) -> tuple[int, float] | BadRow | None:
+    """Which image of a row is chosen (0 or 1) and how probably it is the better one; None is a tie that is dropped.
+
+    Raises BadInput where the label is not one at all, for then the column means something else.
+    """
+    if label is None or (isinstance(label, float) and math.isnan(label)):
+        return BadRow(row, columns.label or "", "has no label")
+    if not isinstance(label, (int, float)):
+        raise BadInput(
+            f"row {row}: {columns.label} is {label!r}, not a number; name the label column with --label_column"
+        )
+    if not 0 <= label <= 1:
+        raise BadInput(
+            f"row {row}: {columns.label} is {label}; labels are 1 (first image better), 0 (second) or 0.5 (tie)"
+        )
+    if not soft_labels and label not in (0, 0.5, 1):
+        raise BadInput(
+            f"row {row}: {columns.label} is {label}, neither 0, 0.5 nor 1; use --soft_labels to train on it as a probability"
+        )
+    if label == 0.5 and not soft_labels:
+        return None
+    if not isinstance(caption, str) or not caption.strip():
+        return BadRow(
+            row,
+            columns.caption,
+            "is empty" if caption is None or isinstance(caption, str) else f"is not text ({caption!r})",
+        )
+    return (0, float(label)) if label >= 0.5 else (1, 1.0 - label)
+
+
+def write_report(path: Path, bad: Iterable[BadRow]) -> None:
+    """The bad rows as JSON lines of row, column and reason; an empty file says that there were none."""
+    write_text(path, "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in bad))
+
+
+def too_many_bad(bad: Sequence[BadRow], looked_at: int, max_bad_fraction: float, report_path: Path | None) -> BadInput:
+    """The error for more bad rows than allowed, naming the first few."""
+    first = "; ".join(f"row {row}: {column} {reason}" for row, column, reason in bad[:3])
+    listed = f" (all of them: {report_path})" if report_path is not None else ""
+    return BadInput(
+        f"{len(bad)} of {looked_at} rows cannot be used, more than --max_bad_fraction {max_bad_fraction:g}: "
+        f"{first}{listed}; mend them or raise --max_bad_fraction"
+    )
+
+
+def nothing_to_train_on(description: str, rows: int, ties: int) -> BadInput:
+    """The error for a set with no usable pair."""
+    why = (
+        f"all {rows} rows are ties or unusable ({ties} ties; --soft_labels trains on ties)"
+        if rows
+        else "it has no rows"
+    )
+    return BadInput(f"{description}: nothing to train on, {why}")
+
+
+class EncodedPair(NamedTuple):
+    """One pair before decoding."""
+
+    images: tuple[bytes | BadImage, bytes | BadImage]  # chosen first; or why there is none
+    caption: str
+    label: float
+
+
+class PairItem(NamedTuple):
+    """One decoded pair; `collate` makes a `Batch` of several."""
+
+    pixels: Tensor  # uint8 [2, 3, R, R], chosen first
+    caption: str
+    dropped: bool
+    pair_id: int
+    draw: int
+    timestep: int
+    label: float
+    weight: float
+    time_ids: tuple[float, ...]
+    bad: str | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairTransform:
+    """How an encoded pair becomes pixels, a timestep and conditioning. Raises BadInput for settings out of range."""
+
+    resolution: int  # pixels; the shorter side is scaled to it, then a square is cut
+    seed: int
+    timesteps: Tensor  # int64 [n], ascending: those that may be drawn
+    grid: bool = False  # True: a pair's draws walk through `timesteps` in turn (Turbo's four steps)
+    hflip: bool = False  # mirror half of the pairs
+    random_crop: bool = False  # False: the center
+    caption_dropout: float = 0.0  # share of the pairs trained without their caption
+    time_ids: str = (
+        "fixed"  # SDXL's micro-conditioning. fixed: (R, R, 0, 0, R, R); real: the smaller image's true size and crop
+    )
+
+    def __post_init__(self) -> None:
+        assert self.timesteps.dtype == torch.int64 and len(self.timesteps) > 0
+        if self.resolution < 1:
+            raise BadInput(f"resolution ({self.resolution}) must be at least 1 pixel")
+        if not 0 <= self.caption_dropout <= 1:
+            raise BadInput(f"caption_dropout ({self.caption_dropout}) must be a probability, from 0 to 1")
+        if self.time_ids not in ("fixed", "real"):
+            raise BadInput(f"time_ids ({self.time_ids!r}) must be fixed or real")
+
+    def __call__(self, pair_id: Tensor, draw: Tensor, pairs: Sequence[EncodedPair]) -> list[PairItem]:
+        """Decode pairs, given their ids and draws (int64 [B] both). An image that fails leaves its pair with weight 0."""
+        timesteps = draws.timesteps(self.seed, pair_id, draw, self.timesteps, grid=self.grid).tolist()
+        dropped = draws.dropout(self.seed, pair_id, draw, self.caption_dropout).tolist()
+        mirrored = draws.flip(self.seed, pair_id, draw).tolist() if self.hflip else [False] * len(pairs)
+        corners = draws.crop(self.seed, pair_id, draw).tolist() if self.random_crop else [None] * len(pairs)
+        items = []
+        for i, pair in enumerate(pairs):
+            try:
+                pixels, time_ids = self._pixels(pair.images, mirrored[i], corners[i])
+                bad = None
+            except BadImage as error:
+                pixels = torch.zeros(2, 3, self.resolution, self.resolution, dtype=torch.uint8)
+                time_ids, bad = self._fixed_time_ids, str(error)
+            items.append(
+                PairItem(
+                    pixels=pixels,
+                    caption=pair.caption,
+                    dropped=dropped[i],
+                    pair_id=int(pair_id[i]),
+                    draw=int(draw[i]),
+                    timestep=timesteps[i],
+                    label=pair.label,
+                    weight=0.0 if bad else 1.0,
+                    time_ids=time_ids,
+                    bad=bad,
+                )
+            )
+        return items
+
+    def _pixels(
+        self, images: tuple[bytes | BadImage, bytes | BadImage], mirrored: bool, where: tuple[float, float] | None
+    ) -> tuple[Tensor, tuple[float, ...]]:
+        squares, conditions = [], []
+        for name, encoded in zip(("chosen image", "rejected image"), images, strict=True):
+            if isinstance(encoded, BadImage):
+                raise encoded
+            try:
+                original = decode(encoded)
+                image = resize(original, self.resolution)
+            except BadImage as error:
+                raise BadImage(error.reason, name) from error
+            if mirrored:
+                image = image.transpose(
+                    Image.Transpose.FLIP_LEFT_RIGHT
+                )  # before the crop, so that `left` is what is seen
+            top, left = crop_corner(image.size, self.resolution, where)
+            squares.append(to_pixels(image, top, left, self.resolution))
+            conditions.append((original.height, original.width, top, left, self.resolution, self.resolution))
+        real = min(conditions, key=lambda condition: condition[0] * condition[1])  # equal sizes: the chosen image's
+        return torch.stack(squares), self._fixed_time_ids if self.time_ids == "fixed" else real
+
+    @property
+    def _fixed_time_ids(self) -> tuple[float, ...]:
+        return (self.resolution, self.resolution, 0, 0, self.resolution, self.resolution)
+
+
+class PairDataset(torch.utils.data.Dataset):
+    """Pairs of an index by (position, draw). It never raises for a bad image: that pair has weight 0 and is reported."""
+
+    def __init__(self, source: Source, index: PairIndex, transform: PairTransform):
+        self.source, self.index, self.transform = source, index, transform
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, key: tuple[int, int]) -> PairItem:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[PairItem]:
+        """One micro-batch (the loader calls this), so that its draws are made together."""
+        position, draw = torch.tensor(keys, dtype=torch.int64).unbind(1)
+        return self.transform(self.index.pair_id[position], draw, [self._encoded(p) for p in position.tolist()])
+
+    def _encoded(self, position: int) -> EncodedPair:
+        images = load_images(self.source, int(self.index.pair_id[position]))
+        return EncodedPair(
+            chosen_first(images, int(self.index.chosen[position])),
+            self.index.captions[position],
+            float(self.index.label[position]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A micro-batch of B pairs. Tensors of images are [2B, ...]: the B chosen ones, then the B rejected ones."""
+
+    pixels: Tensor  # uint8 [2B, 3, R, R]
+    captions: list[str]  # B, also where dropped
+    dropped: Tensor  # bool [B]: train without the caption
+    pair_id: Tensor  # int64 [B]
+    draw: Tensor  # int64 [B]: how many times the pair was visited before
+    timesteps: Tensor  # int64 [B]
+    label: Tensor  # fp32 [B]
+    weight: Tensor  # fp32 [B]: 0 where an image could not be decoded
+    time_ids: Tensor  # fp32 [B, 6]: (height, width, crop top, crop left, target height, target width)
+    bad: list[tuple[int, str]]  # (row, reason) of the pairs with weight 0
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same batch with its tensors on `device`."""
+        return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory; torch's loader calls this."""
+        return self._each_tensor(Tensor.pin_memory)
+
+    def _each_tensor(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
+
+
+def collate(items: Sequence[PairItem]) -> Batch:
+    """Stack pairs into a micro-batch."""
+    return Batch(
+        pixels=torch.cat([torch.stack([item.pixels[side] for item in items]) for side in (0, 1)]),
+        captions=[item.caption for item in items],
+        dropped=torch.tensor([item.dropped for item in items], dtype=torch.bool),
+        pair_id=torch.tensor([item.pair_id for item in items], dtype=torch.int64),
+        draw=torch.tensor([item.draw for item in items], dtype=torch.int64),
+        timesteps=torch.tensor([item.timestep for item in items], dtype=torch.int64),
+        label=torch.tensor([item.label for item in items], dtype=torch.float32),
+        weight=torch.tensor([item.weight for item in items], dtype=torch.float32),
+        time_ids=torch.tensor([item.time_ids for item in items], dtype=torch.float32),
+        bad=[(item.pair_id, item.bad) for item in items if item.bad is not None],
+    )
+
+
+def load_images(source: Source, row: int) -> tuple[bytes | BadImage, bytes | BadImage]:
+    """A row's two encoded images, or in their place why they cannot be had."""
+    try:
+        return source.image_bytes(row)
+    except BadImage as error:
+        return error, error
+
+
+def chosen_first(images: tuple[T, T], chosen: int) -> tuple[T, T]:
+    """The row's images in the order chosen, rejected."""
+    return images if chosen == 0 else (images[1], images[0])
+
+
+def _read_rows(source: Source, soft_labels: bool, progress: bool) -> tuple[PairIndex, int, list[BadRow]]:
+    """Judge every row by its caption, label and files, without reading an image: the index, the ties, the bad rows."""
+    unusable = {bad.row: bad for bad in source.missing_images(progress)}
+    pair_id, chosen, label, captions, ties = [], [], [], [], 0
+    for row, (caption, stored) in enumerate(zip(source.captions(), source.labels(), strict=True)):
+        verdict = read_row(row, caption, stored, source.columns, soft_labels)
+        if verdict is None:
+            ties += 1
+            unusable.pop(row, None)  # a tie is left out whatever its images are
+        elif isinstance(verdict, BadRow):
+            unusable[row] = verdict
+        elif row not in unusable:
+            pair_id.append(row)
+            chosen.append(verdict[0])
+            label.append(verdict[1])
+            captions.append(caption)
+    index = PairIndex(
+        torch.tensor(pair_id, dtype=torch.int64),
+        torch.tensor(chosen, dtype=torch.int64),
+        torch.tensor(label, dtype=torch.float32),
+        captions,
+    )
+    return index, ties, sorted(unusable.values())
+
+
+def _each_pair(
+    source: Source, rows: Tensor, function: Callable[[bytes], T], title: str, progress: bool
+) -> tuple[dict[int, tuple[T, T]], list[BadRow]]:
+    """Apply `function` to both encoded images of each row, in threads: row -> results, and the rows where it failed."""
+
+    def one(row: int) -> tuple[T, T] | BadRow:
+        try:
+            images = source.image_bytes(row)
+        except BadImage as error:
+            return BadRow(row, error.column, error.reason)
+        results = []
+        for column, image in zip(source.columns.images, images, strict=True):
+            try:
+                results.append(function(image))
+            except BadImage as error:
+                return BadRow(row, column, error.reason)
+        return results[0], results[1]
+
+    done: dict[int, tuple[T, T]] = {}
+    failed: list[BadRow] = []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results = zip(rows.tolist(), pool.map(one, rows.tolist()), strict=True)
+        for row, result in tqdm(results, total=len(rows), desc=title, unit=" pairs", disable=not progress):
+            if isinstance(result, BadRow):
+                failed.append(result)
+            else:
+                done[row] = result
+    return done, failed
+
+
+def _decodes(data: bytes) -> None:
+    decode(data)
+
+
+def _image_hashes(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _without(index: PairIndex, bad: list[BadRow]) -> PairIndex:
+    return index.keep(~torch.isin(index.pair_id, torch.tensor([row.row for row in bad], dtype=torch.int64)))
+
+
+def _caption_key(caption: str) -> str:
+    """Captions that differ in case or spacing only are one prompt."""
+    return " ".join(caption.casefold().split())
+
+
+def _validation_captions(captions: list[str], fraction: float, seed: int) -> set[str]:
+    """The share of the distinct captions whose hash falls below `fraction`; at least one, and never all."""
+
+    def place(caption: str) -> float:
+        digest = hashlib.blake2b(f"{seed}\0{caption}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") / 2**64
+
+    places = sorted((place(caption), caption) for caption in {_caption_key(caption) for caption in captions})
+    if len(places) < 2:
+        raise BadInput("validation_fraction needs at least two different captions: this set has one, set it to 0")
+    count = sum(position < fraction for position, _ in places)
+    return {caption for _, caption in places[: min(max(count, 1), len(places) - 1)]}

@@ -1,0 +1,324 @@
+"""The training stream: epoch permutations laid end to end and cut into full global batches; its whole state is pairs_seen.
+
+Step g takes the positions [g * N, (g + 1) * N) of the stream, N = pairs_per_step. Rank r takes the r-th equal slice of
+them, in micro-batches of `batch_size`. So a step trains on the same pairs whatever the number of ranks and the batch
+size, no pair is repeated or left out at an epoch's end, and resuming at a step needs nothing but its number.
+"""
+
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dpo_fast import draws
+from dpo_fast.data.pairs import (
+    Batch,
+    EncodedPair,
+    PairDataset,
+    PairTransform,
+    chosen_first,
+    collate,
+    nothing_to_train_on,
+    read_row,
+    too_many_bad,
+)
+from dpo_fast.data.sources import BadRow, StreamedSource
+from dpo_fast.errors import BadInput
+
+WINDOW = 1024  # pairs shuffled together when streaming: they wait encoded in memory, about 300 MB for Pick-a-Pic
+
+
+class TrainStream:
+    """Which pairs each rank trains on at each step, for pairs that are all at hand."""
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        pair_ids: Tensor,  # int64 [n]
+        pairs_per_step: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        assert len(pair_ids) > 0
+        self._slice = _Slice(pairs_per_step, batch_size, rank, world_size)
+        self._seed, self._pair_ids = seed, pair_ids
+        self._orders: dict[int, list[int]] = {}
+
+    def batches(self, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
+        """This rank's micro-batches of the steps first_step, ..., last_step - 1: lists of (position in pair_ids, draw)."""
+        for step in range(first_step, last_step):
+            for micro_batch in self._slice.of_step(step):
+                yield [self._at(position) for position in micro_batch]
+
+    def _at(self, position: int) -> tuple[int, int]:
+        epoch, place = divmod(position, len(self._pair_ids))
+        if epoch not in self._orders:
+            # A step may reach into the next epoch, so the one before is kept; older ones are done with.
+            self._orders = {past: order for past, order in self._orders.items() if past == epoch - 1}
+            self._orders[epoch] = draws.epoch_order(self._seed, epoch, self._pair_ids).tolist()
+        return self._orders[epoch][place], epoch
+
+
+class StreamedPairs:
+    """The same batches from a source that can only be read in order.
+
+    Usable pairs are counted in the order of the source and shuffled within windows of 1024; epochs repeat, each with its
+    own shuffle. Rows are judged as `build_index` judges them (a tie is dropped, an empty caption is a bad row, ...), when
+    they are met; an image that does not decode leaves its pair in its place with weight 0. Each rank reads the whole
+    stream and decodes its own share. Resuming reads again from the start, up to where the run was.
+    """
+
+    def __init__(
+        self,
+        source: StreamedSource,
+        transform: PairTransform,
+        *,
+        pairs_per_step: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        soft_labels: bool = False,
+        max_bad_fraction: float = 0.01,
+        progress: bool = True,
+    ):
+        self._source, self._transform = source, transform
+        self._slice = _Slice(pairs_per_step, batch_size, rank, world_size)
+        self._soft_labels, self._max_bad_fraction, self._progress = soft_labels, max_bad_fraction, progress
+        self.rows = 0  # met so far, in the first epoch; so are the next two
+        self.ties_dropped = 0
+        self.bad: list[BadRow] = []
+
+    @property
+    def bad_rows(self) -> int:
+        return len(self.bad)
+
+    def batches(
+        self, first_step: int, last_step: int, *, num_workers: int = 0, pin_memory: bool = False
+    ) -> Iterator[Batch]:
+        """This rank's micro-batches of the steps first_step, ..., last_step - 1, decoded by `num_workers` threads.
+
+        Raises BadInput, at the same row on every rank, when more than `max_bad_fraction` of the rows are bad (from the
+        1000th row on, or at the end of the source).
+        """
+        keys = (key for step in range(first_step, last_step) for key in self._slice.of_step(step))
+        with closing(self._from(first_step * self._slice.pairs_per_step)) as pairs:
+            yield from _in_threads(self._to_batch, self._cut(keys, pairs), num_workers, pin_memory)
+
+    def _cut(self, micro_batches: Iterator[range], pairs: "Iterator[_Placed]") -> Iterator[list["_Placed"]]:
+        """Pick the micro-batches (ascending ranges of positions) out of all the pairs."""
+        for positions in micro_batches:
+            picked = []
+            while len(picked) < len(positions):
+                placed = next(pairs)
+                if placed.position >= positions.start:
+                    picked.append(placed)
+            yield picked
+
+    def _to_batch(self, placed: list["_Placed"]) -> Batch:
+        pair_id = torch.tensor([pair.pair_id for pair in placed], dtype=torch.int64)
+        draw = torch.tensor([pair.epoch for pair in placed], dtype=torch.int64)
+        return collate(self._transform(pair_id, draw, [pair.encoded for pair in placed]))
+
+    def _from(self, first: int) -> "Iterator[_Placed]":
+        """All pairs of the endless stream from position `first` on."""
+        with closing(_one_ahead(self._windows(first))) as windows:
+            for epoch, start, window in windows:
+                if start + len(window) <= first:
+                    continue
+                ids = torch.tensor([pair_id for pair_id, _ in window], dtype=torch.int64)
+                order = draws.epoch_order(self._transform.seed, epoch, ids).tolist()
+                for position, place in enumerate(order, start=start):
+                    if position >= first:
+                        yield _Placed(position, epoch, *window[place])
+
+    def _windows(self, first: int) -> "Iterator[tuple[int, int, list[tuple[int, EncodedPair]]]]":
+        """(epoch, position of its first pair, pairs with their ids) of each window, skipping whole epochs before `first`."""
+        epoch, start = 0, 0
+        with tqdm(
+            total=first, desc="Reading up to where the run was", unit=" pairs", disable=not (self._progress and first)
+        ) as bar:
+            while True:
+                before, window = start, []
+                for numbered in self._epoch(epoch):
+                    window.append(numbered)
+                    if len(window) == WINDOW:
+                        yield epoch, start, window
+                        start, window = start + WINDOW, []
+                        bar.update(min(start, first) - bar.n)
+                if window:
+                    yield epoch, start, window
+                    start += len(window)
+                    bar.update(min(start, first) - bar.n)
+                length = start - before
+                if length == 0:
+                    raise nothing_to_train_on(self._source.description, self.rows, self.ties_dropped)
+                epoch += 1
+                if start < first:  # every epoch is as long as the first
+                    skipped = (first - start) // length
+                    epoch, start = epoch + skipped, start + skipped * length
+
+    def _epoch(self, epoch: int) -> Iterator[tuple[int, EncodedPair]]:
+        """The usable pairs of the source in its order; the first time through, count what is left out."""
+        counting = epoch == 0
+        if counting:
+            self.rows, self.ties_dropped, self.bad = 0, 0, []
+        for row, caption, label, images in self._source.rows():
+            verdict = read_row(row, caption, label, self._source.columns, self._soft_labels)
+            missing = next((image for image in images if not isinstance(image, bytes)), None)
+            if verdict is not None and not isinstance(verdict, BadRow) and missing is not None:
+                verdict = BadRow(row, missing.column, missing.reason)
+            if counting:
+                self.rows += 1
+                self.ties_dropped += verdict is None
+                if isinstance(verdict, BadRow):
+                    self.bad.append(verdict)
+                    self._refuse_too_many(max(self.rows, 1000))
+            if isinstance(verdict, tuple) and not isinstance(verdict, BadRow):
+                chosen, probability = verdict
+                yield row, EncodedPair(chosen_first(images, chosen), caption, probability)
+        if counting:
+            self._refuse_too_many(self.rows)
+
+    def _refuse_too_many(self, rows: int) -> None:
+        if len(self.bad) > self._max_bad_fraction * rows:
+            raise too_many_bad(self.bad, rows, self._max_bad_fraction, None)
+
+
+def make_loader(
+    dataset: PairDataset,
+    stream: TrainStream,
+    first_step: int,
+    last_step: int,
+    *,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """The micro-batches of the steps first_step, ..., last_step - 1, in order, decoded by `num_workers` processes."""
+    return _load(dataset, stream.batches(first_step, last_step), num_workers, pin_memory)
+
+
+def validation_loader(
+    dataset: PairDataset,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Every pair exactly once over the ranks, always at draw 0, so that two passes differ by the model only.
+
+    The last batch may be short, and a rank may have one batch fewer than another.
+    """
+    starts = range(rank * batch_size, len(dataset), world_size * batch_size)
+    batches = ([(p, 0) for p in range(start, min(start + batch_size, len(dataset)))] for start in starts)
+    return _load(dataset, batches, num_workers, pin_memory)
+
+
+class _Slice:
+    """The part of every global step that one rank trains on."""
+
+    def __init__(self, pairs_per_step: int, batch_size: int, rank: int, world_size: int):
+        if batch_size < 1 or pairs_per_step < 1 or pairs_per_step % (batch_size * world_size):
+            raise BadInput(
+                f"pairs_per_step ({pairs_per_step}) must be a multiple of batch_size ({batch_size}) "
+                f"times the number of ranks ({world_size}), here {batch_size * world_size}"
+            )
+        assert 0 <= rank < world_size
+        self.pairs_per_step, self._batch_size = pairs_per_step, batch_size
+        share = pairs_per_step // world_size
+        self._first, self._last = rank * share, (rank + 1) * share
+
+    def of_step(self, step: int) -> Iterator[range]:
+        """The positions of this rank's micro-batches in one step."""
+        start = step * self.pairs_per_step
+        for first in range(start + self._first, start + self._last, self._batch_size):
+            yield range(first, first + self._batch_size)
+
+
+class _Placed(NamedTuple):
+    """A streamed pair at its position in the endless stream."""
+
+    position: int
+    epoch: int
+    pair_id: int
+    encoded: EncodedPair
+
+
+def _load(
+    dataset: PairDataset, batches: Iterable[list[tuple[int, int]]], num_workers: int, pin_memory: bool
+) -> Iterator[Batch]:
+    """torch's loader over given micro-batches; what goes wrong in a worker comes out as one line."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if num_workers else None,
+        worker_init_fn=_start_worker,
+    )
+    try:
+        yield from loader
+    except Exception as error:
+        message = str(error)
+        if "DataLoader worker" not in message:
+            raise
+        if "Traceback" in message:  # torch puts the worker's whole traceback into the message
+            kind = BadInput if isinstance(error, BadInput) else RuntimeError
+            raise kind(f"a data loader worker failed: {message.strip().splitlines()[-1]}") from error
+        raise RuntimeError(
+            f"a data loader worker died ({' '.join(message.split())}): often memory or /dev/shm ran out; "
+            "try fewer --dataloader_num_workers"
+        ) from error
+
+
+def _start_worker(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the trainer answers it, and needs its workers until the checkpoint is saved.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _one_ahead(items: Iterator) -> Iterator:
+    """The same items, the next one being made in a thread while the current one is used."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        pending = pool.submit(next, items)
+        while True:
+            item = pending.result()
+            pending = pool.submit(next, items)
+            yield item
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _in_threads(make_batch, items: Iterator, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+    """`make_batch` of each item, in order, a few ahead in threads (decoding releases Python's lock)."""
+
+    def make(item) -> Batch:
+        batch = make_batch(item)
+        return batch.pin_memory() if pin_memory else batch
+
+    if num_workers == 0:
+        yield from map(make, items)
+        return
+    pending: deque[Future[Batch]] = deque()
+    pool = ThreadPoolExecutor(num_workers)
+    try:
+        for item in items:
+            pending.append(pool.submit(make, item))
+            if len(pending) > 2 * num_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

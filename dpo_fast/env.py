@@ -1,0 +1,49 @@
+"""`python -m dpo_fast.env`: versions, devices and what can run here. Paste it into a bug report."""
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = (
+    "dpo_fast torch triton diffusers transformers accelerate peft datasets pyarrow safetensors numpy pillow"
+    " tyro xformers bitsandbytes tensorboard wandb"
+).split()
+
+
+def report() -> str:
+    """The report as lines of `name: value`."""
+    import torch
+
+    from dpo_fast.kernels.dispatch import usable_backends
+    from dpo_fast.models.attention import usable_attention
+
+    lines = [
+        f"python: {platform.python_version()} ({platform.platform()})",
+        *(f"{name}: {_version(name)}" for name in PACKAGES),
+        f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        f"cuda: {torch.version.cuda or 'not in this torch build'}",
+    ]
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        lines.append(
+            f"gpu {index}: {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB,"
+            f" {gpu.multi_processor_count} SMs"
+        )
+    if not torch.cuda.is_available():
+        lines.append("gpu: none usable")
+    for title, found in (("kernels", usable_backends()), ("attention", usable_attention())):
+        lines += [f"{title} {name}: {'usable' if not why else 'not usable: ' + why}" for name, why in found.items()]
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    print(report())
+    sys.exit(0)

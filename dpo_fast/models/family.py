@@ -1,0 +1,219 @@
+"""What all model families share: a diffusers pipeline seen as the parts that Diffusion-DPO needs.
+
+A family is the pipeline, its noise schedule and a few facts. Tensors of pairs are [2B,...], chosen first; conditioning
+is [B,...], one row a pair, and only `denoise` expands it.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.configuration_utils import ConfigMixin
+from torch import nn
+
+from dpo_fast.errors import BadInput
+from dpo_fast.models.quiet import no_loading_bars
+from dpo_fast.schedule import NoiseSchedule, noise_schedule, turbo_grid, usable_timesteps
+
+Conditioning = dict[str, torch.Tensor]
+
+
+class Family(ABC):
+    """A loaded text-to-image model. Every component is on `device`, in eval mode and frozen (requires_grad False).
+
+    Made by `dpo_fast.models.load_family`. Besides the arguments of the constructor it has:
+    schedule: NoiseSchedule on `device`; timesteps: int64 [n] on the CPU, those a pair may be trained at;
+    default_resolution: pixels; resolution_multiple: a resolution in pixels must be a multiple of it.
+    """
+
+    name: ClassVar[str]  # "sd15", "sdxl" or "turbo"
+    sampling_steps: ClassVar[int]
+    sampling_guidance: ClassVar[float]  # guidance_scale of the pipeline
+    needs_time_ids: ClassVar[bool] = False
+    timestep_grid: ClassVar[bool] = False  # trained at the few timesteps of its sampler, not at all of them
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        *,
+        dtype: torch.dtype,  # of the computation: UNet inputs and outputs, text encoders
+        device: torch.device,
+        prediction_type: str | None = None,  # None: the scheduler's
+        zero_terminal_snr: str = "auto",
+    ) -> None:
+        self.pipeline = pipeline
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self._check_architecture()
+        self.schedule = self._make_schedule(prediction_type, zero_terminal_snr)
+        grid = turbo_grid(self.schedule.num_train_timesteps) if self.timestep_grid else None
+        self.timesteps: torch.Tensor = usable_timesteps(self.schedule, grid).cpu()
+        vae_config, unet_config = pipeline.vae.config, pipeline.unet.config
+        vae_factor = 2 ** (len(vae_config.block_out_channels) - 1)
+        self.default_resolution: int = unet_config.sample_size * vae_factor
+        self.resolution_multiple: int = vae_factor * 2 ** (len(unet_config.block_out_channels) - 1)
+        self._empty_prompt: Conditioning | None = None
+        for module in self._modules().values():
+            module.eval().requires_grad_(False).to(self.device)
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        """The pipeline's own UNet."""
+        return self.pipeline.unet
+
+    @torch.no_grad()
+    def encode_images(
+        self,
+        pixels: torch.Tensor,  # uint8 [N,3,H,W], any device
+        batch_size: int = 8,
+    ) -> torch.Tensor:
+        """Latents fp16 [N,C,h,w] on `device`: the mean of the VAE's posterior, shifted and scaled as the UNet expects.
+
+        The mean, not a sample: a pair's latents are then one fixed tensor. A latent that overflows fp16 becomes
+        infinite; `nonfinite_rows` finds such images without a synchronisation.
+        """
+        vae = self.pipeline.vae
+        shift = vae.config.shift_factor or 0.0
+        latents = []
+        for chunk in pixels.split(batch_size):
+            images = (chunk.to(self.device, torch.float32) / 127.5 - 1).to(vae.dtype)
+            mean = vae.encode(images).latent_dist.mean.float()
+            latents.append(((mean - shift) * vae.config.scaling_factor).half())
+        return torch.cat(latents)
+
+    @torch.no_grad()
+    def decode_latents(
+        self,
+        latents: torch.Tensor,  # [N,C,h,w], any float dtype
+        batch_size: int = 8,
+    ) -> torch.Tensor:
+        """Images uint8 [N,3,H,W] on `device`, in the VAE's own dtype.
+
+        Sample with `output_type="latent"` and decode here: the VAE may be kept in fp32 beside a half-precision UNet,
+        which the pipeline's own decoding does not allow.
+        """
+        vae = self.pipeline.vae
+        shift = vae.config.shift_factor or 0.0
+        images = []
+        for chunk in latents.split(batch_size):
+            scaled = chunk.to(self.device, torch.float32) / vae.config.scaling_factor + shift
+            pixels = vae.decode(scaled.to(vae.dtype)).sample.float()
+            images.append((pixels * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8))
+        return torch.cat(images)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """The UNet's view of N prompts, fp16 [N,...] on `device`; a prompt that occurs twice is encoded once."""
+        unique = list(dict.fromkeys(prompts))
+        row_of = {prompt: row for row, prompt in enumerate(unique)}
+        rows = torch.tensor([row_of[prompt] for prompt in prompts], device=self.device)
+        return {name: tensor.half()[rows] for name, tensor in self._encode(unique).items()}
+
+    def empty_prompt(self) -> Conditioning:
+        """What stands for a dropped caption, fp16 [1,...]: the pipeline's own unconditional input."""
+        if self._empty_prompt is None:
+            encoded = self.encode_prompts([""])
+            if self.pipeline.config.get("force_zeros_for_empty_prompt", False):
+                encoded = {name: torch.zeros_like(tensor) for name, tensor in encoded.items()}
+            self._empty_prompt = encoded
+        return self._empty_prompt
+
+    def denoise(
+        self,
+        unet: nn.Module,  # this family's UNet, or a copy or a wrapper of it
+        noisy: torch.Tensor,  # [2B,C,h,w], compute dtype
+        timesteps: torch.Tensor,  # int64 [B]
+        conditioning: Mapping[str, torch.Tensor],  # [B,...] each
+    ) -> torch.Tensor:
+        """The prediction [2B,C,h,w] for both images of B pairs, which share timestep and conditioning."""
+        both = {name: torch.cat((tensor, tensor)) for name, tensor in conditioning.items()}
+        return unet(
+            noisy,
+            torch.cat((timesteps, timesteps)),
+            encoder_hidden_states=both["prompt_embeds"].to(noisy.dtype),
+            added_cond_kwargs=self._added_conditioning(both, noisy.dtype),
+            return_dict=False,
+        )[0]
+
+    def save_full(self, folder: Path, unet_state: Mapping[str, torch.Tensor]) -> None:
+        """Write the pipeline to `folder` with the UNet weights `unet_state` (the fp32 masters), as safetensors.
+
+        The live modules are not touched. All weights are written in fp32, since `from_pretrained` without a dtype must
+        give a pipeline that runs; those of the other components are rounded to the dtype they are held in here. The
+        scheduler is the one the pipeline came with.
+        """
+        saved = copy.copy(self.pipeline)
+        for name, module in self._modules().items():
+            state = unet_state if name == "unet" else module.state_dict()
+            setattr(saved, name, _float32_twin(module, state))
+        with no_loading_bars():
+            saved.save_pretrained(folder, safe_serialization=True)
+
+    @abstractmethod
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        """The pipeline's prompt encoding without classifier-free guidance."""
+
+    def _added_conditioning(self, conditioning: Conditioning, dtype: torch.dtype) -> Conditioning | None:
+        """The UNet's added_cond_kwargs."""
+        return None
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
+
+    def _check_architecture(self) -> None:
+        unet, latent_channels = self.pipeline.unet.config, self.pipeline.vae.config.latent_channels
+        if not unet.in_channels == unet.out_channels == latent_channels:
+            raise BadInput(
+                f"the UNet takes {unet.in_channels} and gives {unet.out_channels} channels but the VAE's latents have "
+                f"{latent_channels}: inpainting, depth and editing models cannot be trained, use their base model"
+            )
+        if unet.time_cond_proj_dim is not None:
+            raise BadInput(
+                f"the UNet is conditioned on the guidance scale (time_cond_proj_dim {unet.time_cond_proj_dim}): "
+                "latent consistency models cannot be trained, use their base model"
+            )
+        if (unet.addition_embed_type == "text_time") != self.needs_time_ids:
+            raise BadInput(
+                f"the UNet's addition_embed_type is {unet.addition_embed_type!r}, which does not go with a "
+                f"{type(self.pipeline).__name__}: check model_index.json and unet/config.json"
+            )
+
+    def _make_schedule(self, prediction_type: str | None, zero_terminal_snr: str) -> NoiseSchedule:
+        scheduler = self.pipeline.scheduler
+        schedule = noise_schedule(
+            scheduler.config,
+            zero_terminal_snr=zero_terminal_snr,
+            turbo=self.timestep_grid,
+            prediction_type=prediction_type,
+        )
+        if scheduler.config.get("prediction_type", "epsilon") != schedule.prediction_type:
+            # sample and save what was trained
+            self.pipeline.scheduler = type(scheduler).from_config(
+                scheduler.config, prediction_type=schedule.prediction_type
+            )
+        return schedule.to(self.device)
+
+
+def nonfinite_rows(latents: torch.Tensor) -> torch.Tensor:  # [N,...] -> bool [N]
+    """Which rows hold an infinity or a NaN; on the device of `latents`, without a synchronisation."""
+    return ~latents.isfinite().flatten(1).all(1)
+
+
+def default_time_ids(resolution: int, n: int) -> torch.Tensor:
+    """SDXL's micro-conditioning of an uncropped square image, fp32 [n,6]: original height and width, crop top and left,
+    target height and width, in pixels."""
+    row = torch.tensor([resolution, resolution, 0, 0, resolution, resolution], dtype=torch.float32)
+    return row.repeat(n, 1)
+
+
+def _float32_twin(module: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A module of the same class and config that holds `state` in fp32, sharing the tensors that are fp32 already."""
+    with torch.device("meta"):
+        config = copy.deepcopy(module.config)
+        twin = type(module).from_config(config) if isinstance(module, ConfigMixin) else type(module)(config)
+    twin.load_state_dict({name: tensor.detach().float() for name, tensor in state.items()}, assign=True)
+    return twin

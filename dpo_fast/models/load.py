@@ -1,0 +1,213 @@
+"""From a name on the command line to a Family: a hub id, a diffusers folder or a single .safetensors file.
+
+The family is what the pipeline's own files say, never a part of the path. Only safetensors are loaded.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from packaging.version import Version
+from safetensors import safe_open
+
+from dpo_fast.errors import BadInput
+from dpo_fast.models.attention import set_attention
+from dpo_fast.models.family import Family
+from dpo_fast.models.faults import bad_input
+from dpo_fast.models.quiet import no_loading_bars
+from dpo_fast.models.sd15 import SD15
+from dpo_fast.models.sdxl import SDXL, Turbo
+
+_FAMILIES = {"StableDiffusionPipeline": SD15, "StableDiffusionXLPipeline": SDXL}
+_PIPELINES = {SD15: StableDiffusionPipeline, SDXL: StableDiffusionXLPipeline}
+_UNUSED = {"feature_extractor": None, "image_encoder": None}  # not even read
+_UNUSED_PARTS = {SD15: {**_UNUSED, "safety_checker": None, "requires_safety_checker": False}, SDXL: _UNUSED}
+_CONVERT = "load what is pickled and write it with save_pretrained(folder)"
+_PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+_DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"  # the argument's name
+
+
+def load_family(
+    path: str | Path,
+    *,
+    turbo: bool = False,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    unet_dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    vae_path: str | Path | None = None,
+    prediction_type: str | None = None,
+    zero_terminal_snr: str = "auto",
+    attention: str = "auto",
+    cache_dir: str | None = None,
+    token: str | None = None,
+    single_file_config: str | Path | None = None,
+) -> Family:
+    """Load the model at `path` with every component on `device`, frozen and in eval mode.
+
+    path: a hub id, a folder with model_index.json, or a .safetensors file of a whole Stable Diffusion or SDXL model.
+    turbo: treat an SDXL pipeline as SDXL-Turbo; nothing in the files tells the two apart.
+    dtype: of the computation; text encoders are held in it, the VAE only if its config says force_upcast is false
+    (else in fp32: SDXL's VAE overflows in fp16).
+    unet_dtype: the dtype the UNet is held in at first (fp32 where masters are to be copied from it); None: `dtype`.
+    revision, variant, cache_dir, token: as in diffusers. vae_path: another VAE (hub id, folder or .safetensors).
+    prediction_type: "epsilon" or "v_prediction"; None: what the scheduler's config says.
+    zero_terminal_snr: "auto", "on" or "off". attention: "auto", "sdpa" or "xformers".
+    single_file_config: a hub id or folder with the pipeline's configuration, for a single file; None: the hub's.
+
+    Raises BadInput, in one line, for whatever cannot be found, read or trained.
+    """
+    path, unet_dtype = str(path), unet_dtype or dtype
+    if path.endswith(_PICKLES):
+        raise BadInput(f"{path} is a pickle, which could run code: convert it to .safetensors or to a diffusers folder")
+    hub = {"revision": revision, "cache_dir": cache_dir, "token": token}
+    is_file = path.endswith(".safetensors")
+    kind = _kind_of_file(path) if is_file else _kind_of_folder(path, hub)
+    if turbo and kind is not SDXL:
+        raise BadInput(f"turbo is for SDXL pipelines, but {path} is a {_PIPELINES[kind].__name__}: leave turbo out")
+    if is_file:
+        config = None if single_file_config is None else str(single_file_config)
+        pipeline = _load_file(path, kind, dtype, unet_dtype, {"config": config, "cache_dir": cache_dir, "token": token})
+    else:
+        pipeline = _load_folder(path, kind, dtype, unet_dtype, variant, hub)
+    if None in (pipeline.text_encoder, pipeline.tokenizer) or (kind is SDXL and pipeline.text_encoder_2 is None):
+        raise BadInput(f"{path} has no text encoder (the SDXL refiner?): use a pipeline with all of them")
+    if vae_path is not None:
+        pipeline.vae = _load_vae(str(vae_path), pipeline.vae, {"cache_dir": cache_dir, "token": token})
+    if pipeline.vae.config.force_upcast is False:
+        pipeline.vae.to(dtype)
+    family = (Turbo if turbo else kind)(
+        pipeline,
+        dtype=dtype,
+        device=torch.device(device),
+        prediction_type=prediction_type,
+        zero_terminal_snr=zero_terminal_snr,
+    )
+    set_attention(family.unet, attention)
+    return family
+
+
+def _kind_of_folder(path: str, hub: dict) -> type[Family]:
+    """SD15 or SDXL, by the pipeline class that model_index.json names; of a hub id only that file is fetched."""
+    index = Path(path, "model_index.json")
+    if not index.is_file():
+        if Path(path).is_dir():
+            raise BadInput(f"{path} has no model_index.json: name the folder of a whole diffusers pipeline")
+        index = _index_from_hub(path, hub)
+    try:
+        class_name = json.loads(Path(index).read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path}: model_index.json names no pipeline class; load and save the pipeline again") from error
+    if not isinstance(class_name, str) or class_name not in _FAMILIES:
+        raise BadInput(f"{path} is a {class_name}; supported are {' and '.join(_FAMILIES)}: use such a base model")
+    return _FAMILIES[class_name]
+
+
+def _index_from_hub(path: str, hub: dict) -> str:
+    try:
+        return hf_hub_download(path, "model_index.json", **hub)
+    except HFValidationError as error:
+        raise BadInput(f"{path} is no folder, file or hub id (owner/name): check the spelling") from error
+    except GatedRepoError as error:
+        raise BadInput(f"{path} is gated: accept https://huggingface.co/{path}, then hf auth login") from error
+    except RepositoryNotFoundError as error:
+        raise BadInput(f"{path} is no folder and no model on the hub: check the spelling, or hf auth login") from error
+    except RevisionNotFoundError as error:
+        raise BadInput(f"{path} has no revision {hub['revision']!r}: see its branches on the hub") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:  # before EntryNotFoundError, its parent
+        raise BadInput(f"{path} is no folder and the hub cannot be reached: name a downloaded folder") from error
+    except EntryNotFoundError as error:
+        raise BadInput(f"{path} has no model_index.json on the hub: name a whole diffusers pipeline") from error
+    except HfHubHTTPError as error:
+        raise BadInput(
+            f"{path} could not be fetched from the hub ({error.response.status_code}): try again later"
+        ) from error
+
+
+def _kind_of_file(path: str) -> type[Family]:
+    """SD15 or SDXL, by the tensors named in the header of a .safetensors file."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path} is no file: check the path")
+    with (
+        bad_input(f"{path} cannot be loaded", "check that it was copied whole"),
+        safe_open(path, framework="pt") as file,
+    ):
+        names = list(file.keys())
+        first_layer = "model.diffusion_model.input_blocks.0.0.weight"
+        channels = file.get_slice(first_layer).get_shape()[1] if first_layer in names else None
+
+    def has(prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in names)
+
+    if any("lora" in name for name in names):
+        raise BadInput(f"{path} is a LoRA, not a model: name the base model, and this file as init_lora")
+    if channels not in (None, 4):
+        raise BadInput(f"{path} has a UNet of {channels} input channels, inpainting or editing: use its base model")
+    if channels and has("conditioner.embedders.0.transformer.") and has("conditioner.embedders.1.model."):
+        return SDXL
+    if channels and has("cond_stage_model."):
+        return SD15
+    raise BadInput(
+        f"{path} is not a whole Stable Diffusion 1.x, 2.x or SDXL base model (its first tensor is "
+        f"{min(names, default='missing')}): name such a file, or a diffusers folder"
+    )
+
+
+def _load_folder(
+    path: str, kind: type[Family], dtype: torch.dtype, unet_dtype: torch.dtype, variant: str | None, hub: dict
+) -> DiffusionPipeline:
+    with bad_input(f"{path} cannot be loaded", f"only safetensors are: {_CONVERT}"):
+        if not Path(path).is_dir():  # first, so that downloads keep their progress bars
+            path = DiffusionPipeline.download(path, variant=variant, use_safetensors=True, **hub)
+        dtypes = {"unet": unet_dtype, "vae": torch.float32, "default": dtype}
+        with no_loading_bars():
+            return DiffusionPipeline.from_pretrained(
+                path, variant=variant, use_safetensors=True, **{_DTYPE: dtypes}, **_UNUSED_PARTS[kind]
+            )
+
+
+def _load_file(
+    path: str, kind: type[Family], dtype: torch.dtype, unet_dtype: torch.dtype, where: dict
+) -> DiffusionPipeline:
+    advice = "name the folder or hub id of a pipeline with this architecture as single_file_config"
+    with bad_input(f"{path} cannot be loaded", advice), no_loading_bars():
+        # from_single_file knows one dtype only, so what differs is loaded on its own
+        vae = AutoencoderKL.from_single_file(path, subfolder="vae", **{_DTYPE: torch.float32}, **where)
+        unet = UNet2DConditionModel.from_single_file(path, subfolder="unet", **{_DTYPE: unet_dtype}, **where)
+        return _PIPELINES[kind].from_single_file(
+            path, unet=unet, vae=vae, **{_DTYPE: dtype}, **_UNUSED_PARTS[kind], **where
+        )
+
+
+def _load_vae(path: str, replaced: AutoencoderKL, hub: dict) -> AutoencoderKL:
+    """The VAE at `path` in fp32; a single file is read with the configuration of the VAE that it replaces."""
+    with bad_input(f"{path} cannot be loaded as a VAE", f"only safetensors are: {_CONVERT}"), no_loading_bars():
+        if path.endswith(".safetensors"):
+            with tempfile.TemporaryDirectory() as config:  # diffusers' own guess has the scaling factor of SD1.5
+                replaced.save_config(config)
+                return AutoencoderKL.from_single_file(path, config=config, **{_DTYPE: torch.float32})
+        subfolder = "vae" if Path(path, "vae").is_dir() else None  # of a whole pipeline
+        return AutoencoderKL.from_pretrained(
+            path, subfolder=subfolder, use_safetensors=True, **{_DTYPE: torch.float32}, **hub
+        )

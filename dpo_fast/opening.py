@@ -1,0 +1,314 @@
+"""Opening a run: everything a trainer works with, made and checked in the order of what it costs.
+
+Settings, output folder, trackers and hub first (moments), then the pairs (every label and caption, a sample of the
+images), then the model, then what a checkpoint holds. What the user can mend raises BadInput here, before the first step.
+"""
+
+import importlib.util
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dpo_fast import checkpoint, hub, run_folder
+from dpo_fast.config import TrainConfig, public, to_yaml
+from dpo_fast.data import (
+    BadRow,
+    Batch,
+    PairDataset,
+    PairSets,
+    PairTransform,
+    StreamedPairs,
+    TrainStream,
+    build_index,
+    make_loader,
+    open_source,
+)
+from dpo_fast.errors import BadInput, missing_extra
+from dpo_fast.models import Family, load_family
+from dpo_fast.models.lora import add_lora, merge_lora
+from dpo_fast.objectives import OBJECTIVES
+from dpo_fast.optim import MasterOptimizer
+from dpo_fast.parallel import Ranks
+from dpo_fast.reference import AdapterOff, FrozenCopy, NoReference, Reference
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TRACKERS = ("tensorboard", "wandb", "comet_ml")
+SAMPLE_PROMPTS = 4
+
+
+@dataclass
+class Run:
+    """What a trainer works with."""
+
+    config: TrainConfig  # resolved: nothing that the result depends on is None
+    ranks: Ranks
+    sets: PairSets | StreamedPairs  # the counts of what was read: rows, ties_dropped, bad
+    batches: Iterator[Batch]  # this rank's micro-batches from `step` on
+    validation: PairDataset | None
+    prompts: list[str]  # of the samples
+    family: Family
+    masters: MasterOptimizer
+    reference: Reference
+    fingerprints: dict[str, str]  # of the base model's weights and of the pairs
+    step: int = 0  # optimizer steps done
+    kl: torch.Tensor | None = None  # [] fp32, kto's: mean implicit reward of the step before, at least 0
+    notes: dict[str, object] = field(default_factory=dict)  # what summary.json tells of before a resume
+    bad_rows: dict[int, BadRow] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return self.config.output_dir
+
+    @property
+    def report_path(self) -> Path:
+        return self.folder / run_folder.REPORT
+
+
+def open_run(config: TrainConfig, ranks: Ranks) -> Run:
+    """Open everything that `config` names. Every rank calls this. Raises BadInput for whatever the user can mend."""
+    config = _settle(config, ranks)
+    try:
+        return _open(config, ranks)
+    except BaseException:
+        if ranks.is_main:
+            run_folder.release(config.output_dir)
+        raise
+
+
+def _open(config: TrainConfig, ranks: Ranks) -> Run:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    files, saved = _saved_state(config)
+    if config.seed is None:
+        config.seed = saved["config"]["seed"] if saved else ranks.share(secrets.randbits(31))
+    _check_services(config, ranks)
+    ranks.on_main(lambda: run_folder.claim(config.output_dir, overwrite=config.overwrite, resuming=bool(saved)))
+
+    source, sets = _open_pairs(config, ranks)
+    family = _load_model(config, ranks)
+    if config.max_train_steps is None:
+        config.max_train_steps = max(1, len(sets.train) * config.num_train_epochs // config.pairs_per_step)
+    fingerprints = {"base model": fingerprint(family.unet), "pairs": source.identity()}
+    masters, reference = _make_trainable(config, ranks, family)
+
+    step, kl = 0, torch.zeros((), device=ranks.device)
+    if saved:
+        step = _restore(config, fingerprints, masters, kl, files, saved)
+    ranks.on_main(lambda: _check_space(config, family, masters))
+    batches, sets, validation, prompts = _open_stream(config, ranks, source, sets, family, step)
+    run = Run(config, ranks, sets, batches, validation, prompts, family, masters, reference, fingerprints, step, kl)
+    run.bad_rows = {bad.row: bad for bad in sets.bad}
+    if saved:
+        run.notes = saved["notes"]
+        run.bad_rows |= {row[0]: BadRow(*row) for row in saved["bad_rows"]}
+    ranks.on_main(lambda: run_folder.begin(config.output_dir, overwrite=config.overwrite, config_yaml=to_yaml(config)))
+    return run
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A short name for the weights of `module`: equal weights in equal dtype give equal names on every device."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    total = 0
+    for index, (_, tensor) in enumerate(sorted(module.state_dict().items())):
+        bits = tensor.detach().contiguous().view(whole[tensor.element_size()])
+        total = (total * 1_000_003 + (index + 1) * int(bits.sum(dtype=torch.int64).item())) % 2**64
+    return f"{total:016x}"
+
+
+def _settle(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """The configuration with batch split and output folder worked out, the same on every rank."""
+    a_pass = config.train_batch_size * ranks.world_size
+    pairs = config.pairs_per_step or a_pass * config.gradient_accumulation_steps
+    if pairs % a_pass:
+        raise BadInput(
+            f"--pairs_per_step ({pairs}) must be a multiple of train_batch_size x processes"
+            f" ({config.train_batch_size} x {ranks.world_size} = {a_pass})"
+        )
+    folder = config.output_dir or Path("runs", f"{config.preset or 'train'}-{datetime.now():%Y%m%d-%H%M%S}")
+    return replace(
+        config,
+        pairs_per_step=pairs,
+        gradient_accumulation_steps=pairs // a_pass,
+        output_dir=ranks.share(folder),
+    )
+
+
+def _saved_state(config: TrainConfig) -> tuple[dict, dict]:
+    if config.resume_from_checkpoint is None:
+        return {}, {}
+    return checkpoint.load(checkpoint.find(config.output_dir, config.resume_from_checkpoint))
+
+
+def _check_services(config: TrainConfig, ranks: Ranks) -> None:
+    """Trackers and hub are found wanting now, not after the training."""
+    for name in config.report_to.split(","):
+        if name not in (*TRACKERS, "all", "none"):
+            raise BadInput(f"--report_to {name} is not known; choose {', '.join(TRACKERS)}, all or none")
+        if name in TRACKERS and importlib.util.find_spec(name) is None:
+            raise missing_extra(name, "trackers", f"--report_to {name}")
+    if config.push_to_hub:
+        ranks.on_main(lambda: hub.check_login(config.hub_token))
+
+
+def _open_pairs(config: TrainConfig, ranks: Ranks) -> tuple[object, PairSets | None]:
+    source = open_source(
+        config.dataset_name,
+        config_name=config.dataset_config_name,
+        split=config.dataset_split_name,
+        image_columns=config.image_columns,
+        label_column=config.label_column,
+        caption_column=config.caption_column,
+        streaming=config.streaming,
+        cache_dir=config.cache_dir,
+        token=config.hub_token,
+        max_rows=config.max_train_samples,
+    )
+    if config.streaming:
+        return source, None
+    sets = build_index(
+        source,
+        seed=config.seed,
+        soft_labels=config.soft_labels,
+        max_bad_fraction=config.max_bad_fraction,
+        validation_fraction=config.validation_fraction,
+        report_path=config.output_dir / run_folder.REPORT if ranks.is_main else None,
+        progress=ranks.is_main,
+    )
+    return source, sets
+
+
+def _load_model(config: TrainConfig, ranks: Ranks) -> Family:
+    dtype = DTYPES[config.mixed_precision]
+    family = load_family(
+        config.pretrained_model_name_or_path,
+        turbo=config.is_turbo,
+        dtype=dtype,
+        unet_dtype=torch.float32 if config.tuning == "full" else dtype,  # masters begin at the fp32 weights
+        device=ranks.device,
+        revision=config.revision,
+        variant=config.variant,
+        vae_path=config.pretrained_vae_model_name_or_path,
+        prediction_type=config.prediction_type,
+        zero_terminal_snr=config.zero_terminal_snr,
+        attention=config.attention,
+        cache_dir=config.cache_dir,
+        token=config.hub_token,
+        single_file_config=config.single_file_config,
+    )
+    config.resolution, multiple = config.resolution or family.default_resolution, family.resolution_multiple
+    if config.resolution % multiple:
+        near = max(1, round(config.resolution / multiple)) * multiple
+        raise BadInput(
+            f"--resolution ({config.resolution}) must be a multiple of {multiple} for this model, for example {near}"
+        )
+    if config.time_ids == "real" and not family.needs_time_ids:
+        raise BadInput(f"--time_ids real is for SDXL: {family.name} has no size conditioning; leave it out")
+    if config.init_lora:
+        merge_lora(family.pipeline, config.init_lora, cache_dir=config.cache_dir, token=config.hub_token)
+    return family
+
+
+def _make_trainable(config: TrainConfig, ranks: Ranks, family: Family) -> tuple[MasterOptimizer, Reference]:
+    """Adapters or the whole UNet with fp32 masters, and the reference, in the order that makes the first margin 0."""
+    unet = family.unet
+    if config.tuning == "lora":
+        add_lora(unet, config.rank, config.lora_alpha or config.rank, config.lora_targets, seed=config.seed)
+    else:
+        unet.requires_grad_(True)
+    trained = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    ranks.broadcast_([parameter.detach() for parameter in trained.values()])
+    lr = config.learning_rate * (config.pairs_per_step if config.scale_lr else 1)
+    masters = MasterOptimizer(trained, DTYPES[config.mixed_precision], config, lr=lr, steps=config.max_train_steps)
+    reference: Reference = NoReference()
+    if OBJECTIVES[config.objective].needs_reference:
+        reference = AdapterOff(family) if config.tuning == "lora" else FrozenCopy(family)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return masters, reference
+
+
+def _restore(
+    config: TrainConfig,
+    fingerprints: dict[str, str],
+    masters: MasterOptimizer,
+    kl: torch.Tensor,
+    files: dict,
+    saved: dict,
+) -> int:
+    """Load a checkpoint's state and return its step, refusing one that this run would not have written."""
+    changed = checkpoint.differences(saved["config"], public(config))
+    changed += [
+        f"{n}: {saved['fingerprints'][n]} -> {now}"
+        for n, now in fingerprints.items()
+        if saved["fingerprints"][n] != now
+    ]
+    if changed:
+        raise BadInput(
+            f"--resume_from_checkpoint: the checkpoint was written with other settings ({'; '.join(changed)});"
+            " give the same, or start a new run in another --output_dir"
+        )
+    if saved["step"] >= config.max_train_steps:
+        raise BadInput(
+            f"--resume_from_checkpoint: step {saved['step']} of --max_train_steps {config.max_train_steps} is done"
+            " already; raise --max_train_steps to train on"
+        )
+    kl.copy_(files["optimizer"].pop("|kl"))
+    masters.load_state(files, saved["optimizer_values"])
+    return saved["step"]
+
+
+def _check_space(config: TrainConfig, family: Family, masters: MasterOptimizer) -> None:
+    """One checkpoint and the result must fit on the disk."""
+    state = sum(t.nbytes for tensors in masters.state()[0].values() for t in tensors.values())
+    trained = sum(master.numel() for master in masters.masters)
+    moments = 8 * trained if config.optimizer == "adamw" else 0  # made at the first step
+    result = 4 * (trained if config.tuning == "lora" else sum(p.numel() for p in family.unet.parameters()))
+    run_folder.check_space(config.output_dir, state + moments + result)
+
+
+def _open_stream(config, ranks: Ranks, source, sets: PairSets | None, family: Family, step: int):
+    """The training batches from `step` on, the counts, the held-out pairs and the prompts of the samples."""
+    transform = PairTransform(
+        resolution=config.resolution,
+        seed=config.seed,
+        timesteps=family.timesteps,
+        grid=family.timestep_grid,
+        hflip=config.hflip,
+        random_crop=config.random_crop,
+        caption_dropout=config.proportion_empty_prompts,
+        time_ids=config.time_ids,
+    )
+    split = dict(
+        pairs_per_step=config.pairs_per_step,
+        batch_size=config.train_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    work = dict(num_workers=config.dataloader_num_workers, pin_memory=ranks.device.type == "cuda")
+    validation, captions = None, []
+    if sets is None:
+        sets = StreamedPairs(
+            source,
+            transform,
+            soft_labels=config.soft_labels,
+            max_bad_fraction=config.max_bad_fraction,
+            progress=ranks.is_main,
+            **split,
+        )
+        batches = sets.batches(step, config.max_train_steps, **work)
+    else:
+        stream = TrainStream(seed=config.seed, pair_ids=sets.train.pair_id, **split)
+        dataset = PairDataset(source, sets.train, transform)
+        batches = make_loader(dataset, stream, step, config.max_train_steps, **work)
+        if len(sets.validation):
+            steady = replace(transform, hflip=False, random_crop=False, caption_dropout=0.0)
+            validation = PairDataset(source, sets.validation, steady)
+        captions = sets.validation.captions or sets.train.captions
+    prompts = list(config.validation_prompts) or list(dict.fromkeys(captions))[:SAMPLE_PROMPTS]
+    if config.run_validation and not prompts:
+        raise BadInput("--run_validation with --streaming needs --validation_prompts: no caption is at hand yet")
+    return batches, sets, validation, prompts

@@ -1,0 +1,200 @@
+"""fp32 masters beside compute-dtype weights, the optimizers over them, loss scaling, and updates skipped on the device.
+
+The module holds its trainable parameters in the compute dtype. Each has an fp32 master, which the optimizer updates and
+which is then rounded into the module. Gradients of the micro-batches are summed into the masters' in fp32. In fp32 a
+parameter is its own master, so nothing is copied.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import nn
+
+from dpo_fast.config import TrainConfig
+from dpo_fast.errors import missing_extra
+
+INITIAL_LOSS_SCALE = 2.0**14
+LOSS_SCALE_GROWTH_INTERVAL = 1000  # good updates before the scale doubles; one overflow halves it
+
+
+class MasterOptimizer:
+    """The trained state of a run: masters, optimizer, loss scale and EMA.
+
+    `parameters` are name -> fp32 parameter of the module; they are cast to `dtype` here, after the masters were taken,
+    so that the masters begin exactly where the checkpoint's fp32 weights are.
+    """
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], dtype: torch.dtype, config: TrainConfig, *, lr: float, steps: int
+    ) -> None:
+        assert parameters and all(p.dtype == torch.float32 for p in parameters.values())
+        self.names = list(parameters)
+        self.parameters = list(parameters.values())
+        if dtype == torch.float32:
+            self.masters = self.parameters
+        else:
+            self.masters = [nn.Parameter(p.detach().clone()) for p in self.parameters]
+            for parameter in self.parameters:
+                parameter.data = parameter.data.to(dtype)
+        device = self.masters[0].device
+        self.max_grad_norm = config.max_grad_norm
+        self.optimizer = _optimizer(self.masters, config, lr)
+        # The learning rate is a pure function of the step: nothing of the schedule has to be saved.
+        self._schedule = get_scheduler(
+            config.lr_scheduler,
+            torch.optim.SGD([torch.zeros(1)], lr=lr),
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=steps,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+        ).lr_lambdas[0]
+        self.base_lr = lr
+        self.scaled = dtype == torch.float16
+        self.loss_scale = torch.tensor(INITIAL_LOSS_SCALE if self.scaled else 1.0, device=device)
+        self.good_updates = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), device=device)  # updates skipped since the run began
+        self.skipped_in_a_row = torch.zeros((), device=device)
+        self.ema = [m.detach().clone() for m in self.masters] if config.use_ema else None
+        self.ema_decay = config.ema_decay
+
+    def lr(self, step: int) -> float:
+        """The learning rate of optimizer step `step` (the first is 0)."""
+        return self.base_lr * self._schedule(step)
+
+    def accumulate(self) -> None:
+        """Add the module's half-precision gradients to the masters' fp32 ones, and free them."""
+        if self.masters is self.parameters:
+            return
+        if self.masters[0].grad is None:
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                master.grad = parameter.grad.float()
+        else:
+            torch._foreach_add_(self.gradients(), [p.grad for p in self.parameters])
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def gradients(self) -> list[torch.Tensor]:
+        """The masters' fp32 gradients, in the order of `names`."""
+        return [m.grad for m in self.masters]
+
+    @torch.no_grad()
+    def step(self, step: int, loss: torch.Tensor, world_size: int) -> torch.Tensor:
+        """Clip and apply the gradients that were summed over micro-batches and ranks; returns their norm, fp32 [].
+
+        A non-finite gradient or `loss` leaves weights and optimizer state as they are, decided on the device.
+        """
+        gradients = self.gradients()
+        unscale = 1.0 / (self.loss_scale * world_size)
+        norm = torch.nn.utils.get_total_norm(gradients) * unscale
+        found_inf = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
+        clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) if self.max_grad_norm else 1.0
+        torch._foreach_mul_(gradients, unscale * clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(step)
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            self.optimizer.found_inf = found_inf
+            self.optimizer.step()
+        elif not found_inf.item():  # the other optimizers cannot skip on the device: one wait an optimizer step
+            self.optimizer.step()
+        self._count(found_inf)
+        for master in self.masters:
+            master.grad = None
+        self.write_back()
+        if self.ema is not None:
+            decay = min(self.ema_decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self.ema, self.masters, 1.0 - decay)
+        return norm
+
+    def _count(self, found_inf: torch.Tensor) -> None:
+        self.skipped += found_inf
+        self.skipped_in_a_row = (self.skipped_in_a_row + found_inf) * found_inf
+        if self.scaled:
+            self.good_updates = (self.good_updates + 1) * (1 - found_inf)
+            grow = (self.good_updates >= LOSS_SCALE_GROWTH_INTERVAL).float()
+            self.good_updates *= 1 - grow
+            self.loss_scale *= (1 - 0.5 * found_inf) * (1 + grow)
+
+    @torch.no_grad()
+    def write_back(self, source: list[torch.Tensor] | None = None) -> None:
+        """Round the masters (or `source`, e.g. the EMA) into the module."""
+        source = self.masters if source is None else source
+        if source is not self.parameters:
+            torch._foreach_copy_(self.parameters, source)
+
+    @contextmanager
+    def showing_export(self) -> Iterator[None]:
+        """Within the block the module holds what `export` gives, in the compute dtype. Not for training in."""
+        if self.ema is None:
+            yield
+            return
+        trained = self.masters if self.masters is not self.parameters else [p.detach().clone() for p in self.masters]
+        self.write_back(self.ema)
+        try:
+            yield
+        finally:
+            self.write_back(trained)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """name -> fp32 master."""
+        return {n: m.detach() for n, m in zip(self.names, self.masters, strict=True)}
+
+    def export(self) -> dict[str, torch.Tensor]:
+        """name -> fp32 weight to publish: the EMA where there is one, else the masters."""
+        return self.weights() if self.ema is None else dict(zip(self.names, self.ema, strict=True))
+
+    def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, object]]:
+        """Everything that must resume: files of named tensors, and plain values."""
+        tensors, values = {}, {}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                (tensors if isinstance(value, torch.Tensor) else values)[f"{self.names[index]}|{key}"] = value
+        device_values = {
+            name: getattr(self, name) for name in ("loss_scale", "good_updates", "skipped", "skipped_in_a_row")
+        }
+        files = {"weights": self.weights(), "optimizer": tensors | {f"|{k}": v for k, v in device_values.items()}}
+        if self.ema is not None:
+            files["ema"] = dict(zip(self.names, self.ema, strict=True))
+        return files, values
+
+    @torch.no_grad()
+    def load_state(self, files: dict[str, dict[str, torch.Tensor]], values: dict[str, object]) -> None:
+        """The inverse of `state`; tensors may come from the CPU."""
+        torch._foreach_copy_(self.masters, [files["weights"][n] for n in self.names])
+        if self.ema is not None:
+            torch._foreach_copy_(self.ema, [files["ema"][n] for n in self.names])
+        position = {name: index for index, name in enumerate(self.names)}
+        states: dict[int, dict[str, object]] = {}
+        for key, value in (files["optimizer"] | values).items():
+            name, entry = key.rsplit("|", 1)
+            if name:
+                states.setdefault(position[name], {})[entry] = value
+            else:
+                getattr(self, entry).copy_(value)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+        self.write_back()
+
+
+def _optimizer(masters: list[nn.Parameter], config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    if config.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        # At the given rate, without its own schedule or parameter scaling, as the paper's authors run it for SDXL.
+        return Adafactor(
+            masters, lr=lr, weight_decay=config.adam_weight_decay, scale_parameter=False, relative_step=False
+        )
+    options = dict(
+        lr=lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
+    )
+    if config.optimizer == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise missing_extra("bitsandbytes", "gpu", "--optimizer adamw8bit (--use_8bit_adam)") from error
+        return AdamW8bit(masters, **options)
+    return torch.optim.AdamW(masters, fused=True, **options)

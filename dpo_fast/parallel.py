@@ -1,0 +1,137 @@
+"""Process state and the few collectives of data-parallel training. One process needs no launcher and no process group.
+
+Gradients are fp32 and are reduced once an optimizer step, so the ranks hold plain modules: no wrapper hooks the
+backward pass, and the reference runs on the very module that is trained.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from PIL import Image
+
+from dpo_fast.errors import BadInput
+
+BUCKET_ELEMENTS = 32 * 1024 * 1024  # 128 MiB of fp32 a collective: large enough for full bandwidth
+
+
+@dataclass
+class Ranks:
+    """Where this process stands: `rank` of `world_size`, computing on `device`."""
+
+    accelerator: Accelerator
+    rank: int
+    world_size: int
+    device: torch.device
+    signals: "dist.ProcessGroup | None"  # a CPU group, so that agreeing on a flag never waits for the GPU
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensors: list[torch.Tensor]) -> None:
+        """Sum fp32 `tensors` over the ranks in place, bucketed; every rank ends with the same bits."""
+        if self.world_size == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([t.reshape(-1) for t in bucket])
+            dist.all_reduce(flat)
+            torch._foreach_copy_(
+                bucket, [part.view_as(t) for part, t in zip(_split(flat, bucket), bucket, strict=True)]
+            )
+
+    def broadcast_(self, tensors: list[torch.Tensor]) -> None:
+        """Give every rank the main rank's values, in place."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank where `flag` is true on any."""
+        if self.world_size == 1:
+            return flag
+        votes = torch.tensor([int(flag)])
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.signals)
+        return bool(votes.item())
+
+    def share(self, value: object) -> object:
+        """The main rank's `value` on every rank (a small picklable object of our own making)."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.signals)
+        return box[0]
+
+    def on_main(self, work: Callable[[], None]) -> None:
+        """Do `work` on the main rank while the others wait; a BadInput of it is raised on every rank."""
+        problem = None
+        if self.is_main:
+            try:
+                work()
+            except BadInput as error:
+                problem = error
+        problem = self.share(problem)
+        if problem is not None:
+            raise problem
+
+    def start_trackers(self, folder: Path, project: str, config: dict[str, object]) -> None:
+        """Start accelerate's trackers, writing into `folder`. Values that are no scalars are logged as text."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.project_configuration.set_directories(str(folder))
+        self.accelerator.project_configuration.logging_dir = str(folder)
+        scalars = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items()}
+        self.accelerator.init_trackers(project, config=scalars, init_kwargs={"wandb": {"dir": str(folder)}})
+
+    def track_picture(self, name: str, picture: Image.Image, step: int) -> None:
+        """Show a picture in those trackers that can."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+            elif tracker.name == "wandb":
+                import wandb
+
+                tracker.log({name: wandb.Image(picture)}, step=step)
+
+    def wait(self) -> None:
+        """Return once every rank has come here."""
+        if self.world_size > 1:
+            dist.barrier(group=self.signals)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start(report_to: str) -> Ranks:
+    """Join the launched processes (`accelerate launch`, torchrun), or run alone.
+
+    Raises RuntimeError when the launcher started more processes than joined.
+    """
+    trackers = None if report_to == "none" else report_to.split(",")
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), log_with=trackers)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise RuntimeError(f"{launched} processes were launched but {accelerator.num_processes} joined")
+    signals = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+    return Ranks(accelerator, accelerator.process_index, accelerator.num_processes, accelerator.device, signals)
+
+
+def _buckets(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    buckets: list[list[torch.Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not buckets or tensor.numel() > room:
+            buckets.append([])
+            room = BUCKET_ELEMENTS
+        buckets[-1].append(tensor)
+        room -= tensor.numel()
+    return buckets
+
+
+def _split(flat: torch.Tensor, like: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return flat.split([t.numel() for t in like])

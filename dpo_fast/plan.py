@@ -1,0 +1,120 @@
+"""What a run will take, before it starts: parameters, memory by part, disk and FLOPs a step.
+
+Counted on the meta device from the model's configuration alone: nothing is loaded and nothing is computed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dpo_fast.config import TrainConfig, to_yaml
+from dpo_fast.models.load import read_component_config
+from dpo_fast.models.lora import add_lora
+from dpo_fast.objectives import OBJECTIVES
+
+BYTES = {"no": 4, "fp16": 2, "bf16": 2}
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Bytes of optimizer state a trained parameter: two fp32 moments; two 8-bit ones with their scales; factored moments.
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256, "adafactor": 0.0}
+
+
+@dataclass
+class UNetCosts:
+    """Of one image (half a pair) through the UNet."""
+
+    parameters: int
+    trained: int
+    forward: float  # FLOPs, 2 a multiply-add
+    backward: float  # FLOPs, of what is trained
+    saved_bytes: int  # activations kept for the backward pass, without gradient checkpointing
+
+
+def plan(config: TrainConfig) -> str:
+    """The resolved configuration and the costs as text. Raises BadInput when the model's configuration cannot be read."""
+    unet_config = read_component_config(config, "unet")
+    vae_scale = 2 ** (len(read_component_config(config, "vae")["block_out_channels"]) - 1)
+    resolution = config.resolution or unet_config["sample_size"] * vae_scale
+    costs = unet_costs(unet_config, config, resolution // vae_scale)
+    needs_reference = OBJECTIVES[config.objective].needs_reference
+    width = BYTES[config.mixed_precision]
+    pairs = config.pairs_per_step or config.train_batch_size * config.gradient_accumulation_steps
+
+    masters = costs.trained * (4 if width == 2 else 0)
+    memory = {
+        "UNet weights": costs.parameters * width,
+        "fp32 masters": masters,
+        "gradients": costs.trained * (4 + (width if width == 2 else 0)),
+        "optimizer state": costs.trained * STATE_BYTES[config.optimizer],
+        "EMA": costs.trained * 4 * config.use_ema,
+        "reference": costs.parameters * width * (needs_reference and config.tuning == "full"),
+    }
+    activations = 2 * config.train_batch_size * costs.saved_bytes
+    checkpoint = costs.trained * (4 + STATE_BYTES[config.optimizer] + 4 * config.use_ema)
+    result = costs.trained * 4 if config.tuning == "lora" else costs.parameters * 4
+    forwards = 1 + needs_reference + config.gradient_checkpointing
+    flops = 2 * pairs * (forwards * costs.forward + costs.backward)
+    kept = f", {config.checkpoints_total_limit} kept" if config.checkpoints_total_limit else ""
+    recomputed = " (fewer: --gradient_checkpointing recomputes them)" if config.gradient_checkpointing else ""
+
+    lines = [
+        to_yaml(config).rstrip(),
+        "",
+        f"parameters        {costs.parameters:,} in the UNet, {costs.trained:,} trained",
+        f"a step            {pairs} pairs at {resolution} x {resolution}",
+        *(f"memory            {_size(value):>10}  {name}" for name, value in memory.items()),
+        f"memory            {_size(activations):>10}  activations of {config.train_batch_size} pairs{recomputed}",
+        f"memory            {_size(sum(memory.values()) + activations):>10}  in all, without VAE and text encoders",
+        f"disk              {_size(checkpoint):>10}  a checkpoint{kept}",
+        f"disk              {_size(result):>10}  the result",
+        f"UNet FLOPs a step {flops / 1e12:>10.3f}  TFLOP: policy forward and backward"
+        + (", reference forward" if needs_reference else "")
+        + (", recomputation" if config.gradient_checkpointing else ""),
+    ]
+    return "\n".join(lines)
+
+
+def unet_costs(unet_config: dict, config: TrainConfig, latent_size: int) -> UNetCosts:
+    """Count one image of `latent_size` x `latent_size` latents through a UNet of this configuration, on meta tensors."""
+    dtype = DTYPES[config.mixed_precision]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(unet_config)
+        parameters = sum(p.numel() for p in unet.parameters())
+        if config.tuning == "lora":
+            add_lora(unet, config.rank, config.lora_alpha or config.rank, config.lora_targets)
+        unet.to(dtype)
+        noisy = torch.zeros(1, unet_config["in_channels"], latent_size, latent_size, dtype=dtype)
+        inputs = dict(
+            timestep=torch.zeros(1, dtype=torch.int64),
+            encoder_hidden_states=torch.zeros(1, 77, unet_config["cross_attention_dim"], dtype=dtype),
+        )
+        if unet_config.get("addition_embed_type") == "text_time":
+            time_ids = 6 * unet_config["addition_time_embed_dim"]
+            pooled = unet_config["projection_class_embeddings_input_dim"] - time_ids
+            inputs["added_cond_kwargs"] = {
+                "text_embeds": torch.zeros(1, pooled, dtype=dtype),
+                "time_ids": torch.zeros(1, 6, dtype=dtype),
+            }
+        weights = {p.untyped_storage()._cdata for p in unet.parameters()}
+        saved: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                saved[storage._cdata] = storage.nbytes()
+            return tensor
+
+        counter = FlopCounterMode(display=False)
+        with counter:
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+                prediction = unet(noisy, **inputs).sample
+            forward = counter.get_total_flops()
+            prediction.backward(torch.ones_like(prediction))
+        backward = counter.get_total_flops() - forward
+    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    return UNetCosts(parameters, trained, float(forward), float(backward), sum(saved.values()))
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,58 @@
+"""The reference model of Diffusion-DPO, in the forms the trainer can hold it in.
+
+A reference is called once a micro-batch, before the policy, and gives what the pair kernels take as `ref`:
+predictions [2B,C,H,W] in the compute dtype, or errors [2B] in fp32, or None. It is the same module class, dtype and
+weights as the policy at step 0, which makes the first margin exactly zero.
+"""
+
+import copy
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from dpo_fast.data.pairs import Batch
+from dpo_fast.models.family import Family
+from dpo_fast.models.lora import adapter_off
+
+
+class Reference(Protocol):
+    """What the trainer asks of a reference."""
+
+    def __call__(
+        self,
+        batch: Batch,
+        noisy_latents: torch.Tensor,  # [2B,C,H,W], compute dtype
+        conditioning: dict[str, torch.Tensor],  # [B,...] each
+    ) -> torch.Tensor | None: ...
+
+
+class AdapterOff:
+    """LoRA: the policy itself with the adapters' scale at 0. Costs no memory."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+
+    @torch.no_grad()
+    def __call__(self, batch, noisy_latents, conditioning):
+        with adapter_off(self.family.unet):
+            return self.family.denoise(self.family.unet, noisy_latents, batch.timesteps, conditioning)
+
+
+class FrozenCopy:
+    """Full fine-tuning: a copy of the UNet as it is now, never trained."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.unet: nn.Module = copy.deepcopy(family.unet).requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, batch, noisy_latents, conditioning):
+        return self.family.denoise(self.unet, noisy_latents, batch.timesteps, conditioning)
+
+
+class NoReference:
+    """Objectives that need none (sft, mapo)."""
+
+    def __call__(self, batch, noisy_latents, conditioning):
+        return None

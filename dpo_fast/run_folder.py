@@ -1,0 +1,89 @@
+"""The output folder of a run: claimed at the start, filled atomically, never overwritten by accident.
+
+config.yaml  metrics.jsonl  summary.json  bad_rows.jsonl  samples/  checkpoint-N/  README.md (the model card)
+and the result: pytorch_lora_weights.safetensors, or a diffusers pipeline
+"""
+
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from dpo_fast.errors import BadInput
+from dpo_fast.files import remove_temporaries, write_text
+
+
+REPORT = "bad_rows.jsonl"
+
+
+def claim(folder: Path, *, overwrite: bool, resuming: bool) -> None:
+    """Make sure that a run may use `folder`, without changing what is in it.
+
+    Raises BadInput where it holds anything (but a report of bad rows) and neither `overwrite` nor `resuming` was asked
+    for, and where it cannot be written.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise BadInput(f"--output_dir {folder} is a file; name a folder")
+        occupied = folder.is_dir() and any(entry.name != REPORT for entry in folder.iterdir())
+        if occupied and not (overwrite or resuming):
+            raise BadInput(
+                f"--output_dir {folder} is not empty; choose another, go on with --resume_from_checkpoint latest,"
+                " or replace it with --overwrite"
+            )
+        if occupied and overwrite and not (folder / "config.yaml").is_file():
+            raise BadInput(f"--overwrite: {folder} does not look like a run (no config.yaml); empty it yourself")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise BadInput(
+            f"--output_dir {folder} cannot be written ({error.strerror or error}); name a folder that can"
+        ) from error
+
+
+def begin(folder: Path, *, overwrite: bool, config_yaml: str) -> None:
+    """Now that everything is open: clear an earlier run away if asked, and write config.yaml."""
+    remove_temporaries(folder)
+    if overwrite:
+        for entry in folder.iterdir():
+            if entry.name != REPORT:
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    write_text(folder / "config.yaml", config_yaml)
+
+
+def release(folder: Path) -> None:
+    """Remove a folder that nothing was written to, after the run could not be opened."""
+    with suppress(OSError):  # not empty, or not there
+        folder.rmdir()
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """Raise BadInput when the disk under `folder` cannot hold `needed_bytes` more."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise BadInput(
+            f"--output_dir {folder} has {free / 2**20:.0f} MiB free, but one checkpoint and the result need"
+            f" {needed_bytes / 2**20:.0f} MiB; free some space or name another disk"
+        )
+
+
+def publish(folder: Path, write) -> None:
+    """Let `write(temporary_folder)` produce the result, then move it into `folder` entry by entry.
+
+    A pipeline's model_index.json goes last: what can be loaded is complete.
+    """
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as name:
+        write(Path(name))
+        for entry in sorted(Path(name).iterdir(), key=lambda e: e.name == "model_index.json"):
+            target = folder / entry.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(entry, target)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file, atomically."""
+    earlier = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_text(path, earlier + line + "\n")

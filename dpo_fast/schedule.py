@@ -1,0 +1,107 @@
+"""The noise schedule in float64 and the timesteps worth training on.
+
+diffusers keeps its schedules in float32 and casts them to the dtype of the latents in `add_noise`; a half precision
+schedule is a different one. Here the cumulative product and the rescaling are float64, and what the kernels read is
+rounded to float32 once.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from dpo_fast.errors import BadInput
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+_BETA_SETTINGS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """x_t = sqrt_alpha_bar[t] x_0 + sqrt_one_minus_alpha_bar[t] eps, for t in [0, T)."""
+
+    alphas_cumprod: Tensor  # [T] float64, "abar" in formulas
+    sqrt_alpha_bar: Tensor  # [T] float32
+    sqrt_one_minus_alpha_bar: Tensor  # [T] float32
+    prediction_type: str  # "epsilon" or "v_prediction"
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return self.alphas_cumprod.numel()
+
+    def to(self, device: torch.device | str) -> "NoiseSchedule":
+        return replace(
+            self,
+            alphas_cumprod=self.alphas_cumprod.to(device),
+            sqrt_alpha_bar=self.sqrt_alpha_bar.to(device),
+            sqrt_one_minus_alpha_bar=self.sqrt_one_minus_alpha_bar.to(device),
+        )
+
+
+def noise_schedule(
+    scheduler_config: Mapping,  # of the pipeline's scheduler, whichever it is
+    *,
+    zero_terminal_snr: str,  # "on", "off", or "auto": on for Turbo and where the config says rescale_betas_zero_snr
+    turbo: bool,
+    prediction_type: str | None = None,  # None: as the config says
+) -> NoiseSchedule:
+    """The schedule a model was trained with, from the config of any of diffusers' schedulers that has betas.
+
+    Raises BadInput for a config without betas (flow matching, EDM), a beta_schedule diffusers does not know, a
+    prediction type other than epsilon and v_prediction, and a zero_terminal_snr other than the three.
+    """
+    prediction_type = prediction_type or scheduler_config.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTION_TYPES:
+        raise BadInput(f"prediction_type {prediction_type!r} is not supported; choose {' or '.join(PREDICTION_TYPES)}")
+    if zero_terminal_snr not in ("auto", "on", "off"):
+        raise BadInput(f"zero_terminal_snr {zero_terminal_snr!r} is not known; choose auto, on or off")
+    if zero_terminal_snr == "auto":
+        rescale = turbo or bool(scheduler_config.get("rescale_betas_zero_snr", False))
+    else:
+        rescale = zero_terminal_snr == "on"
+
+    abar = (1 - _betas(scheduler_config).double()).cumprod(0)
+    if rescale:
+        abar = _zero_terminal_snr(abar)
+    return NoiseSchedule(abar, abar.sqrt().float(), (1 - abar).sqrt().float(), prediction_type)
+
+
+def turbo_grid(num_train_timesteps: int, steps: int = 4) -> list[int]:
+    """The timesteps SDXL-Turbo was distilled on: the ends of `steps` equal parts, 249 499 749 999 of a thousand."""
+    return [num_train_timesteps * k // steps - 1 for k in range(1, steps + 1)]
+
+
+def usable_timesteps(schedule: NoiseSchedule, grid: Sequence[int] | None) -> Tensor:
+    """The timesteps that carry a gradient, int64 [n] ascending on the CPU: all, or those of the grid.
+
+    Where abar is 0 both noisy images of a pair are the noise alone. Under epsilon prediction target and prediction are
+    then the same for both, and margin and gradient 0: those timesteps are left out. Under v_prediction the targets
+    differ and they stay.
+    """
+    abar = schedule.alphas_cumprod.cpu()
+    timesteps = torch.arange(abar.numel()) if grid is None else torch.tensor(sorted(set(grid)), dtype=torch.int64)
+    if schedule.prediction_type == "epsilon":
+        timesteps = timesteps[abar[timesteps] > 0]
+    return timesteps
+
+
+def _betas(scheduler_config: Mapping) -> Tensor:
+    """float32 [T], as diffusers computes them: the very numbers the model was trained with."""
+    if scheduler_config.get("beta_schedule") is None and scheduler_config.get("trained_betas") is None:
+        name = scheduler_config.get("_class_name", "without a name")
+        raise BadInput(f"scheduler {name} has no betas (flow matching, EDM), which is not supported; use SD1.5 or SDXL")
+    settings = {key: scheduler_config[key] for key in _BETA_SETTINGS if key in scheduler_config}
+    try:
+        return DDPMScheduler(**settings).betas
+    except NotImplementedError as error:
+        raise BadInput(f"beta_schedule {settings['beta_schedule']!r} is not one diffusers knows: {error}") from error
+
+
+def _zero_terminal_snr(abar: Tensor) -> Tensor:
+    """Shift and scale sqrt(abar) so that the first stays and the last is 0, exactly: arXiv 2305.08891, algorithm 1."""
+    root = abar.sqrt()
+    first, last = root[0], root[-1]
+    return ((root - last) * (first / (first - last))).square()

@@ -1,0 +1,79 @@
+"""`python -m dpo_fast.train`: align a model with preference pairs. `--help` lists every flag.
+
+Exit status: 0 done, 2 input that cannot be used (one line on stderr), 130 interrupted with the state saved, 1 a fault
+of ours (with a traceback).
+"""
+
+import errno
+import os
+import sys
+
+from dpo_fast.config import TrainConfig, parse
+from dpo_fast.errors import BadInput
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's) and return its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        config, notes = parse(argv)
+        for note in notes:
+            _say(note)
+        return _run(config, argv)
+    except BadInput as error:
+        return _refuse(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        return _refuse(
+            f"{error.strerror}{where}: nothing half-written is left; make room or name another --output_dir, then go on"
+            " with --resume_from_checkpoint latest"
+        )
+    except KeyboardInterrupt:
+        _say("interrupted before anything was trained; nothing is lost")
+        return 130
+
+
+def _run(config: TrainConfig, argv: list[str]) -> int:
+    # Imported here: flags are checked in a moment, before the heavy libraries are loaded.
+    from dpo_fast import parallel
+    from dpo_fast.plan import plan
+
+    if config.dry_run:
+        print(plan(config))
+        return 0
+
+    import torch
+
+    from dpo_fast.opening import open_run
+    from dpo_fast.trainer import Interrupted, Trainer
+
+    ranks = parallel.start(config.report_to)
+    try:
+        Trainer(open_run(config, ranks), argv).run()
+    except Interrupted as stop:
+        _say(str(stop))
+        return 130
+    except torch.OutOfMemoryError as error:
+        raise BadInput(
+            f"out of GPU memory ({str(error).split('.')[0]}); lower --train_batch_size (with --pairs_per_step the result"
+            " stays the same), or add --gradient_checkpointing, or --mixed_precision bf16, or --tuning lora"
+        ) from error
+    finally:
+        ranks.close()
+    return 0
+
+
+def _refuse(message: str) -> int:
+    _say("error: " + " ".join(message.split()))
+    return 2
+
+
+def _say(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"dpo_fast: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

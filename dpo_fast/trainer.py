@@ -1,0 +1,422 @@
+"""The trainer: one optimizer step on one screen, and what happens around the steps."""
+
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from dpo_fast import checkpoint, hub, run_folder, sampling
+from dpo_fast.card import model_card
+from dpo_fast.config import public
+from dpo_fast.data import BadRow, Batch, validation_loader, write_report
+from dpo_fast.data.pairs import too_many_bad
+from dpo_fast.errors import BadInput
+from dpo_fast.files import write_json, write_text
+from dpo_fast.kernels import dispatch, noise_pair
+from dpo_fast.metrics import Clock, MetricsFile, PairSums, for_trackers, overoptimised
+from dpo_fast.models import Conditioning, nonfinite_rows, save_lora
+from dpo_fast.objectives import OBJECTIVES, Terms, evaluate
+from dpo_fast.opening import Run
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state is saved and the message says where."""
+
+
+class Trainer:
+    """Trains an opened `run`. `argv` are the flags it was started with, for the model card."""
+
+    def __init__(self, run: Run, argv: list[str]) -> None:
+        self.run_, self.argv = run, argv
+        self.config, self.ranks, self.family = run.config, run.ranks, run.family
+        self.unet, self.masters, self.reference = run.family.unet, run.masters, run.reference
+        self.objective = OBJECTIVES[run.config.objective]
+        self.sums = PairSums(run.ranks.device, run.family.schedule.num_train_timesteps)
+        self.nonfinite_pair = torch.tensor(-1, device=run.ranks.device)  # id of a pair whose latents are not finite
+        self.grad_norm = torch.zeros((), device=run.ranks.device)
+        self.clock = Clock(run.step)
+        self.last_line: dict[str, object] = {}
+        self.signal: str | None = None
+        self.problem: BadInput | None = None
+
+    # ---- one step ----------------------------------------------------------------------------------------------
+
+    def train_step(self) -> None:
+        """One optimizer step over `pairs_per_step` pairs. Nothing in it waits for the device."""
+        passes = self.config.gradient_accumulation_steps
+        loss = torch.zeros(1, device=self.ranks.device)
+        reward = torch.zeros(1, device=self.ranks.device)
+        for _ in range(passes):
+            # draw: the loader drew timestep, flip, crop and dropout of each pair
+            batch = self._next_batch()
+            latents, conditioning = self.encode(batch)
+            # noise: one draw for both images, policy and reference
+            noisy, target = self.add_noise(latents, batch)
+            # reference first: it leaves nothing behind for the backward pass
+            ref = self.reference(batch, noisy, conditioning)
+            # policy
+            prediction = self.family.denoise(self.unet, noisy, batch.timesteps, conditioning)
+            # loss
+            terms = self.loss(prediction, ref, target, batch)
+            self._count(self.sums, terms, batch)
+            loss += terms.loss.detach() / passes
+            if terms.implicit_reward is not None:
+                reward += terms.implicit_reward.mean() / passes
+            # backward: gradients are summed in fp32
+            (terms.loss * (self.masters.loss_scale / passes)).backward()
+            self.masters.accumulate()
+        # step: one reduction over the ranks, then clip and update, or skip
+        self.ranks.sum_([*self.masters.gradients(), loss, reward])
+        self.grad_norm = self.masters.step(self.run_.step, loss[0], self.ranks.world_size)
+        self.run_.kl = (reward[0] / self.ranks.world_size).nan_to_num(0.0, 0.0).clamp(min=0)
+        self.run_.step += 1
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> tuple[torch.Tensor, Conditioning]:
+        """Latents fp16 [2B,C,h,w] and conditioning [B,...] of a batch; a dropped caption is the model's empty prompt."""
+        latents = self.family.encode_images(batch.pixels, self.config.vae_encode_batch_size)
+        nonfinite = nonfinite_rows(latents).view(2, -1).any(0)
+        self.nonfinite_pair = torch.maximum(self.nonfinite_pair, torch.where(nonfinite, batch.pair_id, -1).max())
+        conditioning = self.family.encode_prompts(batch.captions)
+        for name, empty in self.family.empty_prompt().items():
+            dropped = batch.dropped.view(-1, *[1] * (empty.dim() - 1))
+            conditioning[name] = torch.where(dropped, empty, conditioning[name])
+        if self.family.needs_time_ids:
+            conditioning["time_ids"] = batch.time_ids
+        return latents, conditioning
+
+    def add_noise(self, latents: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noisy latents [2B,C,h,w] in the compute dtype and the fp32 target."""
+        schedule = self.family.schedule
+        return noise_pair(
+            latents,
+            schedule.sqrt_alpha_bar[batch.timesteps],
+            schedule.sqrt_one_minus_alpha_bar[batch.timesteps],
+            self.config.seed,
+            batch.pair_id,
+            batch.draw,
+            prediction_type=schedule.prediction_type,
+            dtype=self.family.dtype,
+        )
+
+    def loss(self, prediction: torch.Tensor, ref: torch.Tensor | None, target: torch.Tensor, batch: Batch) -> Terms:
+        """The objective over a micro-batch."""
+        return evaluate(
+            self.objective,
+            prediction,
+            ref,
+            target,
+            self.config.beta_dpo,
+            label=batch.label,
+            weight=batch.weight,
+            kl=self.run_.kl,
+            label_smoothing=self.config.label_smoothing,
+        )
+
+    # ---- around the steps --------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to max_train_steps, then write the result.
+
+        Raises Interrupted after a signal, the state being saved, and BadInput for what only shows during training.
+        """
+        config, run = self.config, self.run_
+        self._say(self._overview())
+        backend = dispatch.backend(config.backend) if config.backend != "auto" else nullcontext()
+        with backend, self._watch_signals(), self._reporting():
+            if config.run_validation:
+                self._sample_base()
+            self.clock.restart(run.step)
+            while run.step < config.max_train_steps:
+                self.train_step()
+                self.bar.update()
+                last = run.step == config.max_train_steps
+                if run.step == 1 or run.step % config.log_every == 0 or last:
+                    self.log()
+                self._stop_if_asked()
+                with self.clock.paused():
+                    if config.run_validation and (run.step % config.validation_steps == 0 or last):
+                        self.validate()
+                    if run.step % config.checkpointing_steps == 0 or last:
+                        self.save()
+            self.finish()
+
+    def log(self) -> None:
+        """Read the device's sums and write a line: the points where the CPU waits for the device."""
+        run, config = self.run_, self.config
+        sums = self.sums.read(self.ranks.sum_)
+        norm = self.grad_norm.item()
+        seconds, waited = self.clock.read(run.step)
+        line = {
+            "step": run.step,
+            **sums,
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "lr": self.masters.lr(run.step - 1),
+            "step_time": seconds,
+            "data_wait": waited,
+            "pairs_per_second": config.pairs_per_step / seconds,
+            "peak_memory_gib": _peak_memory_gib(self.ranks.device),
+            "skipped_updates": int(self.masters.skipped.item()),
+        }
+        self.last_line = line
+        if run.step == 1:
+            run.notes |= {"loss_first": line["loss"], "initial_margin_rms": line["margin_rms"]}
+        self._check_health(line)
+        if self.ranks.is_main:
+            self.metrics.write(line)
+            self.ranks.accelerator.log(for_trackers(line), step=run.step)
+            shown = ("loss", "implicit_accuracy", "grad_norm")
+            self.bar.set_postfix({name: f"{line[name]:.4g}" for name in shown if line[name] is not None})
+            if overoptimised(line) and not run.notes.get("overoptimised_at"):
+                run.notes["overoptimised_at"] = run.step
+                self._say(
+                    f"step {run.step}: over-optimisation: accuracy is {line['implicit_accuracy']:.2f} while the policy has"
+                    " become worse than the reference on both images. Raise --beta_dpo or lower --learning_rate, and"
+                    " look at samples before trusting the loss"
+                )
+        self.clock.restart(run.step)
+
+    def validate(self) -> None:
+        """Held-out implicit accuracy and the before-over-after picture, of the weights that would be exported."""
+        run, line = self.run_, {"step": self.run_.step}
+        with self.masters.showing_export():
+            if run.validation is not None and self.objective.has_margin:
+                line["validation_accuracy"] = run.notes["validation_accuracy"] = self._held_out_accuracy()
+            if self.ranks.is_main:
+                after = sampling.sample(self.family, run.prompts, self.config.seed, self.config.resolution)
+        if self.ranks.is_main:
+            sheet = sampling.before_after(self.base_samples, after, run.prompts)
+            sampling.save_png(sheet, run.folder / "samples" / f"step-{run.step}.png")
+            self.ranks.track_picture("samples", sheet, run.step)
+            if len(line) > 1:
+                run_folder.append_line(run.folder / "validation.jsonl", json.dumps(line))
+                self.ranks.accelerator.log({"validation_accuracy": line["validation_accuracy"]}, step=run.step)
+                self._say(f"step {run.step}: held-out implicit accuracy {line['validation_accuracy']:.4f}")
+        self.ranks.wait()
+
+    @torch.no_grad()
+    def _held_out_accuracy(self) -> float | None:
+        sums = PairSums(self.ranks.device, self.family.schedule.num_train_timesteps)
+        batches = validation_loader(
+            self.run_.validation,
+            batch_size=self.config.train_batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            num_workers=self.config.dataloader_num_workers,
+        )
+        for batch in batches:
+            batch = batch.to(self.ranks.device)
+            latents, conditioning = self.encode(batch)
+            noisy, target = self.add_noise(latents, batch)
+            ref = self.reference(batch, noisy, conditioning)
+            prediction = self.family.denoise(self.unet, noisy, batch.timesteps, conditioning)
+            self._count(sums, self.loss(prediction, ref, target, batch), batch)
+        return sums.read(self.ranks.sum_)["implicit_accuracy"]
+
+    def save(self) -> None:
+        """Write checkpoint-N, from the main rank."""
+        run = self.run_
+        if self.ranks.is_main:
+            files, values = self.masters.state()
+            files["optimizer"]["|kl"] = run.kl
+            state = {
+                "step": run.step,
+                "pairs_seen": run.step * self.config.pairs_per_step,
+                "config": public(self.config),
+                "fingerprints": run.fingerprints,
+                "optimizer_values": values,
+                "notes": run.notes,
+                "bad_rows": [list(bad) for bad in run.bad_rows.values()],
+            }
+            checkpoint.save(run.folder, run.step, files, state)
+            checkpoint.prune(run.folder, self.config.checkpoints_total_limit)
+        self.ranks.wait()
+
+    def finish(self) -> None:
+        """Write the result, summary.json and the model card, and upload them if asked."""
+        run, config = self.run_, self.config
+        if self.ranks.is_main:
+            run_folder.publish(run.folder, self._export)
+            summary = self._summary()
+            write_json(run.folder / "summary.json", summary)
+            counts = {"rows": run.sets.rows, "ties_dropped": run.sets.ties_dropped, "bad_rows": len(run.bad_rows)}
+            card = model_card(public(config), summary, counts, self.family.name, self.argv)
+            write_text(run.folder / "README.md", card)
+            self._say(f"done, the result is in {run.folder}")
+            if config.push_to_hub:
+                self._say(f"uploaded to {hub.push(run.folder, config.hub_model_id, config.hub_token)}")
+        self.ranks.wait()
+
+    # ---- small parts -------------------------------------------------------------------------------------------
+
+    def _next_batch(self) -> Batch:
+        with self.clock.waiting():
+            batch = next(self.run_.batches)
+        if batch.bad:
+            self._note_bad_rows(batch.bad)
+        return batch.to(self.ranks.device, non_blocking=True)
+
+    def _note_bad_rows(self, bad: list[tuple[int, str]]) -> None:
+        """Images that turned out undecodable: their pairs have weight 0, and too many of them end the run."""
+        run, allowed = self.run_, self.config.max_bad_fraction
+        run.bad_rows |= {row: BadRow(row, "image", reason) for row, reason in bad if row not in run.bad_rows}
+        if self.ranks.is_main:
+            write_report(run.report_path, run.bad_rows.values())
+        if len(run.bad_rows) > allowed * max(run.sets.rows, 1):
+            self.problem = too_many_bad(list(run.bad_rows.values()), run.sets.rows, allowed, run.report_path)
+
+    def _count(self, sums: PairSums, terms: Terms, batch: Batch) -> None:
+        delta = None if terms.ref_error is None else terms.policy_error.detach() - terms.ref_error
+        sums.add(terms.loss, terms.margin, delta, batch.timesteps, batch.weight)
+
+    def _check_health(self, line: dict[str, object]) -> None:
+        """Set `problem` where going on would be a waste; called at log lines, where the host waits anyway."""
+        bad_pair = int(self.nonfinite_pair.item())
+        in_a_row = int(self.masters.skipped_in_a_row.item())
+        if bad_pair >= 0:
+            vae = str(self.family.pipeline.vae.dtype).removeprefix("torch.")
+            self.problem = BadInput(
+                f"row {bad_pair}: the VAE gave a non-finite latent (its dtype is {vae}, latents are fp16); use a VAE that"
+                " is safe in fp16, for SDXL --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix,"
+                " or --mixed_precision bf16 or no"
+            )
+        elif in_a_row >= self.config.max_skipped_updates:
+            self.problem = BadInput(
+                f"step {line['step']}: the last {in_a_row} updates were not finite and were skipped (loss {line['loss']},"
+                f" loss scale {self.masters.loss_scale.item():g}); lower --learning_rate, or use --mixed_precision bf16"
+                " or no, and go on from an earlier checkpoint"
+            )
+
+    def _stop_if_asked(self) -> None:
+        """End the run after a signal or a problem on any rank; every rank does so at the same step."""
+        if not self.ranks.any(self.signal is not None or self.problem is not None):
+            return
+        if self.ranks.any(self.problem is not None):
+            raise self.problem or BadInput("another process met a problem and said which")
+        self.save()
+        raise Interrupted(
+            f"{self.signal or 'stopped'} after step {self.run_.step}: saved as"
+            f" {self.run_.folder / checkpoint.PREFIX}{self.run_.step}; the same command with"
+            " --resume_from_checkpoint latest goes on"
+        )
+
+    @contextmanager
+    def _watch_signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the run after the step in progress; a second one ends it at once."""
+
+        def ask(number: int, frame: object) -> None:
+            if self.signal is not None:
+                raise KeyboardInterrupt
+            self.signal = signal.Signals(number).name
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """The progress bar, metrics.jsonl and the trackers."""
+        run, config, main = self.run_, self.config, self.ranks.is_main
+        if main and config.report_to != "none":
+            self.ranks.start_trackers(run.folder / config.logging_dir, config.tracker_name, public(config))
+        self.metrics = MetricsFile(run.folder / "metrics.jsonl" if main else Path(os.devnull), run.step)
+        self.bar = tqdm(total=config.max_train_steps, initial=run.step, unit="step", disable=not main)
+        self.started, self.first_step = time.perf_counter(), run.step
+        try:
+            yield
+        finally:
+            self.bar.close()
+            self.metrics.close()
+            self.ranks.accelerator.end_training()
+
+    def _sample_base(self) -> None:
+        """Samples of the base model, drawn before the first step and kept for every later comparison."""
+        run = self.run_
+        files = [run.folder / "samples" / f"base-{k}.png" for k in range(len(run.prompts))]
+        if self.ranks.is_main:
+            if run.step == 0:
+                images = sampling.sample(self.family, run.prompts, self.config.seed, self.config.resolution)
+                for image, file in zip(images, files, strict=True):
+                    sampling.save_png(image, file)
+            self.base_samples = [Image.open(file).convert("RGB") for file in files]
+        self.ranks.wait()
+
+    def _export(self, folder: Path) -> None:
+        """Write the trained weights (the EMA's where there is one) as diffusers loads them."""
+        weights = self.masters.export()
+        if self.config.tuning == "lora":
+            save_lora(self.family, folder, weights)
+        else:
+            self.family.save_full(folder, self.unet.state_dict() | weights)
+
+    def _summary(self) -> dict[str, object]:
+        run, line = self.run_, self.last_line
+        seconds = time.perf_counter() - self.started
+        steps = run.step - self.first_step
+        return {
+            "steps": run.step,
+            "pairs_seen": run.step * self.config.pairs_per_step,
+            "seconds": seconds,  # of this process: a resumed run counts from where it went on
+            "pairs_per_second": steps * self.config.pairs_per_step / seconds,
+            "loss_first": run.notes.get("loss_first"),
+            "loss_last": line["loss"],
+            "implicit_accuracy": line["implicit_accuracy"],
+            "validation_accuracy": run.notes.get("validation_accuracy"),
+            "ties_dropped": run.sets.ties_dropped,
+            "bad_rows": len(run.bad_rows),
+            "initial_margin_rms": run.notes.get("initial_margin_rms"),
+            "skipped_updates": line["skipped_updates"],
+            "overoptimised_at": run.notes.get("overoptimised_at"),
+        }
+
+    def _overview(self) -> str:
+        """What is about to happen, in a few lines."""
+        run, config, masters = self.run_, self.config, self.masters
+        trained = sum(master.numel() for master in masters.masters)
+        precision = "fp32" if config.mixed_precision == "no" else f"{config.mixed_precision} with fp32 masters"
+        held_out = f", {len(run.validation)} held out" if run.validation is not None else ""
+        if config.streaming:
+            pairs = "pairs: streamed"
+        else:
+            pairs = (
+                f"pairs: {len(run.sets.train)} of {run.sets.rows} rows{held_out},"
+                f" {run.sets.ties_dropped} ties dropped, {len(run.bad_rows)} bad"
+            )
+            if run.sets.shared_with_validation:
+                pairs += f", {run.sets.shared_with_validation} left out for sharing an image with held-out pairs"
+        return "\n".join(
+            (
+                f"{self.family.name} {config.tuning} on {self.ranks.world_size} x {self.ranks.device.type}, {precision},"
+                f" {trained:,} parameters trained",
+                pairs,
+                f"steps: {run.step} to {config.max_train_steps}, each {config.pairs_per_step} pairs"
+                f" ({self.ranks.world_size} processes x {config.train_batch_size} x"
+                f" {config.gradient_accumulation_steps}) at {config.resolution} px, {len(self.family.timesteps)} timesteps",
+                f"objective: {config.objective}, beta {config.beta_dpo:g}, lr {masters.base_lr:g}, seed {config.seed}",
+                f"output: {run.folder}",
+            )
+        )
+
+    def _say(self, message: str) -> None:
+        if self.ranks.is_main:
+            tqdm.write("\n".join(f"dpo_fast: {line}" for line in message.splitlines()), file=sys.stderr)
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """The most memory held at once so far: the allocator's on a GPU, the process's on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,28 @@
+"""Fixtures for all tests: one tiny pipeline of each family a session, and nothing from the network."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
+
+import pytest
+
+from tests.helpers import pipelines
+
+
+@pytest.fixture(scope="session")
+def sd15_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion 1.5 pipeline; do not write in the folder."""
+    return pipelines.make_sd15(tmp_path_factory.mktemp("pipelines") / "sd15")
+
+
+@pytest.fixture(scope="session")
+def sdxl_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL pipeline; do not write in the folder."""
+    return pipelines.make_sdxl(tmp_path_factory.mktemp("pipelines") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def turbo_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL-Turbo pipeline; do not write in the folder."""
+    return pipelines.make_turbo(tmp_path_factory.mktemp("pipelines") / "turbo")

@@ -1,0 +1,244 @@
+"""Encoding, denoising and saving, against diffusers called by hand."""
+
+import copy
+import math
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from dpo_fast.models import Family, default_time_ids, load_family, nonfinite_rows
+from tests.helpers.pipelines import make_sdxl
+
+FAMILIES = ["sd15", "sdxl", "turbo"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PROMPTS = ["a red fox", "", "a blue boat", "a red fox"]
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> Family:
+    return make_family(request, request.param, torch.float32)
+
+
+def make_family(request, name: str, dtype: torch.dtype) -> Family:
+    return load_family(request.getfixturevalue(f"{name}_path"), turbo=name == "turbo", dtype=dtype, device="cpu")
+
+
+def random_pixels(n: int) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def random_pairs(family: Family, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Noisy latents of three pairs, their timesteps, their conditioning with three different time ids."""
+    noisy = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    conditioning = family.encode_prompts(PROMPTS[:3])
+    conditioning["time_ids"] = torch.cat([default_time_ids(resolution, 1) for resolution in (64, 512, 1023)])
+    return noisy, torch.tensor([3, 500, 990]), conditioning
+
+
+# images
+
+
+@torch.no_grad()
+def test_encode_images_is_the_scaled_mean_of_the_posterior(family):
+    pixels = random_pixels(3)
+    posterior = family.pipeline.vae.encode(pixels.float() / 127.5 - 1).latent_dist
+    latents = family.encode_images(pixels)
+    wanted = posterior.mean * family.pipeline.vae.config.scaling_factor
+    assert latents.dtype == torch.float16
+    assert latents.shape == (3, 4, 8, 8)
+    torch.testing.assert_close(latents, wanted.half(), rtol=2**-10, atol=1e-5)
+    assert posterior.std.mean() * family.pipeline.vae.config.scaling_factor > 1e-3  # a sample would not have passed
+
+
+def test_encode_images_in_chunks(family):
+    pixels = random_pixels(5)
+    whole, chunked = family.encode_images(pixels, batch_size=5), family.encode_images(pixels, batch_size=2)
+    torch.testing.assert_close(whole, chunked, rtol=2**-10, atol=1e-5)
+
+
+def test_encode_images_shifts_first(family):
+    before = family.encode_images(random_pixels(1)).float()
+    family.pipeline.vae.register_to_config(shift_factor=2.0)
+    after = family.encode_images(random_pixels(1)).float()
+    moved = 2.0 * family.pipeline.vae.config.scaling_factor
+    torch.testing.assert_close(before - after, torch.full_like(before, moved), rtol=0, atol=2**-9)
+
+
+@torch.no_grad()
+def test_decode_latents_is_the_pipelines_decoding(family):
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    vae = family.pipeline.vae
+    images = vae.decode(latents / vae.config.scaling_factor).sample
+    wanted = family.pipeline.image_processor.postprocess(images, output_type="np")
+    decoded = family.decode_latents(latents, batch_size=2)
+    assert decoded.dtype == torch.uint8
+    difference = decoded.permute(0, 2, 3, 1).float() - torch.from_numpy(wanted * 255).round()
+    assert difference.abs().max() <= 1
+    assert decoded.float().std() > 20  # an image, not a plane
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sampling_to_latents_then_decoding_runs_in_every_dtype(request, dtype):
+    family = make_family(request, "sdxl", dtype)
+    family.pipeline.set_progress_bar_config(disable=True)
+    latents = family.pipeline("a fox", num_inference_steps=2, height=64, width=64, output_type="latent").images
+    assert latents.dtype == dtype
+    Image.fromarray(family.decode_latents(latents)[0].permute(1, 2, 0).numpy())
+
+
+def test_overflowing_image_is_found(family):
+    latents = family.encode_images(random_pixels(3))
+    assert not nonfinite_rows(latents).any()
+    family.pipeline.vae.register_to_config(scaling_factor=1e6)
+    assert nonfinite_rows(family.encode_images(random_pixels(3))).tolist() == [True] * 3
+    latents[1, 2, 3, 4] = math.nan
+    assert nonfinite_rows(latents).tolist() == [False, True, False]
+
+
+# prompts
+
+
+def test_prompts_are_what_the_pipeline_gives_its_unet(family):
+    """The UNet's inputs inside pipeline(...), one prompt at a time and without guidance, are ours."""
+    seen = {}
+
+    def record(module, args, kwargs):
+        seen.update(kwargs["added_cond_kwargs"] or {}, prompt_embeds=kwargs["encoder_hidden_states"])
+
+    family.pipeline.set_progress_bar_config(disable=True)
+    ours = family.encode_prompts(PROMPTS)
+    hook = family.unet.register_forward_pre_hook(record, with_kwargs=True)
+    for row, prompt in enumerate(PROMPTS):
+        family.pipeline(prompt, guidance_scale=0.0, num_inference_steps=1, height=64, width=64, output_type="latent")
+        pairs = [("prompt_embeds", seen["prompt_embeds"])]
+        if family.needs_time_ids:
+            pairs.append(("pooled_prompt_embeds", seen["text_embeds"]))
+            assert torch.equal(seen["time_ids"], default_time_ids(64, 1))
+        assert ours.keys() == {name for name, _ in pairs}
+        for name, wanted in pairs:
+            assert ours[name].dtype == torch.float16
+            torch.testing.assert_close(ours[name][row : row + 1], wanted.half(), rtol=2**-10, atol=1e-5)
+    hook.remove()
+    assert (ours["prompt_embeds"][0] - ours["prompt_embeds"][2]).abs().max() > 0.1
+
+
+def test_each_prompt_is_encoded_once(family):
+    rows = []
+    family.pipeline.text_encoder.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    encoded = family.encode_prompts(["one", "two", "one", "one"])
+    assert rows == [2]
+    embeds = encoded["prompt_embeds"]
+    assert torch.equal(embeds[0], embeds[2])
+    assert torch.equal(embeds[0], embeds[3])
+    assert not torch.equal(embeds[0], embeds[1])
+
+
+@pytest.mark.parametrize("force_zeros", [True, False])
+def test_empty_prompt_of_sdxl(tmp_path, force_zeros):
+    path = make_sdxl(tmp_path, force_zeros=force_zeros)
+    family = load_family(path, dtype=torch.float32, device="cpu")
+    encoded, empty = family.encode_prompts([""]), family.empty_prompt()
+    assert empty.keys() == {"prompt_embeds", "pooled_prompt_embeds"}
+    for name, tensor in empty.items():
+        wanted = torch.zeros_like(encoded[name]) if force_zeros else encoded[name]
+        assert torch.equal(tensor, wanted)
+        assert tensor.dtype == torch.float16
+    assert encoded["pooled_prompt_embeds"].abs().sum() > 0
+
+
+def test_empty_prompt_is_the_encoded_empty_string_in_sd15(request):
+    family = make_family(request, "sd15", torch.float32)
+    assert torch.equal(family.empty_prompt()["prompt_embeds"], family.encode_prompts([""])["prompt_embeds"])
+
+
+# denoising
+
+
+@torch.no_grad()
+def test_denoise_is_the_unet_on_each_image(family):
+    noisy, timesteps, conditioning = random_pairs(family, torch.float32)
+    prediction = family.denoise(family.unet, noisy, timesteps, conditioning)
+    for row in range(6):
+        pair = slice(row % 3, row % 3 + 1)
+        added = {}
+        if family.needs_time_ids:
+            pooled = conditioning["pooled_prompt_embeds"][pair].float()
+            added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": conditioning["time_ids"][pair]}}
+        alone = family.unet(
+            noisy[row : row + 1], timesteps[pair], conditioning["prompt_embeds"][pair].float(), **added
+        ).sample
+        torch.testing.assert_close(prediction[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["prompt_embeds", "pooled_prompt_embeds", "time_ids", "timesteps"])
+def test_every_input_matters_to_its_own_pair_only(request, name):
+    family = make_family(request, "sdxl", torch.float32)
+    noisy, timesteps, conditioning = random_pairs(family, torch.float32)
+    before = family.denoise(family.unet, noisy, timesteps, conditioning)
+    changed = timesteps if name == "timesteps" else conditioning[name]
+    changed[1] += 2
+    after = family.denoise(family.unet, noisy, timesteps, conditioning)
+    moved = (before - after).flatten(1).abs().amax(1) > 1e-4
+    assert moved.tolist() == [False, True, False, False, True, False]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_frozen_copy_predicts_the_same_bits(request, name, dtype):
+    family = make_family(request, name, dtype)
+    noisy, timesteps, conditioning = random_pairs(family, dtype)
+    policy = family.denoise(family.unet, noisy, timesteps, conditioning)
+    reference = family.denoise(copy.deepcopy(family.unet), noisy, timesteps, conditioning)
+    assert policy.dtype == dtype
+    assert policy.isfinite().all()
+    assert torch.equal(policy, reference)
+
+
+def test_default_time_ids():
+    wanted = torch.tensor([[512.0, 512.0, 0.0, 0.0, 512.0, 512.0]] * 2)
+    assert torch.equal(default_time_ids(512, 2), wanted)
+
+
+# saving
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_save_full_and_reload(request, tmp_path, name, dtype):
+    family = make_family(request, name, dtype)
+    live = {key: tensor.clone() for key, tensor in family.unet.state_dict().items()}
+    masters = {key: tensor.float() + 1e-3 for key, tensor in live.items()}
+    scheduler = dict(family.pipeline.scheduler.config)
+    family.save_full(tmp_path / "saved", masters)
+
+    assert family.unet.dtype == dtype
+    assert all(torch.equal(tensor, live[key]) for key, tensor in family.unet.state_dict().items())
+    assert not [*tmp_path.rglob("*.bin")]
+    reloaded = DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert type(reloaded) is type(family.pipeline)
+    assert dict(reloaded.scheduler.config) == scheduler
+    assert reloaded.unet.state_dict().keys() == masters.keys()
+    assert all(torch.equal(tensor, masters[key]) for key, tensor in reloaded.unet.state_dict().items())
+    parts = [part for part, module in reloaded.components.items() if isinstance(module, torch.nn.Module)]
+    assert len(parts) == (3 if name == "sd15" else 4)
+    for part in parts:
+        assert getattr(reloaded, part).dtype == torch.float32
+        if part != "unet":
+            saved, held = getattr(reloaded, part).state_dict(), getattr(family.pipeline, part).state_dict()
+            assert all(torch.equal(tensor, held[key].float()) for key, tensor in saved.items())
+    reloaded.set_progress_bar_config(disable=True)
+    assert reloaded("a fox", num_inference_steps=2, height=64, width=64).images[0].size == (64, 64)
+    again = load_family(tmp_path / "saved", turbo=name == "turbo", dtype=torch.float32, device="cpu")
+    assert again.name == name
+
+
+def test_save_full_refuses_a_state_that_is_not_the_unets(request, tmp_path):
+    family = make_family(request, "sd15", torch.float32)
+    state = family.unet.state_dict()
+    del state["conv_in.weight"]
+    with pytest.raises(RuntimeError, match=r"conv_in\.weight"):
+        family.save_full(tmp_path, state)

@@ -1,0 +1,364 @@
+"""Loading: what is detected, in which dtype it is held, and one clear line for everything that cannot be loaded."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import errors as hub_errors
+from safetensors.torch import load_file, save_file
+
+from dpo_fast.errors import BadInput
+from dpo_fast.models import load, load_family
+from tests.helpers.pipelines import make_sd15, make_sdxl
+from tests.helpers.single_file import write_single_file
+
+FP32 = {"dtype": torch.float32, "device": "cpu"}
+BF16 = {"dtype": torch.bfloat16, "device": "cpu"}
+
+
+@pytest.fixture
+def sd15_copy(sd15_path: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sd15_path, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def single_files(sd15_path: Path, sdxl_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("single")
+    return {
+        path.name: write_single_file(DiffusionPipeline.from_pretrained(path), folder / f"{path.name}.safetensors")
+        for path in (sd15_path, sdxl_path)
+    }
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def refused(match: str, path: object, **settings: object) -> str:
+    """The message with which load_family refuses `path`; it must be one line and contain `match`."""
+    with pytest.raises(BadInput, match=match) as caught:
+        load_family(path, **{**FP32, **settings})
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# what is detected
+
+
+def test_sd15(sd15_path):
+    family = load_family(sd15_path, **FP32)
+    assert (family.name, family.needs_time_ids, family.timestep_grid) == ("sd15", False, False)
+    assert (family.sampling_steps, family.sampling_guidance) == (50, 7.5)
+    assert family.timesteps.tolist() == list(range(1000))
+    assert (family.default_resolution, family.resolution_multiple) == (64, 16)
+    assert family.schedule.prediction_type == "epsilon"
+
+
+def test_sdxl(sdxl_path):
+    family = load_family(str(sdxl_path), **FP32)
+    assert (family.name, family.needs_time_ids, family.timestep_grid) == ("sdxl", True, False)
+    assert (family.sampling_steps, family.sampling_guidance) == (50, 5.0)
+    assert family.timesteps.tolist() == list(range(1000))
+
+
+def test_turbo_leaves_out_the_timestep_without_signal(turbo_path):
+    family = load_family(turbo_path, turbo=True, **FP32)
+    assert (family.name, family.needs_time_ids, family.timestep_grid) == ("turbo", True, True)
+    assert (family.sampling_steps, family.sampling_guidance) == (4, 0.0)
+    assert family.timesteps.tolist() == [249, 499, 749]
+    assert family.schedule.alphas_cumprod[-1] == 0
+
+
+def test_zero_terminal_snr_can_be_switched_off(turbo_path):
+    family = load_family(turbo_path, turbo=True, zero_terminal_snr="off", **FP32)
+    assert family.timesteps.tolist() == [249, 499, 749, 999]
+
+
+def test_turbo_is_said_not_spelled(sdxl_path, tmp_path):
+    path = shutil.copytree(sdxl_path, tmp_path / "sdxl-turbo")
+    assert load_family(path, **FP32).name == "sdxl"
+
+
+def test_v_prediction_of_the_scheduler(tmp_path):
+    family = load_family(make_sd15(tmp_path, prediction_type="v_prediction"), **FP32)
+    assert family.schedule.prediction_type == "v_prediction"
+
+
+def test_prediction_type_given_is_also_sampled_with(sdxl_path):
+    family = load_family(sdxl_path, prediction_type="v_prediction", **FP32)
+    assert family.schedule.prediction_type == "v_prediction"
+    assert family.pipeline.scheduler.config.prediction_type == "v_prediction"
+
+
+# dtypes and state
+
+
+def test_everything_is_frozen_and_in_eval_mode(sdxl_path):
+    family = load_family(sdxl_path, **FP32)
+    for part in (family.unet, family.pipeline.vae, family.pipeline.text_encoder, family.pipeline.text_encoder_2):
+        assert not part.training
+        assert not any(parameter.requires_grad for parameter in part.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_vae_that_overflows_stays_in_fp32(sdxl_path, dtype):
+    family = load_family(sdxl_path, dtype=dtype, device="cpu")
+    assert family.unet.dtype == family.pipeline.text_encoder.dtype == family.pipeline.text_encoder_2.dtype == dtype
+    assert family.pipeline.vae.dtype == torch.float32
+
+
+def test_vae_that_does_not_overflow_is_cast(sd15_copy):
+    edit_json(sd15_copy / "vae" / "config.json", force_upcast=False)
+    assert load_family(sd15_copy, **BF16).pipeline.vae.dtype == torch.bfloat16
+
+
+def test_unet_in_fp32_for_masters(sd15_path):
+    family = load_family(sd15_path, unet_dtype=torch.float32, **BF16)
+    stored = load_file(sd15_path / "unet" / "diffusion_pytorch_model.safetensors")
+    assert (family.unet.dtype, family.pipeline.text_encoder.dtype) == (torch.float32, torch.bfloat16)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in family.unet.state_dict().items())
+
+
+def test_variant(sd15_path, tmp_path):
+    pipeline = DiffusionPipeline.from_pretrained(sd15_path)
+    pipeline.to(dtype=torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    family = load_family(tmp_path / "half", variant="fp16", **FP32)
+    weight = pipeline.unet.conv_in.weight.float()
+    assert torch.equal(family.unet.conv_in.weight, weight)
+
+
+def test_other_vae(sd15_path, tmp_path):
+    other = make_sd15(tmp_path / "other", seed=1)
+    wanted = AutoencoderKL.from_pretrained(other, subfolder="vae").encoder.conv_in.weight
+    for path in (other, other / "vae"):
+        family = load_family(sd15_path, vae_path=path, **FP32)
+        assert torch.equal(family.pipeline.vae.encoder.conv_in.weight, wanted)
+
+
+def test_other_vae_of_a_single_file_keeps_the_scaling_factor(sd15_path, single_files, tmp_path):
+    state = load_file(single_files["sdxl"])
+    bare = {name.removeprefix("first_stage_model."): t for name, t in state.items() if name.startswith("first_stage")}
+    save_file(bare, tmp_path / "vae.safetensors")
+    vae = load_family(sd15_path, vae_path=tmp_path / "vae.safetensors", **FP32).pipeline.vae
+    assert torch.equal(vae.encoder.conv_in.weight, state["first_stage_model.encoder.conv_in.weight"])
+    assert vae.config.scaling_factor == 0.18215
+
+
+# single files
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_single_file_holds_the_same_weights(name, dtype, single_files, request):
+    folder = request.getfixturevalue(f"{name}_path")
+    settings = {"dtype": dtype, "device": "cpu", "unet_dtype": torch.float32}
+    from_file = load_family(single_files[name], single_file_config=folder, **settings)
+    from_folder = load_family(folder, **settings)
+    assert from_file.name == name
+    parts = [part for part, module in from_folder.pipeline.components.items() if isinstance(module, torch.nn.Module)]
+    assert len(parts) == (3 if name == "sd15" else 4)
+    for part in parts:
+        wanted, found = (getattr(family.pipeline, part) for family in (from_folder, from_file))
+        assert found.dtype == wanted.dtype
+        assert found.state_dict().keys() == wanted.state_dict().keys()
+        for key, tensor in wanted.state_dict().items():
+            assert torch.equal(found.state_dict()[key], tensor), f"{part}.{key}"
+
+
+def test_single_file_without_its_configuration_offline(single_files):
+    refused("sd15.safetensors cannot be loaded.*single_file_config", single_files["sd15"])
+
+
+def test_single_file_of_another_kind(tmp_path):
+    path = tmp_path / "model.safetensors"
+    refused("is no file", path)
+    path.write_bytes(b"not a safetensors file")
+    refused("cannot be loaded", path)
+    save_file({"joint_blocks.0.weight": torch.zeros(1)}, path)
+    refused("first tensor is joint_blocks.0.weight", path)
+    save_file({"lora_unet_down.lora_up.weight": torch.zeros(1)}, path)
+    refused("is a LoRA", path)
+
+
+def test_single_file_of_an_inpainting_model(single_files, tmp_path):
+    state = load_file(single_files["sd15"])
+    state["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(16, 9, 3, 3)
+    save_file(state, tmp_path / "inpaint.safetensors")
+    refused("9 input channels", tmp_path / "inpaint.safetensors")
+
+
+def test_single_file_of_the_refiner(single_files, tmp_path):
+    state = load_file(single_files["sdxl"])
+    refiner = {
+        name.replace("embedders.1.", "embedders.0."): tensor
+        for name, tensor in state.items()
+        if not name.startswith("conditioner.embedders.0.")
+    }
+    save_file(refiner, tmp_path / "refiner.safetensors")
+    refused("not a whole", tmp_path / "refiner.safetensors")
+
+
+# what is refused
+
+
+def test_turbo_of_sd15(sd15_path):
+    refused("turbo is for SDXL.*StableDiffusionPipeline", sd15_path, turbo=True)
+
+
+def test_folder_without_a_pipeline(tmp_path, sd15_path):
+    refused("no model_index.json", tmp_path)
+    refused("no model_index.json", sd15_path / "unet")
+
+
+@pytest.mark.parametrize("class_name", ["StableDiffusion3Pipeline", "StableDiffusionXLImg2ImgPipeline", ["x", "Own"]])
+def test_pipelines_of_other_classes(sd15_copy, class_name):
+    edit_json(sd15_copy / "model_index.json", _class_name=class_name)
+    refused("supported are StableDiffusionPipeline and StableDiffusionXLPipeline", sd15_copy)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "{"])
+def test_broken_model_index(sd15_copy, text):
+    (sd15_copy / "model_index.json").write_text(text)
+    refused("names no pipeline class", sd15_copy)
+
+
+def test_refiner_without_its_first_text_encoder(sdxl_path, tmp_path):
+    path = shutil.copytree(sdxl_path, tmp_path / "refiner")
+    edit_json(path / "model_index.json", text_encoder=[None, None], tokenizer=[None, None])
+    refused("no text encoder", path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "match"),
+    [("in_channels", 9, "takes 9 and gives 4 channels"), ("time_cond_proj_dim", 16, "latent consistency")],
+)
+def test_unets_of_other_tasks(sd15_copy, setting, value, match):
+    config = UNet2DConditionModel.load_config(sd15_copy / "unet")
+    UNet2DConditionModel.from_config({**config, setting: value}).save_pretrained(sd15_copy / "unet")
+    refused(match, sd15_copy)
+
+
+def test_unet_of_the_other_family(sd15_copy, sdxl_path):
+    shutil.rmtree(sd15_copy / "unet")
+    shutil.copytree(sdxl_path / "unet", sd15_copy / "unet")
+    refused("addition_embed_type", sd15_copy)
+
+
+def test_flow_matching_scheduler(sd15_copy):
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+    (sd15_copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    edit_json(sd15_copy / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+    refused("FlowMatchEulerDiscreteScheduler", sd15_copy)
+
+
+def test_missing_truncated_and_absent_files(sd15_copy):
+    weights = sd15_copy / "unet" / "diffusion_pytorch_model.safetensors"
+    refused("variant", sd15_copy, variant="fp16")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused("cannot be loaded", sd15_copy)
+    weights.unlink()
+    refused("cannot be loaded", sd15_copy)
+
+
+def test_pickles_are_never_opened(sd15_copy, tmp_path):
+    refused("is a pickle", tmp_path / "model.ckpt")
+    weights = sd15_copy / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    refused("only safetensors are", sd15_copy)
+
+
+def test_bad_vae(sd15_path, tmp_path):
+    refused("cannot be loaded", sd15_path, vae_path=tmp_path)
+    wide = AutoencoderKL(latent_channels=8, block_out_channels=(4,), norm_num_groups=2)
+    wide.save_pretrained(tmp_path / "wide")
+    refused("latents have 8", sd15_path, vae_path=tmp_path / "wide")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("prediction_type", "sample"), ("zero_terminal_snr", "maybe"), ("attention", "flash")],
+)
+def test_bad_settings(sd15_path, setting, value):
+    refused(value, sd15_path, **{setting: value})
+
+
+def test_hub_id_offline():
+    refused("nobody/nothing is no folder and the hub cannot be reached", "nobody/nothing")
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "a b", "too/many/parts"])
+def test_what_is_neither_a_path_nor_a_hub_id(path):
+    refused(f"{path} is no folder, file or hub id", path)
+
+
+@pytest.mark.parametrize(
+    ("error", "match"),
+    [
+        (hub_errors.GatedRepoError, "owner/name is gated: accept https://huggingface.co/owner/name"),
+        (hub_errors.RepositoryNotFoundError, "no model on the hub"),
+        (hub_errors.RevisionNotFoundError, "no revision 'v9'"),
+        (hub_errors.HfHubHTTPError, r"could not be fetched from the hub \(500\)"),
+    ],
+)
+def test_hub_errors(monkeypatch, error, match):
+    response = SimpleNamespace(headers={}, request=None, status_code=500)
+
+    def fail(*args, **kwargs):
+        raise error("several\nlines", response=response)
+
+    monkeypatch.setattr(load, "hf_hub_download", fail)
+    refused(match, "owner/name", revision="v9")
+
+
+def test_hub_model_of_another_class_is_refused_before_its_download(monkeypatch, tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    monkeypatch.setattr(load, "hf_hub_download", lambda *args, **kwargs: str(tmp_path / "model_index.json"))
+    monkeypatch.setattr(load, "DiffusionPipeline", SimpleNamespace())  # any use fails
+    refused("owner/name is a FluxPipeline", "owner/name")
+
+
+def test_hub_model_is_loaded_from_where_it_was_downloaded(monkeypatch, sd15_path):
+    asked = {}
+
+    def download(path, **kwargs):
+        asked.update(kwargs, path=path)
+        return str(sd15_path)
+
+    monkeypatch.setattr(load, "hf_hub_download", lambda *args, **kwargs: str(sd15_path / "model_index.json"))
+    monkeypatch.setattr(load.DiffusionPipeline, "download", download)
+    family = load_family("owner/name", revision="v1", token="secret", cache_dir="there", **FP32)
+    assert family.name == "sd15"
+    assert asked == {
+        "path": "owner/name",
+        "revision": "v1",
+        "token": "secret",
+        "cache_dir": "there",
+        "variant": None,
+        "use_safetensors": True,
+    }
+
+
+# quiet
+
+
+def test_nothing_to_worry_about_is_printed(tmp_path):
+    make_sdxl(tmp_path / "sdxl")
+    make_sd15(tmp_path / "sd15")
+    script = f"""
+import torch
+from dpo_fast.models import load_family
+for name in ("sd15", "sdxl"):
+    family = load_family({str(tmp_path)!r} + "/" + name, dtype=torch.float16, device="cpu")
+    family.encode_prompts(["a prompt of far more than seventy-seven letters " * 4])
+    family.unet.to(torch.float32)
+    family.save_full({str(tmp_path / "saved")!r} + name, family.unet.state_dict())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
