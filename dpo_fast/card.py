@@ -3,10 +3,13 @@
 import platform
 import shlex
 from importlib.metadata import version
+from pathlib import Path
 
 import yaml
 
-PACKAGES = ("dpo_fast", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets")
+from dpo_fast import __version__
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets")
 
 
 def model_card(
@@ -19,10 +22,10 @@ def model_card(
     lora = config["tuning"] == "lora"
     base = config["pretrained_model_name_or_path"]
     pipeline = "StableDiffusionPipeline" if family == "sd15" else "StableDiffusionXLPipeline"
+    on_hub = {"base_model": base, "datasets": [config["dataset_name"]]}  # the hub refuses local paths here
     metadata = {
-        "base_model": base,
+        **{k: v for k, v in on_hub.items() if not Path(v[0] if k == "datasets" else v).exists()},
         "library_name": "diffusers",
-        "datasets": [config["dataset_name"]],
         "tags": ["text-to-image", "diffusers", "diffusion-dpo", *(["lora"] if lora else [])],
     }
     load = (
@@ -52,7 +55,7 @@ def model_card(
         f"| | |\n|---|---|\n{table}\n\n"
         f"## Use\n\n```python\nfrom diffusers import {pipeline}\n\n{load}\n```\n\n"
         f"## Made by\n\n```bash\npython -m dpo_fast.train {shlex.join(_without_token(argv))}\n```\n\n"
-        f"Python {platform.python_version()}, {versions}. Everything resolved is in config.yaml.\n"
+        f"dpo_fast {__version__}, Python {platform.python_version()}, {versions}. Everything resolved is in config.yaml.\n"
     )
 
 

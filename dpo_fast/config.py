@@ -440,6 +440,16 @@ def check(config: TrainConfig) -> None:
         raise BadInput("--overwrite and --resume_from_checkpoint exclude each other: one deletes what the other needs")
 
 
+# Folded into other flags by `resolve`, or without effect.
+_OTHER_NAMES = (
+    "loss_type",
+    "use_8bit_adam",
+    "enable_xformers_memory_efficient_attention",
+    "local_rank",
+    "prior_generation_precision",
+)
+
+
 def to_yaml(config: TrainConfig) -> str:
     """The configuration as YAML that `--config` reads back; the hub token is left out."""
     return yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True)
@@ -447,6 +457,6 @@ def to_yaml(config: TrainConfig) -> str:
 
 def public(config: TrainConfig) -> dict[str, object]:
     """The configuration as plain JSON/YAML values, without the hub token and the flags that only steer a parse."""
-    hidden = {"hub_token", "config", "dry_run"}
+    hidden = {"hub_token", "config", "dry_run", *_OTHER_NAMES}
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in hidden}
     return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}

@@ -5,6 +5,7 @@ which is then rounded into the module. Gradients of the micro-batches are summed
 parameter is its own master, so nothing is copied.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +16,8 @@ from torch import nn
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import missing_extra
 
-INITIAL_LOSS_SCALE = 2.0**14
+# Diffusion-DPO's gradients carry a factor beta/4: they are far larger than those the usual 2^16 was made for.
+INITIAL_LOSS_SCALE = 2.0**8
 LOSS_SCALE_GROWTH_INTERVAL = 1000  # good updates before the scale doubles; one overflow halves it
 
 
@@ -148,8 +150,8 @@ class MasterOptimizer:
         """Everything that must resume: files of named tensors, and plain values."""
         tensors, values = {}, {}
         for index, state in self.optimizer.state_dict()["state"].items():
-            for key, value in state.items():
-                (tensors if isinstance(value, torch.Tensor) else values)[f"{self.names[index]}|{key}"] = value
+            for key, value in _flat(state, self.names[index]):
+                (tensors if isinstance(value, torch.Tensor) else values)[key] = value
         device_values = {
             name: getattr(self, name) for name in ("loss_scale", "good_updates", "skipped", "skipped_in_a_row")
         }
@@ -167,14 +169,26 @@ class MasterOptimizer:
         position = {name: index for index, name in enumerate(self.names)}
         states: dict[int, dict[str, object]] = {}
         for key, value in (files["optimizer"] | values).items():
-            name, entry = key.rsplit("|", 1)
-            if name:
-                states.setdefault(position[name], {})[entry] = value
-            else:
+            name, *path, entry = key.split("|")
+            if not name:
                 getattr(self, entry).copy_(value)
+                continue
+            place = states.setdefault(position[name], {})
+            for part in path:
+                place = place.setdefault(part, {})
+            place[entry] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
         self.write_back()
+
+
+def _flat(state: dict[str, object], prefix: str) -> Iterator[tuple[str, object]]:
+    """The leaves of nested dictionaries (8-bit states nest) as `prefix|key|key`, value."""
+    for key, value in state.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}|{key}")
+        else:
+            yield f"{prefix}|{key}", value
 
 
 def _optimizer(masters: list[nn.Parameter], config: TrainConfig, lr: float) -> torch.optim.Optimizer:
@@ -192,6 +206,7 @@ def _optimizer(masters: list[nn.Parameter], config: TrainConfig, lr: float) -> t
         weight_decay=config.adam_weight_decay,
     )
     if config.optimizer == "adamw8bit":
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels for other things than this
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:

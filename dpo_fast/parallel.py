@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from PIL import Image
 
 from dpo_fast.errors import BadInput
@@ -81,7 +82,6 @@ class Ranks:
     def start_trackers(self, folder: Path, project: str, config: dict[str, object]) -> None:
         """Start accelerate's trackers, writing into `folder`. Values that are no scalars are logged as text."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator.project_configuration.set_directories(str(folder))
         self.accelerator.project_configuration.logging_dir = str(folder)
         scalars = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items()}
         self.accelerator.init_trackers(project, config=scalars, init_kwargs={"wandb": {"dir": str(folder)}})
@@ -113,7 +113,12 @@ def start(report_to: str) -> Ranks:
     Raises RuntimeError when the launcher started more processes than joined.
     """
     trackers = None if report_to == "none" else report_to.split(",")
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), log_with=trackers)
+    accelerator = Accelerator(
+        mixed_precision="no",
+        cpu=not torch.cuda.is_available(),
+        log_with=trackers,
+        project_config=ProjectConfiguration(logging_dir="logs"),  # replaced by start_trackers; some need one here
+    )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise RuntimeError(f"{launched} processes were launched but {accelerator.num_processes} joined")

@@ -40,11 +40,15 @@ class AdapterOff:
 
 
 class FrozenCopy:
-    """Full fine-tuning: a copy of the UNet as it is now, never trained."""
+    """Full fine-tuning: a copy of the UNet as it is now, never trained.
+
+    Its parameters keep their requires_grad, though nothing here is differentiated: torch's matmul folds a batch into one
+    product or not depending on it, and the two round differently.
+    """
 
     def __init__(self, family: Family) -> None:
         self.family = family
-        self.unet: nn.Module = copy.deepcopy(family.unet).requires_grad_(False)
+        self.unet: nn.Module = copy.deepcopy(family.unet)
 
     @torch.no_grad()
     def __call__(self, batch, noisy_latents, conditioning):

@@ -37,15 +37,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(config: TrainConfig, argv: list[str]) -> int:
     # Imported here: flags are checked in a moment, before the heavy libraries are loaded.
-    from dpo_fast import parallel
-    from dpo_fast.plan import plan
-
     if config.dry_run:
+        from dpo_fast.plan import plan
+
         print(plan(config))
         return 0
 
     import torch
 
+    from dpo_fast import parallel
     from dpo_fast.opening import open_run
     from dpo_fast.trainer import Interrupted, Trainer
 

@@ -29,6 +29,9 @@ from dpo_fast.objectives import OBJECTIVES, Terms, evaluate
 from dpo_fast.opening import Run
 
 
+OVEROPTIMISED_LINES = 3  # consecutive lines with its signature before it is called that: one line may be chance
+
+
 class Interrupted(Exception):
     """The run was asked to stop; its state is saved and the message says where."""
 
@@ -46,6 +49,7 @@ class Trainer:
         self.grad_norm = torch.zeros((), device=run.ranks.device)
         self.clock = Clock(run.step)
         self.last_line: dict[str, object] = {}
+        self.signs = 0  # of over-optimisation, in consecutive lines
         self.signal: str | None = None
         self.problem: BadInput | None = None
 
@@ -177,7 +181,8 @@ class Trainer:
             self.ranks.accelerator.log(for_trackers(line), step=run.step)
             shown = ("loss", "implicit_accuracy", "grad_norm")
             self.bar.set_postfix({name: f"{line[name]:.4g}" for name in shown if line[name] is not None})
-            if overoptimised(line) and not run.notes.get("overoptimised_at"):
+            self.signs = self.signs + 1 if overoptimised(line) else 0
+            if self.signs == OVEROPTIMISED_LINES and "overoptimised_at" not in run.notes:
                 run.notes["overoptimised_at"] = run.step
                 self._say(
                     f"step {run.step}: over-optimisation: accuracy is {line['implicit_accuracy']:.2f} while the policy has"

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first importe
 import pytest
 
 from tests.helpers import pipelines
+from tests.helpers.pairs import write_pickapic
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +27,9 @@ def sdxl_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def turbo_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SDXL-Turbo pipeline; do not write in the folder."""
     return pipelines.make_turbo(tmp_path_factory.mktemp("pipelines") / "turbo")
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve pairs of random images with distinct captions, in Pick-a-Pic's columns."""
+    return write_pickapic(tmp_path_factory.mktemp("pairs") / "pairs.parquet", n=12, size=72)

@@ -42,7 +42,7 @@ _FAMILIES = {"StableDiffusionPipeline": SD15, "StableDiffusionXLPipeline": SDXL}
 _PIPELINES = {SD15: StableDiffusionPipeline, SDXL: StableDiffusionXLPipeline}
 _UNUSED = {"feature_extractor": None, "image_encoder": None}  # not even read
 _UNUSED_PARTS = {SD15: {**_UNUSED, "safety_checker": None, "requires_safety_checker": False}, SDXL: _UNUSED}
-_CONVERT = "load what is pickled and write it with save_pretrained(folder)"
+_PICKLED = "check its files; pickled weights are not loaded, convert them with save_pretrained(folder)"
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"  # the argument's name
 
@@ -140,19 +140,15 @@ def _index_from_hub(path: str, hub: dict) -> str:
     except EntryNotFoundError as error:
         raise BadInput(f"{path} has no model_index.json on the hub: name a whole diffusers pipeline") from error
     except HfHubHTTPError as error:
-        raise BadInput(
-            f"{path} could not be fetched from the hub ({error.response.status_code}): try again later"
-        ) from error
+        status = error.response.status_code
+        raise BadInput(f"{path} could not be fetched from the hub (status {status}): try again later") from error
 
 
 def _kind_of_file(path: str) -> type[Family]:
     """SD15 or SDXL, by the tensors named in the header of a .safetensors file."""
     if not Path(path).is_file():
         raise BadInput(f"{path} is no file: check the path")
-    with (
-        bad_input(f"{path} cannot be loaded", "check that it was copied whole"),
-        safe_open(path, framework="pt") as file,
-    ):
+    with bad_input(f"{path} cannot be loaded", "copy it again"), safe_open(path, framework="pt") as file:
         names = list(file.keys())
         first_layer = "model.diffusion_model.input_blocks.0.0.weight"
         channels = file.get_slice(first_layer).get_shape()[1] if first_layer in names else None
@@ -177,7 +173,7 @@ def _kind_of_file(path: str) -> type[Family]:
 def _load_folder(
     path: str, kind: type[Family], dtype: torch.dtype, unet_dtype: torch.dtype, variant: str | None, hub: dict
 ) -> DiffusionPipeline:
-    with bad_input(f"{path} cannot be loaded", f"only safetensors are: {_CONVERT}"):
+    with bad_input(f"{path} cannot be loaded", _PICKLED):
         if not Path(path).is_dir():  # first, so that downloads keep their progress bars
             path = DiffusionPipeline.download(path, variant=variant, use_safetensors=True, **hub)
         dtypes = {"unet": unet_dtype, "vae": torch.float32, "default": dtype}
@@ -202,7 +198,7 @@ def _load_file(
 
 def _load_vae(path: str, replaced: AutoencoderKL, hub: dict) -> AutoencoderKL:
     """The VAE at `path` in fp32; a single file is read with the configuration of the VAE that it replaces."""
-    with bad_input(f"{path} cannot be loaded as a VAE", f"only safetensors are: {_CONVERT}"), no_loading_bars():
+    with bad_input(f"{path} cannot be loaded as a VAE", _PICKLED), no_loading_bars():
         if path.endswith(".safetensors"):
             with tempfile.TemporaryDirectory() as config:  # diffusers' own guess has the scaling factor of SD1.5
                 replaced.save_config(config)

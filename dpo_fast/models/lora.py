@@ -13,6 +13,7 @@ from torch import nn
 from dpo_fast.errors import BadInput
 from dpo_fast.models.family import Family
 from dpo_fast.models.faults import bad_input
+from dpo_fast.models.quiet import no_loading_bars
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention projections
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -105,7 +106,7 @@ def merge_lora(
     for module in modules.values():
         module.float()
     try:
-        with bad_input(f"{path} cannot be merged", f"name a LoRA of a {type(pipeline).__name__}"):
+        with bad_input(f"{path} cannot be merged", f"name a LoRA of a {type(pipeline).__name__}"), no_loading_bars():
             pipeline.load_lora_weights(path, weight_name=weight_name, adapter_name="init", **where)
             loaded = pipeline.get_list_adapters()
             if "unet" not in loaded:
@@ -122,6 +123,8 @@ def _lora_file(path: str) -> str | None:
     local = Path(path)
     if local.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise BadInput(f"{path} is a pickle, which could run code: convert it to .safetensors")
+    if local.suffix == ".safetensors" and not local.is_file():
+        raise BadInput(f"{path} is no file: check the path")
     if local.is_file():
         return local.name
     if not local.is_dir():

@@ -186,6 +186,18 @@ def test_every_input_matters_to_its_own_pair_only(request, name):
 
 
 @torch.no_grad()
+def test_time_ids_are_not_rounded(request):
+    family = make_family(request, "sdxl", torch.bfloat16)  # which has no 1023
+    noisy, timesteps, conditioning = random_pairs(family, torch.bfloat16)
+    seen = []
+    family.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["time_ids"]), with_kwargs=True
+    )
+    family.denoise(family.unet, noisy, timesteps, conditioning)
+    assert torch.equal(seen[0], conditioning["time_ids"].repeat(2, 1))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_frozen_copy_predicts_the_same_bits(request, name, dtype):

@@ -282,7 +282,7 @@ def test_text_encoder_part_is_merged_too(sd15_path, tmp_path):
         ("not a lora", "cannot be merged"),
         ("text encoder only", "no LoRA of a UNet"),
         ("garbage", "cannot be merged"),
-        ("missing", "cannot be merged"),
+        ("missing", "is no file"),
         ("hub", "cannot be merged"),
         ("pickle", "is a pickle"),
         ("empty folder", "holds 0 .safetensors"),

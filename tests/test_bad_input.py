@@ -1,0 +1,211 @@
+"""Input that cannot be used: one line that carries the value and the remedy, exit status 2, nothing half-written."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from dpo_fast.train import main
+from tests.helpers.pairs import write_pickapic
+from tests.helpers.runs import command, environment, flags_for
+
+
+def edited(pairs: Path, path: Path, **columns: list) -> Path:
+    """A copy of a parquet file of pairs with some columns replaced, or removed (None)."""
+    table = pq.read_table(pairs).to_pydict()
+    for name, values in columns.items():
+        if values is None:
+            del table[name]
+        else:
+            table[name] = [value if value is not ... else table[name][i] for i, value in enumerate(values)]
+    pq.write_table(pa.table(table), path)
+    return path
+
+
+def corrupt_image(pairs: Path, folder: Path) -> Path:
+    whole = pq.read_table(pairs).to_pydict()["jpg_0"]
+    return edited(pairs, folder / "pairs.parquet", jpg_0=[whole[0][: len(whole[0]) // 2], *[...] * (len(whole) - 1)])
+
+
+def model_with(sdxl: Path, folder: Path, change) -> Path:
+    copy = shutil.copytree(sdxl, folder / "model")
+    change(copy)
+    return copy
+
+
+def damage_vae(model: Path) -> None:
+    """A VAE whose latents overflow fp16."""
+    from safetensors.torch import load_file, save_file
+
+    file = model / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["quant_conv.bias"] += 1e6
+    save_file(state, file, metadata={"format": "pt"})
+
+
+def spoil_unet(model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = model / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["conv_in.bias"][0] = float("nan")
+    save_file(state, file, metadata={"format": "pt"})
+
+
+# name -> (what makes model, pairs and flags, what the line must say)
+CASES = {
+    "missing column": (lambda m, p, t: (m, edited(p, t / "p.parquet", label_0=None), []), ["label_0"]),
+    "corrupt JPEG": (lambda m, p, t: (m, corrupt_image(p, t), []), ["row 0: jpg_0", "--max_bad_fraction"]),
+    "label 0.7": (
+        lambda m, p, t: (m, edited(p, t / "p.parquet", label_0=[0.7, *[...] * 11]), []),
+        ["row 0: label_0 is 0.7", "--soft_labels"],
+    ),
+    "all ties": (lambda m, p, t: (m, edited(p, t / "p.parquet", label_0=[0.5] * 12), []), ["12 ties", "--soft_labels"]),
+    "empty set": (lambda m, p, t: (m, write_pickapic(t / "p.parquet", n=0, size=72), []), ["no rows"]),
+    "no such data": (lambda m, p, t: (m, t / "nowhere", []), ["nowhere"]),
+    "unknown split": (lambda m, p, t: (m, p, ["--dataset_split_name", "best"]), ["best"]),
+    "no such model": (lambda m, p, t: (t / "nowhere", p, []), ["nowhere"]),
+    "wrong folder": (lambda m, p, t: (p.parent, p, []), ["model_index.json"]),
+    "pickled model": (lambda m, p, t: (t / "model.ckpt", p, []), ["safetensors"]),
+    "resolution 130": (lambda m, p, t: (m, p, ["--resolution", 130]), ["--resolution (130)", "multiple of"]),
+    "odd pairs_per_step": (lambda m, p, t: (m, p, ["--pairs_per_step", 5]), ["--pairs_per_step (5)", "multiple"]),
+    "lr nan": (lambda m, p, t: (m, p, ["--learning_rate", "nan"]), ["--learning_rate (nan)"]),
+    "unknown flag": (lambda m, p, t: (m, p, ["--batch_size", 4]), ["--batch_size", "did you mean --"]),
+    "LoRA target": (lambda m, p, t: (m, p, ["--lora_targets", "to_qq"]), ["to_qq"]),
+    "missing extra": (lambda m, p, t: (m, p, ["--report_to", "comet_ml"]), ["comet_ml", "dpo_fast[trackers]"]),
+    "missing xformers": (lambda m, p, t: (m, p, ["--attention", "xformers"]), ["xformers"]),
+    "non-finite latent": (
+        lambda m, p, t: (model_with(m, t, damage_vae), p, []),
+        ["non-finite latent", "row ", "--pretrained_vae_model_name_or_path"],
+    ),
+    "non-finite model": (
+        lambda m, p, t: (model_with(m, t, spoil_unet), p, ["--max_skipped_updates", 2]),
+        ["2 updates were not finite", "--learning_rate"],
+    ),
+    "nothing to resume": (lambda m, p, t: (m, p, ["--resume_from_checkpoint", "latest"]), ["no checkpoint-N"]),
+    "occupied folder": (lambda m, p, t: (m, p, occupy(t)), ["not empty", "--overwrite"]),
+    "not a run to overwrite": (lambda m, p, t: (m, p, [*occupy(t), "--overwrite"]), ["does not look like a run"]),
+    "output is a file": (lambda m, p, t: (m, p, ["--output_dir", p]), ["is a file"]),
+}
+
+
+def occupy(folder: Path) -> list:
+    (folder / "out").mkdir()
+    (folder / "out" / "thesis.tex").write_text("ten years of work")
+    return []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_with_the_remedy(sdxl_path, pairs, tmp_path, capfd, name):
+    make, said = CASES[name]
+    model, data, flags = make(sdxl_path, pairs, tmp_path)
+    assert_refused(flags_for(model, data, tmp_path / "out", *flags), said, capfd)
+    left = {path.name for path in (tmp_path / "out").glob("*")} if (tmp_path / "out").is_dir() else set()
+    assert not any(entry.startswith((".tmp", "checkpoint", "pytorch_lora", "summary")) for entry in left), left
+
+
+def test_flags_that_do_not_fit_the_family(sd15_path, pairs, tmp_path, capfd):
+    assert_refused(flags_for(sd15_path, pairs, tmp_path / "out", "--is_turbo"), ["SDXL"], capfd)
+    assert_refused(flags_for(sd15_path, pairs, tmp_path / "out", "--time_ids", "real"), ["--time_ids"], capfd)
+
+
+def assert_refused(flags: list[str], said: list[str], capfd) -> None:
+    capfd.readouterr()
+    assert main(flags) == 2
+    error = capfd.readouterr().err
+    (line,) = [text for text in error.replace("\r", "\n").splitlines() if text.startswith("dpo_fast: error: ")]
+    assert "Traceback" not in error
+    assert all(words in line for words in said), line
+
+
+def test_a_run_that_could_not_start_does_not_block_the_next(sdxl_path, pairs, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert_refused(flags_for(sdxl_path, corrupt_image(pairs, tmp_path), out), ["max_bad_fraction"], capfd)
+    report = [json.loads(line) for line in (out / "bad_rows.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["column"]) for row in report] == [(0, "jpg_0")]
+    assert main(flags_for(sdxl_path, corrupt_image(pairs, tmp_path), out, "--max_bad_fraction", 0.5)) == 0
+    assert json.loads((out / "summary.json").read_text())["bad_rows"] == 1
+
+
+@pytest.mark.faults
+def test_a_missing_package_names_its_extra(sdxl_path, pairs, tmp_path):
+    """bitsandbytes hidden from a process of its own."""
+    hide = "import sys; sys.modules['bitsandbytes'] = None; sys.argv = ['train', *sys.argv[1:]];"
+    hide += "from dpo_fast.train import main; sys.exit(main())"
+    python, *_ = command()
+    flags = flags_for(sdxl_path, pairs, tmp_path / "out", "--use_8bit_adam")
+    done = subprocess.run([python, "-c", hide, *flags], env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "pip install 'dpo_fast[gpu]'" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; the read-only mount below stands for it")
+def test_a_read_only_folder(sdxl_path, pairs, tmp_path, capfd):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert_refused(flags_for(sdxl_path, pairs, tmp_path / "locked" / "out"), ["cannot be written"], capfd)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 600 KiB; needs the right to mount."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.faults
+def test_a_disk_that_is_too_small_is_found_before_training(sdxl_path, pairs, small_disk, capfd):
+    flags = flags_for(sdxl_path, pairs, small_disk / "out", "--tuning", "full")
+    assert_refused(flags, ["MiB free", "need"], capfd)
+    assert not (small_disk / "out").exists()
+
+
+@pytest.mark.faults
+def test_a_disk_that_fills_up_leaves_the_earlier_checkpoints_whole(sdxl_path, pairs, small_disk, capfd):
+    out = small_disk / "out"
+    flags = flags_for(sdxl_path, pairs, out, "--checkpointing_steps", 1, "--max_train_steps", 50)
+    assert_refused(flags, ["No space left", "--resume_from_checkpoint latest"], capfd)
+    kept = sorted(out.glob("checkpoint-*"))
+    assert kept and not list(out.glob(".tmp-*"))
+    for folder in kept:
+        json.loads((folder / "state.json").read_text())
+    shutil.rmtree(kept[0])
+    assert main([*flags, "--resume_from_checkpoint", "latest", "--checkpoints_total_limit", "1"]) == 0
+
+
+@pytest.mark.faults
+def test_a_read_only_disk(sdxl_path, pairs, small_disk, capfd):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert_refused(flags_for(sdxl_path, pairs, small_disk / "out"), ["cannot be written", "Read-only"], capfd)
+
+
+def test_a_non_finite_update_is_skipped_and_counted(sdxl_path, pairs, tmp_path, monkeypatch):
+    """One micro-batch of NaNs: weights and moments stay, the step counts as skipped, training goes on."""
+    from dpo_fast.models import Family
+    from tests.helpers.runs import lines, train, weights
+
+    denoise, calls = Family.denoise, []
+
+    def faulty(self, unet, noisy, *rest):
+        calls.append(0)
+        prediction = denoise(self, unet, noisy, *rest)
+        return prediction * torch.nan if len(calls) == 4 else prediction  # the policy's of step 2
+
+    monkeypatch.setattr(Family, "denoise", faulty)
+    out = train(sdxl_path, pairs, tmp_path / "run", "--checkpointing_steps", 1)
+    assert [line["skipped_updates"] for line in lines(out)] == [0, 1, 1, 1]
+    assert lines(out)[1]["loss"] is None and lines(out)[2]["loss"] is not None
+    first, second, third = (weights(out, step) for step in (1, 2, 3))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(second[name], third[name]) for name in first)

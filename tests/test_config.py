@@ -1,0 +1,123 @@
+"""The command line: layers, other scripts' names, and what is refused."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from dpo_fast.config import PRESETS, TrainConfig, parse, public, to_yaml
+from dpo_fast.errors import BadInput
+
+NAMED = ["--pretrained_model_name_or_path", "m", "--dataset_name", "d"]
+
+
+def parsed(*flags: str) -> TrainConfig:
+    return parse([*NAMED, *flags])[0]
+
+
+def test_defaults_are_in_the_papers_unit():
+    config = parsed()
+    assert (config.beta_dpo, config.objective, config.tuning, config.mixed_precision) == (5000.0, "dpo", "lora", "no")
+    assert parsed("--objective", "mapo").beta_dpo == 0.1
+
+
+def test_dashes_underscores_and_the_last_of_a_repeated_flag():
+    assert parsed("--train-batch-size", "3").train_batch_size == 3
+    assert parsed("--train_batch_size=3").train_batch_size == 3
+    assert parsed("--report_to", "wandb", "--report_to", "tensorboard").report_to == "tensorboard"
+    assert parsed("--hflip", "--no_hflip").hflip is False
+
+
+def test_names_of_the_public_scripts():
+    config = parsed("--loss_type", "sigmoid", "--use_8bit_adam", "--enable_xformers_memory_efficient_attention")
+    assert (config.objective, config.optimizer, config.attention) == ("dpo", "adamw8bit", "xformers")
+    assert parsed("--loss_type", "hinge").objective == "hinge"
+    notes = parse([*NAMED, "--local_rank", "0", "--prior_generation_precision", "fp16"])[1]
+    assert len(notes) == 2 and all("does nothing" in note for note in notes)
+
+
+def test_a_preset_is_only_defaults():
+    config = parse(["--preset", "sdxl", "--beta_dpo", "2000"])[0]
+    assert config.beta_dpo == 2000 and config.learning_rate == 1e-8 and config.pairs_per_step == 2048
+    for name, row in PRESETS.items():
+        config = parse(["--preset", name])[0]
+        for key, value in row.items():
+            assert getattr(config, key) == value, (name, key)
+    assert parse(["--preset", "turbo"])[0].is_turbo
+
+
+def test_a_recipe_is_between_preset_and_command_line(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("preset: turbo\nbeta_dpo: 300\nlora_targets: [to_q, to_k]\nhflip: true\nseed: null\nrank: 16\n")
+    config = parse(["--config", str(recipe), "--rank", "2"])[0]
+    assert config.beta_dpo == 300 and config.lora_targets == ("to_q", "to_k") and config.hflip and config.is_turbo
+    assert config.rank == 2 and config.seed is None
+
+
+def test_the_saved_configuration_reads_back(tmp_path):
+    config = parsed("--validation_prompts", "a cat", "no: yes", "--image_columns", "a", "b", "--hub_token", "secret")
+    text = to_yaml(config)
+    assert "secret" not in text
+    (tmp_path / "config.yaml").write_text(text)
+    again = parse(["--config", str(tmp_path / "config.yaml")])[0]
+    assert public(again) == public(config)
+    assert yaml.safe_load(text)["validation_prompts"] == ["a cat", "no: yes"]
+
+
+def test_mixed_precision_follows_the_launcher_unless_given(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert parsed().mixed_precision == "bf16"
+    assert parsed("--mixed_precision", "no").mixed_precision == "no"
+
+
+REFUSED = [
+    (["--learning_rate", "nan"], "learning_rate (nan)"),
+    (["--learning_rate", "-1e-5"], "learning_rate (-1e-05)"),
+    (["--learning_rate", "100"], "learning_rate (100.0)"),
+    (["--beta_dpo", "inf"], "beta_dpo (inf)"),
+    (["--beta_dpo", "0"], "beta_dpo (0.0)"),
+    (["--train_batch_size", "0"], "train_batch_size (0)"),
+    (["--rank", "0"], "rank (0)"),
+    (["--seed", "-1"], "seed (-1)"),
+    (["--proportion_empty_prompts", "1.5"], "proportion_empty_prompts (1.5)"),
+    (["--label_smoothing", "0.1"], "label_smoothing (0.1)"),
+    (["--streaming"], "--max_train_steps"),
+    (["--overwrite", "--resume_from_checkpoint", "latest"], "exclude each other"),
+    (["--beta_dopo", "3"], "did you mean --beta-dpo?"),
+    (["--beta_dpo", "many"], "many"),
+    (["--mixed_precision", "fp8"], "fp8"),
+    (["--config", "nowhere.yaml"], "nowhere.yaml"),
+]
+
+
+@pytest.mark.parametrize(("flags", "said"), REFUSED, ids=[" ".join(flags) for flags, _ in REFUSED])
+def test_refused_in_one_line_that_carries_the_value(flags, said):
+    with pytest.raises(BadInput) as refusal:
+        parsed(*flags)
+    message = str(refusal.value)
+    assert said in message and "\n" not in message and "│" not in message
+
+
+def test_recipes_that_are_refused(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    for text, said in (("beta_dop: 3", "did you mean beta_dpo?"), ("- 1", "list"), ("a: [", "not YAML")):
+        recipe.write_text(text)
+        with pytest.raises(BadInput, match=said.replace("?", r"\?")):
+            parsed("--config", str(recipe))
+
+
+def test_model_and_pairs_must_be_named():
+    with pytest.raises(BadInput, match="no model is named.*--preset"):
+        parse([])
+    with pytest.raises(BadInput, match="no preference pairs"):
+        parse(["--pretrained_model_name_or_path", "m"])
+
+
+def test_help_documents_every_flag(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(["--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(TrainConfig):
+        assert "--" + field.name.replace("_", "-") in shown
+    assert "(default" in shown and "hub id" in shown

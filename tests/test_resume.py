@@ -1,0 +1,119 @@
+"""Stopping and going on: nothing is lost, and a resumed run ends as the uninterrupted one, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from dpo_fast import checkpoint
+from dpo_fast.train import main
+from tests.helpers.runs import STEPS, assert_same_state, flags_for, lines, start, train
+
+VARIANTS = {
+    "lora": [],
+    "full bf16 with ema": ["--tuning", "full", "--mixed_precision", "bf16", "--use_ema"],
+    "fp16": ["--mixed_precision", "fp16", "--proportion_empty_prompts", 0.3, "--hflip", "--random_crop"],
+    "kto": ["--objective", "kto"],
+    "adafactor": ["--optimizer", "adafactor"],
+    "8-bit adam": ["--use_8bit_adam"],
+    "streamed": ["--streaming"],
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_resuming_is_bit_identical(sdxl_path, pairs, tmp_path, name):
+    more = ["--gradient_accumulation_steps", 2, "--learning_rate", 1e-4, "--checkpointing_steps", 2, *VARIANTS[name]]
+    whole = train(sdxl_path, pairs, tmp_path / "whole", *more)
+    parts = train(sdxl_path, pairs, tmp_path / "parts", *more, "--max_train_steps", 2)
+    train(sdxl_path, pairs, parts, *more, "--resume_from_checkpoint", "latest")
+    assert_same_state(whole, parts)
+    assert [line["loss"] for line in lines(whole)] == [line["loss"] for line in lines(parts)]
+    for key in ("loss_first", "initial_margin_rms", "steps", "pairs_seen", "loss_last"):
+        whole_summary, parts_summary = (json.loads((f / "summary.json").read_text()) for f in (whole, parts))
+        assert whole_summary[key] == parts_summary[key]
+
+
+def test_another_batch_split_may_resume(sdxl_path, pairs, tmp_path):
+    out = tmp_path / "run"
+    train(sdxl_path, pairs, out, "--pairs_per_step", 4, "--max_train_steps", 2)
+    train(sdxl_path, pairs, out, "--pairs_per_step", 4, "--train_batch_size", 4, "--resume_from_checkpoint", "latest")
+    assert [line["step"] for line in lines(out)] == [1, 2, 3, 4]
+
+
+REFUSED = {
+    "beta": ["--beta_dpo", 2000],
+    "seed": ["--seed", 1],
+    "pairs a step": ["--gradient_accumulation_steps", 2],
+    "rank": ["--rank", 8],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_settings_are_refused_and_shown(sdxl_path, pairs, tmp_path, capsys, name):
+    out = train(sdxl_path, pairs, tmp_path / "run", "--max_train_steps", 1)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    capsys.readouterr()
+    assert main(flags_for(sdxl_path, pairs, out, "--resume_from_checkpoint", "latest", *REFUSED[name])) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "->" in error and "other settings" in error
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+def test_another_base_model_is_refused(sdxl_path, sd15_path, pairs, tmp_path, capsys):
+    from tests.helpers import pipelines
+
+    out = train(sdxl_path, pairs, tmp_path / "run", "--max_train_steps", 1)
+    changed = pipelines.make_sdxl(tmp_path / "model", seed=5)
+    kept = tmp_path / "kept"
+    os.rename(changed, kept)
+    flags = flags_for(sdxl_path, pairs, out, "--resume_from_checkpoint", "latest")
+    state = out / "checkpoint-1" / "state.json"
+    saved = json.loads(state.read_text())
+    saved["config"]["pretrained_model_name_or_path"] = str(kept)
+    state.write_text(json.dumps(saved))
+    assert main([str(kept) if flag == str(sdxl_path) else flag for flag in flags]) == 2
+    assert "the base model: " in capsys.readouterr().err
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(sdxl_path, pairs, tmp_path, sent):
+    out = tmp_path / "run"
+    process = start(*flags_for(sdxl_path, pairs, out, "--max_train_steps", 100000, "--dataloader_num_workers", 1))
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(lines(out)) > 2, process)
+    process.send_signal(sent)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in error and "--resume_from_checkpoint latest goes on" in error
+    (saved,) = checkpoint.all_of(out)
+    step = json.loads((saved / "state.json").read_text())["step"]
+    train(sdxl_path, pairs, out, "--resume_from_checkpoint", "latest", "--max_train_steps", step + 1)
+    assert [line["step"] for line in lines(out)][-1] == step + 1
+    whole = train(sdxl_path, pairs, tmp_path / "whole", "--max_train_steps", step + 1)
+    assert_same_state(whole, out, step + 1)
+
+
+@pytest.mark.faults
+def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(sdxl_path, pairs, tmp_path):
+    out = tmp_path / "run"
+    process = start(*flags_for(sdxl_path, pairs, out, "--max_train_steps", 100000, "--checkpointing_steps", 1))
+    wait_for(lambda: len(checkpoint.all_of(out)) > STEPS, process)
+    process.kill()
+    process.communicate()
+    last = int(checkpoint.all_of(out)[-1].name.removeprefix(checkpoint.PREFIX))
+    train(sdxl_path, pairs, out, "--resume_from_checkpoint", "latest", "--max_train_steps", last + 2)
+    assert [line["step"] for line in lines(out)] == list(range(1, last + 3))
+    assert not list(out.glob(".tmp-*"))
+    whole = train(sdxl_path, pairs, tmp_path / "whole", "--max_train_steps", last + 2)
+    assert_same_state(whole, out, last + 2)
