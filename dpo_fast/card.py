@@ -34,7 +34,7 @@ def model_card(
         else f"pipeline = {pipeline}.from_pretrained(FOLDER)"
     )
     rows = {
-        "base model": base,
+        "base model": base + (f" with the LoRA {config['init_lora']} merged: load that first" if config["init_lora"] else ""),
         "tuning": f"LoRA, rank {config['rank']}, alpha {config['lora_alpha'] or config['rank']}"
         if lora
         else "full UNet",

@@ -309,13 +309,21 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _one_line(box: str) -> str:
-    """The text of tyro's error box: the message, and of its suggestions only the first flag."""
+    """The message of tyro's error box, without its frame; of an unknown flag, with the nearest known one."""
     lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in box.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("╭", "╰"))]
     rule = next((i for i, line in enumerate(lines) if set(line) <= {"─", "-"}), len(lines))
     message = " ".join(lines[:rule])
-    suggestion = re.search(r"Perhaps you meant:\s*(?:\S*\s)??(--[\w-]+)", " ".join(lines[rule:]))
-    return message + (f" (did you mean {suggestion[1]}?)" if suggestion else "") + "; --help lists every flag"
+    unknown = re.match(r"Unrecognized options: --([\w-]+)", message)
+    return message + (_did_you_mean(unknown[1]) if unknown else "") + "; --help lists every flag"
+
+
+def _did_you_mean(name: str) -> str:
+    """A remark on the flag that is nearest to an unknown one: one that contains it, or is spelt alike."""
+    name, names = name.replace("-", "_"), [field.name for field in dataclasses.fields(TrainConfig)]
+    containing = [known for known in names if name in known]
+    near = containing or difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean --{near[0]}?)" if near else ""
 
 
 def _recipe_flags(path: Path) -> list[str]:
@@ -333,8 +341,7 @@ def _recipe_flags(path: Path) -> list[str]:
     for key, value in recipe.items():
         name = str(key).replace("-", "_")
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            raise BadInput(f"--config {path}: unknown flag {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise BadInput(f"--config {path}: unknown flag {key!r}{_did_you_mean(name)}")
         if name == "config":
             raise BadInput(f"--config {path} names a further config; put everything into one file")
         if isinstance(value, bool):

@@ -4,7 +4,6 @@ Settings, output folder, trackers and hub first (moments), then the pairs (every
 images), then the model, then what a checkpoint holds. What the user can mend raises BadInput here, before the first step.
 """
 
-import importlib.util
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -28,7 +27,7 @@ from dpo_fast.data import (
     make_loader,
     open_source,
 )
-from dpo_fast.errors import BadInput, missing_extra
+from dpo_fast.errors import BadInput
 from dpo_fast.models import Family, load_family
 from dpo_fast.models.lora import add_lora, merge_lora
 from dpo_fast.objectives import OBJECTIVES
@@ -37,7 +36,6 @@ from dpo_fast.parallel import Ranks
 from dpo_fast.reference import AdapterOff, FrozenCopy, NoReference, Reference
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-TRACKERS = ("tensorboard", "wandb", "comet_ml")
 SAMPLE_PROMPTS = 4
 
 
@@ -83,9 +81,14 @@ def open_run(config: TrainConfig, ranks: Ranks) -> Run:
 def _open(config: TrainConfig, ranks: Ranks) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     files, saved = _saved_state(config)
-    if config.seed is None:
-        config.seed = saved["config"]["seed"] if saved else ranks.share(secrets.randbits(31))
-    _check_services(config, ranks)
+    if saved:
+        config.seed = saved["config"]["seed"] if config.seed is None else config.seed
+        config.resolution = config.resolution or saved["config"]["resolution"]
+        _refuse_changes(checkpoint.differences(saved["config"], public(config)))
+    elif config.seed is None:
+        config.seed = ranks.share(secrets.randbits(31))
+    if config.push_to_hub:
+        ranks.on_main(lambda: hub.check_login(config.hub_token))  # found out now, not after the training
     ranks.on_main(lambda: run_folder.claim(config.output_dir, overwrite=config.overwrite, resuming=bool(saved)))
 
     source, sets = _open_pairs(config, ranks)
@@ -141,17 +144,6 @@ def _saved_state(config: TrainConfig) -> tuple[dict, dict]:
     if config.resume_from_checkpoint is None:
         return {}, {}
     return checkpoint.load(checkpoint.find(config.output_dir, config.resume_from_checkpoint))
-
-
-def _check_services(config: TrainConfig, ranks: Ranks) -> None:
-    """Trackers and hub are found wanting now, not after the training."""
-    for name in config.report_to.split(","):
-        if name not in (*TRACKERS, "all", "none"):
-            raise BadInput(f"--report_to {name} is not known; choose {', '.join(TRACKERS)}, all or none")
-        if name in TRACKERS and importlib.util.find_spec(name) is None:
-            raise missing_extra(name, "trackers", f"--report_to {name}")
-    if config.push_to_hub:
-        ranks.on_main(lambda: hub.check_login(config.hub_token))
 
 
 def _open_pairs(config: TrainConfig, ranks: Ranks) -> tuple[object, PairSets | None]:
@@ -231,6 +223,14 @@ def _make_trainable(config: TrainConfig, ranks: Ranks, family: Family) -> tuple[
     return masters, reference
 
 
+def _refuse_changes(changed: list[str]) -> None:
+    if changed:
+        raise BadInput(
+            f"--resume_from_checkpoint: the checkpoint was written with other settings ({'; '.join(changed)});"
+            " give the same, or start a new run in another --output_dir"
+        )
+
+
 def _restore(
     config: TrainConfig,
     fingerprints: dict[str, str],
@@ -239,18 +239,9 @@ def _restore(
     files: dict,
     saved: dict,
 ) -> int:
-    """Load a checkpoint's state and return its step, refusing one that this run would not have written."""
-    changed = checkpoint.differences(saved["config"], public(config))
-    changed += [
-        f"{n}: {saved['fingerprints'][n]} -> {now}"
-        for n, now in fingerprints.items()
-        if saved["fingerprints"][n] != now
-    ]
-    if changed:
-        raise BadInput(
-            f"--resume_from_checkpoint: the checkpoint was written with other settings ({'; '.join(changed)});"
-            " give the same, or start a new run in another --output_dir"
-        )
+    """Load a checkpoint's state and return its step. Raises BadInput where model or pairs are not those it is of."""
+    before = saved["fingerprints"]
+    _refuse_changes([f"{name}: {before[name]} -> {now}" for name, now in fingerprints.items() if before[name] != now])
     if saved["step"] >= config.max_train_steps:
         raise BadInput(
             f"--resume_from_checkpoint: step {saved['step']} of --max_train_steps {config.max_train_steps} is done"

@@ -4,6 +4,7 @@ Gradients are fp32 and are reduced once an optimizer step, so the ranks hold pla
 backward pass, and the reference runs on the very module that is trained.
 """
 
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from PIL import Image
 
-from dpo_fast.errors import BadInput
+from dpo_fast.errors import BadInput, missing_extra
 
+TRACKERS = ("tensorboard", "wandb", "comet_ml")
 BUCKET_ELEMENTS = 32 * 1024 * 1024  # 128 MiB of fp32 a collective: large enough for full bandwidth
 
 
@@ -110,9 +112,15 @@ class Ranks:
 def start(report_to: str) -> Ranks:
     """Join the launched processes (`accelerate launch`, torchrun), or run alone.
 
-    Raises RuntimeError when the launcher started more processes than joined.
+    `report_to` is a comma-separated list of trackers, `all` or `none`. Raises BadInput for one that is not known or not
+    installed, and RuntimeError when the launcher started more processes than joined.
     """
     trackers = None if report_to == "none" else report_to.split(",")
+    for name in trackers or ():
+        if name not in (*TRACKERS, "all"):
+            raise BadInput(f"--report_to {name} is not known; choose {', '.join(TRACKERS)}, all or none")
+        if name != "all" and importlib.util.find_spec(name) is None:
+            raise missing_extra(name, "trackers", f"--report_to {name}")
     accelerator = Accelerator(
         mixed_precision="no",
         cpu=not torch.cuda.is_available(),

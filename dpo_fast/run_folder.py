@@ -54,8 +54,11 @@ def begin(folder: Path, *, overwrite: bool, config_yaml: str) -> None:
 
 
 def release(folder: Path) -> None:
-    """Remove a folder that nothing was written to, after the run could not be opened."""
-    with suppress(OSError):  # not empty, or not there
+    """Remove a folder that nothing worth keeping was written to, after the run could not be opened."""
+    with suppress(OSError):  # there is more in it, or it is not there
+        if not (folder / REPORT).stat().st_size:
+            (folder / REPORT).unlink()
+    with suppress(OSError):
         folder.rmdir()
 
 

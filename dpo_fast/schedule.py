@@ -91,8 +91,9 @@ def usable_timesteps(schedule: NoiseSchedule, grid: Sequence[int] | None) -> Ten
 def _betas(scheduler_config: Mapping) -> Tensor:
     """float32 [T], as diffusers computes them: the very numbers the model was trained with."""
     if scheduler_config.get("beta_schedule") is None and scheduler_config.get("trained_betas") is None:
-        name = scheduler_config.get("_class_name", "without a name")
-        raise BadInput(f"scheduler {name} has no betas (flow matching, EDM), which is not supported; use SD1.5 or SDXL")
+        raise BadInput(
+            "the scheduler config has no betas (flow matching, EDM), which is not supported; use SD1.5 or SDXL"
+        )
     settings = {key: scheduler_config[key] for key in _BETA_SETTINGS if key in scheduler_config}
     try:
         return DDPMScheduler(**settings).betas

@@ -83,7 +83,7 @@ REFUSED = [
     (["--label_smoothing", "0.1"], "label_smoothing (0.1)"),
     (["--streaming"], "--max_train_steps"),
     (["--overwrite", "--resume_from_checkpoint", "latest"], "exclude each other"),
-    (["--beta_dopo", "3"], "did you mean --beta-dpo?"),
+    (["--beta_dopo", "3"], "did you mean --beta_dpo?"),
     (["--beta_dpo", "many"], "many"),
     (["--mixed_precision", "fp8"], "fp8"),
     (["--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -100,14 +100,14 @@ def test_refused_in_one_line_that_carries_the_value(flags, said):
 
 def test_recipes_that_are_refused(tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    for text, said in (("beta_dop: 3", "did you mean beta_dpo?"), ("- 1", "list"), ("a: [", "not YAML")):
+    for text, said in (("beta_dop: 3", "did you mean --beta_dpo?"), ("- 1", "list"), ("a: [", "not YAML")):
         recipe.write_text(text)
         with pytest.raises(BadInput, match=said.replace("?", r"\?")):
             parsed("--config", str(recipe))
 
 
 def test_model_and_pairs_must_be_named():
-    with pytest.raises(BadInput, match="no model is named.*--preset"):
+    with pytest.raises(BadInput, match=r"no model is named.*--preset"):
         parse([])
     with pytest.raises(BadInput, match="no preference pairs"):
         parse(["--pretrained_model_name_or_path", "m"])

@@ -75,7 +75,7 @@ def test_another_base_model_is_refused(sdxl_path, sd15_path, pairs, tmp_path, ca
     saved["config"]["pretrained_model_name_or_path"] = str(kept)
     state.write_text(json.dumps(saved))
     assert main([str(kept) if flag == str(sdxl_path) else flag for flag in flags]) == 2
-    assert "the base model: " in capsys.readouterr().err
+    assert "base model: " in capsys.readouterr().err
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:

@@ -1,13 +1,13 @@
 """Preference pairs: from a source on disk or on the hub to micro-batches in a reproducible order.
 
-    source = open_source("yuvalkirstain/pickapic_v2")             # columns found, images not decoded
-    pairs = build_index(source, seed=0)                           # ties and bad rows out, a start check, a validation split
+    source = open_source("yuvalkirstain/pickapic_v2")      # columns found, images not decoded
+    pairs = build_index(source, seed=0)                    # ties and bad rows out, a start check, a validation split
     transform = PairTransform(resolution=512, seed=0, timesteps=allowed)
     dataset = PairDataset(source, pairs.train, transform)
     stream = TrainStream(seed=0, pair_ids=pairs.train.pair_id, pairs_per_step=64, batch_size=4, rank=0, world_size=1)
     for batch in make_loader(dataset, stream, first_step=0, last_step=1000, num_workers=4, pin_memory=True): ...
 
-With streaming, `StreamedPairs(source, transform, ...).batches(first_step, last_step)` gives the same batches without an index.
+With streaming, `StreamedPairs(source, transform, ...).batches(first_step, last_step)` gives such batches without an index.
 """
 
 from dpo_fast.data.images import BadImage
@@ -40,7 +40,7 @@ __all__ = [
     "build_index",
     "collate",
     "make_loader",
-    "validation_loader",
     "open_source",
+    "validation_loader",
     "write_report",
 ]

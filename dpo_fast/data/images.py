@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 # Only codecs that are data: PIL would hand EPS to Ghostscript, and the exotic ones are where decoders break.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000")
 
-# PIL warns above its pixel limit and refuses above twice that; `decode` refuses at the limit itself, so the warning adds nothing.
+# PIL warns above its pixel limit and refuses above twice that; `decode` refuses at the limit, so the warning adds nothing.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 

@@ -1,7 +1,8 @@
 """From rows to training pairs: which rows train, which validate, and how one pair becomes tensors.
 
-Everything random about a pair (timestep, flip, crop, caption dropout) is drawn here, once a pair and never once an image,
-as a pure function of (seed, pair id, draw): see `dpo_fast.draws`. The noise is drawn where it is used, by `noise_pair`.
+Everything random about a pair (timestep, flip, crop, caption dropout) is drawn here, once a pair and never once an
+image, as a pure function of (seed, pair id, draw): see `dpo_fast.draws`. The noise is drawn where it is used, by
+`noise_pair`.
 """
 
 import hashlib
@@ -77,15 +78,16 @@ def build_index(
 
     Ties are dropped and counted, or kept with `soft_labels` (which allows any label in [0, 1]). Rows without a caption,
     a label or an image file are bad rows; so are those of `check_pairs` evenly spaced pairs whose images do not decode.
-    Bad rows are listed in `report_path`. A share of the captions goes to validation, picked by a hash of (seed, caption);
-    training pairs that share an image with validation are left out.
+    Bad rows are listed in `report_path`. A share of the captions goes to validation, picked by a hash of (seed,
+    caption); training pairs that share an image with validation are left out.
 
     Raises BadInput for labels that are no labels, for a set in which nothing is left to train on, and when bad rows are
     more than `max_bad_fraction` of the rows looked at.
     """
-    for name, value in (("max_bad_fraction", max_bad_fraction), ("validation_fraction", validation_fraction)):
-        if not 0 <= value < 1:
-            raise BadInput(f"{name} ({value}) must be at least 0 and less than 1")
+    if not 0 <= max_bad_fraction <= 1:
+        raise BadInput(f"max_bad_fraction ({max_bad_fraction}) must be from 0 to 1")
+    if not 0 <= validation_fraction < 1:
+        raise BadInput(f"validation_fraction ({validation_fraction}) must be at least 0 and less than 1")
     rows = len(source)
     bad: list[BadRow] = []
 
@@ -147,12 +149,10 @@ def read_row(
         )
     if label == 0.5 and not soft_labels:
         return None
-    if not isinstance(caption, str) or not caption.strip():
-        return BadRow(
-            row,
-            columns.caption,
-            "is empty" if caption is None or isinstance(caption, str) else f"is not text ({caption!r})",
-        )
+    if caption is None or (isinstance(caption, str) and not caption.strip()):
+        return BadRow(row, columns.caption, "is empty")
+    if not isinstance(caption, str) or not _is_utf8(caption):
+        return BadRow(row, columns.caption, f"is not text ({caption!r:.200})")
     return (0, float(label)) if label >= 0.5 else (1, 1.0 - label)
 
 
@@ -229,7 +229,7 @@ class PairTransform:
             raise BadInput(f"time_ids ({self.time_ids!r}) must be fixed or real")
 
     def __call__(self, pair_id: Tensor, draw: Tensor, pairs: Sequence[EncodedPair]) -> list[PairItem]:
-        """Decode pairs, given their ids and draws (int64 [B] both). An image that fails leaves its pair with weight 0."""
+        """Decode pairs, given their ids and draws (int64 [B] both). A bad image leaves its pair with weight 0."""
         timesteps = draws.timesteps(self.seed, pair_id, draw, self.timesteps, grid=self.grid).tolist()
         dropped = draws.dropout(self.seed, pair_id, draw, self.caption_dropout).tolist()
         mirrored = draws.flip(self.seed, pair_id, draw).tolist() if self.hflip else [False] * len(pairs)
@@ -286,7 +286,7 @@ class PairTransform:
 
 
 class PairDataset(torch.utils.data.Dataset):
-    """Pairs of an index by (position, draw). It never raises for a bad image: that pair has weight 0 and is reported."""
+    """Pairs of an index by (position, draw). A bad image never raises: its pair has weight 0 and is reported."""
 
     def __init__(self, source: Source, index: PairIndex, transform: PairTransform):
         self.source, self.index, self.transform = source, index, transform
@@ -433,6 +433,15 @@ def _image_hashes(data: bytes) -> bytes:
 
 def _without(index: PairIndex, bad: list[BadRow]) -> PairIndex:
     return index.keep(~torch.isin(index.pair_id, torch.tensor([row.row for row in bad], dtype=torch.int64)))
+
+
+def _is_utf8(text: str) -> bool:
+    """False for half a surrogate pair, which JSON lets through and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _caption_key(caption: str) -> str:

@@ -70,7 +70,7 @@ class Source(Protocol):
         """One a row, as stored: text, or whatever stands there instead."""
 
     def labels(self) -> list[Any]:
-        """One a row, as stored: how probable it is that image 0 is the better one (1.0 everywhere without a label column)."""
+        """One a row, as stored: how probably image 0 is the better one (1.0 everywhere without a label column)."""
 
     def image_bytes(self, row: int) -> tuple[bytes, bytes]:
         """The two encoded images. Raises BadImage, naming the column, where one is not there."""
@@ -98,13 +98,15 @@ def open_source(
 ) -> "Source | StreamedSource":
     """Open a hub id, a .parquet / .arrow / .jsonl file, a folder of one of these, or a folder written by save_to_disk.
 
-    No split named: train, else the only one. `image_columns` names two columns, the first being the image that the label
-    is about; custom ones need `label_column` too, or "none" where the first is always the better one. `max_rows` keeps
-    the first rows. With `streaming` the result is a `StreamedSource`, read in order without a download beforehand.
+    No split named: train (which a single file is, whatever its name), else the only one. `image_columns` names two
+    columns, the first being the image that the label is about; custom ones need `label_column` too, or "none" where the
+    first is always the better one. `max_rows` keeps the first rows. With `streaming` the result is a `StreamedSource`,
+    read in order without a download beforehand.
+
     Raises BadInput for what cannot be found, opened or understood.
     """
     if max_rows is not None and max_rows < 1:
-        raise BadInput(f"max_rows ({max_rows}) must be at least 1")
+        raise BadInput(f"max_train_samples ({max_rows}) must be at least 1")
     wanted = _WantedColumns(image_columns, label_column, caption_column)
     path = Path(name_or_path).expanduser()
     if path.exists():
@@ -220,13 +222,16 @@ class JsonlSource:
     def _resolve(self, row: int, side: int) -> Path:
         """The file behind a path, by its true name, if that is a file inside the folder."""
         given, column = self._paths[row][side], self.columns.images[side]
-        if not isinstance(given, str) or not given or "\0" in given:
-            raise BadImage(f"is not a file path ({given!r})", column)
-        path = Path(os.path.realpath(self._root / given))
+        if not isinstance(given, str) or not given:
+            raise BadImage(f"is not a file path ({given!r:.200})", column)
+        try:
+            path = Path(os.path.realpath(self._root / given))
+        except ValueError as error:  # a null character, or half a surrogate pair
+            raise BadImage(f"is not a file path ({given!r:.200})", column) from error
         if not path.is_relative_to(self._root):
-            raise BadImage(f"leads out of the folder ({given!r})", column)
-        if not path.is_file():
-            raise BadImage(f"does not exist ({given!r})", column)
+            raise BadImage(f"leads out of the folder ({given!r:.200})", column)
+        if not os.path.isfile(path):
+            raise BadImage(f"is not an existing file ({given!r:.200})", column)
         return path
 
     def _read(self, row: int, side: int) -> bytes:
@@ -259,10 +264,21 @@ class StreamedSource:
             table = table.take(max_rows)
 
         def rows() -> Iterator[StreamedRow]:
-            for row, record in enumerate(table):
+            records, row = iter(table), 0
+            while True:
+                try:
+                    record = next(records, None)
+                except Exception as error:  # the network and the file formats raise what they like
+                    raise RuntimeError(
+                        f"data set {name!r}: the stream broke off after {row} rows ({_one_line(error)}); "
+                        "the run can be resumed from its last checkpoint"
+                    ) from error
+                if record is None:
+                    return
                 label = 1.0 if columns.label is None else record[columns.label]
                 images = tuple(_or_reason(_embedded, record[column], column) for column in columns.images)
                 yield StreamedRow(row, record[columns.caption], label, images)
+                row += 1
 
         return cls(_describe(name, split, columns, None), _identity(name, split, columns, max_rows), columns, rows)
 
@@ -336,7 +352,7 @@ def _local_splits(path: Path) -> tuple[dict[str, list[Path]], Path | None]:
     if path.is_file():
         if path.suffix not in (".parquet", ".arrow", ".jsonl"):
             raise BadInput(f"data set {str(path)!r} is not a .parquet, .arrow or .jsonl file; accepted: {LAYOUTS}")
-        return {_split_of(path, path.parent): [path]}, path.parent if path.suffix == ".jsonl" else None
+        return {"train": [path]}, path.parent if path.suffix == ".jsonl" else None
     if (path / "dataset_dict.json").is_file():
         with _as_bad_input(f"data set {str(path)!r}"):
             return {
@@ -366,10 +382,12 @@ def _pick_split(wanted: str | None, splits: list[str], name: str) -> str:
         wanted = "train" if "train" in splits else splits[0] if len(splits) == 1 else None
         if wanted is None:
             raise BadInput(
-                f"data set {name!r} has no split named train: choose one with --split from {', '.join(splits)}"
+                f"data set {name!r} has no split named train: choose one with --dataset_split_name from {', '.join(splits)}"
             )
     if wanted not in splits:
-        raise BadInput(f"data set {name!r} has no split {wanted!r}: choose one with --split from {', '.join(splits)}")
+        raise BadInput(
+            f"data set {name!r} has no split {wanted!r}: choose one with --dataset_split_name from {', '.join(splits)}"
+        )
     return wanted
 
 
@@ -474,7 +492,7 @@ def _one_line(error: BaseException) -> str:
 
 @contextmanager
 def _as_bad_input(what: str) -> Iterator[None]:
-    """Whatever `datasets` says about something it cannot open becomes one line, naming the cause behind its wrappers."""
+    """Whatever `datasets` says of something it cannot open becomes one line, naming the cause behind its wrappers."""
     try:
         yield
     except BadInput:

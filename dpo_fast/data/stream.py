@@ -1,4 +1,4 @@
-"""The training stream: epoch permutations laid end to end and cut into full global batches; its whole state is pairs_seen.
+"""The training stream: epoch permutations end to end, cut into full global batches; its whole state is pairs_seen.
 
 Step g takes the positions [g * N, (g + 1) * N) of the stream, N = pairs_per_step. Rank r takes the r-th equal slice of
 them, in micro-batches of `batch_size`. So a step trains on the same pairs whatever the number of ranks and the batch
@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ class TrainStream:
         self._orders: dict[int, list[int]] = {}
 
     def batches(self, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
-        """This rank's micro-batches of the steps first_step, ..., last_step - 1: lists of (position in pair_ids, draw)."""
+        """Lists of (position in pair_ids, draw): this rank's micro-batches of the steps first_step, ..., last_step - 1."""
         for step in range(first_step, last_step):
             for micro_batch in self._slice.of_step(step):
                 yield [self._at(position) for position in micro_batch]
@@ -71,10 +72,10 @@ class TrainStream:
 class StreamedPairs:
     """The same batches from a source that can only be read in order.
 
-    Usable pairs are counted in the order of the source and shuffled within windows of 1024; epochs repeat, each with its
-    own shuffle. Rows are judged as `build_index` judges them (a tie is dropped, an empty caption is a bad row, ...), when
-    they are met; an image that does not decode leaves its pair in its place with weight 0. Each rank reads the whole
-    stream and decodes its own share. Resuming reads again from the start, up to where the run was.
+    Usable pairs are counted in the order of the source and shuffled within windows of 1024; epochs repeat, each with
+    its own shuffle. Rows are judged as `build_index` judges them (a tie is dropped, an empty caption is a bad row, ...),
+    when they are met; an image that does not decode leaves its pair in its place with weight 0. Each rank reads the
+    whole stream and decodes its own share. Resuming reads again from the start, up to where the run was.
     """
 
     def __init__(
@@ -141,30 +142,28 @@ class StreamedPairs:
                         yield _Placed(position, epoch, *window[place])
 
     def _windows(self, first: int) -> "Iterator[tuple[int, int, list[tuple[int, EncodedPair]]]]":
-        """(epoch, position of its first pair, pairs with their ids) of each window, skipping whole epochs before `first`."""
+        """Each window: its epoch, the position of its first pair, its pairs with their ids. Endless.
+
+        Windows before `first` come too, for a window's length is known by reading it; but of whole epochs before it only
+        the first one.
+        """
         epoch, start = 0, 0
-        with tqdm(
-            total=first, desc="Reading up to where the run was", unit=" pairs", disable=not (self._progress and first)
-        ) as bar:
-            while True:
-                before, window = start, []
-                for numbered in self._epoch(epoch):
-                    window.append(numbered)
-                    if len(window) == WINDOW:
-                        yield epoch, start, window
-                        start, window = start + WINDOW, []
-                        bar.update(min(start, first) - bar.n)
-                if window:
-                    yield epoch, start, window
-                    start += len(window)
-                    bar.update(min(start, first) - bar.n)
-                length = start - before
-                if length == 0:
-                    raise nothing_to_train_on(self._source.description, self.rows, self.ties_dropped)
-                epoch += 1
-                if start < first:  # every epoch is as long as the first
-                    skipped = (first - start) // length
-                    epoch, start = epoch + skipped, start + skipped * length
+        bar = tqdm(
+            total=first, desc="Reading up to where the run was", unit=" pairs", disable=not self._progress or not first
+        )
+        while True:
+            begin = start
+            for window in _windows_of(self._epoch(epoch)):
+                yield epoch, start, window
+                start += len(window)
+                bar.update(min(start, first) - bar.n)
+                if start >= first:
+                    bar.close()
+            length = start - begin
+            if length == 0:
+                raise nothing_to_train_on(self._source.description, self.rows, self.ties_dropped)
+            skipped = max(first - start, 0) // length  # every epoch is as long as the first
+            epoch, start = epoch + 1 + skipped, start + skipped * length
 
     def _epoch(self, epoch: int) -> Iterator[tuple[int, EncodedPair]]:
         """The usable pairs of the source in its order; the first time through, count what is left out."""
@@ -283,13 +282,19 @@ def _load(
 
 
 def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the trainer answers it, and needs its workers until the checkpoint is saved.
+    # Ctrl-C reaches the whole process group; the trainer answers it, and needs its workers until it has saved.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
+def _windows_of(pairs: Iterator) -> Iterator[list]:
+    """Cut into lists of WINDOW, the last one shorter."""
+    while window := list(islice(pairs, WINDOW)):
+        yield window
+
+
 def _one_ahead(items: Iterator) -> Iterator:
-    """The same items, the next one being made in a thread while the current one is used."""
+    """The items of an endless iterator, the next one being made in a thread while the current one is used."""
     pool = ThreadPoolExecutor(1)
     try:
         pending = pool.submit(next, items)

@@ -106,6 +106,7 @@ def _(grad_error, policy_pred, target, backend):
 
 def _setup_context(ctx, inputs, output):
     policy_pred, _, target, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])  # ref_error
     ctx.save_for_backward(policy_pred, target)
 
 

@@ -131,8 +131,8 @@ def noise_inputs(case: Case, seed: int, device: str = "cpu") -> NoiseInputs:
 def assert_near_truth(actual: Tensor, baseline: Tensor, truth: Tensor, magnitude: Tensor) -> None:
     """No further from the truth than twice the baseline, which is PyTorch in the same dtype, and 4 ulp of the terms.
 
-    truth and magnitude are float64, magnitude the sum of the absolute values of the terms that make up a number; ulp are
-    those of the dtype of `actual`. The baseline's error is its worst over the tensor.
+    truth and magnitude are float64, magnitude the sum of the absolute values of the terms that make up a number; ulp
+    are those of the dtype of `actual`. The baseline's error is its worst over the tensor.
     """
     assert actual.shape == truth.shape and actual.dtype == baseline.dtype
     assert torch.isfinite(actual).all()

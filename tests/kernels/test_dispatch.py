@@ -75,7 +75,7 @@ def test_triton_has_a_module_for_each_op(monkeypatch):
 
 
 def test_what_cannot_be_had_raises(monkeypatch, no_native):
-    with pytest.raises(RuntimeError, match="backend 'native' cannot be used here .*; choose auto, reference"):
+    with pytest.raises(RuntimeError, match=r"backend 'native' cannot be used here .*; choose auto, reference"):
         dispatch.module_for("dpo_loss", "native", X)
     monkeypatch.setenv(dispatch.VARIABLE, "native")
     with pytest.raises(RuntimeError, match="DPO_FAST_BACKEND 'native' cannot be used here"):

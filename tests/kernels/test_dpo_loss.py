@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from tests.kernels.cases import BF16, CASES, F16, Case, assert_near_truth, loss_inputs
 
 from dpo_fast.kernels import dpo_loss, noise_pair, reference
 from dpo_fast.kernels.dispatch import usable_backends
+from tests.kernels.cases import BF16, CASES, F16, Case, assert_near_truth, loss_inputs
 
 BACKENDS = [name for name, reason in usable_backends().items() if not reason]
 
@@ -111,7 +111,7 @@ def test_weights(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("margin", [-1e4, -100.0, -30.0, 17.0, 30.0, 80.0, 1e4])
 def test_large_margins_stay_finite_and_keep_their_gradient(margin, backend):
-    """Past margin 17, 1 - sigmoid is 0 in float32 while sigmoid(-margin) is not; the loss is max(-margin, 0) far out."""
+    """Past margin 17, 1 - sigmoid is 0 in float32 but sigmoid(-margin) is not; far out the loss is max(-margin, 0)."""
     p = torch.zeros(2, 1, 1, 1, requires_grad=True)
     ref_errors = torch.tensor([0.0, -2 * margin])  # beta 1, target 1: both errors 1
     result = dpo_loss(p, ref_errors, torch.ones(1, 1, 1, 1), 1.0, backend=backend)
@@ -170,13 +170,13 @@ def test_inputs_are_left_alone():
     assert all(map(torch.equal, tensors, given))
 
 
-@pytest.mark.slow
 def test_a_whole_step_compiles_in_one_graph():
     """Noise, a model, the loss and its backward by the default compiler: the same bits as eager from the same model."""
     latents = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(8))
     latents = latents.contiguous(memory_format=torch.channels_last)
     half, ids = torch.full((3,), 0.5**0.5), torch.arange(3)
-    scale = torch.linspace(0.5, 1.5, 4).view(1, 4, 1, 1).requires_grad_()
+    # exact in bf16: the compiler leaves out roundings between its fused operations
+    scale = torch.tensor([0.5, 0.75, 1.25, 1.5]).view(1, 4, 1, 1).requires_grad_()
 
     def step(scale, seed):
         noisy, target = noise_pair(latents, half, half, seed, ids, ids, prediction_type="v_prediction", dtype=BF16)

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from tests.kernels.cases import BF16, CASES, F16, F32, Case, noise_inputs
 
 from dpo_fast.kernels import noise_pair
 from dpo_fast.kernels.dispatch import usable_backends
 from dpo_fast.kernels.reference import normal_noise, philox, uniform
+from tests.kernels.cases import BF16, CASES, F16, F32, Case, noise_inputs
 
 BACKENDS = [name for name, reason in usable_backends().items() if not reason]
 MASK = 0xFFFFFFFF
@@ -60,7 +60,7 @@ def test_philox_gives_the_published_words(counter, key, words):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("channels", [1, 3, 4, 5, 9])
 def test_the_counter_of_every_number_is_as_specified(backend, channels):
-    """Block (pixel * groups + group), pair id in two words, stream 0 and draw in the last; seed of 64 bits as the key."""
+    """Block (pixel * groups + group), pair id in two words, stream 0 and draw in the last; the 64-bit seed as key."""
     seed, pair_id, draw, height, width = 0xFEDCBA9876543210, 0x123456789A, 0xABCDEF1, 3, 5
     actual = noise([pair_id], [draw], (channels, height, width), seed, backend)[0]
     groups = math.ceil(channels / 4)

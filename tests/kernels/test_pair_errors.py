@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.kernels.cases import BF16, CASES, F16, Case, assert_near_truth, loss_inputs
 
 from dpo_fast.kernels import pair_errors, reference
 from dpo_fast.kernels.dispatch import usable_backends
+from tests.kernels.cases import BF16, CASES, F16, Case, assert_near_truth, loss_inputs
 
 BACKENDS = [name for name, reason in usable_backends().items() if not reason]
 
@@ -116,14 +116,14 @@ def test_gradcheck_of_specification_and_op():
                 )
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("odd", "one_number", "bf16", "channels_last")], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in ("odd", "one_number", "bf16", "channels_last")], ids=str
+)
 @pytest.mark.parametrize("form", ["predictions", "errors", "none"])
 def test_opcheck(case, form):
     inputs = loss_inputs(case, seed=8)
     ref = {"predictions": inputs.ref, "errors": torch.rand(2 * case.pairs), "none": None}[form]
-    torch.library.opcheck(
-        torch.ops.dpo_fast.pair_errors.default, (inputs.policy_pred, ref, inputs.target, "reference")
-    )
+    torch.library.opcheck(torch.ops.dpo_fast.pair_errors.default, (inputs.policy_pred, ref, inputs.target, "reference"))
     torch.library.opcheck(
         torch.ops.dpo_fast.pair_errors_bwd.default,
         (torch.rand(2 * case.pairs), inputs.policy_pred.detach(), inputs.target, "reference"),

@@ -1,0 +1,272 @@
+"""objectives: every row against numbers worked out by hand, float64 formulas, and what all rows have in common."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from dpo_fast.kernels import pair_errors
+from dpo_fast.objectives import OBJECTIVES, Pairs, _x_over_expm1, evaluate
+
+KL = torch.tensor(0.25)
+WITH_REFERENCE = [name for name, row in OBJECTIVES.items() if row.needs_reference]
+
+
+def options(name):
+    return {"kl": KL} if name == "kto" else {}
+
+
+def batch(pairs=3, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randn(pairs, 4, 3, 5, generator=generator)
+    ref = target.repeat(2, 1, 1, 1) + 0.3 * torch.randn(2 * pairs, 4, 3, 5, generator=generator)
+    policy = ref + 0.02 * torch.randn(2 * pairs, 4, 3, 5, generator=generator)
+    return policy.to(dtype).requires_grad_(), ref.to(dtype), target.to(dtype)
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def phi(e):
+    return 0.5 * e / math.expm1(0.5 * e) if e else 1.0
+
+
+# loss of a pair whose chosen image is better, in Python floats
+BY_HAND = {
+    "dpo": lambda e_w, e_l, r_w, r_l: -math.log(sigmoid(r_w - r_l)),
+    "cdpo": lambda e_w, e_l, r_w, r_l: -math.log(sigmoid(r_w - r_l)),
+    "ipo": lambda e_w, e_l, r_w, r_l: (r_w - r_l - 0.5) ** 2,
+    "hinge": lambda e_w, e_l, r_w, r_l: max(0.0, 1 - (r_w - r_l)),
+    "kto": lambda e_w, e_l, r_w, r_l: ((1 - sigmoid(r_w - 0.25)) + (1 - sigmoid(0.25 - r_l))) / 2,
+    "mapo": lambda e_w, e_l, r_w, r_l: e_w - 0.1 * math.log(sigmoid(1000 * (phi(e_w) - phi(e_l)))),
+    "sft": lambda e_w, e_l, r_w, r_l: e_w,
+}
+
+
+def test_the_table_has_the_rows_and_betas_it_should():
+    assert {name: row.default_beta for name, row in OBJECTIVES.items()} == {
+        "dpo": 5000.0,
+        "ipo": 5000.0,
+        "hinge": 5000.0,
+        "cdpo": 5000.0,
+        "kto": 5000.0,
+        "mapo": 0.1,
+        "sft": 0.0,
+    }
+    assert {name for name, row in OBJECTIVES.items() if not row.needs_reference} == {"mapo", "sft"}
+    assert {name for name, row in OBJECTIVES.items() if not row.has_margin} == {"mapo", "sft"}
+    assert {name for name, row in OBJECTIVES.items() if row.fused} == {"dpo", "cdpo"}
+    assert set(BY_HAND) == set(OBJECTIVES)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("dpo", math.log1p(math.exp(-0.5))),
+        ("ipo", 0.0),
+        ("hinge", 0.5),
+        ("kto", (sigmoid(-0.15) + sigmoid(-0.35)) / 2),
+        ("sft", 0.2),
+    ],
+)
+def test_one_pair_worked_out_by_hand(name, expected):
+    """Rewards 0.4 and -0.1, so margin 0.5; kl 0.25."""
+    numbers = (torch.tensor([x], dtype=torch.float64) for x in (0.2, 0.3, 0.5, 0.4, -0.1))
+    loss = OBJECTIVES[name].function(Pairs(*numbers), 1.0, torch.tensor(0.25).double())
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("with_label", [False, True])
+@pytest.mark.parametrize("with_weight", [False, True])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_loss_and_gradient_equal_the_formula(name, with_label, with_weight):
+    """y f(pair) + (1 - y) f(exchanged pair), weighted and averaged over pairs; the gradient by finite differences."""
+    row, beta = OBJECTIVES[name], 40.0 if OBJECTIVES[name].needs_reference else 0.1
+    policy, ref, target = batch(dtype=torch.float64)
+    label = torch.tensor([1.0, 0.25, 0.0]) if with_label else None
+    weight = torch.tensor([0.5, 2.0, 0.0]) if with_weight else None
+    y, w = (x.tolist() if x is not None else [1.0] * 3 for x in (label, weight))
+
+    def by_hand(policy):
+        both = target.repeat(2, 1, 1, 1)
+        e, e_ref = ((x - both).square().mean((1, 2, 3)).tolist() for x in (policy, ref))
+        r = [-(beta / 2) * (a - b) for a, b in zip(e, e_ref, strict=True)]
+        total = 0.0
+        for i, j in ((0, 3), (1, 4), (2, 5)):
+            chosen, exchanged = BY_HAND[name](e[i], e[j], r[i], r[j]), BY_HAND[name](e[j], e[i], r[j], r[i])
+            total += w[i] * (y[i] * chosen + (1 - y[i]) * exchanged)
+        return total / 3
+
+    terms = evaluate(
+        row, policy, ref if row.needs_reference else None, target, beta, label=label, weight=weight, **options(name)
+    )
+    assert terms.loss.item() == pytest.approx(by_hand(policy.detach()), rel=1e-9)
+    (grad,) = torch.autograd.grad(terms.loss, policy)
+    direction = torch.randn(policy.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    step = 1e-6
+    moved = (by_hand(policy.detach() + s * step * direction) for s in (1, -1))
+    slope = (next(moved) - next(moved)) / (2 * step)
+    assert (grad * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_reports(name, dtype):
+    row = OBJECTIVES[name]
+    policy, ref, target = batch(dtype=dtype)
+    terms = evaluate(row, policy, ref if row.needs_reference else None, target, 40.0, **options(name))
+    assert terms.loss.requires_grad and terms.loss.shape == ()
+    reports = [x for x in terms[1:] if x is not None]
+    assert all(x.dtype == torch.float32 and not x.requires_grad for x in reports)
+    errors = pair_errors(policy.detach(), ref, target)
+    assert torch.equal(terms.policy_error, errors.policy_error)
+    if not row.needs_reference:
+        assert terms.margin is terms.ref_error is terms.implicit_reward is None
+        return
+    assert torch.equal(terms.ref_error, errors.ref_error)
+    torch.testing.assert_close(terms.implicit_reward, -20 * errors.error_delta, rtol=1e-4, atol=1e-5)
+    reward_w, reward_l = terms.implicit_reward.chunk(2)
+    torch.testing.assert_close(terms.margin, reward_w - reward_l, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", WITH_REFERENCE)
+def test_at_the_start_margins_are_zero_and_every_gradient_is_of_order_beta(name):
+    row, beta = OBJECTIVES[name], 5000.0
+    policy, _, target = batch(pairs=5, dtype=torch.bfloat16)
+    kl = torch.tensor(0.0)
+    terms = evaluate(row, policy, policy.detach().clone(), target, beta, kl=kl if name == "kto" else None)
+    assert torch.equal(terms.margin, torch.zeros(5)) and torch.equal(terms.implicit_reward, torch.zeros(10))
+    expected = {"dpo": math.log(2), "cdpo": math.log(2), "ipo": 0.25, "hinge": 1.0, "kto": 0.5}[name]
+    assert terms.loss.item() == torch.tensor(expected, dtype=torch.float32).item()
+    policy32 = policy.detach().float().requires_grad_()
+    loss = evaluate(row, policy32, policy32.detach().clone(), target, beta, kl=kl if name == "kto" else None).loss
+    (grad,) = torch.autograd.grad(loss, policy32)
+    # d loss / d e_w for one pair, by dividing out d e / d prediction and the mean over pairs
+    residual = policy32.detach() - target.float().repeat(2, 1, 1, 1)
+    per_error = (grad * residual).sum((1, 2, 3)) * 5 / (2 * residual.square().mean((1, 2, 3)))
+    share = {"dpo": 1 / 2, "cdpo": 1 / 2, "ipo": 1.0, "hinge": 1.0, "kto": 1 / 8}[name]
+    torch.testing.assert_close(per_error[:5], torch.full((5,), share * beta / 2), rtol=1e-3, atol=0)
+    torch.testing.assert_close(per_error[5:], torch.full((5,), -share * beta / 2), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_label_zero_exchanges_the_images_and_label_one_is_no_label(name):
+    row = OBJECTIVES[name]
+    policy, ref, target = batch()
+
+    def loss(policy, ref, label):
+        reference = ref if row.needs_reference else None
+        return evaluate(row, policy, reference, target, 40.0, label=label, **options(name)).loss
+
+    exchanged = loss(policy.roll(3, 0), ref.roll(3, 0), None)
+    torch.testing.assert_close(loss(policy, ref, torch.zeros(3)), exchanged, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss(policy, ref, torch.ones(3)), loss(policy, ref, None), rtol=1e-6, atol=0)
+    assert abs(loss(policy, ref, None) - exchanged) > 1e-4
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_pair_of_weight_zero_gets_no_gradient(name):
+    row = OBJECTIVES[name]
+    policy, ref, target = batch()
+    weight = torch.tensor([1.0, 0.0, 1.0])
+    reference = ref if row.needs_reference else None
+    loss = evaluate(row, policy, reference, target, 40.0, weight=weight, **options(name)).loss
+    (grad,) = torch.autograd.grad(loss, policy)
+    assert grad[1].abs().max() == 0 and grad[4].abs().max() == 0 and grad[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("name", WITH_REFERENCE)
+def test_reference_errors_give_the_loss_of_reference_predictions(name):
+    policy, ref, target = batch()
+    errors = pair_errors(ref, None, target).policy_error
+    losses = [evaluate(OBJECTIVES[name], policy, r, target, 40.0, **options(name)).loss for r in (ref, errors)]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+
+
+def test_cdpo_smooths_hard_and_soft_labels():
+    policy, ref, target = batch()
+    row, s = OBJECTIVES["cdpo"], 0.1
+    plain = evaluate(row, policy, ref, target, 40.0)
+    smoothed = evaluate(row, policy, ref, target, 40.0, label_smoothing=s)
+    expected = -(0.9 * logsigmoid(plain.margin) + 0.1 * logsigmoid(-plain.margin)).mean()
+    torch.testing.assert_close(smoothed.loss, expected)
+    y = torch.tensor([1.0, 0.5, 0.2])
+    soft = evaluate(row, policy, ref, target, 40.0, label=y, label_smoothing=s)
+    target_label = torch.tensor([0.9, 0.5, 0.26])
+    expected = -(target_label * logsigmoid(plain.margin) + (1 - target_label) * logsigmoid(-plain.margin)).mean()
+    torch.testing.assert_close(soft.loss, expected)
+    assert torch.equal(soft.margin, plain.margin)
+
+
+def test_hinge_and_ipo_stop_pulling_where_they_should():
+    """hinge has no gradient past margin 1; ipo turns back past 1/2."""
+    margin = torch.tensor([0.4, 0.6, 1.5], requires_grad=True)
+    pairs = Pairs(margin, margin, margin, margin, margin)
+    for name, signs in (("hinge", [-1, -1, 0]), ("ipo", [-1, 1, 1])):
+        (grad,) = torch.autograd.grad(OBJECTIVES[name].function(pairs, 1.0, None).sum(), margin)
+        assert grad.sign().tolist() == signs
+
+
+def test_mapo_lowers_the_chosen_error_and_raises_the_rejected():
+    e = torch.tensor([0.2, 0.2], dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(OBJECTIVES["mapo"].function(Pairs(e[:1], e[1:]), 0.1, None).sum(), e)
+    slope = -0.5 * (0.5 - 0.1 / 6 + 0.001 / 180)  # phi' = s (x/expm1(x))' at x = 0.1, by its series
+    assert grad[0].item() == pytest.approx(1 - 0.1 * 0.5 * 1000 * slope, rel=1e-4)
+    assert grad[1].item() == pytest.approx(0.1 * 0.5 * 1000 * slope, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_x_over_expm1_is_accurate_with_its_slope_everywhere(dtype):
+    values = [0.0, 1e-30, 1e-8, 1e-4, 0.01, 0.0999, 0.1, 0.1001, 0.5, 2.0, 20.0, 80.0, 200.0, 1e4]
+    x = torch.tensor(values, dtype=dtype, requires_grad=True)
+    y = _x_over_expm1(x)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    for at, actual, actual_slope in zip(x.tolist(), y.tolist(), slope.tolist(), strict=True):
+        if at < 1e-3:
+            expected, expected_slope = 1 - at / 2, -0.5 + at / 6
+        elif at > 100:
+            expected, expected_slope = 0.0, 0.0
+        else:
+            expected = at / math.expm1(at)
+            expected_slope = (math.expm1(at) - at * math.exp(at)) / math.expm1(at) ** 2
+        assert actual == pytest.approx(expected, rel=1e-6, abs=1e-30)
+        assert actual_slope == pytest.approx(expected_slope, rel=1e-5, abs=1e-30)
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "mapo"])
+def test_compiles_in_one_graph(name):
+    row = OBJECTIVES[name]
+    policy, ref, target = batch(dtype=torch.bfloat16)
+    label = torch.rand(3, generator=torch.Generator().manual_seed(2))
+
+    def loss(policy):
+        reference = ref if row.needs_reference else None
+        return evaluate(row, policy, reference, target, 40.0, label=label, **options(name))
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    actual, expected = compiled(policy), loss(policy)
+    torch.testing.assert_close(tuple(actual), tuple(expected), rtol=1e-6, atol=1e-6) if row.needs_reference else None
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-6, atol=1e-6)
+    grads = [torch.autograd.grad(terms.loss, policy)[0] for terms in (actual, expected)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("dpo", dict(ref=None), "the objective dpo needs ref"),
+        ("kto", dict(ref=None), "the objective kto needs ref"),
+        ("sft", {}, "the objective sft takes no reference"),
+        ("mapo", {}, "the objective mapo takes no reference"),
+        ("dpo", dict(label_smoothing=0.1), r"label_smoothing \(0.1\) belongs to cdpo, not dpo"),
+        ("kto", {}, "kto needs kl"),
+        ("ipo", dict(label=torch.ones(2)), r"label must be float32 \[3\]; got torch.float32 \[2\]"),
+        ("sft", dict(ref=None, weight=torch.ones(3, 1)), "weight must be float32"),
+    ],
+)
+def test_bad_arguments_are_named(name, change, message):
+    policy, ref, target = batch()
+    with pytest.raises(ValueError, match=message):
+        evaluate(OBJECTIVES[name], **{**dict(policy_pred=policy, ref=ref, target=target, beta=40.0), **change})
