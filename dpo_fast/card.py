@@ -28,21 +28,24 @@ def model_card(
         "library_name": "diffusers",
         "tags": ["text-to-image", "diffusers", "diffusion-dpo", *(["lora"] if lora else [])],
     }
+    here = config["hub_model_id"] or "FOLDER"
+    from_base = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
     load = (
-        f"pipeline = {pipeline}.from_pretrained({base!r})\npipeline.load_lora_weights(FOLDER)"
+        f"pipeline = {pipeline}.{from_base}({base!r})\npipeline.load_lora_weights({here!r})"
         if lora
-        else f"pipeline = {pipeline}.from_pretrained(FOLDER)"
+        else f"pipeline = {pipeline}.from_pretrained({here!r})"
     )
     rows = {
-        "base model": base + (f" with the LoRA {config['init_lora']} merged: load that first" if config["init_lora"] else ""),
+        "base model": base
+        + (f" with the LoRA {config['init_lora']} merged: load that first" if config["init_lora"] else ""),
         "tuning": f"LoRA, rank {config['rank']}, alpha {config['lora_alpha'] or config['rank']}"
         if lora
         else "full UNet",
         "objective": f"{config['objective']}, beta {config['beta_dpo']:g}",
-        "pairs": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.items()),
+        "pairs": f"{config['dataset_name']}: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.items()),
         "steps": f"{summary['steps']} of {config['pairs_per_step']} pairs",
         "learning rate": f"{config['learning_rate']:g}" + (" x pairs a step" if config["scale_lr"] else ""),
-        "precision": f"compute {config['mixed_precision'] if config['mixed_precision'] != 'no' else 'fp32'}, masters fp32",
+        "compute dtype": {"no": "fp32"}.get(config["mixed_precision"], config["mixed_precision"]) + ", masters fp32",
         "loss": f"{_number(summary['loss_first'])} at first, {_number(summary['loss_last'])} at last",
         "implicit accuracy": _number(summary["implicit_accuracy"]),
     }
@@ -55,7 +58,7 @@ def model_card(
         f"| | |\n|---|---|\n{table}\n\n"
         f"## Use\n\n```python\nfrom diffusers import {pipeline}\n\n{load}\n```\n\n"
         f"## Made by\n\n```bash\npython -m dpo_fast.train {shlex.join(_without_token(argv))}\n```\n\n"
-        f"dpo_fast {__version__}, Python {platform.python_version()}, {versions}. Everything resolved is in config.yaml.\n"
+        f"dpo_fast {__version__}, Python {platform.python_version()}, {versions}. All settings are in config.yaml.\n"
     )
 
 

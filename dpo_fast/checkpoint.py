@@ -3,7 +3,7 @@
     checkpoint-N/weights.safetensors     fp32 masters of what is trained
                  optimizer.safetensors   optimizer state, loss scale, skip counters
                  ema.safetensors         with --use_ema
-                 state.json              step, pairs seen, configuration, fingerprints of base model and pairs
+                 state.json              step, pairs seen, configuration, fingerprints, the files above by name
 
 Tensors are whole (never sharded) and nothing is pickled, so a checkpoint cannot run code.
 """
@@ -32,12 +32,14 @@ MAY_CHANGE = frozenset(
 
 
 def save(output_dir: Path, step: int, files: dict[str, dict[str, torch.Tensor]], state: dict[str, object]) -> Path:
-    """Write checkpoint-`step` under a temporary name and rename it. Returns its path."""
+    """Write checkpoint-`step` under a temporary name and rename it. Returns its path. Raises OSError."""
     target = output_dir / f"{PREFIX}{step}"
     with atomic_folder(target) as folder:
         for name, tensors in files.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / f"{name}.safetensors")
-        write_json(folder / "state.json", state)
+            # copies, because safetensors refuses tensors that share memory: the code books of 8-bit states do
+            copies = {k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in tensors.items()}
+            save_file(copies, folder / f"{name}.safetensors")
+        write_json(folder / "state.json", {**state, "files": list(files)})
     return target
 
 
@@ -45,10 +47,8 @@ def load(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, ob
     """Read a checkpoint back. Raises BadInput for a folder that is not one, or is damaged."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        files = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
-        if missing := {"weights", "optimizer"} - set(files):
-            raise FileNotFoundError(f"{min(missing)}.safetensors is missing")
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        files = {name: load_file(folder / f"{name}.safetensors") for name in state.pop("files")}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise BadInput(
             f"{folder} is not a whole checkpoint ({error}); give another checkpoint-N folder, or `latest`"
         ) from error

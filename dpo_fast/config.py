@@ -178,7 +178,7 @@ class TrainConfig:
     loss_type: Literal["sigmoid", "hinge", "ipo"] | None = None
     """The name diffusers' SD script has for --objective (sigmoid is dpo)."""
     beta_dpo: float | None = None
-    """Strength of the tie to the reference, in the paper's unit (the 1/2 counted, errors are means); None: 5000, mapo 0.1."""
+    """Strength of the tie to the reference, in the paper's unit (see the README); None: 5000, mapo 0.1."""
     label_smoothing: float = 0.0
     """cdpo: the assumed probability that a label is wrong, in [0, 0.5)."""
 

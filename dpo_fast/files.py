@@ -2,18 +2,21 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 _TEMPORARY = ".tmp-"
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed to disk and renamed over `path`, on error removed."""
+    """Yield a temporary path beside `path`; on success it is flushed and renamed over `path`, on error removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=_TEMPORARY, suffix="-" + path.name, dir=path.parent)
@@ -37,7 +40,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, suffix="-" + path.name, dir=path.parent))
     try:
-        yield temporary
+        with filled(temporary):
+            yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=_TEMPORARY, suffix="-old", dir=path.parent))
@@ -49,6 +53,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def filled(folder: Path) -> Iterator[None]:
+    """Within the block files are written into `folder`; at its end they are readable as usual and flushed to disk.
+
+    Some libraries leave their files private. A fault of the disk that safetensors reports in its own way is raised as
+    OSError with the number it has.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            os.chmod(path, 0o666 & ~_umask())
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def remove_temporaries(folder: Path) -> None:

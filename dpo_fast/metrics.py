@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from dpo_fast.files import write_text
+
 TIMESTEP_BUCKETS = 10  # of the schedule's length each: [0, T/10), ...
 
 _SUMS = ("pairs", "loss", "margin", "margin_squared", "correct", "chosen_delta", "rejected_delta")
@@ -74,12 +76,12 @@ class PairSums:
 
 
 def overoptimised(line: dict[str, object]) -> bool:
-    """The signature of over-optimisation: accuracy rises while the policy grows worse than the reference on both images.
+    """The signature of over-optimisation: accuracy rises while the policy is worse than the reference on both images.
 
     The margin then grows by spoiling the rejected image faster than the chosen one, not by improving either.
     """
     accuracy, chosen, rejected = (line[k] for k in ("implicit_accuracy", "chosen_error_delta", "rejected_error_delta"))
-    return accuracy is not None and accuracy > 0.6 and chosen > 0 and rejected > 0
+    return None not in (accuracy, chosen, rejected) and accuracy > 0.6 and chosen > 0 and rejected > 0
 
 
 class Clock:
@@ -116,8 +118,8 @@ class MetricsFile:
     """metrics.jsonl: one JSON object a line, flushed at once. Resuming drops the lines after the checkpoint's step."""
 
     def __init__(self, path: Path, keep_through_step: int = 0) -> None:
-        kept = []
         if path.is_file():
+            kept = []
             for text in path.read_text(encoding="utf-8").splitlines():
                 try:
                     line = json.loads(text)
@@ -125,7 +127,7 @@ class MetricsFile:
                     break
                 if line["step"] <= keep_through_step:
                     kept.append(text + "\n")
-        path.write_text("".join(kept), encoding="utf-8")
+            write_text(path, "".join(kept))
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, object]) -> None:

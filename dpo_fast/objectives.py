@@ -106,7 +106,7 @@ OBJECTIVES = {
     "cdpo": Objective(dpo, needs_reference=True, default_beta=5000.0, fused=dpo_loss, smooths_labels=True),
     "kto": Objective(kto, needs_reference=True, default_beta=5000.0),
     "mapo": Objective(mapo, needs_reference=False, default_beta=0.1),
-    "sft": Objective(sft, needs_reference=False, default_beta=0.0),  # beta has no meaning here
+    "sft": Objective(sft, needs_reference=False, default_beta=5000.0),  # beta has no effect; any positive one will do
 }
 
 

@@ -1,7 +1,7 @@
 """Opening a run: everything a trainer works with, made and checked in the order of what it costs.
 
 Settings, output folder, trackers and hub first (moments), then the pairs (every label and caption, a sample of the
-images), then the model, then what a checkpoint holds. What the user can mend raises BadInput here, before the first step.
+images), then the model, then what a checkpoint holds. What the user can mend raises BadInput here, before any step.
 """
 
 import secrets
@@ -256,7 +256,8 @@ def _check_space(config: TrainConfig, family: Family, masters: MasterOptimizer) 
     """One checkpoint and the result must fit on the disk."""
     state = sum(t.nbytes for tensors in masters.state()[0].values() for t in tensors.values())
     trained = sum(master.numel() for master in masters.masters)
-    moments = 8 * trained if config.optimizer == "adamw" else 0  # made at the first step
+    unmade = config.optimizer == "adamw" and not masters.optimizer.state  # the moments come at the first step
+    moments = 8 * trained if unmade else 0
     result = 4 * (trained if config.tuning == "lora" else sum(p.numel() for p in family.unet.parameters()))
     run_folder.check_space(config.output_dir, state + moments + result)
 

@@ -5,7 +5,6 @@ which is then rounded into the module. Gradients of the micro-batches are summed
 parameter is its own master, so nothing is copied.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +13,7 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 from dpo_fast.config import TrainConfig
-from dpo_fast.errors import missing_extra
+from dpo_fast.errors import BadInput, missing_extra
 
 # Diffusion-DPO's gradients carry a factor beta/4: they are far larger than those the usual 2^16 was made for.
 INITIAL_LOSS_SCALE = 2.0**8
@@ -44,14 +43,17 @@ class MasterOptimizer:
         self.max_grad_norm = config.max_grad_norm
         self.optimizer = _optimizer(self.masters, config, lr)
         # The learning rate is a pure function of the step: nothing of the schedule has to be saved.
-        self._schedule = get_scheduler(
-            config.lr_scheduler,
-            torch.optim.SGD([torch.zeros(1)], lr=lr),
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=steps,
-            num_cycles=config.lr_num_cycles,
-            power=config.lr_power,
-        ).lr_lambdas[0]
+        try:
+            self._schedule = get_scheduler(
+                config.lr_scheduler,
+                torch.optim.SGD([torch.zeros(1)], lr=lr),
+                num_warmup_steps=config.lr_warmup_steps,
+                num_training_steps=steps,
+                num_cycles=config.lr_num_cycles,
+                power=config.lr_power,
+            ).lr_lambdas[0]
+        except ValueError as error:  # polynomial ends at 1e-7 and must begin above it
+            raise BadInput(f"--lr_scheduler {config.lr_scheduler} at learning rate {lr:g}: {error}") from error
         self.base_lr = lr
         self.scaled = dtype == torch.float16
         self.loss_scale = torch.tensor(INITIAL_LOSS_SCALE if self.scaled else 1.0, device=device)
@@ -105,7 +107,7 @@ class MasterOptimizer:
             master.grad = None
         self.write_back()
         if self.ema is not None:
-            decay = min(self.ema_decay, (1 + step) / (10 + step))
+            decay = min(self.ema_decay, (1 + step) / (10 + step))  # TensorFlow's warm-up: young averages forget faster
             torch._foreach_lerp_(self.ema, self.masters, 1.0 - decay)
         return norm
 
@@ -206,7 +208,6 @@ def _optimizer(masters: list[nn.Parameter], config: TrainConfig, lr: float) -> t
         weight_decay=config.adam_weight_decay,
     )
     if config.optimizer == "adamw8bit":
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels for other things than this
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:

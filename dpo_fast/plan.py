@@ -3,14 +3,17 @@
 Counted on the meta device from the model's configuration alone: nothing is loaded and nothing is computed.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_fast.config import TrainConfig, to_yaml
-from dpo_fast.models.load import read_component_config
+from dpo_fast.models.load import component_config
 from dpo_fast.models.lora import add_lora
 from dpo_fast.objectives import OBJECTIVES
 
@@ -32,9 +35,16 @@ class UNetCosts:
 
 
 def plan(config: TrainConfig) -> str:
-    """The resolved configuration and the costs as text. Raises BadInput when the model's configuration cannot be read."""
-    unet_config = read_component_config(config, "unet")
-    vae_scale = 2 ** (len(read_component_config(config, "vae")["block_out_channels"]) - 1)
+    """The resolved configuration and the costs as text. Raises BadInput for a model that cannot be read."""
+    where = dict(
+        revision=config.revision,
+        cache_dir=config.cache_dir,
+        token=config.hub_token,
+        single_file_config=config.single_file_config,
+    )
+    path = config.pretrained_model_name_or_path
+    unet_config = component_config(path, "unet", **where)
+    vae_scale = 2 ** (len(component_config(path, "vae", **where)["block_out_channels"]) - 1)
     resolution = config.resolution or unet_config["sample_size"] * vae_scale
     costs = unet_costs(unet_config, config, resolution // vae_scale)
     needs_reference = OBJECTIVES[config.objective].needs_reference
@@ -76,7 +86,7 @@ def plan(config: TrainConfig) -> str:
 
 
 def unet_costs(unet_config: dict, config: TrainConfig, latent_size: int) -> UNetCosts:
-    """Count one image of `latent_size` x `latent_size` latents through a UNet of this configuration, on meta tensors."""
+    """Count one image of `latent_size` x `latent_size` latents through a UNet of this configuration."""
     dtype = DTYPES[config.mixed_precision]
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_config)
@@ -106,7 +116,7 @@ def unet_costs(unet_config: dict, config: TrainConfig, latent_size: int) -> UNet
             return tensor
 
         counter = FlopCounterMode(display=False)
-        with counter:
+        with counter, _counted_attention():
             with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
                 prediction = unet(noisy, **inputs).sample
             forward = counter.get_total_flops()
@@ -114,6 +124,37 @@ def unet_costs(unet_config: dict, config: TrainConfig, latent_size: int) -> UNet
         backward = counter.get_total_flops() - forward
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     return UNetCosts(parameters, trained, float(forward), float(backward), sum(saved.values()))
+
+
+class _Attention(torch.autograd.Function):
+    """Attention as flash kernels cost it: the scores are never stored, the backward pass computes them again.
+
+    (On meta tensors PyTorch's own falls back to the form that keeps them.) Only sizes are right, not values.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        out = query @ key.mT @ value
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, _ = ctx.saved_tensors
+        scores = query @ key.mT
+        grad_scores = grad @ value.mT
+        return grad_scores @ key, grad_scores.mT @ query, scores.mT @ grad
+
+
+@contextmanager
+def _counted_attention() -> Iterator[None]:
+    """Within the block, scaled_dot_product_attention is `_Attention`."""
+    torch_attention = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda query, key, value, **_: _Attention.apply(query, key, value)
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = torch_attention
 
 
 def _size(count: float) -> str:

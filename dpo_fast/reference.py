@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from dpo_fast.data.pairs import Batch
+from dpo_fast.data.batch import Batch
 from dpo_fast.models.family import Family
 from dpo_fast.models.lora import adapter_off
 
@@ -42,8 +42,8 @@ class AdapterOff:
 class FrozenCopy:
     """Full fine-tuning: a copy of the UNet as it is now, never trained.
 
-    Its parameters keep their requires_grad, though nothing here is differentiated: torch's matmul folds a batch into one
-    product or not depending on it, and the two round differently.
+    Its parameters keep their requires_grad, though nothing here is differentiated: torch's matmul folds a batch into
+    one product or not depending on it, and the two round differently.
     """
 
     def __init__(self, family: Family) -> None:

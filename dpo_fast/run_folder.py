@@ -7,12 +7,12 @@ and the result: pytorch_lora_weights.safetensors, or a diffusers pipeline
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from dpo_fast.errors import BadInput
-from dpo_fast.files import remove_temporaries, write_text
-
+from dpo_fast.files import filled, remove_temporaries, write_text
 
 REPORT = "bad_rows.jsonl"
 
@@ -72,13 +72,15 @@ def check_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def publish(folder: Path, write) -> None:
+def publish(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write(temporary_folder)` produce the result, then move it into `folder` entry by entry.
 
-    A pipeline's model_index.json goes last: what can be loaded is complete.
+    A pipeline's model_index.json goes last, an earlier one first: what can be loaded is complete.
     """
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as name:
-        write(Path(name))
+        with filled(Path(name)):
+            write(Path(name))
+        (folder / "model_index.json").unlink(missing_ok=True)
         for entry in sorted(Path(name).iterdir(), key=lambda e: e.name == "model_index.json"):
             target = folder / entry.name
             if target.is_dir():

@@ -49,9 +49,8 @@ def before_after(before: list[Image.Image], after: list[Image.Image], captions: 
             y = MARGIN + row * (cell + label + MARGIN)
             draw.text((x, y), title, fill="gray", font=font)
             sheet.paste(image.resize((cell, cell), Image.Resampling.LANCZOS), (x, y + label))
-        lines = textwrap.wrap(caption, max(12, int(cell / (FONT_SIZE * 0.55))))
-        if len(lines) > CAPTION_LINES:
-            lines = [*lines[: CAPTION_LINES - 1], lines[CAPTION_LINES - 1] + " ..."]
+        width = int(cell / (FONT_SIZE * 0.55))  # in characters
+        lines = textwrap.wrap(caption, width, max_lines=CAPTION_LINES, placeholder=" ...")
         draw.multiline_text((x, 2 * (cell + label) + 3 * MARGIN), "\n".join(lines), fill="black", font=font)
     return sheet
 

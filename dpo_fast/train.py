@@ -57,8 +57,8 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
         return 130
     except torch.OutOfMemoryError as error:
         raise BadInput(
-            f"out of GPU memory ({str(error).split('.')[0]}); lower --train_batch_size (with --pairs_per_step the result"
-            " stays the same), or add --gradient_checkpointing, or --mixed_precision bf16, or --tuning lora"
+            f"out of GPU memory ({str(error).split('.')[0]}); lower --train_batch_size (with --pairs_per_step the"
+            " result stays the same), or add --gradient_checkpointing, or --mixed_precision bf16, or --tuning lora"
         ) from error
     finally:
         ranks.close()

@@ -28,7 +28,6 @@ from dpo_fast.models import Conditioning, nonfinite_rows, save_lora
 from dpo_fast.objectives import OBJECTIVES, Terms, evaluate
 from dpo_fast.opening import Run
 
-
 OVEROPTIMISED_LINES = 3  # consecutive lines with its signature before it is called that: one line may be chance
 
 
@@ -87,7 +86,7 @@ class Trainer:
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> tuple[torch.Tensor, Conditioning]:
-        """Latents fp16 [2B,C,h,w] and conditioning [B,...] of a batch; a dropped caption is the model's empty prompt."""
+        """Latents fp16 [2B,C,h,w] and conditioning [B,...]; a dropped caption is the model's empty prompt."""
         latents = self.family.encode_images(batch.pixels, self.config.vae_encode_batch_size)
         nonfinite = nonfinite_rows(latents).view(2, -1).any(0)
         self.nonfinite_pair = torch.maximum(self.nonfinite_pair, torch.where(nonfinite, batch.pair_id, -1).max())
@@ -185,9 +184,9 @@ class Trainer:
             if self.signs == OVEROPTIMISED_LINES and "overoptimised_at" not in run.notes:
                 run.notes["overoptimised_at"] = run.step
                 self._say(
-                    f"step {run.step}: over-optimisation: accuracy is {line['implicit_accuracy']:.2f} while the policy has"
-                    " become worse than the reference on both images. Raise --beta_dpo or lower --learning_rate, and"
-                    " look at samples before trusting the loss"
+                    f"step {run.step}: over-optimisation: accuracy is {line['implicit_accuracy']:.2f} while the policy"
+                    " has become worse than the reference on both images. Raise --beta_dpo or lower --learning_rate,"
+                    " and look at samples before trusting the loss"
                 )
         self.clock.restart(run.step)
 
@@ -291,15 +290,15 @@ class Trainer:
         if bad_pair >= 0:
             vae = str(self.family.pipeline.vae.dtype).removeprefix("torch.")
             self.problem = BadInput(
-                f"row {bad_pair}: the VAE gave a non-finite latent (its dtype is {vae}, latents are fp16); use a VAE that"
-                " is safe in fp16, for SDXL --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix,"
+                f"row {bad_pair}: the VAE gave a non-finite latent (its dtype is {vae}, latents are fp16); use a VAE"
+                " that is safe in fp16, for SDXL --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix,"
                 " or --mixed_precision bf16 or no"
             )
         elif in_a_row >= self.config.max_skipped_updates:
             self.problem = BadInput(
-                f"step {line['step']}: the last {in_a_row} updates were not finite and were skipped (loss {line['loss']},"
-                f" loss scale {self.masters.loss_scale.item():g}); lower --learning_rate, or use --mixed_precision bf16"
-                " or no, and go on from an earlier checkpoint"
+                f"step {line['step']}: the last {in_a_row} updates were not finite and were skipped"
+                f" (loss {line['loss']}, loss scale {self.masters.loss_scale.item():g}); lower --learning_rate,"
+                " or use --mixed_precision bf16 or no, and go on from an earlier checkpoint"
             )
 
     def _stop_if_asked(self) -> None:
@@ -404,12 +403,13 @@ class Trainer:
                 pairs += f", {run.sets.shared_with_validation} left out for sharing an image with held-out pairs"
         return "\n".join(
             (
-                f"{self.family.name} {config.tuning} on {self.ranks.world_size} x {self.ranks.device.type}, {precision},"
-                f" {trained:,} parameters trained",
+                f"{self.family.name} {config.tuning} on {self.ranks.world_size} x {self.ranks.device.type},"
+                f" {precision}, {trained:,} parameters trained",
                 pairs,
                 f"steps: {run.step} to {config.max_train_steps}, each {config.pairs_per_step} pairs"
                 f" ({self.ranks.world_size} processes x {config.train_batch_size} x"
-                f" {config.gradient_accumulation_steps}) at {config.resolution} px, {len(self.family.timesteps)} timesteps",
+                f" {config.gradient_accumulation_steps}) at {config.resolution} px,"
+                f" {len(self.family.timesteps)} timesteps",
                 f"objective: {config.objective}, beta {config.beta_dpo:g}, lr {masters.base_lr:g}, seed {config.seed}",
                 f"output: {run.folder}",
             )

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-
 from tests.helpers.runs import STEPS, assert_same_state, flags_for, lines, opened, start, train, weights
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -42,7 +41,7 @@ def test_batch_splits_train_alike(sdxl_path, pairs, tmp_path):
         assert other["grad_norm"] == pytest.approx(line["grad_norm"], rel=2e-3)
     for _, other in results[1:]:
         for name, weight in results[0][1].items():
-            # Adam's first steps are lr * sign(gradient): where a gradient is all rounding, they may differ by 2 lr a step
+            # Adam first steps by lr * sign(gradient): where a gradient is all rounding, 2 lr apart a step
             assert (weight - other[name]).abs().max() <= 2 * STEPS * 1e-5
 
 
@@ -68,5 +67,3 @@ def test_a_problem_of_one_rank_ends_both(sdxl_path, pairs, tmp_path):
     _, error = process.communicate(timeout=120)
     assert process.returncode != 0
     assert error.count("dpo_fast: error: --output_dir") == 1
-
-

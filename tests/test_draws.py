@@ -136,6 +136,20 @@ def test_dropout_has_its_probability(probability):
     assert abs(dropped.double().mean() - probability) <= 5 * spread
 
 
+def test_dropout_and_flip_at_the_ends_of_the_uniform(monkeypatch):
+    ends = torch.tensor([2**-24, 0.5, 0.5 + 2**-24, 1.0], dtype=torch.float64)
+    monkeypatch.setattr(draws, "uniform", lambda seed, pair_id, draw, stream: ends)
+    assert draws.dropout(0, PAIRS[:4], ZERO[:4], 0.0).tolist() == [False] * 4
+    assert draws.dropout(0, PAIRS[:4], ZERO[:4], 1.0).tolist() == [True] * 4
+    assert draws.flip(0, PAIRS[:4], ZERO[:4]).tolist() == [True, True, False, False]  # half of the 2^24 values
+
+
+def test_dropout_at_the_ends_of_the_uniform(monkeypatch):
+    for u, probability, expected in ((1.0, 1.0, True), (2**-24, 0.0, False), (0.5, 0.5, True)):
+        monkeypatch.setattr(draws, "uniform", lambda *_, u=u: torch.tensor([u]).double())
+        assert draws.dropout(0, ZERO[:1], ZERO[:1], probability).item() is expected
+
+
 def test_flip_is_a_fair_coin():
     assert abs(draws.flip(5, PAIRS, ZERO).double().mean() - 0.5) < 5 * 0.5 / math.sqrt(len(PAIRS))
 
@@ -160,6 +174,12 @@ def test_epoch_order_sorts_the_unsigned_key():
     keys = [high << 32 | low for high, low in zip(words[0].tolist(), words[1].tolist(), strict=True)]
     assert any(key >= 1 << 63 for key in keys)
     assert draws.epoch_order(6, 3, PAIRS[:200]).tolist() == sorted(range(200), key=keys.__getitem__)
+
+
+def test_epoch_order_compares_both_words_and_then_the_place(monkeypatch):
+    high, low = torch.tensor([5, 1 << 31, 5, 0, 5]), torch.tensor([9, 0, 3, (1 << 32) - 1, 3])
+    monkeypatch.setattr(draws, "_words", lambda seed, pair_id, draw, stream: (high, low, low, low))
+    assert draws.epoch_order(0, 0, PAIRS[:5]).tolist() == [3, 2, 4, 0, 1]
 
 
 def test_epoch_order_keeps_the_order_of_the_pairs_that_remain():

@@ -1,11 +1,13 @@
 """objectives: every row against numbers worked out by hand, float64 formulas, and what all rows have in common."""
 
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+from dpo_fast.config import TrainConfig, resolve
 from dpo_fast.kernels import pair_errors
 from dpo_fast.objectives import OBJECTIVES, Pairs, _x_over_expm1, evaluate
 
@@ -53,12 +55,23 @@ def test_the_table_has_the_rows_and_betas_it_should():
         "cdpo": 5000.0,
         "kto": 5000.0,
         "mapo": 0.1,
-        "sft": 0.0,
+        "sft": 5000.0,
     }
     assert {name for name, row in OBJECTIVES.items() if not row.needs_reference} == {"mapo", "sft"}
     assert {name for name, row in OBJECTIVES.items() if not row.has_margin} == {"mapo", "sft"}
     assert {name for name, row in OBJECTIVES.items() if row.fused} == {"dpo", "cdpo"}
     assert set(BY_HAND) == set(OBJECTIVES)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_command_line_has_the_default_beta_of_the_table(name):
+    """config and objectives do not import one another, so each states it."""
+    config, _ = resolve(TrainConfig(pretrained_model_name_or_path="m", dataset_name="d", objective=name))
+    assert config.beta_dpo == OBJECTIVES[name].default_beta
+
+
+def test_the_command_line_offers_exactly_the_rows_of_the_table():
+    assert get_args(get_type_hints(TrainConfig)["objective"]) == tuple(OBJECTIVES)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,14 @@ def test_alpha_bar_is_that_of_diffusers(beta_schedule):
     torch.testing.assert_close(ours.alphas_cumprod, theirs.double(), rtol=2e-4, atol=2e-7)
 
 
+def test_alpha_bar_is_a_float64_product():
+    expected, product = [], 1.0
+    for beta in DDPMScheduler(**SD).betas.tolist():
+        product *= 1 - beta
+        expected.append(product)
+    assert schedule().alphas_cumprod.tolist() == pytest.approx(expected, rel=1e-12)
+
+
 def test_the_roots_are_float32_rounded_once():
     ours = schedule()
     assert torch.equal(ours.sqrt_alpha_bar, ours.alphas_cumprod.sqrt().float())

@@ -72,7 +72,9 @@ sys.exit(main())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "text"), [("sd15", SD), ("sdxl", SDXL), ("turbo", TURBO)], ids=["sd15", "sdxl", "turbo"])
+@pytest.mark.parametrize(
+    ("family", "text"), [("sd15", SD), ("sdxl", SDXL), ("turbo", TURBO)], ids=["sd15", "sdxl", "turbo"]
+)
 def test_the_published_command_runs(request, pairs, tmp_path, family, text):
     model = request.getfixturevalue(f"{family}_path")
     small = {

@@ -2,19 +2,30 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
+from safetensors.torch import load_file
 
 from dpo_fast.kernels import reference as kernels
+from dpo_fast.train import main
 from dpo_fast.trainer import Trainer
+from tests.helpers.pairs import write_pickapic
 from tests.helpers.runs import SAMPLE, STEPS, flags_for, lines, opened, train, weights
+
 
 def picture(pipeline, seed: int = 3) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
-        "a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(seed), height=64, width=64, output_type="pt"
+        "a cat",
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(seed),
+        height=64,
+        width=64,
+        output_type="pt",
     ).images
     return images.float()
 
@@ -78,7 +89,16 @@ def test_the_first_margin_is_exactly_zero(sdxl_path, pairs, tmp_path, tuning, pr
         sdxl_path,
         pairs,
         tmp_path / "run",
-        *("--tuning", tuning, "--mixed_precision", precision, "--max_train_steps", 1, "--gradient_accumulation_steps", 3),
+        *(
+            "--tuning",
+            tuning,
+            "--mixed_precision",
+            precision,
+            "--max_train_steps",
+            1,
+            "--gradient_accumulation_steps",
+            3,
+        ),
     )
     (line,) = lines(folder)
     assert line["margin"] == 0.0 and line["margin_rms"] == 0.0
@@ -159,3 +179,104 @@ def plain_step(trainer: Trainer, batch, tuning: str) -> tuple[float, list[torch.
     if tuning == "full":
         references["full"].float()
     return loss.item(), list(gradients)
+
+
+# ---- around the steps ------------------------------------------------------------------------------------------
+
+
+def test_validation_measures_held_out_pairs_and_shows_before_over_after(sdxl_path, tmp_path):
+    captions = [f"scene {i // 3}" for i in range(24)]
+    data = write_pickapic(tmp_path / "pairs.parquet", n=24, captions=captions)
+    out = train(
+        sdxl_path,
+        data,
+        tmp_path / "run",
+        *("--run_validation", "--validation_steps", 2, "--validation_fraction", 0.3, "--learning_rate", 1e-3),
+        *("--report_to", "tensorboard"),
+    )
+    rows = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert all(0 <= row["validation_accuracy"] <= 1 for row in rows)
+    assert json.loads((out / "summary.json").read_text())["validation_accuracy"] == rows[-1]["validation_accuracy"]
+    held_out = opened([*flags_for(sdxl_path, data, tmp_path / "b"), "--validation_fraction", "0.3"])
+    trained = set(held_out.sets.train.captions)
+    assert held_out.sets.validation.captions and trained.isdisjoint(held_out.sets.validation.captions)
+    assert set(held_out.prompts) <= set(held_out.sets.validation.captions)
+    sheet = Image.open(out / "samples" / "step-4.png")
+    base = Image.open(out / "samples" / "base-0.png")
+    assert base.size == (64, 64) and sheet.width > 160 and sheet.height > 320
+    assert list((out / "logs").rglob("events.out.tfevents*"))
+
+
+def test_validation_of_an_untrained_policy_is_undecided(sdxl_path, pairs, tmp_path):
+    run = opened([*flags_for(sdxl_path, pairs, tmp_path / "run"), "--validation_fraction", "0.5"])
+    assert Trainer(run, [])._held_out_accuracy() == 0.5
+
+
+def test_ema_is_what_is_exported(sdxl_path, pairs, tmp_path):
+    out = train(sdxl_path, pairs, tmp_path / "run", "--use_ema", "--ema_decay", 0.5, "--learning_rate", 1e-3)
+    exported = load_file(out / "pytorch_lora_weights.safetensors")
+    averaged = load_file(out / f"checkpoint-{STEPS}" / "ema.safetensors")
+    masters = weights(out)
+    name = next(name for name in averaged if "lora_B" in name)
+    (match,) = [v for k, v in exported.items() if k.endswith(name.replace(".default.", "."))]
+    assert torch.equal(match, averaged[name]) and not torch.equal(match, masters[name])
+
+
+def test_init_lora_becomes_the_reference(sdxl_path, pairs, tmp_path):
+    first = train(sdxl_path, pairs, tmp_path / "first", "--learning_rate", 1e-2)
+    second = train(sdxl_path, pairs, tmp_path / "second", "--init_lora", first, "--max_train_steps", 1)
+    assert lines(second)[0]["margin"] == 0.0
+    base, merged = (
+        opened(flags_for(sdxl_path, pairs, tmp_path / name, *more)).fingerprints["base model"]
+        for name, more in (("a", []), ("b", ["--init_lora", first]))
+    )
+    assert base != merged
+
+
+def test_soft_labels_keep_ties(sdxl_path, tmp_path):
+    data = write_pickapic(tmp_path / "pairs.parquet", n=4, labels=[0.5, 0.7, 0.2, 1.0])
+    run = opened([*flags_for(sdxl_path, data, tmp_path / "run"), "--soft_labels"])
+    assert len(run.sets.train) == 4 and run.sets.ties_dropped == 0
+    seen = {
+        pair: label for _ in range(2) for b in [next(run.batches)] for pair, label in zip(b.pair_id.tolist(), b.label)
+    }
+    assert {pair: round(float(label), 4) for pair, label in seen.items()} == {0: 0.5, 1: 0.7, 2: 0.8, 3: 1.0}
+
+
+def test_a_late_bad_image_has_no_weight_and_is_reported(sdxl_path, pairs, tmp_path, monkeypatch):
+    """An image that decoded at the start check and does not later: no crash, no gradient, a line in the report."""
+    from dpo_fast.data import PairDataset
+    from dpo_fast.data.images import BadImage
+
+    read = PairDataset._encoded
+
+    def spoilt(self, position):
+        pair = read(self, position)
+        if int(self.index.pair_id[position]) == 5:
+            bad = BadImage("cannot be decoded")
+            return pair._replace(images=(bad, bad))
+        return pair
+
+    monkeypatch.setattr(PairDataset, "_encoded", spoilt)
+    more = ["--train_batch_size", 12, "--max_train_steps", 2, "--max_bad_fraction"]
+    out = train(sdxl_path, pairs, tmp_path / "run", *more, 0.2)
+    assert json.loads((out / "summary.json").read_text())["bad_rows"] == 1
+    assert [json.loads(line)["row"] for line in (out / "bad_rows.jsonl").read_text().splitlines()] == [5]
+    assert lines(out)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)  # the mean is over the eleven others
+    assert main(flags_for(sdxl_path, pairs, tmp_path / "strict", *more, 0.01)) == 2
+
+
+def test_dry_run_only_prints(sdxl_path, tmp_path, capsys):
+    assert main(flags_for(sdxl_path, Path("nowhere"), tmp_path / "run", "--dry_run")) == 0
+    shown = capsys.readouterr().out
+    assert "19,456 trained" in shown and "FLOPs a step" in shown and "beta_dpo: 5000.0" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_model_card_tells_how_it_was_made(sdxl_path, pairs, tmp_path):
+    out = train(sdxl_path, pairs, tmp_path / "run", "--hub_token", "secret", "--max_train_steps", 1)
+    card = (out / "README.md").read_text()
+    assert f"--pretrained_model_name_or_path {sdxl_path}" in card and f"torch {torch.__version__}" in card
+    assert "rows 12, ties dropped 0" in card
+    assert not any("secret" in path.read_text() for path in out.rglob("*") if path.suffix in (".md", ".yaml", ".json"))

@@ -7,25 +7,18 @@
     stream = TrainStream(seed=0, pair_ids=pairs.train.pair_id, pairs_per_step=64, batch_size=4, rank=0, world_size=1)
     for batch in make_loader(dataset, stream, first_step=0, last_step=1000, num_workers=4, pin_memory=True): ...
 
-With streaming, `StreamedPairs(source, transform, ...).batches(first_step, last_step)` gives such batches without an index.
+With streaming there is no index: `StreamedPairs(source, transform, ...).batches(first_step, last_step)`.
 """
 
+from dpo_fast.data.batch import Batch, PairDataset, PairTransform, collate
 from dpo_fast.data.images import BadImage
-from dpo_fast.data.pairs import (
-    BadRow,
-    Batch,
-    PairDataset,
-    PairIndex,
-    PairSets,
-    PairTransform,
-    build_index,
-    collate,
-    write_report,
-)
-from dpo_fast.data.sources import Source, StreamedSource, open_source
-from dpo_fast.data.stream import StreamedPairs, TrainStream, make_loader, validation_loader
+from dpo_fast.data.opening import open_source
+from dpo_fast.data.pairs import BadRow, PairIndex, PairSets, build_index, write_report
+from dpo_fast.data.sources import Source, StreamedSource
+from dpo_fast.data.stream import VALIDATION_DRAWS, StreamedPairs, TrainStream, make_loader, validation_loader
 
 __all__ = [
+    "VALIDATION_DRAWS",
     "BadImage",
     "BadRow",
     "Batch",

@@ -9,9 +9,11 @@ import torch
 from PIL import Image, ImageOps
 
 # Only codecs that are data: PIL would hand EPS to Ghostscript, and the exotic ones are where decoders break.
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000")
+# Not every PIL is built with every one, and Image.open fails on a name that it does not know.
+Image.init()
+FORMATS = [f for f in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000") if f in Image.OPEN]
 
-# PIL warns above its pixel limit and refuses above twice that; `decode` refuses at the limit, so the warning adds nothing.
+# PIL warns above its pixel limit and refuses above twice that; `decode` refuses at the limit, so the warning is noise.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 

@@ -1,9 +1,4 @@
-"""From rows to training pairs: which rows train, which validate, and how one pair becomes tensors.
-
-Everything random about a pair (timestep, flip, crop, caption dropout) is drawn here, once a pair and never once an
-image, as a pure function of (seed, pair id, draw): see `dpo_fast.draws`. The noise is drawn where it is used, by
-`noise_pair`.
-"""
+"""Which rows of a source train, which validate, and which are left out, counted and reported."""
 
 import hashlib
 import json
@@ -11,18 +6,17 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dpo_fast import draws
-from dpo_fast.data.images import BadImage, crop_corner, decode, resize, to_pixels
-from dpo_fast.data.sources import BadRow, Columns, Source
+from dpo_fast.data.columns import Columns
+from dpo_fast.data.images import BadImage, decode
+from dpo_fast.data.sources import BadRow, Source
 from dpo_fast.errors import BadInput
 from dpo_fast.files import write_text
 
@@ -145,7 +139,7 @@ def read_row(
         )
     if not soft_labels and label not in (0, 0.5, 1):
         raise BadInput(
-            f"row {row}: {columns.label} is {label}, neither 0, 0.5 nor 1; use --soft_labels to train on it as a probability"
+            f"row {row}: {columns.label} is {label}, neither 0, 0.5 nor 1; --soft_labels trains on it as a probability"
         )
     if label == 0.5 and not soft_labels:
         return None
@@ -179,193 +173,6 @@ def nothing_to_train_on(description: str, rows: int, ties: int) -> BadInput:
         else "it has no rows"
     )
     return BadInput(f"{description}: nothing to train on, {why}")
-
-
-class EncodedPair(NamedTuple):
-    """One pair before decoding."""
-
-    images: tuple[bytes | BadImage, bytes | BadImage]  # chosen first; or why there is none
-    caption: str
-    label: float
-
-
-class PairItem(NamedTuple):
-    """One decoded pair; `collate` makes a `Batch` of several."""
-
-    pixels: Tensor  # uint8 [2, 3, R, R], chosen first
-    caption: str
-    dropped: bool
-    pair_id: int
-    draw: int
-    timestep: int
-    label: float
-    weight: float
-    time_ids: tuple[float, ...]
-    bad: str | None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PairTransform:
-    """How an encoded pair becomes pixels, a timestep and conditioning. Raises BadInput for settings out of range."""
-
-    resolution: int  # pixels; the shorter side is scaled to it, then a square is cut
-    seed: int
-    timesteps: Tensor  # int64 [n], ascending: those that may be drawn
-    grid: bool = False  # True: a pair's draws walk through `timesteps` in turn (Turbo's four steps)
-    hflip: bool = False  # mirror half of the pairs
-    random_crop: bool = False  # False: the center
-    caption_dropout: float = 0.0  # share of the pairs trained without their caption
-    time_ids: str = (
-        "fixed"  # SDXL's micro-conditioning. fixed: (R, R, 0, 0, R, R); real: the smaller image's true size and crop
-    )
-
-    def __post_init__(self) -> None:
-        assert self.timesteps.dtype == torch.int64 and len(self.timesteps) > 0
-        if self.resolution < 1:
-            raise BadInput(f"resolution ({self.resolution}) must be at least 1 pixel")
-        if not 0 <= self.caption_dropout <= 1:
-            raise BadInput(f"caption_dropout ({self.caption_dropout}) must be a probability, from 0 to 1")
-        if self.time_ids not in ("fixed", "real"):
-            raise BadInput(f"time_ids ({self.time_ids!r}) must be fixed or real")
-
-    def __call__(self, pair_id: Tensor, draw: Tensor, pairs: Sequence[EncodedPair]) -> list[PairItem]:
-        """Decode pairs, given their ids and draws (int64 [B] both). A bad image leaves its pair with weight 0."""
-        timesteps = draws.timesteps(self.seed, pair_id, draw, self.timesteps, grid=self.grid).tolist()
-        dropped = draws.dropout(self.seed, pair_id, draw, self.caption_dropout).tolist()
-        mirrored = draws.flip(self.seed, pair_id, draw).tolist() if self.hflip else [False] * len(pairs)
-        corners = draws.crop(self.seed, pair_id, draw).tolist() if self.random_crop else [None] * len(pairs)
-        items = []
-        for i, pair in enumerate(pairs):
-            try:
-                pixels, time_ids = self._pixels(pair.images, mirrored[i], corners[i])
-                bad = None
-            except BadImage as error:
-                pixels = torch.zeros(2, 3, self.resolution, self.resolution, dtype=torch.uint8)
-                time_ids, bad = self._fixed_time_ids, str(error)
-            items.append(
-                PairItem(
-                    pixels=pixels,
-                    caption=pair.caption,
-                    dropped=dropped[i],
-                    pair_id=int(pair_id[i]),
-                    draw=int(draw[i]),
-                    timestep=timesteps[i],
-                    label=pair.label,
-                    weight=0.0 if bad else 1.0,
-                    time_ids=time_ids,
-                    bad=bad,
-                )
-            )
-        return items
-
-    def _pixels(
-        self, images: tuple[bytes | BadImage, bytes | BadImage], mirrored: bool, where: tuple[float, float] | None
-    ) -> tuple[Tensor, tuple[float, ...]]:
-        squares, conditions = [], []
-        for name, encoded in zip(("chosen image", "rejected image"), images, strict=True):
-            if isinstance(encoded, BadImage):
-                raise encoded
-            try:
-                original = decode(encoded)
-                image = resize(original, self.resolution)
-            except BadImage as error:
-                raise BadImage(error.reason, name) from error
-            if mirrored:
-                image = image.transpose(
-                    Image.Transpose.FLIP_LEFT_RIGHT
-                )  # before the crop, so that `left` is what is seen
-            top, left = crop_corner(image.size, self.resolution, where)
-            squares.append(to_pixels(image, top, left, self.resolution))
-            conditions.append((original.height, original.width, top, left, self.resolution, self.resolution))
-        real = min(conditions, key=lambda condition: condition[0] * condition[1])  # equal sizes: the chosen image's
-        return torch.stack(squares), self._fixed_time_ids if self.time_ids == "fixed" else real
-
-    @property
-    def _fixed_time_ids(self) -> tuple[float, ...]:
-        return (self.resolution, self.resolution, 0, 0, self.resolution, self.resolution)
-
-
-class PairDataset(torch.utils.data.Dataset):
-    """Pairs of an index by (position, draw). A bad image never raises: its pair has weight 0 and is reported."""
-
-    def __init__(self, source: Source, index: PairIndex, transform: PairTransform):
-        self.source, self.index, self.transform = source, index, transform
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, key: tuple[int, int]) -> PairItem:
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[PairItem]:
-        """One micro-batch (the loader calls this), so that its draws are made together."""
-        position, draw = torch.tensor(keys, dtype=torch.int64).unbind(1)
-        return self.transform(self.index.pair_id[position], draw, [self._encoded(p) for p in position.tolist()])
-
-    def _encoded(self, position: int) -> EncodedPair:
-        images = load_images(self.source, int(self.index.pair_id[position]))
-        return EncodedPair(
-            chosen_first(images, int(self.index.chosen[position])),
-            self.index.captions[position],
-            float(self.index.label[position]),
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """A micro-batch of B pairs. Tensors of images are [2B, ...]: the B chosen ones, then the B rejected ones."""
-
-    pixels: Tensor  # uint8 [2B, 3, R, R]
-    captions: list[str]  # B, also where dropped
-    dropped: Tensor  # bool [B]: train without the caption
-    pair_id: Tensor  # int64 [B]
-    draw: Tensor  # int64 [B]: how many times the pair was visited before
-    timesteps: Tensor  # int64 [B]
-    label: Tensor  # fp32 [B]
-    weight: Tensor  # fp32 [B]: 0 where an image could not be decoded
-    time_ids: Tensor  # fp32 [B, 6]: (height, width, crop top, crop left, target height, target width)
-    bad: list[tuple[int, str]]  # (row, reason) of the pairs with weight 0
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same batch with its tensors on `device`."""
-        return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory; torch's loader calls this."""
-        return self._each_tensor(Tensor.pin_memory)
-
-    def _each_tensor(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
-
-
-def collate(items: Sequence[PairItem]) -> Batch:
-    """Stack pairs into a micro-batch."""
-    return Batch(
-        pixels=torch.cat([torch.stack([item.pixels[side] for item in items]) for side in (0, 1)]),
-        captions=[item.caption for item in items],
-        dropped=torch.tensor([item.dropped for item in items], dtype=torch.bool),
-        pair_id=torch.tensor([item.pair_id for item in items], dtype=torch.int64),
-        draw=torch.tensor([item.draw for item in items], dtype=torch.int64),
-        timesteps=torch.tensor([item.timestep for item in items], dtype=torch.int64),
-        label=torch.tensor([item.label for item in items], dtype=torch.float32),
-        weight=torch.tensor([item.weight for item in items], dtype=torch.float32),
-        time_ids=torch.tensor([item.time_ids for item in items], dtype=torch.float32),
-        bad=[(item.pair_id, item.bad) for item in items if item.bad is not None],
-    )
-
-
-def load_images(source: Source, row: int) -> tuple[bytes | BadImage, bytes | BadImage]:
-    """A row's two encoded images, or in their place why they cannot be had."""
-    try:
-        return source.image_bytes(row)
-    except BadImage as error:
-        return error, error
-
-
-def chosen_first(images: tuple[T, T], chosen: int) -> tuple[T, T]:
-    """The row's images in the order chosen, rejected."""
-    return images if chosen == 0 else (images[1], images[0])
 
 
 def _read_rows(source: Source, soft_labels: bool, progress: bool) -> tuple[PairIndex, int, list[BadRow]]:
@@ -413,13 +220,15 @@ def _each_pair(
 
     done: dict[int, tuple[T, T]] = {}
     failed: list[BadRow] = []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = zip(rows.tolist(), pool.map(one, rows.tolist()), strict=True)
-        for row, result in tqdm(results, total=len(rows), desc=title, unit=" pairs", disable=not progress):
-            if isinstance(result, BadRow):
-                failed.append(result)
-            else:
-                done[row] = result
+    bar = tqdm(total=len(rows), desc=title, unit=" pairs", disable=not progress)
+    with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for some in rows.split(256):  # a few at a time: Ctrl-C waits for what is handed to the pool
+            for row, result in zip(some.tolist(), pool.map(one, some.tolist()), strict=True):
+                if isinstance(result, BadRow):
+                    failed.append(result)
+                else:
+                    done[row] = result
+                bar.update()
     return done, failed
 
 

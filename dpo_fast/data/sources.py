@@ -1,20 +1,9 @@
-"""Where preference pairs come from: the hub, parquet and Arrow files, saved data sets, folders with JSONL.
-
-Every source answers the same few questions (`Source`); nothing here decodes an image. Three layouts are understood:
-
-    Pick-a-Pic   jpg_0, jpg_1, label_0 (1: jpg_0 is better, 0: jpg_1 is, 0.5: a tie), caption
-    preference   prompt, chosen, rejected; the two hold images
-    JSONL        a folder with SPLIT.jsonl of {"prompt": ..., "chosen": path, "rejected": path}, paths relative to it
-
-`image_columns`, `label_column` and `caption_column` name other columns in any of them.
-"""
+"""What a source of preference pairs answers, whatever it is kept in. Nothing here decodes an image."""
 
 import json
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,14 +11,9 @@ import datasets
 import pyarrow as pa
 from tqdm import tqdm
 
+from dpo_fast.data.columns import Columns, WantedColumns
 from dpo_fast.data.images import BadImage
 from dpo_fast.errors import BadInput
-
-LAYOUTS = (
-    "Pick-a-Pic (jpg_0, jpg_1, label_0, caption), preference (prompt, chosen, rejected with images), "
-    "or a folder with JSONL (prompt, chosen, rejected with file paths)"
-)
-NO_LABEL = "none"  # the label_column that says: the first image column is always the better one
 
 
 class BadRow(NamedTuple):
@@ -47,15 +31,6 @@ class StreamedRow(NamedTuple):
     caption: Any
     label: Any
     images: tuple[bytes | BadImage, bytes | BadImage]
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The columns of one pair. `label` None: the first image is always the better one."""
-
-    images: tuple[str, str]
-    label: str | None
-    caption: str
 
 
 class Source(Protocol):
@@ -82,68 +57,10 @@ class Source(Protocol):
         """What must stay the same for a run to be resumed."""
 
 
-def open_source(
-    name_or_path: str | Path,
-    *,
-    config_name: str | None = None,
-    split: str | None = None,
-    image_columns: Sequence[str] | None = None,
-    label_column: str | None = None,
-    caption_column: str | None = None,
-    streaming: bool = False,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    token: str | None = None,
-    max_rows: int | None = None,
-) -> "Source | StreamedSource":
-    """Open a hub id, a .parquet / .arrow / .jsonl file, a folder of one of these, or a folder written by save_to_disk.
-
-    No split named: train (which a single file is, whatever its name), else the only one. `image_columns` names two
-    columns, the first being the image that the label is about; custom ones need `label_column` too, or "none" where the
-    first is always the better one. `max_rows` keeps the first rows. With `streaming` the result is a `StreamedSource`,
-    read in order without a download beforehand.
-
-    Raises BadInput for what cannot be found, opened or understood.
-    """
-    if max_rows is not None and max_rows < 1:
-        raise BadInput(f"max_train_samples ({max_rows}) must be at least 1")
-    wanted = _WantedColumns(image_columns, label_column, caption_column)
-    path = Path(name_or_path).expanduser()
-    if path.exists():
-        if config_name or revision:
-            raise BadInput(
-                f"config_name and revision belong to hub data sets, and {str(path)!r} is on this disk: leave them out"
-            )
-        name = path.resolve().name
-        shards, root = _local_splits(path)
-        split = _pick_split(split, list(shards), name)
-        if root is not None:
-            source = JsonlSource(name, split, shards[split], root, wanted, max_rows)
-            return StreamedSource.over(source) if streaming else source
-        table = _load_local(shards[split], streaming, cache_dir)
-    elif _looks_local(str(name_or_path)):
-        raise BadInput(
-            f"data set {str(name_or_path)!r} does not exist: give an existing file or folder, or a hub id (owner/name)"
-        )
-    else:
-        name = str(name_or_path)
-        with _as_bad_input(f"data set {name!r}"):
-            # The split is settled first: loading without one would download them all.
-            hub = {"revision": revision, "token": token}
-            split = _pick_split(split, datasets.get_dataset_split_names(name, config_name, **hub), name)
-            table = datasets.load_dataset(
-                name, config_name, split=split, streaming=streaming, cache_dir=_text(cache_dir), **hub
-            )
-            name = "@".join([f"{name}/{config_name}" if config_name else name] + ([revision] if revision else []))
-    if streaming:
-        return StreamedSource.of_table(name, split, table, wanted, max_rows)
-    return TableSource(name, split, table, wanted, max_rows)
-
-
 class TableSource:
     """A `datasets.Dataset` (memory-mapped Arrow) whose image columns hold encoded bytes."""
 
-    def __init__(self, name: str, split: str, table: datasets.Dataset, wanted: "_WantedColumns", max_rows: int | None):
+    def __init__(self, name: str, split: str, table: datasets.Dataset, wanted: "WantedColumns", max_rows: int | None):
         self.columns = wanted.find(table.column_names, name)
         self._table = _raw_images(table, self.columns, name)
         if max_rows is not None:
@@ -164,7 +81,7 @@ class TableSource:
         try:
             record = self._table[row]
         except (OSError, pa.ArrowException) as error:
-            raise BadImage(f"cannot be read ({_one_line(error)})", self.columns.images[0]) from error
+            raise BadImage(f"cannot be read ({one_line(error)})", self.columns.images[0]) from error
         first, second = (_embedded(record[column], column) for column in self.columns.images)
         return first, second
 
@@ -182,7 +99,7 @@ class JsonlSource:
     """Lines of JSON naming image files beside them. A path may not lead out of the folder, by `..` or by a link."""
 
     def __init__(
-        self, name: str, split: str, files: list[Path], root: Path, wanted: "_WantedColumns", max_rows: int | None
+        self, name: str, split: str, files: list[Path], root: Path, wanted: "WantedColumns", max_rows: int | None
     ):
         records = [record for file in files for record in _read_jsonl(file)][:max_rows]
         self.columns = wanted.find(list(dict.fromkeys(key for record in records for key in record)), name)
@@ -239,7 +156,7 @@ class JsonlSource:
         try:
             return path.read_bytes()
         except OSError as error:
-            raise BadImage(f"cannot be read ({_one_line(error)})", self.columns.images[side]) from error
+            raise BadImage(f"cannot be read ({one_line(error)})", self.columns.images[side]) from error
 
 
 class StreamedSource:
@@ -253,10 +170,10 @@ class StreamedSource:
 
     @classmethod
     def of_table(
-        cls, name: str, split: str, table: datasets.IterableDataset, wanted: "_WantedColumns", max_rows: int | None
+        cls, name: str, split: str, table: datasets.IterableDataset, wanted: "WantedColumns", max_rows: int | None
     ) -> "StreamedSource":
         """Stream a `datasets.IterableDataset`."""
-        with _as_bad_input(f"data set {name!r}"):
+        with as_bad_input(f"data set {name!r}"):
             names = table.column_names or list(next(iter(table.take(1)), {}))
         columns = wanted.find(names, name)
         table = _raw_images(table, columns, name)
@@ -270,7 +187,7 @@ class StreamedSource:
                     record = next(records, None)
                 except Exception as error:  # the network and the file formats raise what they like
                     raise RuntimeError(
-                        f"data set {name!r}: the stream broke off after {row} rows ({_one_line(error)}); "
+                        f"data set {name!r}: the stream broke off after {row} rows ({one_line(error)}); "
                         "the run can be resumed from its last checkpoint"
                     ) from error
                 if record is None:
@@ -302,114 +219,11 @@ class StreamedSource:
         return self._identity + " streamed"
 
 
-class _WantedColumns(NamedTuple):
-    """The column names a user gave, None for those to be found."""
-
-    images: Sequence[str] | None
-    label: str | None
-    caption: str | None
-
-    def find(self, columns: list[str], name: str) -> Columns:
-        """Settle on columns that exist, or raise BadInput listing those that do."""
-        if not columns:
-            raise BadInput(f"data set {name!r} is empty: it has no rows and no columns")
-
-        def missing(what: str, remedy: str) -> BadInput:
-            return BadInput(
-                f"data set {name!r} has {what}; its columns are {', '.join(columns)}. {remedy} Accepted: {LAYOUTS}."
-            )
-
-        for given in (*(self.images or ()), self.caption, None if self.label == NO_LABEL else self.label):
-            if given is not None and given not in columns:
-                raise missing(f"no column {given!r}", "Name one of these.")
-        if self.images is not None:
-            if len(self.images) != 2 or self.images[0] == self.images[1]:
-                raise BadInput(f"image_columns ({', '.join(self.images)}) must name two different columns")
-            images = (self.images[0], self.images[1])
-        else:
-            known = [pair for pair in (("jpg_0", "jpg_1"), ("chosen", "rejected")) if set(pair) <= set(columns)]
-            if not known:
-                raise missing(
-                    "no image columns jpg_0 and jpg_1, nor chosen and rejected", "Or name two with --image_columns."
-                )
-            images = known[0]
-
-        label = self.label
-        if label is None and images != ("chosen", "rejected"):
-            if "label_0" not in columns:
-                remedy = f"Name one with --label_column, or 'none' if {images[0]} is always the better image."
-                raise missing("no label column label_0", remedy)
-            label = "label_0"
-
-        caption = self.caption or next((column for column in ("caption", "prompt") if column in columns), None)
-        if caption is None:
-            raise missing("no caption or prompt column", "Or name one with --caption_column.")
-        return Columns(images, None if label == NO_LABEL else label, caption)
-
-
-def _local_splits(path: Path) -> tuple[dict[str, list[Path]], Path | None]:
-    """Split name -> its files (a save_to_disk folder counts as one file); and the images' root folder for JSONL."""
-    if path.is_file():
-        if path.suffix not in (".parquet", ".arrow", ".jsonl"):
-            raise BadInput(f"data set {str(path)!r} is not a .parquet, .arrow or .jsonl file; accepted: {LAYOUTS}")
-        return {"train": [path]}, path.parent if path.suffix == ".jsonl" else None
-    if (path / "dataset_dict.json").is_file():
-        with _as_bad_input(f"data set {str(path)!r}"):
-            return {
-                split: [path / split] for split in json.loads((path / "dataset_dict.json").read_text())["splits"]
-            }, None
-    if (path / "state.json").is_file():
-        return {"train": [path]}, None
-    for pattern in ("*.jsonl", "**/*.parquet", "**/*.arrow"):
-        splits: dict[str, list[Path]] = {}
-        for file in sorted(path.glob(pattern)):
-            splits.setdefault(_split_of(file, path), []).append(file)
-        if splits:
-            return splits, path if pattern == "*.jsonl" else None
-    raise BadInput(f"folder {str(path)!r} holds no .jsonl, .parquet or .arrow files; accepted: {LAYOUTS}")
-
-
-def _split_of(file: Path, root: Path) -> str:
-    """train-00000-of-00004-0a1b.parquet -> train; train/0000.parquet -> train; 0000.parquet -> train."""
-    name = re.sub(r"(^|[-_.])\d+([-_]of[-_]\d+([-_][0-9a-f]+)?)?$", "", file.stem)
-    if name in ("", "part", "data") and file.parent != root:
-        name = file.parent.name
-    return name if name not in ("", "part") else "train"
-
-
-def _pick_split(wanted: str | None, splits: list[str], name: str) -> str:
-    if wanted is None:
-        wanted = "train" if "train" in splits else splits[0] if len(splits) == 1 else None
-        if wanted is None:
-            raise BadInput(
-                f"data set {name!r} has no split named train: choose one with --dataset_split_name from {', '.join(splits)}"
-            )
-    if wanted not in splits:
-        raise BadInput(
-            f"data set {name!r} has no split {wanted!r}: choose one with --dataset_split_name from {', '.join(splits)}"
-        )
-    return wanted
-
-
-def _load_local(files: list[Path], streaming: bool, cache_dir: str | Path | None):
-    with _as_bad_input(f"data set {str(files[0])!r}"):
-        if files[0].is_dir():
-            table = datasets.load_from_disk(str(files[0]))
-            return table.to_iterable_dataset() if streaming else table
-        return datasets.load_dataset(
-            files[0].suffix[1:],  # "parquet" and "arrow" are also the loaders' names
-            data_files={"train": [str(file) for file in files]},
-            split="train",
-            streaming=streaming,
-            cache_dir=_text(cache_dir),
-        )
-
-
 def _read_jsonl(file: Path) -> list[dict[str, Any]]:
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{str(file)!r} cannot be read as UTF-8 text: {_one_line(error)}") from error
+        raise BadInput(f"{str(file)!r} cannot be read as UTF-8 text: {one_line(error)}") from error
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -474,29 +288,17 @@ def _identity(name: str, split: str, columns: Columns, rows: int | None) -> str:
     return f"{name} split={split} rows={rows} columns={','.join(columns.images)},{columns.label},{columns.caption}"
 
 
-def _looks_local(name: str) -> bool:
-    return (
-        name.startswith(("/", "./", "../", "~"))
-        or name.count("/") > 1
-        or Path(name).suffix in (".parquet", ".arrow", ".jsonl")
-    )
-
-
-def _text(path: str | Path | None) -> str | None:
-    return None if path is None else str(path)
-
-
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager
-def _as_bad_input(what: str) -> Iterator[None]:
+def as_bad_input(what: str) -> Iterator[None]:
     """Whatever `datasets` says of something it cannot open becomes one line, naming the cause behind its wrappers."""
     try:
         yield
     except BadInput:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
+    except Exception as error:  # the network and the file formats raise what they like
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-        raise BadInput(f"{what} cannot be opened: {_one_line(cause or error)}") from error
+        raise BadInput(f"{what} cannot be opened: {one_line(cause or error)}") from error

@@ -5,12 +5,15 @@ them, in micro-batches of `batch_size`. So a step trains on the same pairs whate
 size, no pair is repeated or left out at an epoch's end, and resuming at a step needs nothing but its number.
 """
 
+import os
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from itertools import islice
+from threading import Thread
 from typing import NamedTuple
 
 import torch
@@ -19,21 +22,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dpo_fast import draws
-from dpo_fast.data.pairs import (
-    Batch,
-    EncodedPair,
-    PairDataset,
-    PairTransform,
-    chosen_first,
-    collate,
-    nothing_to_train_on,
-    read_row,
-    too_many_bad,
-)
+from dpo_fast.data.batch import Batch, EncodedPair, PairDataset, PairTransform, chosen_first, collate
+from dpo_fast.data.pairs import nothing_to_train_on, read_row, too_many_bad
 from dpo_fast.data.sources import BadRow, StreamedSource
 from dpo_fast.errors import BadInput
 
 WINDOW = 1024  # pairs shuffled together when streaming: they wait encoded in memory, about 300 MB for Pick-a-Pic
+
+VALIDATION_DRAWS = 4  # measurements of a held-out pair: draws 0 to 3 fall one in each quarter of the timesteps
 
 
 class TrainStream:
@@ -55,7 +51,7 @@ class TrainStream:
         self._orders: dict[int, list[int]] = {}
 
     def batches(self, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
-        """Lists of (position in pair_ids, draw): this rank's micro-batches of the steps first_step, ..., last_step - 1."""
+        """This rank's micro-batches of the steps first_step, ..., last_step - 1, as lists of (position, draw)."""
         for step in range(first_step, last_step):
             for micro_batch in self._slice.of_step(step):
                 yield [self._at(position) for position in micro_batch]
@@ -73,7 +69,7 @@ class StreamedPairs:
     """The same batches from a source that can only be read in order.
 
     Usable pairs are counted in the order of the source and shuffled within windows of 1024; epochs repeat, each with
-    its own shuffle. Rows are judged as `build_index` judges them (a tie is dropped, an empty caption is a bad row, ...),
+    its own shuffle. Rows are judged as `build_index` judges them (a tie is dropped, an empty caption is a bad row),
     when they are met; an image that does not decode leaves its pair in its place with weight 0. Each rank reads the
     whole stream and decodes its own share. Resuming reads again from the start, up to where the run was.
     """
@@ -144,8 +140,8 @@ class StreamedPairs:
     def _windows(self, first: int) -> "Iterator[tuple[int, int, list[tuple[int, EncodedPair]]]]":
         """Each window: its epoch, the position of its first pair, its pairs with their ids. Endless.
 
-        Windows before `first` come too, for a window's length is known by reading it; but of whole epochs before it only
-        the first one.
+        Windows before `first` come too, for a window's length is known by reading it; but of the whole epochs before it
+        only the first.
         """
         epoch, start = 0, 0
         bar = tqdm(
@@ -214,12 +210,16 @@ def validation_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Every pair exactly once over the ranks, always at draw 0, so that two passes differ by the model only.
+    """Every pair at draws 0 to VALIDATION_DRAWS - 1, each exactly once over the ranks.
 
-    The last batch may be short, and a rank may have one batch fewer than another.
+    One draw says little of a pair, for its margin depends on the timestep above all. The draws are the same at every
+    pass, so two passes differ by the model only. The last batch may be short, and a rank may have one batch fewer than
+    another.
     """
-    starts = range(rank * batch_size, len(dataset), world_size * batch_size)
-    batches = ([(p, 0) for p in range(start, min(start + batch_size, len(dataset)))] for start in starts)
+    # The draws of a pair stand together: its caption is then encoded once a batch.
+    total = len(dataset) * VALIDATION_DRAWS
+    starts = range(rank * batch_size, total, world_size * batch_size)
+    batches = ([divmod(k, VALIDATION_DRAWS) for k in range(i, min(i + batch_size, total))] for i in starts)
     return _load(dataset, batches, num_workers, pin_memory)
 
 
@@ -264,7 +264,7 @@ def _load(
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, os.getpid()),
     )
     try:
         yield from loader
@@ -281,10 +281,20 @@ def _load(
         ) from error
 
 
-def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the trainer answers it, and needs its workers until it has saved.
+def _start_worker(trainer: int, worker: int) -> None:
+    # Ctrl-C and a cluster's SIGTERM reach every process of a run; the trainer answers them, and needs its workers until
+    # it has saved. It ends them itself, by a SIGTERM of its own.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        Thread(target=_end_by, args=(trainer,), daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_by(trainer: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != trainer:
+        pass
+    os._exit(0)
 
 
 def _windows_of(pairs: Iterator) -> Iterator[list]:

@@ -44,7 +44,7 @@ def dpo_loss(
     """
     if ref is None:
         raise ValueError("dpo_loss needs ref: the reference's predictions [2B, C, H, W] or its errors [2B]")
-    if not (math.isfinite(beta) and beta > 0):
+    if not 0 < beta < math.inf:  # not isfinite(beta), which breaks the graph when a compiled step changes its beta
         raise ValueError(f"beta ({beta}) must be a positive number")
     policy_pred, ref, target = dense_predictions(policy_pred, ref, target)
     pairs = policy_pred.shape[0] // 2

@@ -44,7 +44,8 @@ def dense_predictions(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -
         raise ValueError(
             f"policy_pred must be floating point [2B, C, H, W], chosen first; got {policy_pred.dtype} {list(shape)}"
         )
-    if target.shape[1:] != shape[1:] or target.shape[0] not in (shape[0], shape[0] // 2):
+    # not `in (shape[0], shape[0] // 2)`, which compiled with dynamic shapes is false for one pair
+    if target.shape[1:] != shape[1:] or (target.shape[0] != shape[0] and 2 * target.shape[0] != shape[0]):
         raise ValueError(
             f"target must be [B, C, H, W] or [2B, C, H, W] for policy_pred {list(shape)}; got {list(target.shape)}"
         )

@@ -1,8 +1,5 @@
 """The models that can be trained: loading, encoding, one UNet call for both images of a pair, adapters, saving."""
 
-from dpo_fast.models import quiet  # before anything that imports diffusers' pipelines
-
-# isort: split
 from dpo_fast.models.attention import ATTENTIONS, set_attention, usable_attention
 from dpo_fast.models.family import Conditioning, Family, default_time_ids, nonfinite_rows
 from dpo_fast.models.load import load_family
@@ -19,7 +16,6 @@ __all__ = [
     "load_family",
     "merge_lora",
     "nonfinite_rows",
-    "quiet",
     "save_lora",
     "set_attention",
     "usable_attention",

@@ -16,7 +16,7 @@ from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
 from dpo_fast.errors import BadInput
-from dpo_fast.models.quiet import no_loading_bars
+from dpo_fast.quiet import no_loading_bars
 from dpo_fast.schedule import NoiseSchedule, noise_schedule, turbo_grid, usable_timesteps
 
 Conditioning = dict[str, torch.Tensor]

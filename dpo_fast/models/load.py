@@ -34,15 +34,17 @@ from dpo_fast.errors import BadInput
 from dpo_fast.models.attention import set_attention
 from dpo_fast.models.family import Family
 from dpo_fast.models.faults import bad_input
-from dpo_fast.models.quiet import no_loading_bars
 from dpo_fast.models.sd15 import SD15
 from dpo_fast.models.sdxl import SDXL, Turbo
+from dpo_fast.quiet import no_loading_bars
 
 _FAMILIES = {"StableDiffusionPipeline": SD15, "StableDiffusionXLPipeline": SDXL}
 _PIPELINES = {SD15: StableDiffusionPipeline, SDXL: StableDiffusionXLPipeline}
 _UNUSED = {"feature_extractor": None, "image_encoder": None}  # not even read
 _UNUSED_PARTS = {SD15: {**_UNUSED, "safety_checker": None, "requires_safety_checker": False}, SDXL: _UNUSED}
 _PICKLED = "check its files; pickled weights are not loaded, convert them with save_pretrained(folder)"
+# Where the configuration of a single file comes from when none is given.
+_USUAL = {SD15: "stable-diffusion-v1-5/stable-diffusion-v1-5", SDXL: "stabilityai/stable-diffusion-xl-base-1.0"}
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"  # the argument's name
 
@@ -106,6 +108,28 @@ def load_family(
     )
     set_attention(family.unet, attention)
     return family
+
+
+def component_config(
+    path: str | Path,
+    component: str,  # the subfolder, "unet" or "vae"
+    *,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
+    single_file_config: str | Path | None = None,
+) -> dict:
+    """The configuration of one component of the model at `path`, without loading any weights.
+
+    Arguments and errors are those of `load_family`.
+    """
+    source, hub = str(path), {"revision": revision, "cache_dir": cache_dir, "token": token}
+    if source.endswith(".safetensors"):
+        source, hub["revision"] = str(single_file_config or _USUAL[_kind_of_file(source)]), None
+    else:
+        _kind_of_folder(source, hub)
+    with bad_input(f"the {component} configuration of {source} cannot be read", "name a whole diffusers pipeline"):
+        return UNet2DConditionModel.load_config(source, subfolder=component, **hub)
 
 
 def _kind_of_folder(path: str, hub: dict) -> type[Family]:

@@ -13,7 +13,7 @@ from torch import nn
 from dpo_fast.errors import BadInput
 from dpo_fast.models.family import Family
 from dpo_fast.models.faults import bad_input
-from dpo_fast.models.quiet import no_loading_bars
+from dpo_fast.quiet import no_loading_bars
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention projections
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"

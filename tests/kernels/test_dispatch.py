@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from dpo_fast.kernels import dispatch, pair_errors
+from dpo_fast.kernels import dispatch, dpo_loss, noise_pair, pair_errors
 from dpo_fast.kernels import reference as reference_module
 
 X = torch.zeros(2)
@@ -46,6 +46,9 @@ def test_the_argument_wins_over_the_context_and_that_over_the_variable(monkeypat
     with dispatch.backend("native"):
         assert dispatch.module_for("dpo_loss", "auto", X) is native
         assert dispatch.module_for("dpo_loss", "reference", X) is reference_module
+        with dispatch.backend("reference"):
+            assert dispatch.module_for("dpo_loss", "auto", X) is reference_module
+        assert dispatch.module_for("dpo_loss", "auto", X) is native  # as before, not as without a context
         with dispatch.backend("auto"):  # undoes the variable too
             assert dispatch.module_for("dpo_loss", "auto", X) is native
     assert dispatch.module_for("dpo_loss", "auto", X) is reference_module
@@ -125,4 +128,43 @@ def test_forward_and_backward_ask_for_the_backend_they_were_given(monkeypatch):
     monkeypatch.setattr(dispatch, "module_for", module_for)
     p = torch.ones(2, 1, 1, 1, requires_grad=True)
     pair_errors(p, None, torch.zeros(1, 1, 1, 1), backend="reference").error_delta.sum().backward()
-    assert asked == [("pair_errors", "reference")] * 2
+    dpo_loss(p, torch.zeros(2), torch.zeros(1, 1, 1, 1), 1.0, backend="reference").loss.backward()
+    assert asked == [("pair_errors", "reference")] * 2 + [("dpo_loss", "reference")] * 2
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_kernel_gets_dense_tensors_in_the_memory_order_of_the_prediction(monkeypatch, channels_last):
+    """It reads an image as a row of numbers, so all inputs have to come in one order."""
+    strides = []
+
+    class Recorder:
+        def __getattr__(self, name):
+            def call(*arguments):
+                strides.extend(x.stride() for x in arguments if isinstance(x, torch.Tensor) and x.dim() == 4)
+                return getattr(reference_module, name)(*arguments)
+
+            return call
+
+    monkeypatch.setattr(dispatch, "module_for", lambda op, name, *tensors: Recorder())
+    layouts = torch.channels_last, torch.contiguous_format
+    own, other = layouts if channels_last else layouts[::-1]
+    p = torch.ones(4, 3, 5, 6).contiguous(memory_format=own).requires_grad_()
+    ref, target = torch.zeros(4, 3, 5, 6).contiguous(memory_format=other), torch.zeros(2, 3, 5, 12)[..., ::2]
+    pair_errors(p, ref, target).error_delta.sum().backward()
+    dpo_loss(p, ref, target, 1.0).loss.backward()
+    assert len(strides) == 10 and set(strides) == {p.stride()}
+
+
+def test_the_noise_kernel_gets_dense_tensors(monkeypatch):
+    given = []
+
+    class Recorder:
+        def noise_pair_fwd(self, *arguments):
+            given.extend(x for x in arguments if isinstance(x, torch.Tensor))
+            return reference_module.noise_pair_fwd(*arguments)
+
+    monkeypatch.setattr(dispatch, "module_for", lambda op, name, *tensors: Recorder())
+    per_pair, ids = torch.ones(2, 2)[:, 0], torch.arange(4)[::2]
+    latents = torch.zeros(4, 3, 5, 12)[..., ::2]
+    noise_pair(latents, per_pair, per_pair, 0, ids, ids, prediction_type="epsilon", dtype=torch.float32)
+    assert len(given) == 5 and all(x.is_contiguous() for x in given)

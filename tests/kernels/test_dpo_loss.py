@@ -79,6 +79,36 @@ def test_at_the_start_the_margin_is_zero_and_the_loss_log_two(dtype, pairs, back
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, F16])
+def test_the_margin_is_accurate_where_policy_and_reference_are_close(dtype, backend):
+    """A few roundings away from the reference: the difference of two float32 means would be mostly rounding itself."""
+    inputs = loss_inputs(Case("close", pairs=4, policy=dtype, ref=dtype, shape=(4, 64, 64)), seed=9)
+    policy, beta = inputs.ref.clone(), 5000.0
+    policy.view(-1)[::97] *= 1 + torch.finfo(dtype).eps
+    result = dpo_loss(policy, inputs.ref, inputs.target, beta, backend=backend)
+    exact = naive(policy, inputs.ref, inputs.target, beta, None, None, torch.float64)[1]
+    subtracted = naive(policy, inputs.ref, inputs.target, beta, None, None, torch.float32)[1]
+    error = (result.margin.double() - exact).abs().max()
+    assert error < 1e-5 * exact.abs().max()
+    assert error < 0.05 * (subtracted.double() - exact).abs().max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_a_gradient_in_half_precision_is_rounded_once(dtype, backend):
+    """Residual, coefficient and their product are float32, so the error is half an ulp and little more."""
+    inputs = loss_inputs(Case("rounding", pairs=3, policy=dtype, ref=dtype, shape=(4, 9, 7), labels=True), seed=10)
+    p, label = inputs.policy_pred, inputs.label
+    loss = dpo_loss(p, inputs.ref, inputs.target, 100.0, label=label, backend=backend).loss
+    (grad,) = torch.autograd.grad(loss, p)
+    p64 = p.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(naive(p64, inputs.ref, inputs.target, 100.0, label, None, torch.float64)[0], p64)
+    info = torch.finfo(dtype)
+    half_ulp = info.eps / 2 * exact.abs().clamp(min=info.smallest_normal)  # at most: an ulp is eps times a power of two
+    assert ((grad.double() - exact).abs() <= half_ulp + 1e-5 * exact.abs().max(1, keepdim=True).values).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_labels(backend):
     """Label 0 exchanges the images; 1 is no label; at 1/2 and margin 0 there is no gradient."""
     inputs = loss_inputs(Case("labels", pairs=3), seed=2)
@@ -189,6 +219,28 @@ def test_a_whole_step_compiles_in_one_graph():
         assert all(map(torch.equal, actual, expected))
         grads = [torch.autograd.grad(result.loss, scale)[0] for result in (actual, expected)]
         torch.testing.assert_close(*grads, rtol=2e-2, atol=1e-3)  # summed in another order, some of it in bf16
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_one_graph_serves_other_betas_batches_and_layouts(dynamic):
+    torch.compiler.reset()
+
+    def loss_and_grad(step, inputs):
+        result = step(inputs.policy_pred, inputs.ref, inputs.target, inputs.beta)
+        return *result, torch.autograd.grad(result.loss, inputs.policy_pred)[0]
+
+    def step(p, ref, target, beta):
+        return dpo_loss(p * 1, ref, target, beta)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for case in (
+        Case("first", pairs=2),
+        Case("other_beta_and_batch", pairs=3, beta=2000.0),
+        Case("channels_last", pairs=3, shape=(4, 6, 5), channels_last=True, beta=500.0),
+        Case("one_pair", pairs=1, shape=(5, 3, 2)),
+    ):
+        inputs = loss_inputs(case, seed=11)
+        assert all(map(torch.equal, loss_and_grad(compiled, inputs), loss_and_grad(step, inputs)))
 
 
 P = torch.zeros(4, 4, 8, 8)

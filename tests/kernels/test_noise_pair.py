@@ -187,6 +187,16 @@ def test_memory_format_does_not_change_values(backend):
     assert last.noisy.is_contiguous(memory_format=torch.channels_last) and from_strided.noisy.is_contiguous()
 
 
+def test_float64_latents_are_computed_in_float32_like_all_others():
+    inputs = noise_inputs(Case("double", pairs=2), seed=9)
+    options = dict(prediction_type="v_prediction", dtype=torch.float64)
+    expected = noise_pair(**vars(inputs), **options)
+    inputs.latents = inputs.latents.double()
+    actual = noise_pair(**vars(inputs), **options)
+    assert torch.equal(actual.noisy, expected.noisy) and torch.equal(actual.target, expected.target)
+    assert actual.noisy.dtype == torch.float64 and actual.target.dtype == F32
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_reference_equals_the_ddpm_scheduler_bit_for_bit(prediction_type):
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")

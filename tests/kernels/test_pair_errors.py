@@ -5,6 +5,7 @@ import torch
 
 from dpo_fast.kernels import pair_errors, reference
 from dpo_fast.kernels.dispatch import usable_backends
+from dpo_fast.kernels.pair_errors import dense_predictions
 from tests.kernels.cases import BF16, CASES, F16, Case, assert_near_truth, loss_inputs
 
 BACKENDS = [name for name, reason in usable_backends().items() if not reason]
@@ -100,6 +101,27 @@ def test_layouts_may_differ_between_inputs(backend):
         backend=backend,
     )
     assert all(map(torch.equal, plain, mixed))
+
+
+def test_kernels_are_given_dense_images_in_the_order_of_the_prediction():
+    inputs = loss_inputs(Case("dense", pairs=2, shape=(4, 6, 5)), seed=11)
+    last = inputs.policy_pred.detach().contiguous(memory_format=torch.channels_last)
+    for policy, layout in ((last, torch.channels_last), (inputs.policy_pred.mT, torch.contiguous_format)):
+        ref, target = (x.view_as(x).reshape(-1, *policy.shape[1:]) for x in (inputs.ref, inputs.target))
+        for x in dense_predictions(policy, ref, target):
+            assert x.is_contiguous(memory_format=layout)
+    ref = torch.zeros(8)[::2]
+    assert dense_predictions(last, ref, inputs.target)[1].is_contiguous()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_coefficient_does_not_overflow_half_precision(backend):
+    """A loss scale of 2^20 is beyond float16; the gradient that it scales is not."""
+    inputs = loss_inputs(Case("scaled", pairs=2, policy=F16), seed=12)
+    errors = pair_errors(inputs.policy_pred, inputs.ref, inputs.target, backend=backend).policy_error
+    (grad,) = torch.autograd.grad(errors, inputs.policy_pred, torch.full((4,), 2.0**20))
+    residual = inputs.policy_pred.detach().double() - inputs.target.double().repeat(2, 1, 1, 1)
+    torch.testing.assert_close(grad.double(), 2.0**20 * 2 / 256 * residual, rtol=1e-3, atol=1e-3)
 
 
 def test_gradcheck_of_specification_and_op():

@@ -254,7 +254,7 @@ def test_flow_matching_scheduler(sd15_copy):
     config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
     (sd15_copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     edit_json(sd15_copy / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
-    refused("FlowMatchEulerDiscreteScheduler", sd15_copy)
+    refused("flow matching", sd15_copy)
 
 
 def test_missing_truncated_and_absent_files(sd15_copy):

@@ -1,0 +1,248 @@
+// The arithmetic of every op, for CPU and GPU alike: what the tests prove on a CPU is what a GPU computes.
+//
+// Both compilers are told not to contract a * b + c, so that additions, products, quotients and square roots round the
+// same way everywhere: the noise has the same bits on every CPU and GPU. Code is free of branches and table look-ups
+// where a CPU compiler should make vector instructions of it.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "ops.h"
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define DPO_FAST_INLINE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define DPO_FAST_INLINE inline __attribute__((always_inline))
+#else
+#define DPO_FAST_INLINE inline
+#endif
+
+namespace dpo_fast {
+
+DPO_FAST_INLINE uint32_t bits_of(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+#endif
+}
+
+DPO_FAST_INLINE float float_of(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+#endif
+}
+
+// ---- half precision: exact to float32, to nearest even from it ---------------------------------------------------
+
+DPO_FAST_INLINE float from_bfloat16(uint16_t half) { return float_of(static_cast<uint32_t>(half) << 16); }
+
+DPO_FAST_INLINE uint16_t to_bfloat16(float x) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+DPO_FAST_INLINE float from_float16(uint16_t half) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(__ushort_as_half(half));
+#else
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fffu) << 13;  // float32's mantissa and a small exponent
+  const uint32_t normal = magnitude + ((127u - 15u) << 23);
+  const uint32_t infinite = magnitude | 0x7f800000u;
+  // a number with exponent bits 113 and this mantissa, less the implicit one: exact, and a subnormal is never read
+  const uint32_t subnormal = bits_of(float_of(magnitude + (113u << 23)) - float_of(113u << 23));
+  const uint32_t finite = magnitude < (1u << 23) ? subnormal : normal;
+  return float_of(sign | (magnitude >= (31u << 23) ? infinite : finite));
+#endif
+}
+
+DPO_FAST_INLINE uint16_t to_float16(float x) {
+#if defined(__CUDA_ARCH__)
+  return __half_as_ushort(__float2half_rn(x));
+#else
+  const uint32_t sign = (bits_of(x) >> 16) & 0x8000u;
+  const uint32_t magnitude = bits_of(x) & 0x7fffffffu;
+  // the carry of the rounding may pass into the exponent, up to infinity: that is right
+  const uint32_t normal = (magnitude - ((127u - 15u) << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // 0.5 has an ulp of 2^-24, float16's smallest subnormal: the addition rounds to it
+  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+  const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  return static_cast<uint16_t>(sign | (magnitude >= (143u << 23) ? special : finite));
+#endif
+}
+
+// ---- the noise: Philox4x32-10 (Salmon et al., SC 2011) and Box-Muller --------------------------------------------
+
+struct Words {
+  uint32_t w[4];
+};
+
+DPO_FAST_INLINE Words philox(Words counter, uint32_t key0, uint32_t key1) {
+  uint32_t c0 = counter.w[0], c1 = counter.w[1], c2 = counter.w[2], c3 = counter.w[3];
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = static_cast<uint64_t>(0xD2511F53u) * c0;
+    const uint64_t product1 = static_cast<uint64_t>(0xCD9E8D57u) * c2;
+    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ key0;
+    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ key1;
+    c1 = static_cast<uint32_t>(product1);
+    c3 = static_cast<uint32_t>(product0);
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// -2 ln(u), u = (n + 1) * 2^-24 of a word's upper 24 bits n; relative error below 2^-22
+DPO_FAST_INLINE float minus_two_log(uint32_t word) {
+  const uint32_t u = bits_of(static_cast<float>(static_cast<int32_t>((word >> 8) + 1u)) * 0x1p-24f);
+  const int32_t exponent = static_cast<int32_t>(u - 0x3f3504f3u) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
+  const float f = float_of(u - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
+  // ln(1 + f) = f + f^2 q(f), q by a Chebyshev fit
+  float q = -0.07866667956113815f;
+  q = q * f + 0.12821748852729797f;
+  q = q * f - 0.131016343832016f;
+  q = q * f + 0.1418900042772293f;
+  q = q * f - 0.1662759929895401f;
+  q = q * f + 0.2000196874141693f;
+  q = q * f - 0.2500077188014984f;
+  q = q * f + 0.33333322405815125f;
+  q = q * f - 0.4999999701976776f;
+  const float log_u = static_cast<float>(exponent) * 0.6931471805599453f + (f + f * f * q);
+  return -2.0f * log_u;
+}
+
+// cos and sin of 2 pi u, u as above; absolute error below 2^-23
+DPO_FAST_INLINE void cos_sin(uint32_t word, float& cosine, float& sine) {
+  const uint32_t n = (word >> 8) + 1u;
+  const uint32_t quarter = (n + (1u << 21)) >> 22;
+  const float r = static_cast<float>(static_cast<int32_t>(n - (quarter << 22))) * 0x1p-24f;  // in [-1/8, 1/8], exact
+  const float z = r * r;
+  float s = -75.40184020996094f;
+  s = s * z + 81.59254455566406f;
+  s = s * z - 41.3416633605957f;
+  s = s * z + 6.2831854820251465f;
+  s = s * r;
+  float c = 59.42422103881836f;
+  c = c * z - 85.44882202148438f;
+  c = c * z + 64.93936920166016f;
+  c = c * z - 19.739208221435547f;
+  c = c * z + 1.0f;
+  const bool odd = quarter & 1u;
+  const uint32_t cosine_sign = ((quarter + 1u) & 2u) << 30, sine_sign = (quarter & 2u) << 30;
+  cosine = float_of(bits_of(odd ? s : c) ^ cosine_sign);
+  sine = float_of(bits_of(odd ? c : s) ^ sine_sign);
+}
+
+struct Normals {
+  float z[4];
+};
+
+DPO_FAST_INLINE float square_root(float x) {
+#if defined(__CUDA_ARCH__)
+  return __fsqrt_rn(x);
+#else
+  return std::sqrt(x);
+#endif
+}
+
+DPO_FAST_INLINE Normals box_muller(Words words) {
+  Normals normals;
+  const float radius0 = square_root(minus_two_log(words.w[0])), radius2 = square_root(minus_two_log(words.w[2]));
+  float cosine, sine;
+  cos_sin(words.w[1], cosine, sine);
+  normals.z[0] = radius0 * cosine;
+  normals.z[1] = radius0 * sine;
+  cos_sin(words.w[3], cosine, sine);
+  normals.z[2] = radius2 * cosine;
+  normals.z[3] = radius2 * sine;
+  return normals;
+}
+
+// The four normals of one block of a pair's noise; stream 0 is the noise (dpo_fast/draws.py has the others).
+DPO_FAST_INLINE Normals noise_block(uint64_t seed, uint64_t pair_id, uint64_t draw, uint32_t block) {
+  const Words counter = {
+      {block, static_cast<uint32_t>(pair_id), static_cast<uint32_t>(pair_id >> 32), static_cast<uint32_t>(draw)}};
+  return box_muller(philox(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)));
+}
+
+DPO_FAST_INLINE float noised(float x0, float noise, float signal, float sigma) { return signal * x0 + sigma * noise; }
+
+DPO_FAST_INLINE float velocity_of(float x0, float noise, float signal, float sigma) {
+  return signal * noise - sigma * x0;
+}
+
+// ---- errors, margin, loss ----------------------------------------------------------------------------------------
+
+// What one number adds to its image's three sums.
+DPO_FAST_INLINE void add_terms(float p, float r, float t, float& policy, float& ref, float& delta) {
+  const float policy_residual = p - t, ref_residual = r - t;
+  policy += policy_residual * policy_residual;
+  ref += ref_residual * ref_residual;
+  delta += (p - r) * (policy_residual + ref_residual);  // = (p-t)^2 - (r-t)^2 without the cancellation
+}
+
+struct ImageSums {  // over an image's numbers
+  double policy, ref, delta;
+};
+
+struct ImageErrors {
+  float policy, ref, delta;
+};
+
+DPO_FAST_INLINE ImageErrors image_errors(const PairErrors& op, int64_t image, ImageSums sums) {
+  const double n = static_cast<double>(op.numbers);
+  const float policy = static_cast<float>(sums.policy / n);
+  if (op.ref.data) return {policy, static_cast<float>(sums.ref / n), static_cast<float>(sums.delta / n)};
+  const float ref = op.ref_error ? op.ref_error[image] : 0.0f;
+  return {policy, ref, policy - ref};
+}
+
+// -(beta/2) (delta_w - delta_l); this order of the subtraction gives +0.0 for equal differences
+DPO_FAST_INLINE float pair_margin(float delta_w, float delta_l, double beta) {
+  return static_cast<float>(beta / 2) * (delta_l - delta_w);
+}
+
+// -logsigmoid(x)
+DPO_FAST_INLINE double softplus_of_minus(double x) { return (x < 0 ? -x : 0.0) + log1p(exp(x < 0 ? x : -x)); }
+
+// weight * -[y logsigmoid(margin) + (1-y) logsigmoid(-margin)], in float64 so that its mean over B equal pairs is it
+DPO_FAST_INLINE double pair_loss(const DPOLoss& op, int64_t pair, float margin) {
+  double loss = softplus_of_minus(margin);
+  if (op.label) loss = op.label[pair] * loss + (1.0 - op.label[pair]) * softplus_of_minus(-static_cast<double>(margin));
+  return op.weight ? op.weight[pair] * loss : loss;
+}
+
+DPO_FAST_INLINE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// d loss / d prediction = this * (prediction - target)
+DPO_FAST_INLINE float residual_factor(float grad_error, int64_t numbers) {
+  return grad_error * static_cast<float>(2.0 / static_cast<double>(numbers));
+}
+
+// d loss / d error of an image: (weight/B) (beta/2) [y sigmoid(-margin) - (1-y) sigmoid(margin)], its negative if rejected
+DPO_FAST_INLINE float grad_error_of(const DPOLossGrad& op, int64_t image) {
+  const int64_t pairs = op.errors.pairs, pair = image % pairs;
+  float descent = sigmoid(-op.margin[pair]);  // not 1 - sigmoid(margin), which is 0 from margin 17 on
+  if (op.label) descent = op.label[pair] * descent - (1.0f - op.label[pair]) * sigmoid(op.margin[pair]);
+  if (op.weight) descent *= op.weight[pair];
+  const float grad = *op.grad_loss * static_cast<float>(op.beta / 2 / static_cast<double>(pairs)) * descent;
+  return image < pairs ? grad : -grad;
+}
+
+}  // namespace dpo_fast

@@ -1,0 +1,24 @@
+// dpo_loss on the CPU: the sums of pair_errors in threads, then the few operations of each pair in one.
+#include "pair_errors.h"
+
+namespace dpo_fast::cpu {
+
+void dpo_loss(const DPOLoss& op, int threads) {
+  sum_images(op.errors, threads);
+  const int64_t pairs = op.errors.pairs;
+  double loss = 0;
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    const ImageErrors chosen = finish_image(op.errors, pair), rejected = finish_image(op.errors, pairs + pair);
+    op.margin[pair] = pair_margin(chosen.delta, rejected.delta, op.beta);
+    loss += pair_loss(op, pair, op.margin[pair]);
+  }
+  *op.loss = static_cast<float>(loss / static_cast<double>(pairs));
+}
+
+void dpo_loss_grad(const DPOLossGrad& op, int threads) {
+  scale_residuals(op.errors, threads, [&](int64_t image) {
+    return residual_factor(grad_error_of(op, image), op.errors.numbers);
+  });
+}
+
+}  // namespace dpo_fast::cpu

@@ -1,0 +1,23 @@
+// Stands in for the .cu files in a build without CUDA.
+#include <stdexcept>
+
+#include "../ops.h"
+
+namespace dpo_fast::cuda {
+namespace {
+
+constexpr char kFault[] = "built without CUDA: pip install dpo_fast again with nvcc on the PATH";
+
+[[noreturn]] void refuse() { throw std::runtime_error(kFault); }
+
+}  // namespace
+
+int64_t pair_sums_floats(int64_t, int64_t) { refuse(); }
+void noise_pair(const NoisePair&, Place) { refuse(); }
+void pair_errors(const PairErrors&, Place) { refuse(); }
+void pair_errors_grad(const PairErrorsGrad&, Place) { refuse(); }
+void dpo_loss(const DPOLoss&, Place) { refuse(); }
+void dpo_loss_grad(const DPOLossGrad&, Place) { refuse(); }
+std::string fault(int) { return kFault; }
+
+}  // namespace dpo_fast::cuda

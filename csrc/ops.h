@@ -1,0 +1,110 @@
+// The table of contents: every op of the extension, with the shapes and dtypes of what its addresses point to.
+//
+// B pairs of images of n = C * H * W numbers, chosen images first. All arrays are dense; images are rows of n numbers
+// in one memory order, contiguous or channels_last, that all arrays of a call share. dpo_fast/kernels/reference.py
+// specifies the values, dpo_fast/kernels/native.py checks the arguments.
+//
+// cpu:: uses up to `threads` OpenMP threads; the results do not depend on their number. cuda:: launches on a stream of
+// a device, which is made current for the call alone; it allocates nothing, waits for nothing and throws
+// std::runtime_error when a launch is refused.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace dpo_fast {
+
+enum DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+struct Numbers {  // of a dtype that is known at run time
+  const void* data;
+  int dtype;
+};
+
+struct MutableNumbers {
+  void* data;
+  int dtype;
+};
+
+struct NoisePair {
+  Numbers latents;        // [2B, C, H, W]
+  const float* signal;    // [B] sqrt(abar)
+  const float* sigma;     // [B] sqrt(1 - abar)
+  const int64_t* pair_id; // [B]
+  const int64_t* draw;    // [B]
+  uint64_t seed;
+  MutableNumbers noisy;   // [2B, C, H, W]
+  float* target;          // [B, C, H, W], the noise; with velocity [2B, C, H, W], signal * noise - sigma * latents
+  int64_t pairs;          // B
+  int64_t channels;       // C
+  int64_t pixels;         // H * W
+  bool channels_last;
+  bool velocity;
+};
+
+struct PairErrors {
+  Numbers policy;         // [2B, n] predictions
+  Numbers ref;            // [2B, n] predictions, or null
+  const float* ref_error; // [2B] errors instead of predictions, or null
+  Numbers target;         // [targets, n]
+  int64_t pairs;          // B
+  int64_t targets;        // B, shared by both images of a pair, or 2B
+  int64_t numbers;        // n
+  float* sums;            // workspace, pair_sums_floats(2B, n) numbers
+  float* policy_error_out; // [2B]
+  float* ref_error_out;    // [2B]
+  float* delta_out;        // [2B] policy_error - ref_error; null for dpo_loss, which has no such output
+};
+
+struct PairErrorsGrad {    // grad = grad_error * (2/n) * (policy - target)
+  const float* grad_error; // [2B]
+  Numbers policy;          // [2B, n]
+  Numbers target;          // [targets, n]
+  int64_t pairs;
+  int64_t targets;
+  int64_t numbers;
+  MutableNumbers grad;     // [2B, n]
+};
+
+struct DPOLoss {
+  PairErrors errors;
+  double beta;
+  const float* label;     // [B] or null
+  const float* weight;    // [B] or null
+  float* loss;            // []
+  float* margin;          // [B]
+};
+
+struct DPOLossGrad {
+  const float* grad_loss; // []
+  const float* margin;    // [B]
+  const float* label;     // [B] or null
+  const float* weight;    // [B] or null
+  double beta;
+  PairErrorsGrad errors;  // its grad_error is not used
+};
+
+namespace cpu {
+int64_t pair_sums_floats(int64_t images, int64_t numbers);
+void noise_pair(const NoisePair& op, int threads);
+void pair_errors(const PairErrors& op, int threads);
+void pair_errors_grad(const PairErrorsGrad& op, int threads);
+void dpo_loss(const DPOLoss& op, int threads);
+void dpo_loss_grad(const DPOLossGrad& op, int threads);
+}  // namespace cpu
+
+namespace cuda {
+struct Place {
+  int device;     // ordinal
+  void* stream;   // cudaStream_t
+};
+int64_t pair_sums_floats(int64_t images, int64_t numbers);
+void noise_pair(const NoisePair& op, Place place);              // 1 launch
+void pair_errors(const PairErrors& op, Place place);            // 2 launches
+void pair_errors_grad(const PairErrorsGrad& op, Place place);   // 1 launch
+void dpo_loss(const DPOLoss& op, Place place);                  // 2 launches
+void dpo_loss_grad(const DPOLossGrad& op, Place place);         // 1 launch
+std::string fault(int device);  // why the kernels cannot run on the device, or ""
+}  // namespace cuda
+
+}  // namespace dpo_fast

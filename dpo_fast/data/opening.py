@@ -1,0 +1,172 @@
+"""Where preference pairs come from: the hub, parquet and Arrow files, saved data sets, folders with JSONL.
+
+Three layouts are understood:
+
+    Pick-a-Pic   jpg_0, jpg_1, label_0 (1: jpg_0 is better, 0: jpg_1 is, 0.5: a tie), caption
+    preference   prompt, chosen, rejected; the two hold images
+    JSONL        a folder with SPLIT.jsonl of {"prompt": ..., "chosen": path, "rejected": path}, paths relative to it
+
+`image_columns`, `label_column` and `caption_column` name other columns in any of them.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet as pq
+
+from dpo_fast.data.columns import LAYOUTS, WantedColumns
+from dpo_fast.data.sources import JsonlSource, Source, StreamedSource, TableSource, as_bad_input
+from dpo_fast.errors import BadInput
+
+
+def open_source(
+    name_or_path: str | Path,
+    *,
+    config_name: str | None = None,
+    split: str | None = None,
+    image_columns: Sequence[str] | None = None,
+    label_column: str | None = None,
+    caption_column: str | None = None,
+    streaming: bool = False,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+    max_rows: int | None = None,
+) -> "Source | StreamedSource":
+    """Open a hub id, a .parquet / .arrow / .jsonl file, a folder of one of these, or a folder written by save_to_disk.
+
+    No split named: train (which a single file is, whatever its name), else the only one. `image_columns` names two
+    columns, the first being the image that the label is about; custom ones need `label_column` too, or "none" where the
+    first is always the better one. `max_rows` keeps the first rows. With `streaming` the result is a `StreamedSource`,
+    read in order without a download beforehand.
+
+    Raises BadInput for what cannot be found, opened or understood.
+    """
+    if max_rows is not None and max_rows < 1:
+        raise BadInput(f"max_train_samples ({max_rows}) must be at least 1")
+    wanted = WantedColumns(image_columns, label_column, caption_column)
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        if config_name or revision:
+            raise BadInput(
+                f"config_name and revision belong to hub data sets, and {str(path)!r} is on this disk: leave them out"
+            )
+        name = path.resolve().name
+        shards, root = _local_splits(path)
+        split = _pick_split(split, list(shards), name)
+        if root is not None:
+            source = JsonlSource(name, split, shards[split], root, wanted, max_rows)
+            return StreamedSource.over(source) if streaming else source
+        table = _load_local(shards[split], streaming, cache_dir)
+    elif _looks_local(str(name_or_path)):
+        raise BadInput(
+            f"data set {str(name_or_path)!r} does not exist: give an existing file or folder, or a hub id (owner/name)"
+        )
+    else:
+        name = str(name_or_path)
+        with as_bad_input(f"data set {name!r}"):
+            # The split is settled first: loading without one would download them all.
+            hub = {"revision": revision, "token": token}
+            split = _pick_split(split, datasets.get_dataset_split_names(name, config_name, **hub), name)
+            table = datasets.load_dataset(
+                name, config_name, split=split, streaming=streaming, cache_dir=_text(cache_dir), **hub
+            )
+            name = "@".join([f"{name}/{config_name}" if config_name else name] + ([revision] if revision else []))
+    if streaming:
+        return StreamedSource.of_table(name, split, table, wanted, max_rows)
+    return TableSource(name, split, table, wanted, max_rows)
+
+
+def _local_splits(path: Path) -> tuple[dict[str, list[Path]], Path | None]:
+    """Split name -> its files (a save_to_disk folder counts as one file); and the images' root folder for JSONL."""
+    if path.is_file():
+        if path.suffix not in (".parquet", ".arrow", ".jsonl"):
+            raise BadInput(f"data set {str(path)!r} is not a .parquet, .arrow or .jsonl file; accepted: {LAYOUTS}")
+        return {"train": [path]}, path.parent if path.suffix == ".jsonl" else None
+    if (path / "dataset_dict.json").is_file():
+        with as_bad_input(f"data set {str(path)!r}"):
+            return {
+                split: [path / split] for split in json.loads((path / "dataset_dict.json").read_text())["splits"]
+            }, None
+    if (path / "state.json").is_file():
+        return {"train": [path]}, None
+    for pattern in ("*.jsonl", "**/*.parquet", "**/*.arrow"):
+        splits: dict[str, list[Path]] = {}
+        for file in sorted(path.glob(pattern)):
+            splits.setdefault(_split_of(file, path), []).append(file)
+        if splits:
+            return splits, path if pattern == "*.jsonl" else None
+    raise BadInput(f"folder {str(path)!r} holds no .jsonl, .parquet or .arrow files; accepted: {LAYOUTS}")
+
+
+def _split_of(file: Path, root: Path) -> str:
+    """train-00000-of-00004-0a1b.parquet -> train; train/0000.parquet -> train; 0000.parquet -> train."""
+    name = re.sub(r"(^|[-_.])\d+([-_]of[-_]\d+([-_][0-9a-f]+)?)?$", "", file.stem)
+    if name in ("", "part", "data") and file.parent != root:
+        name = file.parent.name
+    return name if name not in ("", "part") else "train"
+
+
+def _pick_split(wanted: str | None, splits: list[str], name: str) -> str:
+    if wanted is None and "train" in splits:
+        return "train"
+    if wanted is None and len(splits) == 1:
+        return splits[0]
+    if wanted not in splits:
+        raise BadInput(
+            f"data set {name!r} has no split {wanted or 'train'!r}: "
+            f"choose one of its splits with --dataset_split_name: {', '.join(splits)}"
+        )
+    return wanted
+
+
+def _load_local(files: list[Path], streaming: bool, cache_dir: str | Path | None):
+    with as_bad_input(f"data set {str(files[0])!r}"), _quiet(files):
+        if files[0].is_dir():
+            table = datasets.load_from_disk(str(files[0]))
+            return table.to_iterable_dataset() if streaming else table
+        kind = files[0].suffix[1:]  # "parquet" and "arrow" are also the loaders' names
+        if kind == "parquet":  # the loader stumbles over files without a row
+            filled = [file for file in files if pq.read_metadata(file).num_rows]
+            if not filled:
+                raise BadInput(f"data set {str(files[0])!r} is empty: it has no rows")
+            files = filled
+        return datasets.load_dataset(
+            kind,
+            data_files={"train": [str(file) for file in files]},
+            split="train",
+            streaming=streaming,
+            cache_dir=_text(cache_dir),
+        )
+
+
+@contextmanager
+def _quiet(files: list[Path]) -> Iterator[None]:
+    """No bars of `datasets` for what takes seconds, and no log line of its beside the error that we raise."""
+    small = sum(file.stat().st_size for file in files) < 1 << 30
+    bars, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    if bars and small:
+        datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if bars and small:
+            datasets.enable_progress_bars()
+
+
+def _looks_local(name: str) -> bool:
+    return (
+        name.startswith(("/", "./", "../", "~"))
+        or name.count("/") > 1
+        or Path(name).suffix in (".parquet", ".arrow", ".jsonl")
+    )
+
+
+def _text(path: str | Path | None) -> str | None:
+    return None if path is None else str(path)

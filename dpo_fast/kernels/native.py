@@ -1,0 +1,227 @@
+"""The ops in C++ and CUDA: checks plain tensors and hands their addresses to the extension dpo_fast._native (csrc/ops.h).
+
+On the CPU results do not depend on the number of threads. On CUDA the kernels are experimental: they compile but have
+not run on a GPU yet, so dispatch takes them there only when asked to. The extension knows nothing of PyTorch: one build
+serves every version of it.
+"""
+
+import functools
+import os
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_fast.kernels.reference import memory_format
+
+try:
+    _native: Any = import_module("dpo_fast._native")
+except ImportError as error:
+    raise ImportError(
+        f"{error}; to build it, with a C++ compiler on the PATH: DPO_FAST_BUILD=cpu pip install -e . (in the source)"
+    ) from error
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/ops.h
+_PER_THREAD = 1 << 14  # fewer numbers than this are not worth another thread
+_process = os.getpid()
+
+
+def reason_against(device_type: str) -> str:
+    """Why the kernels cannot run on this type of device ("cpu" or "cuda"), in a line; "" where they can."""
+    if device_type == "cuda":
+        return _cuda_fault(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    return "" if device_type == "cpu" else f"no kernels for {device_type}"
+
+
+@functools.cache
+def _cuda_fault(device: int) -> str:
+    return _native.cuda_fault(device)
+
+
+# noise_pair
+
+
+def noise_pair_fwd(
+    latents: Tensor,
+    sqrt_alpha_bar: Tensor,
+    sqrt_one_minus_alpha_bar: Tensor,
+    seed: int,
+    pair_id: Tensor,
+    draw: Tensor,
+    prediction_type: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    images, channels, height, width = latents.shape
+    pairs, layout = images // 2, memory_format(latents)
+    velocity = prediction_type == "v_prediction"
+    noisy = torch.empty_like(latents, dtype=dtype)
+    target_shape = (images if velocity else pairs, channels, height, width)
+    target = torch.empty(target_shape, dtype=torch.float32, device=latents.device, memory_format=layout)
+    _native.noise_pair(
+        place=_place(latents),
+        latents=_images(latents, latents),
+        signal=_vector(sqrt_alpha_bar, torch.float32, pairs, latents),
+        sigma=_vector(sqrt_one_minus_alpha_bar, torch.float32, pairs, latents),
+        seed=seed & 0xFFFFFFFFFFFFFFFF,
+        pair_id=_vector(pair_id, torch.int64, pairs, latents),
+        draw=_vector(draw, torch.int64, pairs, latents),
+        noisy=_images(noisy, latents),
+        target=target.data_ptr(),
+        pairs=pairs,
+        channels=channels,
+        pixels=height * width,
+        channels_last=layout == torch.channels_last,
+        velocity=velocity,
+    )
+    return noisy, target
+
+
+# pair_errors
+
+
+def pair_errors_fwd(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    place = _place(policy_pred)
+    policy_error, ref_error, error_delta = (_floats(policy_pred, policy_pred.shape[0]) for _ in range(3))
+    errors, _workspace = _errors(place, policy_pred, ref, target, policy_error, ref_error, error_delta)
+    _native.pair_errors(place, errors)
+    return policy_error, ref_error, error_delta
+
+
+def pair_errors_bwd(grad_error: Tensor, policy_pred: Tensor, target: Tensor) -> Tensor:
+    grad = torch.empty_like(policy_pred)
+    grad_error = grad_error.float().contiguous()
+    address = _vector(grad_error, torch.float32, policy_pred.shape[0], policy_pred)
+    _native.pair_errors_grad(_place(policy_pred), _errors_grad(address, policy_pred, target, grad))
+    return grad
+
+
+# dpo_loss
+
+
+def dpo_loss_fwd(
+    policy_pred: Tensor, ref: Tensor, target: Tensor, beta: float, label: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    place, images = _place(policy_pred), policy_pred.shape[0]
+    policy_error, ref_error = _floats(policy_pred, images), _floats(policy_pred, images)
+    loss, margin = _floats(policy_pred), _floats(policy_pred, images // 2)
+    errors, _workspace = _errors(place, policy_pred, ref, target, policy_error, ref_error, None)
+    _native.dpo_loss(
+        place=place,
+        errors=errors,
+        beta=beta,
+        label=_vector(label, torch.float32, images // 2, policy_pred),
+        weight=_vector(weight, torch.float32, images // 2, policy_pred),
+        loss=loss.data_ptr(),
+        margin=margin.data_ptr(),
+    )
+    return loss, margin, policy_error, ref_error
+
+
+def dpo_loss_bwd(
+    grad_loss: Tensor,
+    policy_pred: Tensor,
+    target: Tensor,
+    margin: Tensor,
+    beta: float,
+    label: Tensor | None,
+    weight: Tensor | None,
+) -> Tensor:
+    grad, pairs = torch.empty_like(policy_pred), policy_pred.shape[0] // 2
+    _native.dpo_loss_grad(
+        place=_place(policy_pred),
+        errors=_errors_grad(0, policy_pred, target, grad),
+        grad_loss=_vector(grad_loss.view(1), torch.float32, 1, policy_pred),
+        margin=_vector(margin, torch.float32, pairs, policy_pred),
+        label=_vector(label, torch.float32, pairs, policy_pred),
+        weight=_vector(weight, torch.float32, pairs, policy_pred),
+        beta=beta,
+    )
+    return grad
+
+
+# What the extension takes. ValueError for what it cannot compute with.
+
+
+def _place(x: Tensor) -> Any:
+    """Where to compute: a device's ordinal and its current stream, or the CPU and a number of threads."""
+    device = x.device
+    if device.type == "cuda":
+        if fault := _cuda_fault(device.index):
+            raise RuntimeError(f"backend 'native' cannot be used on {device}: {fault}")
+        return _native.Place(device.index, torch.cuda.current_stream(device).cuda_stream, 0)
+    if device.type != "cpu":
+        raise ValueError(f"backend 'native' computes on cpu and cuda; got tensors on {device}")
+    # OpenMP hangs in a forked child of a process that has used it
+    threads = torch.get_num_threads() if os.getpid() == _process else 1
+    return _native.Place(-1, 0, max(1, min(threads, x.numel() // _PER_THREAD)))
+
+
+def _images(x: Tensor, like: Tensor) -> Any:
+    """The address and dtype of [N, C, H, W] numbers that lie dense in the memory order of `like`."""
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"backend 'native' knows float32, float16 and bfloat16; got {x.dtype}: use 'reference'")
+    if x.device != like.device:
+        raise ValueError(f"backend 'native' needs all tensors on {like.device}; got one on {x.device}")
+    if x.shape[1:] != like.shape[1:] or not x.is_contiguous(memory_format=memory_format(like)):
+        raise ValueError(
+            f"backend 'native' needs dense images in one memory order; got {list(x.shape)} with strides {x.stride()}"
+            f" beside {list(like.shape)} with {like.stride()}"
+        )
+    return _native.Array(x.data_ptr(), _DTYPES[x.dtype])
+
+
+def _vector(x: Tensor | None, dtype: torch.dtype, size: int, like: Tensor) -> int:
+    """The address of `size` numbers; 0 for None."""
+    if x is None:
+        return 0
+    if x.dtype != dtype or x.shape != (size,) or x.device != like.device or not x.is_contiguous():
+        raise ValueError(
+            f"backend 'native' needs {dtype} [{size}] on {like.device}; got {x.dtype} {list(x.shape)} on {x.device}"
+        )
+    return x.data_ptr()
+
+
+def _floats(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _errors(
+    place: Any,
+    policy_pred: Tensor,
+    ref: Tensor | None,
+    target: Tensor,
+    policy_error: Tensor,
+    ref_error: Tensor,
+    error_delta: Tensor | None,
+) -> tuple[Any, Tensor]:
+    """The extension's PairErrors, and its workspace, which has to live until the call."""
+    images, numbers = policy_pred.shape[0], policy_pred[0].numel()
+    sums = _floats(policy_pred, _native.pair_sums_floats(place, images, numbers))
+    is_errors = ref is not None and ref.dim() == 1
+    errors = _native.PairErrors(
+        policy=_images(policy_pred, policy_pred),
+        ref=_native.Array(0, 0) if ref is None or is_errors else _images(ref, policy_pred),
+        ref_error=_vector(ref, torch.float32, images, policy_pred) if is_errors else 0,
+        target=_images(target, policy_pred),
+        pairs=images // 2,
+        targets=target.shape[0],
+        numbers=numbers,
+        sums=sums.data_ptr(),
+        policy_error=policy_error.data_ptr(),
+        ref_error_out=ref_error.data_ptr(),
+        error_delta=0 if error_delta is None else error_delta.data_ptr(),
+    )
+    return errors, sums
+
+
+def _errors_grad(grad_error: int, policy_pred: Tensor, target: Tensor, grad: Tensor) -> Any:
+    return _native.PairErrorsGrad(
+        grad_error=grad_error,
+        policy=_images(policy_pred, policy_pred),
+        target=_images(target, policy_pred),
+        pairs=policy_pred.shape[0] // 2,
+        targets=target.shape[0],
+        numbers=policy_pred[0].numel(),
+        grad=_images(grad, policy_pred),
+    )

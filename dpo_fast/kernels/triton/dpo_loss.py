@@ -1,0 +1,174 @@
+"""dpo_loss (dpo_fast/kernels/dpo_loss.py) in two launches forward and one backward.
+
+Forward: the stretches of pair_errors, then one program that adds them, pair by pair, and the pairs' losses. It works in
+float64, which costs nothing there: B equal losses have exactly that mean.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dpo_fast.kernels.triton.common import launching_for
+from dpo_fast.kernels.triton.pair_errors import COLUMNS, ROWS, STRETCH, image_errors, store_gradients, stretch_sums
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) = -logsigmoid(-x) for float64 x, to full relative accuracy however large |x|."""
+    small = tl.exp(-tl.abs(x))
+    near_one = 1 + small
+    # log1p(small): log's relative error at near_one, rounded, is the same factor off as near_one - 1 is
+    kept = near_one - 1
+    log1p = tl.where(kept > 0, tl.log(near_one) * (small / tl.where(kept > 0, kept, 1.0)), small)
+    return tl.maximum(x, 0.0) + log1p
+
+
+@triton.jit
+def sigmoid(x):
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def dpo_loss_kernel(
+    sums,  # float32 [3 or 1, 2B, stretches]
+    cached_error,  # float32 [2B], or None
+    label,  # float32 [B], or None
+    weight,  # float32 [B], or None
+    loss,  # float32 []
+    margin,  # float32 [B]
+    policy_error,  # float32 [2B]
+    ref_error,  # float32 [2B]
+    half_beta,
+    pairs,
+    numbers,
+    stretches,
+    ONLINE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    total = tl.zeros([ROWS], tl.float64)
+    for first in range(0, pairs, ROWS):
+        pair = first + tl.arange(0, ROWS)
+        inside = pair < pairs
+        other = pair + pairs
+        e_w, r_w, d_w = image_errors(
+            sums, cached_error, pair, inside, 2 * pairs, numbers, stretches, ONLINE, COLUMNS
+        )
+        e_l, r_l, d_l = image_errors(
+            sums, cached_error, other, inside, 2 * pairs, numbers, stretches, ONLINE, COLUMNS
+        )
+        tl.store(policy_error + pair, e_w.to(tl.float32), mask=inside)
+        tl.store(policy_error + other, e_l.to(tl.float32), mask=inside)
+        tl.store(ref_error + pair, r_w.to(tl.float32), mask=inside)
+        tl.store(ref_error + other, r_l.to(tl.float32), mask=inside)
+        m = (half_beta * (d_l - d_w)).to(tl.float32)
+        tl.store(margin + pair, m, mask=inside)
+
+        m = m.to(tl.float64)
+        pair_loss = softplus(-m)
+        if label is not None:
+            y = tl.load(label + pair, mask=inside, other=1.0).to(tl.float64)
+            pair_loss = y * pair_loss + (1 - y) * softplus(m)
+        # to 24 bits, of which B can be added in float64 without a rounding
+        pair_loss = pair_loss.to(tl.float32).to(tl.float64)
+        if weight is not None:
+            pair_loss *= tl.load(weight + pair, mask=inside, other=0.0).to(tl.float64)
+        total += tl.where(inside, pair_loss, 0.0)
+    tl.store(loss, (tl.sum(total) / pairs).to(tl.float32))
+
+
+@triton.jit
+def dpo_loss_bwd_kernel(
+    grad_loss,  # float32 []
+    policy,  # [2B, numbers]
+    target,  # [B or 2B, numbers]
+    margin,  # float32 [B]
+    label,  # float32 [B], or None
+    weight,  # float32 [B], or None
+    grad,  # [2B, numbers]
+    scale,  # beta / 2 / B
+    slope,  # 2 / numbers
+    pairs,
+    numbers,
+    stretches,
+    SHARED_TARGET: tl.constexpr,
+    STRETCH: tl.constexpr,
+):
+    start = (tl.program_id(0) % stretches).to(tl.int64) * STRETCH
+    pair = tl.program_id(0) // stretches
+    m = tl.load(margin + pair)
+    descent = sigmoid(-m)  # not 1 - sigmoid(m), which is 0 from margin 17 on
+    if label is not None:
+        y = tl.load(label + pair)
+        descent = y * descent - (1 - y) * sigmoid(m)
+    if weight is not None:
+        descent *= tl.load(weight + pair)
+    w = tl.load(grad_loss) * scale * descent * slope
+    store_gradients(w, -w, policy, target, grad, pair, start, pairs, numbers, SHARED_TARGET, STRETCH)
+
+
+def dpo_loss_fwd(
+    policy_pred: Tensor, ref: Tensor, target: Tensor, beta: float, label: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    images = policy_pred.shape[0]
+    with launching_for(policy_pred, ref, target):
+        sums, online = stretch_sums(policy_pred, ref, target)
+        loss, margin, policy_error, ref_error = (
+            torch.empty(shape, dtype=torch.float32, device=policy_pred.device)
+            for shape in ((), images // 2, images, images)
+        )
+        dpo_loss_kernel[(1,)](
+            sums,
+            None if online else ref,
+            label,
+            weight,
+            loss,
+            margin,
+            policy_error,
+            ref_error,
+            beta / 2,
+            images // 2,
+            policy_pred[0].numel(),
+            sums.shape[2],
+            ONLINE=online,
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    return loss, margin, policy_error, ref_error
+
+
+def dpo_loss_bwd(
+    grad_loss: Tensor,
+    policy_pred: Tensor,
+    target: Tensor,
+    margin: Tensor,
+    beta: float,
+    label: Tensor | None,
+    weight: Tensor | None,
+) -> Tensor:
+    images, numbers = policy_pred.shape[0], policy_pred[0].numel()
+    stretches = triton.cdiv(numbers, STRETCH)
+    grad = torch.empty_like(policy_pred)
+    with launching_for(policy_pred, grad_loss, target, margin):
+        dpo_loss_bwd_kernel[(images // 2 * stretches,)](
+            grad_loss,
+            policy_pred,
+            target,
+            margin,
+            label,
+            weight,
+            grad,
+            beta / images,
+            2 / numbers,
+            images // 2,
+            numbers,
+            stretches,
+            SHARED_TARGET=target.shape[0] != images,
+            STRETCH=STRETCH,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    return grad

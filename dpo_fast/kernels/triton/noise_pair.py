@@ -1,0 +1,203 @@
+"""noise_pair (dpo_fast/kernels/noise_pair.py) in one launch.
+
+A program draws a row of Philox blocks of one pair and noises both its images with them. Contiguous latents: the blocks
+are of neighbouring pixels and one group of four channels, and each of the four numbers of a block goes to a plane of its
+own. channels_last: the blocks are in their own order, which is the order of memory.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dpo_fast.kernels.reference import memory_format
+from dpo_fast.kernels.triton.common import launching_for, rounded
+
+BLOCKS = 512  # Philox blocks to a program of 64 threads: 8 neighbours a thread, 128 bits of a 16-bit dtype
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10 (Salmon et al., SC 2011) on uint32; products and key sums wrap."""
+    for _ in tl.static_range(10):
+        high0, low0 = tl.umulhi(c0, 0xD2511F53), tl.mul(c0, 0xD2511F53, sanitize_overflow=False)
+        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), tl.mul(c2, 0xCD9E8D57, sanitize_overflow=False)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def box_muller(word0, word1):
+    """Two standard normals, within 2e-6 of the exact values for u = (word >> 8) + 1 over 2^24.
+
+    The hardware's logarithm and libdevice's sine will not do: the first is wrong near u = 1, the second spills. Errors
+    of the polynomials, Chebyshev interpolants: 2e-8 of their results.
+    """
+    # u0 = 2^exponent (1 + f), 1 + f in [sqrt(1/2), sqrt(2)); ln(1 + f) = f - f^2/2 + f^3 P(f)
+    bits = ((word0 >> 8) + 1).to(tl.int32).to(tl.float32).to(tl.int32, bitcast=True) - 0x3F3504F3
+    exponent = ((bits >> 23) - 24).to(tl.float32)
+    f = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1
+    polynomial = tl.fma(f, -0.0790274366736412, 0.12622319161891937)
+    polynomial = tl.fma(f, polynomial, -0.12998183071613312)
+    polynomial = tl.fma(f, polynomial, 0.14214496314525604)
+    polynomial = tl.fma(f, polynomial, -0.166412815451622)
+    polynomial = tl.fma(f, polynomial, 0.20001044869422913)
+    polynomial = tl.fma(f, polynomial, -0.25000306963920593)
+    polynomial = tl.fma(f, polynomial, 0.3333333134651184)
+    logarithm = tl.fma(f * f, tl.fma(f, polynomial, -0.5), f) + exponent * 0.6931471805599453
+    radius = tl.sqrt(-2 * logarithm)
+
+    # 2 pi u1 = quadrant pi/2 + x with x in [-pi/4, pi/4), reduced exactly, in integers
+    turn = ((word1 >> 8) + 1).to(tl.int32)  # of 2^24
+    quadrant = (turn + (1 << 21)) >> 22
+    x = (turn - (quadrant << 22)).to(tl.float32) * 3.7450702829238413e-07  # 2 pi / 2^24
+    z = x * x
+    sine = tl.fma(z, -0.00019587890710681677, 0.008332747966051102)
+    sine = tl.fma(x * z, tl.fma(z, sine, -0.166666641831398), x)
+    cosine = tl.fma(z, 2.454794230288826e-05, -0.001388830249197781)
+    cosine = tl.fma(z, tl.fma(z, tl.fma(z, cosine, 0.0416666641831398), -0.5), 1.0)
+    odd = (quadrant & 1) != 0
+    cos_turn = tl.where(odd, sine, cosine)
+    sin_turn = tl.where(odd, cosine, sine)
+    cos_turn = tl.where(((quadrant + 1) & 2) != 0, -cos_turn, cos_turn)
+    sin_turn = tl.where((quadrant & 2) != 0, -sin_turn, sin_turn)
+    return radius * cos_turn, radius * sin_turn
+
+
+@triton.jit
+def normals(block, pair_id, draw, seed):
+    """The four normals of each block (int64) of a pair's draw: reference.normal_noise, whose stream is 0."""
+    pair_id = pair_id.to(tl.uint64)
+    seed = seed.to(tl.uint64)
+    w0, w1, w2, w3 = philox(
+        block.to(tl.uint32),
+        pair_id.to(tl.uint32),
+        (pair_id >> 32).to(tl.uint32),
+        draw.to(tl.uint32),
+        seed.to(tl.uint32),
+        (seed >> 32).to(tl.uint32),
+    )
+    z0, z1 = box_muller(w0, w1)
+    z2, z3 = box_muller(w2, w3)
+    return z0, z1, z2, z3
+
+
+@triton.jit
+def store_noised(
+    z, latents, noisy, target, signal, sigma, pair, start, index, inside, pairs, numbers, VELOCITY: tl.constexpr
+):
+    """Both images of a pair, and the target, at start + index; z is the noise there."""
+    if not VELOCITY:
+        tl.store(target + pair.to(tl.int64) * numbers + start + index, z, mask=inside)
+    for half in tl.static_range(2):
+        place = (pair + half * pairs).to(tl.int64) * numbers + start
+        x0 = tl.load(latents + place + index, mask=inside, other=0.0).to(tl.float32)
+        tl.store(noisy + place + index, rounded(signal * x0 + sigma * z, noisy.dtype.element_ty), mask=inside)
+        if VELOCITY:
+            tl.store(target + place + index, signal * z - sigma * x0, mask=inside)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def noise_planes_kernel(
+    latents,  # [2B, channels, pixels]
+    sqrt_alpha_bar,  # [B]
+    sqrt_one_minus_alpha_bar,  # [B]
+    seed,
+    pair_id,  # [B]
+    draw,  # [B]
+    noisy,  # as latents
+    target,  # [B or 2B, channels, pixels]
+    pairs,
+    channels,
+    pixels,
+    groups,  # ceil(channels / 4)
+    rows,  # ceil(pixels / BLOCKS)
+    VELOCITY: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    pair = tl.program_id(0) // (rows * groups)
+    group = tl.program_id(0) // rows % groups
+    first = (tl.program_id(0) % rows).to(tl.int64) * BLOCKS
+    pixel = tl.arange(0, BLOCKS)
+    z0, z1, z2, z3 = normals((first + pixel) * groups + group, tl.load(pair_id + pair), tl.load(draw + pair), seed)
+    signal, sigma = tl.load(sqrt_alpha_bar + pair), tl.load(sqrt_one_minus_alpha_bar + pair)
+    for place in tl.static_range(4):
+        z = z0 if place == 0 else z1 if place == 1 else z2 if place == 2 else z3
+        channel = group * 4 + place
+        inside = pixel < tl.where(channel < channels, pixels - first, 0)
+        start = channel.to(tl.int64) * pixels + first
+        numbers = channels.to(tl.int64) * pixels
+        store_noised(z, latents, noisy, target, signal, sigma, pair, start, pixel, inside, pairs, numbers, VELOCITY)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def noise_pixels_kernel(
+    latents,  # [2B, pixels, channels]
+    sqrt_alpha_bar,  # [B]
+    sqrt_one_minus_alpha_bar,  # [B]
+    seed,
+    pair_id,  # [B]
+    draw,  # [B]
+    noisy,  # as latents
+    target,  # [B or 2B, pixels, channels]
+    pairs,
+    channels,
+    pixels,
+    groups,  # ceil(channels / 4)
+    rows,  # ceil(pixels * groups / BLOCKS)
+    FULL: tl.constexpr,  # channels is a multiple of 4: block k is the numbers 4k to 4k + 3 of an image
+    VELOCITY: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    pair = tl.program_id(0) // rows
+    first = (tl.program_id(0) % rows).to(tl.int64) * BLOCKS
+    block = first + tl.arange(0, BLOCKS)
+    z0, z1, z2, z3 = normals(block, tl.load(pair_id + pair), tl.load(draw + pair), seed)
+    z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))  # z0, z1, z2, z3 of a block, then the next
+    signal, sigma = tl.load(sqrt_alpha_bar + pair), tl.load(sqrt_one_minus_alpha_bar + pair)
+    numbers = channels.to(tl.int64) * pixels
+    number = tl.arange(0, 4 * BLOCKS)
+    if FULL:
+        start = 4 * first
+        index = number
+        inside = index < numbers - start
+    else:
+        start = 0 * first
+        block_of = first + number // 4
+        channel = block_of % groups * 4 + number % 4
+        index = block_of // groups * channels + channel
+        inside = (channel < channels) & (index < numbers)
+    store_noised(z, latents, noisy, target, signal, sigma, pair, start, index, inside, pairs, numbers, VELOCITY)
+
+
+def noise_pair_fwd(
+    latents: Tensor,
+    sqrt_alpha_bar: Tensor,
+    sqrt_one_minus_alpha_bar: Tensor,
+    seed: int,
+    pair_id: Tensor,
+    draw: Tensor,
+    prediction_type: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    if dtype == torch.float64:
+        raise ValueError("backend 'triton' does not compute in float64; choose reference")
+    images, channels, height, width = latents.shape
+    pairs, pixels, groups = images // 2, height * width, triton.cdiv(channels, 4)
+    velocity = prediction_type == "v_prediction"
+    layout = memory_format(latents)
+    noisy = torch.empty_like(latents, dtype=dtype, memory_format=layout)
+    target = torch.empty_like(latents if velocity else latents[:pairs], dtype=torch.float32, memory_format=layout)
+    arguments = (latents, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, pair_id, draw, noisy, target)
+    sizes = (pairs, channels, pixels, groups)
+    options = dict(VELOCITY=velocity, BLOCKS=BLOCKS, num_warps=2, enable_fp_fusion=False)
+    with launching_for(latents):
+        if layout == torch.channels_last:
+            rows = triton.cdiv(pixels * groups, BLOCKS)
+            noise_pixels_kernel[(pairs * rows,)](*arguments, *sizes, rows, FULL=channels % 4 == 0, **options)
+        else:
+            rows = triton.cdiv(pixels, BLOCKS)
+            noise_planes_kernel[(pairs * groups * rows,)](*arguments, *sizes, rows, **options)
+    return noisy, target

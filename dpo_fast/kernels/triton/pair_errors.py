@@ -1,0 +1,226 @@
+"""pair_errors (dpo_fast/kernels/pair_errors.py) in two launches forward and one backward.
+
+Forward: a program sums one stretch of both images of a pair, reading a shared target once, into a workspace
+[sums, 2B, stretches]; a second launch adds an image's stretches. Both orders depend on the size of an image alone, so
+reruns, and the same pair in another batch, give the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dpo_fast.kernels.triton.common import launching_for, rounded
+
+STRETCH = 2048  # numbers of an image to a program: 16 a thread, so that even 16-bit loads are of 128 bits
+ROWS, COLUMNS = 16, 32  # images or pairs, and stretches, that the second launch takes at a time
+
+
+@triton.jit
+def load_float(pointer, inside):
+    return tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def stretch_sums_kernel(
+    policy,  # [2B, numbers]
+    ref,  # [2B, numbers], or None: neither ref_error nor error_delta is summed
+    target,  # [B or 2B, numbers]
+    sums,  # float32 [3 or 1, 2B, stretches]: policy_error, ref_error, error_delta
+    pairs,
+    numbers,
+    stretches,
+    SHARED_TARGET: tl.constexpr,
+    STRETCH: tl.constexpr,
+):
+    stretch = tl.program_id(0) % stretches
+    pair = tl.program_id(0) // stretches
+    start = stretch.to(tl.int64) * STRETCH
+    index = tl.arange(0, STRETCH)
+    inside = index < numbers - start
+    t = load_float(target + pair.to(tl.int64) * numbers + start + index, inside)
+    for half in tl.static_range(2):
+        image = (pair + half * pairs).to(tl.int64)
+        row = image * numbers + start
+        out = sums + image * stretches + stretch
+        if half == 1 and not SHARED_TARGET:
+            t = load_float(target + row + index, inside)
+        p = load_float(policy + row + index, inside)
+        policy_residual = p - t
+        tl.store(out, tl.sum(policy_residual * policy_residual))
+        if ref is not None:
+            r = load_float(ref + row + index, inside)
+            ref_residual = r - t
+            plane = 2 * pairs.to(tl.int64) * stretches
+            tl.store(out + plane, tl.sum(ref_residual * ref_residual))
+            # (p-t)^2 - (r-t)^2 = (p-r)(p+r-2t), without the cancellation
+            tl.store(out + 2 * plane, tl.sum((p - r) * (policy_residual + ref_residual)))
+
+
+@triton.jit
+def image_errors(
+    sums,  # [3 or 1, images, stretches]
+    ref_error,  # float32 [images], or None
+    image,  # [ROWS]
+    inside,
+    images,
+    numbers,
+    stretches,
+    ONLINE: tl.constexpr,  # whether sums has the reference's
+    COLUMNS: tl.constexpr,
+):
+    """policy_error, ref_error and error_delta of some images, float64 [ROWS]."""
+    e = tl.zeros([image.shape[0], COLUMNS], tl.float64)
+    r = tl.zeros([image.shape[0], COLUMNS], tl.float64)
+    d = tl.zeros([image.shape[0], COLUMNS], tl.float64)
+    plane = images.to(tl.int64) * stretches
+    for first in range(0, stretches, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)[None, :]
+        tile = sums + image.to(tl.int64)[:, None] * stretches + column
+        valid = inside[:, None] & (column < stretches)
+        e += tl.load(tile, mask=valid, other=0.0)
+        if ONLINE:
+            r += tl.load(tile + plane, mask=valid, other=0.0)
+            d += tl.load(tile + 2 * plane, mask=valid, other=0.0)
+    policy_error = tl.sum(e, 1) / numbers
+    if ONLINE:
+        return policy_error, tl.sum(r, 1) / numbers, tl.sum(d, 1) / numbers
+    elif ref_error is None:
+        return policy_error, tl.zeros_like(policy_error), policy_error
+    else:
+        cached = tl.load(ref_error + image, mask=inside, other=0.0).to(tl.float64)
+        return policy_error, cached, policy_error - cached
+
+
+@triton.jit
+def image_errors_kernel(
+    sums,
+    cached_error,  # float32 [2B], or None
+    policy_error,  # float32 [2B], as the next two
+    ref_error,
+    error_delta,
+    images,
+    numbers,
+    stretches,
+    ONLINE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    image = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = image < images
+    e, r, d = image_errors(sums, cached_error, image, inside, images, numbers, stretches, ONLINE, COLUMNS)
+    tl.store(policy_error + image, e.to(tl.float32), mask=inside)
+    tl.store(ref_error + image, r.to(tl.float32), mask=inside)
+    tl.store(error_delta + image, d.to(tl.float32), mask=inside)
+
+
+@triton.jit
+def store_gradients(
+    coefficient_w,  # float32, of the chosen image
+    coefficient_l,
+    policy,  # [2B, numbers]
+    target,  # [B or 2B, numbers]
+    grad,  # [2B, numbers]
+    pair,
+    start,
+    pairs,
+    numbers,
+    SHARED_TARGET: tl.constexpr,
+    STRETCH: tl.constexpr,
+):
+    """grad = coefficient * (policy - target) on one stretch of both images of a pair."""
+    index = tl.arange(0, STRETCH)
+    inside = index < numbers - start
+    t = load_float(target + pair.to(tl.int64) * numbers + start + index, inside)
+    for half in tl.static_range(2):
+        row = (pair + half * pairs).to(tl.int64) * numbers + start
+        if half == 1 and not SHARED_TARGET:
+            t = load_float(target + row + index, inside)
+        residual = load_float(policy + row + index, inside) - t
+        value = (coefficient_w if half == 0 else coefficient_l) * residual
+        tl.store(grad + row + index, rounded(value, grad.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def pair_errors_bwd_kernel(
+    grad_error,  # float32 [2B]
+    policy,
+    target,
+    grad,
+    slope,  # 2 / numbers
+    pairs,
+    numbers,
+    stretches,
+    SHARED_TARGET: tl.constexpr,
+    STRETCH: tl.constexpr,
+):
+    start = (tl.program_id(0) % stretches).to(tl.int64) * STRETCH
+    pair = tl.program_id(0) // stretches
+    w = tl.load(grad_error + pair) * slope
+    l = tl.load(grad_error + pair + pairs) * slope  # noqa: E741
+    store_gradients(w, l, policy, target, grad, pair, start, pairs, numbers, SHARED_TARGET, STRETCH)
+
+
+def stretch_sums(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> tuple[Tensor, bool]:
+    """The first launch: float32 [3, 2B, stretches] and True with the reference's predictions, else [1, ...], False."""
+    images, numbers = policy_pred.shape[0], policy_pred[0].numel()
+    stretches = triton.cdiv(numbers, STRETCH)
+    online = ref is not None and ref.dim() == 4
+    sums = torch.empty(3 if online else 1, images, stretches, dtype=torch.float32, device=policy_pred.device)
+    stretch_sums_kernel[(images // 2 * stretches,)](
+        policy_pred,
+        ref if online else None,
+        target,
+        sums,
+        images // 2,
+        numbers,
+        stretches,
+        SHARED_TARGET=target.shape[0] != images,
+        STRETCH=STRETCH,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    return sums, online
+
+
+def pair_errors_fwd(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    images = policy_pred.shape[0]
+    with launching_for(policy_pred, ref, target):
+        sums, online = stretch_sums(policy_pred, ref, target)
+        errors = tuple(torch.empty(images, dtype=torch.float32, device=policy_pred.device) for _ in range(3))
+        image_errors_kernel[(triton.cdiv(images, ROWS),)](
+            sums,
+            None if online else ref,
+            *errors,
+            images,
+            policy_pred[0].numel(),
+            sums.shape[2],
+            ONLINE=online,
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    return errors
+
+
+def pair_errors_bwd(grad_error: Tensor, policy_pred: Tensor, target: Tensor) -> Tensor:
+    images, numbers = policy_pred.shape[0], policy_pred[0].numel()
+    stretches = triton.cdiv(numbers, STRETCH)
+    grad = torch.empty_like(policy_pred)
+    with launching_for(policy_pred, grad_error, target):
+        pair_errors_bwd_kernel[(images // 2 * stretches,)](
+            grad_error.contiguous(),
+            policy_pred,
+            target,
+            grad,
+            2 / numbers,
+            images // 2,
+            numbers,
+            stretches,
+            SHARED_TARGET=target.shape[0] != images,
+            STRETCH=STRETCH,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    return grad
