@@ -67,8 +67,8 @@ def check_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise BadInput(
-            f"--output_dir {folder} has {free / 2**20:.0f} MiB free, but one checkpoint and the result need"
-            f" {needed_bytes / 2**20:.0f} MiB; free some space or name another disk"
+            f"--output_dir {folder} has {free / 2**20:.1f} MiB free, but one checkpoint and the result need"
+            f" {needed_bytes / 2**20:.1f} MiB; free some space or name another disk"
         )
 
 

@@ -155,10 +155,10 @@ def test_a_read_only_folder(sdxl_path, pairs, tmp_path, capfd):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 600 KiB; needs the right to mount."""
+    """A file system of 1200 KiB; needs the right to mount."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True, text=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", disk], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"cannot mount a tmpfs here: {done.stderr.strip()}")
     yield disk
