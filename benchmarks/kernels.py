@@ -1,11 +1,11 @@
-"""The pair kernels, each implementation beside the others: time, bandwidth, launches and error on the shapes of training.
+"""The pair kernels, each implementation beside the others: time, bandwidth, launches and error, on training's shapes.
 
     python benchmarks/kernels.py [--pairs 1 8 64] [--json FILE]
 
 `eager` is the op's specification in plain PyTorch, differentiated by autograd; `compile` is the same through
-torch.compile; the others are the backends of dpo_fast that can be used here. GB/s counts the bytes an op has to move, and
-`of copy` is its fraction of a device-to-device copy measured in this very run. `launches` are kernels on a GPU and
-operators dispatched on a CPU (not known of compiled code). `error` is the largest one against float64, over that of `eager`.
+torch.compile; the others are the backends of dpo_fast that can be used here. GB/s counts the bytes an op has to move,
+and `of copy` is its fraction of a device-to-device copy measured in this very run. `launches` are kernels on a GPU and
+operators dispatched on a CPU (not known of compiled code). `error` is the largest one against float64, over eager's.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{where}, torch {torch.__version__}, python {platform.python_version()}; copy {copy:.1f} GB/s")
     print(
-        f"{'case':24}{'op':17}{'implementation':15}{'ms':>9}{'GB/s':>8}{'of copy':>9}{'launches':>10}"
+        f"{'case':24}{'op':18}{'implementation':15}{'ms':>9}{'GB/s':>8}{'of copy':>9}{'launches':>10}"
         f"{'error':>8}{'x eager':>9}"
     )
     rows = []
@@ -54,15 +54,13 @@ def main() -> None:
             for row in measure(replace(case, pairs=pairs), device, copy, not arguments.no_compile):
                 if row["error_ratio"] > WRONG:
                     print(
-                        f"{row['case']:24}{row['op']:17}{row['implementation']:15} wrong, left out: {row['error']:.2g}"
+                        f"{row['case']:24}{row['op']:18}{row['implementation']:15} wrong, left out: {row['error']:.2g}"
                     )
                     continue
                 rows.append(row)
-                print(
-                    f"{row['case']:24}{row['op']:17}{row['implementation']:15}{row['ms']:9.3f}{row['gb_per_s']:8.1f}"
-                    f"{row['of_copy']:9.2f}{row['launches'] or '-':>10}{row['error_ratio']:8.2f}{row['speedup_over_eager']:9.2f}",
-                    flush=True,
-                )
+                numbers = f"{row['ms']:9.3f}{row['gb_per_s']:8.1f}{row['of_copy']:9.2f}{row['launches'] or '-':>10}"
+                numbers += f"{row['error_ratio']:8.2f}{row['speedup_over_eager']:9.2f}"
+                print(f"{row['case']:24}{row['op']:18}{row['implementation']:15}{numbers}", flush=True)
     if arguments.json:
         result = {"device": where, "torch": torch.__version__, "copy_gb_per_s": copy, "command": sys.argv, "rows": rows}
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -23,6 +23,19 @@
 
 namespace dpo_fast {
 
+DPO_FAST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+DPO_FAST_INLINE int64_t bytes_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+// The numbers from `offset` on.
+DPO_FAST_INLINE Numbers at(Numbers x, int64_t offset) {
+  return {static_cast<const char*>(x.data) + offset * bytes_of(x.dtype), x.dtype};
+}
+
+DPO_FAST_INLINE MutableNumbers at(MutableNumbers x, int64_t offset) {
+  return {static_cast<char*>(x.data) + offset * bytes_of(x.dtype), x.dtype};
+}
+
 DPO_FAST_INLINE uint32_t bits_of(float x) {
 #if defined(__CUDA_ARCH__)
   return __float_as_uint(x);
@@ -205,10 +218,12 @@ struct ImageErrors {
   float policy, ref, delta;
 };
 
-DPO_FAST_INLINE ImageErrors image_errors(const PairErrors& op, int64_t image, ImageSums sums) {
-  const double n = static_cast<double>(op.numbers);
-  const float policy = static_cast<float>(sums.policy / n);
-  if (op.ref.data) return {policy, static_cast<float>(sums.ref / n), static_cast<float>(sums.delta / n)};
+// A division in float64 is a subroutine on a GPU: the host gives 1/n and 1/B.
+DPO_FAST_INLINE double one_over(int64_t count) { return 1.0 / static_cast<double>(count); }
+
+DPO_FAST_INLINE ImageErrors image_errors(const PairErrors& op, double mean, int64_t image, ImageSums sums) {
+  const float policy = static_cast<float>(sums.policy * mean);
+  if (op.ref.data) return {policy, static_cast<float>(sums.ref * mean), static_cast<float>(sums.delta * mean)};
   const float ref = op.ref_error ? op.ref_error[image] : 0.0f;
   return {policy, ref, policy - ref};
 }
@@ -230,19 +245,22 @@ DPO_FAST_INLINE double pair_loss(const DPOLoss& op, int64_t pair, float margin) 
 
 DPO_FAST_INLINE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// d loss / d prediction = this * (prediction - target)
-DPO_FAST_INLINE float residual_factor(float grad_error, int64_t numbers) {
-  return grad_error * static_cast<float>(2.0 / static_cast<double>(numbers));
+// d loss / d prediction = grad_error * two_over(n) * (prediction - target)
+DPO_FAST_INLINE float two_over(int64_t numbers) { return static_cast<float>(2.0 / static_cast<double>(numbers)); }
+
+// The part of d loss / d error that all pairs share: (1/B) (beta/2).
+DPO_FAST_INLINE float error_scale(const DPOLossGrad& op) {
+  return static_cast<float>(op.beta / 2 / static_cast<double>(op.errors.pairs));
 }
 
-// d loss / d error of an image: (weight/B) (beta/2) [y sigmoid(-margin) - (1-y) sigmoid(margin)], its negative if rejected
-DPO_FAST_INLINE float grad_error_of(const DPOLossGrad& op, int64_t image) {
-  const int64_t pairs = op.errors.pairs, pair = image % pairs;
+// d loss / d error of an image: weight * scale * [y sigmoid(-margin) - (1-y) sigmoid(margin)]; its negative if rejected
+DPO_FAST_INLINE float grad_error_of(const DPOLossGrad& op, float scale, int64_t image) {
+  const int64_t pair = image < op.errors.pairs ? image : image - op.errors.pairs;
   float descent = sigmoid(-op.margin[pair]);  // not 1 - sigmoid(margin), which is 0 from margin 17 on
   if (op.label) descent = op.label[pair] * descent - (1.0f - op.label[pair]) * sigmoid(op.margin[pair]);
   if (op.weight) descent *= op.weight[pair];
-  const float grad = *op.grad_loss * static_cast<float>(op.beta / 2 / static_cast<double>(pairs)) * descent;
-  return image < pairs ? grad : -grad;
+  const float grad = *op.grad_loss * scale * descent;
+  return image == pair ? grad : -grad;
 }
 
 }  // namespace dpo_fast

@@ -42,7 +42,8 @@ def model_card(
         if lora
         else "full UNet",
         "objective": f"{config['objective']}, beta {config['beta_dpo']:g}",
-        "pairs": f"{config['dataset_name']}: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.items()),
+        "pairs": f"{config['dataset_name']}: "
+        + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.items()),
         "steps": f"{summary['steps']} of {config['pairs_per_step']} pairs",
         "learning rate": f"{config['learning_rate']:g}" + (" x pairs a step" if config["scale_lr"] else ""),
         "compute dtype": {"no": "fp32"}.get(config["mixed_precision"], config["mixed_precision"]) + ", masters fp32",

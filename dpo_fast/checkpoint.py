@@ -37,7 +37,9 @@ def save(output_dir: Path, step: int, files: dict[str, dict[str, torch.Tensor]],
     with atomic_folder(target) as folder:
         for name, tensors in files.items():
             # copies, because safetensors refuses tensors that share memory: the code books of 8-bit states do
-            copies = {k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in tensors.items()}
+            copies = {
+                k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in tensors.items()
+            }
             save_file(copies, folder / f"{name}.safetensors")
         write_json(folder / "state.json", {**state, "files": list(files)})
     return target

@@ -28,6 +28,7 @@ from dpo_fast.data import (
     open_source,
 )
 from dpo_fast.errors import BadInput
+from dpo_fast.kernels import dispatch
 from dpo_fast.models import Family, load_family
 from dpo_fast.models.lora import add_lora, merge_lora
 from dpo_fast.objectives import OBJECTIVES
@@ -80,6 +81,7 @@ def open_run(config: TrainConfig, ranks: Ranks) -> Run:
 
 def _open(config: TrainConfig, ranks: Ranks) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    _check_backend(config, ranks)
     files, saved = _saved_state(config)
     if saved:
         config.seed = saved["config"]["seed"] if config.seed is None else config.seed
@@ -144,6 +146,14 @@ def _saved_state(config: TrainConfig) -> tuple[dict, dict]:
     if config.resume_from_checkpoint is None:
         return {}, {}
     return checkpoint.load(checkpoint.find(config.output_dir, config.resume_from_checkpoint))
+
+
+def _check_backend(config: TrainConfig, ranks: Ranks) -> None:
+    """The kernels that were asked for, by flag or environment, can be had."""
+    try:
+        dispatch.module_for("dpo_loss", config.backend, torch.zeros(1, device=ranks.device))
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(f"--backend {config.backend}: {error}") from error
 
 
 def _open_pairs(config: TrainConfig, ranks: Ranks) -> tuple[object, PairSets | None]:

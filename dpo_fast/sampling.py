@@ -51,7 +51,9 @@ def before_after(before: list[Image.Image], after: list[Image.Image], captions: 
             sheet.paste(image.resize((cell, cell), Image.Resampling.LANCZOS), (x, y + label))
         width = int(cell / (FONT_SIZE * 0.55))  # in characters
         lines = textwrap.wrap(caption, width, max_lines=CAPTION_LINES, placeholder=" ...")
-        draw.multiline_text((x, 2 * (cell + label) + 3 * MARGIN), "\n".join(lines), fill="black", font=font)
+        panel = Image.new("RGB", (cell, CAPTION_LINES * (FONT_SIZE + 4)), "white")  # wide letters end at its edge
+        ImageDraw.Draw(panel).multiline_text((0, 0), "\n".join(lines), fill="black", font=font)
+        sheet.paste(panel, (x, 2 * (cell + label) + 3 * MARGIN))
     return sheet
 
 

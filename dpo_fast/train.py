@@ -5,6 +5,7 @@ of ours (with a traceback).
 """
 
 import errno
+import logging
 import os
 import sys
 
@@ -49,6 +50,7 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
     from dpo_fast.opening import open_run
     from dpo_fast.trainer import Interrupted, Trainer
 
+    _show_log()
     ranks = parallel.start(config.report_to)
     try:
         Trainer(open_run(config, ranks), argv).run()
@@ -63,6 +65,16 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
     finally:
         ranks.close()
     return 0
+
+
+def _show_log() -> None:
+    """Let what the package logs (which kernels run, for one) be seen on the main rank."""
+    logger = logging.getLogger("dpo_fast")
+    if os.environ.get("RANK", "0") == "0" and not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("dpo_fast: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 def _refuse(message: str) -> int:

@@ -237,7 +237,7 @@ def test_the_ema_follows_its_formula(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("use_ema", [True, False])
 def test_the_module_shows_the_export_only_within_the_block(dtype, use_ema):
-    masters = make(dtype, use_ema=use_ema)
+    masters = make(dtype, use_ema=use_ema, lr=0.1)
     train(masters, 0, 3)
     before = everything(masters)
     with pytest.raises(KeyboardInterrupt), masters.showing_export():

@@ -238,10 +238,10 @@ def test_soft_labels_keep_ties(sdxl_path, tmp_path):
     data = write_pickapic(tmp_path / "pairs.parquet", n=4, labels=[0.5, 0.7, 0.2, 1.0])
     run = opened([*flags_for(sdxl_path, data, tmp_path / "run"), "--soft_labels"])
     assert len(run.sets.train) == 4 and run.sets.ties_dropped == 0
-    seen = {
-        pair: label for _ in range(2) for b in [next(run.batches)] for pair, label in zip(b.pair_id.tolist(), b.label)
-    }
-    assert {pair: round(float(label), 4) for pair, label in seen.items()} == {0: 0.5, 1: 0.7, 2: 0.8, 3: 1.0}
+    seen = {}
+    for batch in (next(run.batches), next(run.batches)):
+        seen |= dict(zip(batch.pair_id.tolist(), batch.label.tolist(), strict=True))
+    assert {pair: round(label, 4) for pair, label in seen.items()} == {0: 0.5, 1: 0.7, 2: 0.8, 3: 1.0}
 
 
 def test_a_late_bad_image_has_no_weight_and_is_reported(sdxl_path, pairs, tmp_path, monkeypatch):

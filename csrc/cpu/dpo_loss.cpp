@@ -12,13 +12,12 @@ void dpo_loss(const DPOLoss& op, int threads) {
     op.margin[pair] = pair_margin(chosen.delta, rejected.delta, op.beta);
     loss += pair_loss(op, pair, op.margin[pair]);
   }
-  *op.loss = static_cast<float>(loss / static_cast<double>(pairs));
+  *op.loss = static_cast<float>(loss * one_over(pairs));
 }
 
 void dpo_loss_grad(const DPOLossGrad& op, int threads) {
-  scale_residuals(op.errors, threads, [&](int64_t image) {
-    return residual_factor(grad_error_of(op, image), op.errors.numbers);
-  });
+  const float scale = error_scale(op), mean = two_over(op.errors.numbers);
+  scale_residuals(op.errors, threads, [&](int64_t image) { return grad_error_of(op, scale, image) * mean; });
 }
 
 }  // namespace dpo_fast::cpu

@@ -85,7 +85,7 @@ ImageErrors finish_image(const PairErrors& op, int64_t image) {
     sums.ref += op.sums[3 * item + 1];
     sums.delta += op.sums[3 * item + 2];
   }
-  const ImageErrors errors = image_errors(op, image, sums);
+  const ImageErrors errors = image_errors(op, one_over(op.numbers), image, sums);
   op.policy_error_out[image] = errors.policy;
   op.ref_error_out[image] = errors.ref;
   if (op.delta_out) op.delta_out[image] = errors.delta;
@@ -98,7 +98,8 @@ void pair_errors(const PairErrors& op, int threads) {
 }
 
 void pair_errors_grad(const PairErrorsGrad& op, int threads) {
-  scale_residuals(op, threads, [&](int64_t image) { return residual_factor(op.grad_error[image], op.numbers); });
+  const float mean = two_over(op.numbers);
+  scale_residuals(op, threads, [&](int64_t image) { return op.grad_error[image] * mean; });
 }
 
 }  // namespace dpo_fast::cpu

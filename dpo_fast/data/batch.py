@@ -56,9 +56,8 @@ class PairTransform:
     hflip: bool = False  # mirror half of the pairs
     random_crop: bool = False  # False: the center
     caption_dropout: float = 0.0  # share of the pairs trained without their caption
-    time_ids: str = (
-        "fixed"  # SDXL's micro-conditioning. fixed: (R, R, 0, 0, R, R); real: the smaller image's true size and crop
-    )
+    # SDXL's micro-conditioning. fixed: (R, R, 0, 0, R, R); real: the smaller image's true size and crop
+    time_ids: str = "fixed"
 
     def __post_init__(self) -> None:
         assert self.timesteps.dtype == torch.int64 and len(self.timesteps) > 0
@@ -112,9 +111,8 @@ class PairTransform:
             except BadImage as error:
                 raise BadImage(error.reason, name) from error
             if mirrored:
-                image = image.transpose(
-                    Image.Transpose.FLIP_LEFT_RIGHT
-                )  # before the crop, so that `left` is what is seen
+                # Before the crop, so that `left` is where the crop lies in what the model sees.
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             top, left = crop_corner(image.size, self.resolution, where)
             squares.append(to_pixels(image, top, left, self.resolution))
             conditions.append((original.height, original.width, top, left, self.resolution, self.resolution))

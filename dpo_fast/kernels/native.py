@@ -52,6 +52,11 @@ def noise_pair_fwd(
     prediction_type: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
+    if dtype == torch.float64:  # the arithmetic is float32 all the same
+        noisy, target = noise_pair_fwd(
+            latents, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, pair_id, draw, prediction_type, torch.float32
+        )
+        return noisy.double(), target
     images, channels, height, width = latents.shape
     pairs, layout = images // 2, memory_format(latents)
     velocity = prediction_type == "v_prediction"

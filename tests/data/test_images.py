@@ -138,7 +138,7 @@ def test_huge_images_are_refused_by_name(monkeypatch):
 def test_a_thin_strip_does_not_become_a_giant():
     image = Image.new("RGB", (60000, 1))
     with pytest.raises(BadImage, match="too large"):
-        resize(image, 1024)
+        resize(image, 64)
 
 
 @pytest.mark.parametrize(
@@ -147,12 +147,12 @@ def test_a_thin_strip_does_not_become_a_giant():
         b"",
         b"not an image",
         b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
+        b"P6 1 1 255 \x00\x00\x00",  # PIL would read it; only the listed formats are wanted
         encoded(np.random.default_rng(0), 64)[:700],
         encoded(np.random.default_rng(0), 64, "PNG")[:300],
         encoded(np.random.default_rng(0), 64, "WEBP")[:100],
     ],
-    ids=["empty", "text", "svg", "eps", "cut JPEG", "cut PNG", "cut WebP"],
+    ids=["empty", "text", "svg", "ppm", "cut JPEG", "cut PNG", "cut WebP"],
 )
 def test_broken_files_are_bad_images(data):
     with pytest.raises(BadImage, match="cannot be decoded"):
@@ -173,7 +173,7 @@ def test_a_fuzzed_file_is_an_image_or_a_bad_image():
                 pass
 
 
-@pytest.mark.parametrize("size", [(512, 512), (640, 480), (333, 777), (31, 17), (1, 1)])
+@pytest.mark.parametrize("size", [(512, 512), (640, 480), (333, 777), (64, 67), (31, 17), (1, 1)])
 @pytest.mark.parametrize("resolution", [8, 64])
 def test_resize_and_center_crop_as_the_public_scripts(size, resolution):
     """torchvision's Resize(int) and CenterCrop on PIL images, written out from their documentation."""

@@ -1,6 +1,7 @@
 """Every layout gives the same pairs; what cannot be opened says why in one line."""
 
 import json
+import logging
 import os
 
 import datasets
@@ -279,17 +280,23 @@ def test_a_parquet_without_rows(tmp_path):
 
 def test_opening_is_quiet_and_leaves_the_bars_as_they_were(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "broken.arrow").write_bytes(b"junk" * 9)  # `datasets` logs what it raises, too
+    whole = write_pickapic(tmp_path / "pairs.parquet", n=3)
+    broken = bytearray(whole.read_bytes())
+    broken[4:400] = bytes(396)  # the footer is well, the first pages are not: `datasets` logs it and raises
+    (tmp_path / "broken.parquet").write_bytes(broken)
+    logged = []
+    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [handler := logging.Handler()])
+    monkeypatch.setattr(handler, "emit", logged.append)
     level = datasets.logging.get_verbosity()
     datasets.enable_progress_bars()
     try:
-        open_source(write_pickapic(tmp_path / "pairs.parquet", n=3))
+        open_source(whole)
         with pytest.raises(BadInput):
-            open_source(tmp_path / "broken.arrow")
+            open_source(tmp_path / "broken.parquet")
         assert not datasets.are_progress_bars_disabled() and datasets.logging.get_verbosity() == level
     finally:
         datasets.disable_progress_bars()
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "") and not logged
 
 
 def test_a_stream_that_breaks_off_says_where(monkeypatch, tmp_path):

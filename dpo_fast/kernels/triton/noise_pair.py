@@ -13,7 +13,7 @@ from torch import Tensor
 from dpo_fast.kernels.reference import memory_format
 from dpo_fast.kernels.triton.common import launching_for, rounded
 
-BLOCKS = 512  # Philox blocks to a program of 64 threads: 8 neighbours a thread, 128 bits of a 16-bit dtype
+BLOCKS = 256  # Philox blocks to a program of one warp: 8 neighbours a thread, 128 bits of a 16-bit dtype
 
 
 @triton.jit
@@ -192,7 +192,7 @@ def noise_pair_fwd(
     target = torch.empty_like(latents if velocity else latents[:pairs], dtype=torch.float32, memory_format=layout)
     arguments = (latents, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, pair_id, draw, noisy, target)
     sizes = (pairs, channels, pixels, groups)
-    options = dict(VELOCITY=velocity, BLOCKS=BLOCKS, num_warps=2, enable_fp_fusion=False)
+    options = dict(VELOCITY=velocity, BLOCKS=BLOCKS, num_warps=1, enable_fp_fusion=False)
     with launching_for(latents):
         if layout == torch.channels_last:
             rows = triton.cdiv(pixels * groups, BLOCKS)

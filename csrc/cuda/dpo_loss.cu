@@ -1,0 +1,49 @@
+// dpo_loss on CUDA: the sums of pair_errors, then all pairs in one block; a backward in one launch.
+#include "pair_errors.cuh"
+
+namespace dpo_fast::cuda {
+namespace {
+
+// One block: the pairs' margins and losses, and the loss's sum by a tree over the threads, in float64.
+__global__ void __launch_bounds__(kThreads) finish_loss(const DPOLoss op, const Cut cut, const double mean) {
+  __shared__ double partial[kThreads];
+  const int64_t pairs = op.errors.pairs;
+  double loss = 0;
+  for (int64_t pair = threadIdx.x; pair < pairs; pair += kThreads) {
+    const ImageErrors chosen = finish_image(op.errors, cut, pair);
+    const ImageErrors rejected = finish_image(op.errors, cut, pairs + pair);
+    const float margin = pair_margin(chosen.delta, rejected.delta, op.beta);
+    op.margin[pair] = margin;
+    loss += pair_loss(op, pair, margin);
+  }
+  partial[threadIdx.x] = loss;
+  for (int width = kThreads / 2; width > 0; width /= 2) {
+    __syncthreads();
+    if (threadIdx.x < width) partial[threadIdx.x] += partial[threadIdx.x + width];
+  }
+  if (threadIdx.x == 0) *op.loss = static_cast<float>(partial[0] * mean);
+}
+
+__global__ void __launch_bounds__(kThreads) loss_grad(const DPOLossGrad op, const float scale, const float mean) {
+  scale_residuals(op.errors, [&](int64_t image) { return grad_error_of(op, scale, image) * mean; });
+}
+
+}  // namespace
+
+void dpo_loss(const DPOLoss& op, Place place) {
+  const OnDevice on(place.device);
+  const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);
+  const Cut cut(op.errors.numbers);
+  launch_sum_images(op.errors, cut, stream);
+  finish_loss<<<1, kThreads, 0, stream>>>(op, cut, one_over(op.errors.pairs));
+  check(cudaGetLastError());
+}
+
+void dpo_loss_grad(const DPOLossGrad& op, Place place) {
+  const OnDevice on(place.device);
+  const float scale = error_scale(op), mean = two_over(op.errors.numbers);
+  loss_grad<<<residual_grid(op.errors), kThreads, 0, static_cast<cudaStream_t>(place.stream)>>>(op, scale, mean);
+  check(cudaGetLastError());
+}
+
+}  // namespace dpo_fast::cuda

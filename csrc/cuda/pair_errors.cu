@@ -1,0 +1,106 @@
+// pair_errors on CUDA: a deterministic reduction in two launches, and a backward in one.
+#include "pair_errors.cuh"
+
+namespace dpo_fast::cuda {
+namespace {
+
+// The sum over a block, at its first thread; always in the same order.
+__device__ __forceinline__ float block_sum(float x, float* shared) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_down_sync(0xffffffffu, x, step);
+  __syncthreads();  // the sum before this one is read
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();
+  float total = 0;
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int warp = 0; warp < kThreads / 32; ++warp) total += shared[warp];
+  }
+  return total;
+}
+
+__global__ void __launch_bounds__(kThreads) sum_images(const PairErrors op, const int64_t chunks) {
+  __shared__ float shared[kThreads / 32];
+  const int64_t images = 2 * op.pairs, chunk = blockIdx.x;
+  for (int64_t image = blockIdx.y; image < images; image += gridDim.y) {
+    const Numbers policy = at(op.policy, image * op.numbers);
+    const Numbers target = at(op.target, (image < op.targets ? image : image - op.targets) * op.numbers);
+    const Numbers ref = op.ref.data ? at(op.ref, image * op.numbers) : target;  // whose sums are then not read
+    float policy_sum = 0, ref_sum = 0, delta_sum = 0;
+    for (int64_t start = chunk * kTile + threadIdx.x * kVector; start < op.numbers; start += chunks * kTile) {
+      const Raw raw_policy = load(policy, start, op.numbers, is_aligned(policy.data));
+      const Raw raw_ref = load(ref, start, op.numbers, is_aligned(ref.data));
+      const Raw raw_target = load(target, start, op.numbers, is_aligned(target.data));
+      const Vector p = decode(raw_policy, policy.dtype), r = decode(raw_ref, ref.dtype);
+      const Vector t = decode(raw_target, target.dtype);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) add_terms(p.x[i], r.x[i], t.x[i], policy_sum, ref_sum, delta_sum);
+    }
+    policy_sum = block_sum(policy_sum, shared);
+    ref_sum = block_sum(ref_sum, shared);
+    delta_sum = block_sum(delta_sum, shared);
+    if (threadIdx.x == 0) {
+      op.sums[chunk * images + image] = policy_sum;
+      op.sums[(chunks + chunk) * images + image] = ref_sum;
+      op.sums[(2 * chunks + chunk) * images + image] = delta_sum;
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) finish_errors(const PairErrors op, const Cut cut) {
+  const int64_t image = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (image < 2 * op.pairs) finish_image(op, cut, image);
+}
+
+__global__ void __launch_bounds__(kThreads) errors_grad(const PairErrorsGrad op, const float mean) {
+  scale_residuals(op, [&](int64_t image) { return op.grad_error[image] * mean; });
+}
+
+}  // namespace
+
+void launch_sum_images(const PairErrors& op, const Cut& cut, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(cut.chunks), grid_rows(2 * op.pairs));
+  sum_images<<<grid, kThreads, 0, stream>>>(op, cut.chunks);
+  check(cudaGetLastError());
+}
+
+int64_t pair_sums_floats(int64_t images, int64_t numbers) { return 3 * images * Cut(numbers).chunks; }
+
+void pair_errors(const PairErrors& op, Place place) {
+  const OnDevice on(place.device);
+  const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);
+  const Cut cut(op.numbers);
+  launch_sum_images(op, cut, stream);
+  const unsigned blocks = static_cast<unsigned>(ceil_div(2 * op.pairs, kThreads));
+  finish_errors<<<blocks, kThreads, 0, stream>>>(op, cut);
+  check(cudaGetLastError());
+}
+
+void pair_errors_grad(const PairErrorsGrad& op, Place place) {
+  const OnDevice on(place.device);
+  errors_grad<<<residual_grid(op), kThreads, 0, static_cast<cudaStream_t>(place.stream)>>>(op, two_over(op.numbers));
+  check(cudaGetLastError());
+}
+
+std::string fault(int device) {
+  int runtime = 0, driver = 0;
+  if (cudaRuntimeGetVersion(&runtime) != cudaSuccess || cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
+    return "no CUDA driver";
+  }
+  if (driver / 1000 < runtime / 1000) {
+    const auto text = [](int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); };
+    return "the driver knows CUDA " + text(driver) + " but the kernels were built with " + text(runtime) +
+           ": update the driver, or install dpo_fast again with an older nvcc";
+  }
+  try {
+    const OnDevice on(device);
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, sum_images));
+  } catch (const std::runtime_error& error) {
+    cudaGetLastError();  // so that the next launch does not find it
+    return std::string(error.what()) + "; install dpo_fast again on this machine, or set DPO_FAST_CUDA_ARCHS";
+  }
+  return "";
+}
+
+}  // namespace dpo_fast::cuda

@@ -1,0 +1,125 @@
+// What the CUDA ops share: eight numbers of any dtype at a time in 16-byte accesses, and how a kernel is launched.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../arithmetic.h"
+
+namespace dpo_fast::cuda {
+
+constexpr int kVector = 8;  // numbers of a thread at a time: 16 bytes of half precision, twice 16 of float32
+constexpr int kThreads = 256;
+
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+// Makes a device current while it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&previous_));
+    if (device != previous_) check(cudaSetDevice(device));
+    changed_ = device != previous_;
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+// Rows of a grid: kernels stride over those past the limit.
+inline unsigned grid_rows(int64_t rows) { return static_cast<unsigned>(rows < 65535 ? rows : 65535); }
+
+__device__ __forceinline__ bool is_aligned(const void* address) {
+  return (reinterpret_cast<uintptr_t>(address) & 15) == 0;
+}
+
+// Eight numbers as they lie in memory, to be decoded after all loads of a thread are under way.
+struct Raw {
+  uint32_t word[kVector];  // float32: one each; half precision: two each in the first four
+};
+
+// x[start .. start + 8), zeros from x[end] on. aligned: x.data is at a multiple of 16 bytes, and start one of 8.
+__device__ __forceinline__ Raw load(Numbers x, int64_t start, int64_t end, bool aligned) {
+  Raw raw = {};
+  if (aligned && start + kVector <= end) {
+    const uint4* source = static_cast<const uint4*>(at(x, start).data);
+    const uint4 low = __ldg(source);
+    raw.word[0] = low.x, raw.word[1] = low.y, raw.word[2] = low.z, raw.word[3] = low.w;
+    if (x.dtype == kFloat32) {
+      const uint4 high = __ldg(source + 1);
+      raw.word[4] = high.x, raw.word[5] = high.y, raw.word[6] = high.z, raw.word[7] = high.w;
+    }
+  } else if (x.dtype == kFloat32) {
+    const uint32_t* source = static_cast<const uint32_t*>(x.data) + start;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (start + i < end) raw.word[i] = __ldg(source + i);
+    }
+  } else {
+    const uint16_t* source = static_cast<const uint16_t*>(x.data) + start;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (start + i < end) raw.word[i / 2] |= static_cast<uint32_t>(__ldg(source + i)) << (i % 2 * 16);
+    }
+  }
+  return raw;
+}
+
+struct Vector {
+  float x[kVector];
+};
+
+__device__ __forceinline__ Vector decode(const Raw& raw, int dtype) {
+  Vector out;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    const uint16_t half = static_cast<uint16_t>(raw.word[i / 2] >> (i % 2 * 16));
+    out.x[i] = dtype == kFloat32 ? float_of(raw.word[i]) : dtype == kFloat16 ? from_float16(half) : from_bfloat16(half);
+  }
+  return out;
+}
+
+// x[start .. start + 8) = values, up to x[end - 1]
+__device__ __forceinline__ void store(MutableNumbers x, int64_t start, int64_t end, bool aligned, const Vector& values) {
+  if (x.dtype == kFloat32) {
+    float* target = static_cast<float*>(x.data) + start;
+    if (aligned && start + kVector <= end) {
+      const float* v = values.x;
+      reinterpret_cast<float4*>(target)[0] = make_float4(v[0], v[1], v[2], v[3]);
+      reinterpret_cast<float4*>(target)[1] = make_float4(v[4], v[5], v[6], v[7]);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (start + i < end) target[i] = values.x[i];
+    }
+    return;
+  }
+  uint16_t half[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    half[i] = x.dtype == kFloat16 ? to_float16(values.x[i]) : to_bfloat16(values.x[i]);
+  }
+  uint16_t* target = static_cast<uint16_t*>(x.data) + start;
+  if (aligned && start + kVector <= end) {
+    *reinterpret_cast<uint4*>(target) = make_uint4(
+        half[0] | half[1] << 16, half[2] | half[3] << 16, half[4] | half[5] << 16, half[6] | half[7] << 16);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    if (start + i < end) target[i] = half[i];
+  }
+}
+
+}  // namespace dpo_fast::cuda

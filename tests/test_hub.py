@@ -1,0 +1,86 @@
+"""Uploading, with the hub's client replaced."""
+
+import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub.errors import LocalTokenNotFoundError
+
+from dpo_fast import hub
+from dpo_fast.errors import BadInput
+
+
+class FakeApi:
+    """Knows one account; keeps what it is asked to upload."""
+
+    fault: Exception | None = None
+    uploaded: dict = {}  # noqa: RUF012
+
+    def __init__(self, token: str | None) -> None:
+        self.token = token
+
+    def whoami(self) -> dict:
+        if self.fault:
+            raise self.fault
+        return {"name": f"owner of {self.token}"}
+
+    def create_repo(self, name: str, *, exist_ok: bool) -> SimpleNamespace:
+        assert exist_ok
+        return SimpleNamespace(repo_id=name if "/" in name else f"me/{name}")
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, ignore_patterns: list[str]) -> str:
+        if self.fault:
+            raise self.fault
+        files = [str(p.relative_to(folder_path)) for p in sorted(Path(folder_path).rglob("*")) if p.is_file()]
+        kept = [f for f in files if not any(fnmatch.fnmatch(f, pattern) for pattern in ignore_patterns)]
+        self.uploaded.update(repo_id=repo_id, files=kept, token=self.token)
+        return f"https://huggingface.co/{repo_id}"
+
+
+@pytest.fixture
+def api(monkeypatch) -> type[FakeApi]:
+    fake = type("Api", (FakeApi,), {"uploaded": {}})
+    monkeypatch.setattr(hub, "HfApi", fake)
+    return fake
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    names = ["README.md", "unet/a.safetensors", "checkpoint-5/weights.safetensors", "logs/events/x", ".tmp-a/b"]
+    for name in ["metrics.jsonl", "samples/step-1.png", "checkpoint-5/sub/x", *names]:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).touch()
+    return tmp_path / "run"
+
+
+def test_the_account_is_found_before_training(api):
+    assert hub.check_login("t") == "owner of t"
+
+
+@pytest.mark.parametrize(
+    "repository, expected", [("me/aligned", "me/aligned"), ("aligned", "me/aligned"), (None, "me/run")]
+)
+def test_the_result_is_uploaded_without_checkpoints(api, folder, repository, expected, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert hub.push(Path("."), repository, "t") == f"https://huggingface.co/{expected}"
+    files = ["README.md", "metrics.jsonl", "samples/step-1.png", "unet/a.safetensors"]
+    assert api.uploaded == {"repo_id": expected, "files": files, "token": "t"}
+
+
+class ConnectError(Exception):
+    """As the hub's HTTP library raises it: neither an OSError nor one of the hub's own."""
+
+
+@pytest.mark.parametrize(
+    "fault", [LocalTokenNotFoundError("no\ntoken"), ConnectError("no\nroute"), OSError("no\ndisk")]
+)
+def test_every_fault_of_the_client_is_one_line(api, folder, fault):
+    api.fault = fault
+    with pytest.raises(BadInput, match=r"cannot log in to the hub \(no \w+\); run `hf auth login`"):
+        hub.check_login(None)
+    with pytest.raises(
+        BadInput, match=r"the upload failed \(no \w+\), the result is safe in .*run; .*`hf upload me/a "
+    ):
+        hub.push(folder, "me/a", None)
+    assert (folder / "README.md").exists()
