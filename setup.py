@@ -3,7 +3,7 @@
 C++ always, CUDA too where nvcc is found (CUDA_HOME, else the PATH). Needs neither PyTorch nor its headers.
 
     DPO_FAST_BUILD       auto (default): what fails to compile is left out, and said; cpu; cuda: both; none
-    DPO_FAST_CUDA_ARCHS  compute capabilities, as 80,90; default: the visible GPU's, else ARCHS as far as nvcc knows them
+    DPO_FAST_CUDA_ARCHS  compute capabilities, as 80,90; default: the visible GPU's, else of ARCHS what nvcc knows
     DPO_FAST_DEBUG       1: no optimisation, symbols, line numbers in GPU code
 
 Objects stay under build/ and are compiled again when a source, a header or the command has changed.
@@ -29,6 +29,7 @@ CUDA_SOURCES = sorted(CSRC.glob("cuda/*.cu"))
 NO_CUDA = CSRC / "cuda" / "absent.cpp"
 ARCHS = ("80", "86", "89", "90", "100", "120")
 
+MODE = os.environ.get("DPO_FAST_BUILD") or "auto"
 DEBUG = os.environ.get("DPO_FAST_DEBUG") == "1"
 # no contraction of a * b + c: the same bits on every CPU and GPU (csrc/arithmetic.h)
 CPP_FLAGS = [
@@ -61,7 +62,10 @@ def cuda_archs(nvcc: str) -> list[str]:
     known = {word.removeprefix("compute_") for word in words_of(nvcc, "--list-gpu-arch")}
     visible = words_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
     usable = known.intersection(word.replace(".", "") for word in visible)
-    return sorted(usable, key=int) or [arch for arch in ARCHS if arch in known]
+    archs = sorted(usable, key=int) or [arch for arch in ARCHS if arch in known]
+    if not archs:
+        raise CompileError(f"{nvcc} knows none of the architectures {', '.join(ARCHS)}; set DPO_FAST_CUDA_ARCHS")
+    return archs
 
 
 def arch_flags(archs: list[str]) -> list[str]:
@@ -82,19 +86,23 @@ def run(command: list[str]) -> None:
 
 
 class BuildNative(build_ext):
-    """Compiles and links the one extension by commands of its own: setuptools knows neither nvcc nor parallel builds."""
+    """Compiles and links by commands of its own: setuptools knows neither nvcc nor parallel or incremental builds."""
+
+    def run(self) -> None:
+        if self.inplace or self.editable_mode:
+            for stale in Path("dpo_fast").glob("_native*.so"):  # or an older build would be imported if this one fails
+                stale.unlink()
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        mode, nvcc = os.environ.get("DPO_FAST_BUILD") or "auto", find_nvcc()
-        for stale in Path("dpo_fast").glob("_native*.so"):  # of an earlier build in place
-            stale.unlink()
-        if mode == "cuda" and nvcc is None:
+        nvcc = find_nvcc()
+        if MODE == "cuda" and nvcc is None:
             raise CompileError("DPO_FAST_BUILD=cuda needs nvcc: set CUDA_HOME or put it on the PATH")
-        if mode == "cuda" or (mode == "auto" and nvcc is not None):
+        if nvcc is not None and MODE in ("auto", "cuda"):
             try:
                 return self.build(ext, nvcc)
             except CompileError as error:
-                if mode == "cuda":
+                if MODE == "cuda":
                     raise
                 print(f"dpo_fast: building without CUDA kernels, which do not compile here: {error}", file=sys.stderr)
         self.build(ext, None)
@@ -135,14 +143,14 @@ class BuildNative(build_ext):
         return made
 
 
-mode = os.environ.get("DPO_FAST_BUILD") or "auto"
-if mode not in ("auto", "cpu", "cuda", "none"):
-    raise SystemExit(f"DPO_FAST_BUILD {mode!r} is unknown; choose auto, cpu, cuda or none")
-native = Extension(
-    "dpo_fast._native",
-    sources=[str(path) for path in (*CPP_SOURCES, NO_CUDA)],
-    depends=[str(path) for path in (*HEADERS, *CUDA_SOURCES)],
-    language="c++",
-    optional=mode == "auto",  # setuptools then says why it failed, and goes on
-)
-setup(ext_modules=[] if mode == "none" else [native], cmdclass={"build_ext": BuildNative})
+if __name__ == "__main__":
+    if MODE not in ("auto", "cpu", "cuda", "none"):
+        raise SystemExit(f"DPO_FAST_BUILD {MODE!r} is unknown; choose auto, cpu, cuda or none")
+    native = Extension(
+        "dpo_fast._native",
+        sources=[str(path) for path in (*CPP_SOURCES, NO_CUDA)],
+        depends=[str(path) for path in (*HEADERS, *CUDA_SOURCES)],
+        language="c++",
+        optional=MODE == "auto",  # setuptools then says why it failed, and goes on
+    )
+    setup(ext_modules=[] if MODE == "none" else [native], cmdclass={"build_ext": BuildNative})

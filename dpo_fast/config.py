@@ -321,7 +321,7 @@ def _one_line(box: str) -> str:
 def _did_you_mean(name: str) -> str:
     """A remark on the flag that is nearest to an unknown one: one that contains it, or is spelt alike."""
     name, names = name.replace("-", "_"), [field.name for field in dataclasses.fields(TrainConfig)]
-    containing = [known for known in names if name in known]
+    containing = sorted((known for known in names if name in known), key=len)
     near = containing or difflib.get_close_matches(name, names, n=1)
     return f" (did you mean --{near[0]}?)" if near else ""
 

@@ -32,7 +32,8 @@ def report() -> str:
         )
     if not torch.cuda.is_available():
         lines.append("gpu: none usable")
-    for title, found in (("kernels", usable_backends()), ("attention", usable_attention())):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for title, found in ((f"{device} kernels", usable_backends(device)), ("attention", usable_attention())):
         lines += [f"{title} {name}: {'usable' if not why else 'not usable: ' + why}" for name, why in found.items()]
     return "\n".join(lines)
 

@@ -55,10 +55,10 @@ def begin(folder: Path, *, overwrite: bool, config_yaml: str) -> None:
 
 def release(folder: Path) -> None:
     """Remove a folder that nothing worth keeping was written to, after the run could not be opened."""
-    with suppress(OSError):  # there is more in it, or it is not there
-        if not (folder / REPORT).stat().st_size:
+    with suppress(OSError):  # it is not there
+        if [entry.name for entry in folder.iterdir()] == [REPORT] and not (folder / REPORT).stat().st_size:
             (folder / REPORT).unlink()
-    with suppress(OSError):
+    with suppress(OSError):  # there is something in it
         folder.rmdir()
 
 

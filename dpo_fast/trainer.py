@@ -273,7 +273,7 @@ class Trainer:
     def _note_bad_rows(self, bad: list[tuple[int, str]]) -> None:
         """Images that turned out undecodable: their pairs have weight 0, and too many of them end the run."""
         run, allowed = self.run_, self.config.max_bad_fraction
-        run.bad_rows |= {row: BadRow(row, "image", reason) for row, reason in bad if row not in run.bad_rows}
+        run.bad_rows |= {row: BadRow(row, "", reason) for row, reason in bad if row not in run.bad_rows}
         if self.ranks.is_main:
             write_report(run.report_path, run.bad_rows.values())
         if len(run.bad_rows) > allowed * max(run.sets.rows, 1):

@@ -1,4 +1,4 @@
-"""Masters, accumulation, clipping, loss scaling, skipped updates, schedules, EMA, and the way into a checkpoint and back."""
+"""Masters, accumulation, clipping, loss scale, skipped updates, schedules, EMA, and into a checkpoint and back."""
 
 import math
 import sys
@@ -109,8 +109,8 @@ def test_gradients_add_up_in_fp32(dtype):
 # ---- the update ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("max_grad_norm", [1.0, 1e4, 0.0])
-def test_an_update_is_pytorchs_own(max_grad_norm):
+@pytest.mark.parametrize("max_grad_norm, size", [(1.0, 1.0), (1e4, 1.0), (0.0, 1.0), (1e-6, 1e-7)])
+def test_an_update_is_pytorchs_own(max_grad_norm, size):
     """Clipping as clip_grad_norm_, then AdamW at the schedule's rate, bit for bit."""
     settings = dict(max_grad_norm=max_grad_norm, lr_scheduler="cosine", lr_warmup_steps=2)
     masters = make(**settings)
@@ -118,7 +118,7 @@ def test_an_update_is_pytorchs_own(max_grad_norm):
     adamw = torch.optim.AdamW(twins, lr=1e-3, weight_decay=1e-2, fused=True)
     schedule = get_scheduler("cosine", adamw, num_warmup_steps=2, num_training_steps=100)
     for step in range(5):
-        for twin, gradient in zip(twins, give_gradients(masters, step), strict=True):
+        for twin, gradient in zip(twins, give_gradients(masters, step, size), strict=True):
             twin.grad = gradient
         norm = masters.step(step, FINITE, 1)
         clipped = torch.nn.utils.clip_grad_norm_(twins, max_grad_norm or math.inf)

@@ -39,7 +39,7 @@ def test_a_folder_without_a_run_is_free(tmp_path, kind):
 def test_a_folder_with_a_run_is_not(tmp_path):
     folder = a_run(tmp_path / "run")
     before = entries(folder)
-    with pytest.raises(BadInput, match="is not empty; .* --overwrite"):
+    with pytest.raises(BadInput, match=r"is not empty; .* --overwrite"):
         run_folder.claim(folder, overwrite=False, resuming=False)
     run_folder.claim(folder, overwrite=True, resuming=False)
     run_folder.claim(folder, overwrite=False, resuming=True)

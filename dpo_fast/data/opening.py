@@ -146,18 +146,16 @@ def _load_local(files: list[Path], streaming: bool, cache_dir: str | Path | None
 
 @contextmanager
 def _quiet(files: list[Path]) -> Iterator[None]:
-    """No bars of `datasets` for what takes seconds, and no log line of its beside the error that we raise."""
+    """No bars of `datasets` for what takes seconds: they tell nothing and hide our own."""
     small = sum(file.stat().st_size for file in files) < 1 << 30
-    bars, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
-    if bars and small:
-        datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not small or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
-        datasets.logging.set_verbosity(level)
-        if bars and small:
-            datasets.enable_progress_bars()
+        datasets.enable_progress_bars()
 
 
 def _looks_local(name: str) -> bool:

@@ -2,7 +2,8 @@
 
 In order: an argument other than "auto", the context manager `backend`, the variable DPO_FAST_BACKEND, then by device. A
 backend is a module that gives `<op>_fwd` and `<op>_bwd` on plain tensors and raises ImportError, with the remedy in its
-message, where it cannot be used. What was asked for and cannot be had raises; only "auto" falls back.
+message, where it cannot be used; one that can be used on some devices only has `reason_against(device_type)` too. What
+was asked for and cannot be had raises; only "auto" falls back.
 """
 
 import functools
@@ -41,9 +42,9 @@ def backend(name: str) -> Iterator[None]:
         _override = previous
 
 
-def usable_backends() -> dict[str, str]:
-    """Each backend's name with "" where it can be used here, else the reason why it cannot."""
-    return {name: _reason_against(name) for name in _HOME}
+def usable_backends(device: str = "cpu") -> dict[str, str]:
+    """Each backend's name with "" where it can be used on this type of device, else the reason why it cannot."""
+    return {name: _reason_against(name, device) for name in _HOME}
 
 
 def module_for(op: str, name: str, *tensors: Tensor | None) -> ModuleType:
@@ -57,9 +58,9 @@ def module_for(op: str, name: str, *tensors: Tensor | None) -> ModuleType:
         # float64 is for checking gradients, and only the reference knows it
         double = any(x is not None and x.dtype == torch.float64 for x in tensors)
         candidates = () if double else _PREFERRED.get(device, ())
-        name = next((candidate for candidate in candidates if not _reason_against(candidate)), "reference")
-    elif reason := _reason_against(name):
-        usable = ", ".join(known for known in _HOME if not _reason_against(known))
+        name = next((candidate for candidate in candidates if not _reason_against(candidate, device)), "reference")
+    elif reason := _reason_against(name, device):
+        usable = ", ".join(known for known in _HOME if not _reason_against(known, device))
         raise RuntimeError(f"{source} {name!r} cannot be used here ({reason}); choose auto, {usable}")
     _announce(name, device)
     return import_module(f"{_HOME[name]}.{op}" if name == "triton" else _HOME[name])
@@ -82,14 +83,14 @@ def _check_name(name: str, source: str) -> None:
 
 
 @functools.cache
-def _reason_against(name: str) -> str:
+def _reason_against(name: str, device: str) -> str:
     try:
-        import_module(_HOME[name])
+        module = import_module(_HOME[name])
     except ModuleNotFoundError as error:
         return "not in this installation of dpo_fast" if error.name == _HOME[name] else str(error)
     except ImportError as error:
         return str(error)
-    return ""
+    return module.reason_against(device) if hasattr(module, "reason_against") else ""
 
 
 @functools.cache  # so that it says it once

@@ -131,6 +131,17 @@ def test_missing_files_are_found_at_the_start(tmp_path):
         build_index(source, seed=0, max_bad_fraction=0.09, progress=False)
 
 
+def test_a_tie_with_a_missing_file_is_one_tie(tmp_path):
+    folder = write_jsonl(tmp_path / "set", pickapic(n=3))
+    lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    for line, label in zip(lines, (0.5, 1, 1), strict=True):
+        line["label"] = label
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "images" / "0-chosen.jpg").unlink()
+    sets = build_index(open_source(folder, label_column="label"), seed=0, progress=False)
+    assert (sets.rows, sets.ties_dropped, sets.bad_rows, len(sets.train)) == (3, 1, 0, 2)
+
+
 def broken(columns, *rows, name="jpg_1"):
     images = list(columns[name])
     for row in rows:
@@ -173,7 +184,7 @@ def test_every_image_broken(tmp_path):
 
 
 def test_validation_goes_by_caption(tmp_path):
-    captions = [f"prompt {i % 100}" if i % 2 else f"  PROMPT {i % 100}" for i in range(300)]
+    captions = [f"prompt {i % 100}" if i < 150 else f"  PROMPT {i % 100}" for i in range(300)]
     columns = pickapic(n=300, size=8, captions=captions)
     source, sets = index_of(columns, tmp_path, validation_fraction=0.2)
     train, held = ({" ".join(c.lower().split()) for c in index.captions} for index in (sets.train, sets.validation))

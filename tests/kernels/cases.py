@@ -71,12 +71,16 @@ class LossInputs:
     weight: Tensor | None
 
 
-def loss_inputs(case: Case, seed: int, device: str = "cpu") -> LossInputs:
-    """Predictions as in training: unit targets, a policy near its reference, both some way from the target."""
+def loss_inputs(case: Case, seed: int, device: str | torch.device | None = None) -> LossInputs:
+    """Predictions as in training: unit targets, a policy near its reference, both some way from the target.
+
+    Drawn on the CPU, the same for every device; None is the default device, which in a test is its backend's.
+    """
+    device = torch.get_default_device() if device is None else device
     generator = torch.Generator().manual_seed(seed)
 
     def normal(images: int) -> Tensor:
-        return torch.randn(images, *case.shape, generator=generator)
+        return torch.randn(images, *case.shape, generator=generator, device="cpu")
 
     def placed(x: Tensor, dtype: torch.dtype) -> Tensor:
         layout = torch.channels_last if case.channels_last else torch.contiguous_format
@@ -95,8 +99,8 @@ def loss_inputs(case: Case, seed: int, device: str = "cpu") -> LossInputs:
         ref,
         placed(target, case.target),
         case.beta,
-        torch.rand(case.pairs, generator=generator).to(device) if case.labels else None,
-        torch.rand(case.pairs, generator=generator).to(device) if case.weights else None,
+        torch.rand(case.pairs, generator=generator, device="cpu").to(device) if case.labels else None,
+        torch.rand(case.pairs, generator=generator, device="cpu").to(device) if case.weights else None,
     )
 
 
@@ -112,19 +116,20 @@ class NoiseInputs:
     draw: Tensor
 
 
-def noise_inputs(case: Case, seed: int, device: str = "cpu") -> NoiseInputs:
+def noise_inputs(case: Case, seed: int, device: str | torch.device | None = None) -> NoiseInputs:
     """Latents in the policy's dtype, timesteps from nearly clean to pure noise, ids and seed of more than 32 bits."""
+    device = torch.get_default_device() if device is None else device
     generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(2 * case.pairs, *case.shape, generator=generator)
-    abar = torch.rand(case.pairs, generator=generator, dtype=torch.float64)
+    latents = torch.randn(2 * case.pairs, *case.shape, generator=generator, device="cpu")
+    abar = torch.rand(case.pairs, generator=generator, dtype=torch.float64, device="cpu")
     layout = torch.channels_last if case.channels_last else torch.contiguous_format
     return NoiseInputs(
         latents.to(device=device, dtype=case.policy).contiguous(memory_format=layout),
         abar.sqrt().float().to(device),
         (1 - abar).sqrt().float().to(device),
-        int(torch.randint(1 << 62, (), generator=generator)),
-        torch.randint(1 << 40, (case.pairs,), generator=generator).to(device),
-        torch.randint(1 << 28, (case.pairs,), generator=generator).to(device),
+        int(torch.randint(1 << 62, (), generator=generator, device="cpu")),
+        torch.randint(1 << 40, (case.pairs,), generator=generator, device="cpu").to(device),
+        torch.randint(1 << 28, (case.pairs,), generator=generator, device="cpu").to(device),
     )
 
 

@@ -1,9 +1,33 @@
 """Fixtures for the tests of the kernels."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
+from importlib import import_module
 
 import pytest
 import torch
+
+from dpo_fast.kernels.dispatch import usable_backends
+
+
+def _places() -> Iterator:
+    """Each backend that can be used here with each device it computes on; on a GPU marked gpu."""
+    usable = [name for name, reason in usable_backends().items() if not reason]
+    interpreting = "triton" in usable and import_module("triton").knobs.runtime.interpret
+    for name in usable:
+        if name != "triton" or interpreting:
+            yield pytest.param((name, "cpu"), id=name)
+    for name in usable if torch.cuda.is_available() and not interpreting else ():
+        if name != "native" or not import_module("dpo_fast.kernels.native").reason_against("cuda"):
+            yield pytest.param((name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=_places())
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend's name; new tensors lie where it computes."""
+    name, device = request.param
+    with nullcontext() if device == "cpu" else torch.device(device):
+        yield name
 
 
 @pytest.fixture(autouse=True)

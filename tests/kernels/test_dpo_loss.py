@@ -6,10 +6,7 @@ import pytest
 import torch
 
 from dpo_fast.kernels import dpo_loss, noise_pair, reference
-from dpo_fast.kernels.dispatch import usable_backends
 from tests.kernels.cases import BF16, CASES, F16, Case, assert_near_truth, loss_inputs
-
-BACKENDS = [name for name, reason in usable_backends().items() if not reason]
 
 
 def naive(policy_pred, ref, target, beta, label, weight, dtype):
@@ -31,7 +28,6 @@ def naive(policy_pred, ref, target, beta, label, weight, dtype):
     return torch.stack(losses).mean(), torch.stack(margins), torch.stack(errors), torch.stack(ref_errors)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_loss_reports_and_gradient_are_near_float64(case, backend):
     inputs = loss_inputs(case, seed=0)
@@ -61,7 +57,6 @@ def test_loss_reports_and_gradient_are_near_float64(case, backend):
     assert_near_truth(grad, baseline, exact, magnitude=terms.detach())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pairs", [1, 3, 7, 13])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, F16])
 def test_at_the_start_the_margin_is_zero_and_the_loss_log_two(dtype, pairs, backend):
@@ -78,7 +73,6 @@ def test_at_the_start_the_margin_is_zero_and_the_loss_log_two(dtype, pairs, back
     torch.testing.assert_close(grad.double(), sign * residual * (5000 / 2 / pairs / (4 * 9 * 11)), rtol=0.01, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, F16])
 def test_the_margin_is_accurate_where_policy_and_reference_are_close(dtype, backend):
     """A few roundings away from the reference: the difference of two float32 means would be mostly rounding itself."""
@@ -93,7 +87,6 @@ def test_the_margin_is_accurate_where_policy_and_reference_are_close(dtype, back
     assert error < 0.05 * (subtracted.double() - exact).abs().max()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_a_gradient_in_half_precision_is_rounded_once(dtype, backend):
     """Residual, coefficient and their product are float32, so the error is half an ulp and little more."""
@@ -108,7 +101,6 @@ def test_a_gradient_in_half_precision_is_rounded_once(dtype, backend):
     assert ((grad.double() - exact).abs() <= half_ulp + 1e-5 * exact.abs().max(1, keepdim=True).values).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_labels(backend):
     """Label 0 exchanges the images; 1 is no label; at 1/2 and margin 0 there is no gradient."""
     inputs = loss_inputs(Case("labels", pairs=3), seed=2)
@@ -126,7 +118,6 @@ def test_labels(backend):
     assert torch.equal(tie, torch.zeros_like(tie))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_weights(backend):
     """The mean is over all pairs, and a pair of weight 0 gets no gradient."""
     inputs = loss_inputs(Case("weights", pairs=2), seed=3)
@@ -138,7 +129,6 @@ def test_weights(backend):
     assert grad[::2].abs().min() > 0 and torch.equal(grad[1::2], torch.zeros_like(grad[1::2]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("margin", [-1e4, -100.0, -30.0, 17.0, 30.0, 80.0, 1e4])
 def test_large_margins_stay_finite_and_keep_their_gradient(margin, backend):
     """Past margin 17, 1 - sigmoid is 0 in float32 but sigmoid(-margin) is not; far out the loss is max(-margin, 0)."""

@@ -1,7 +1,7 @@
 """The ops as Triton kernels, one module an op, with the signatures of dpo_fast/kernels/reference.py.
 
-Inputs are dense, float16, bfloat16 or float32, on a CUDA device (on any where Triton interprets). Every kernel is compiled
-without contraction of a*b + c, so that its bits do not depend on the variant that was compiled (layout, alignment, batch).
+Inputs are dense, float16, bfloat16 or float32, on a CUDA device (on any where Triton interprets). Every kernel is
+compiled without contraction of a*b + c, so that its bits do not depend on the variant (layout, alignment, batch).
 """
 
 import torch

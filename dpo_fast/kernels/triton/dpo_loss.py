@@ -48,16 +48,13 @@ def dpo_loss_kernel(
     COLUMNS: tl.constexpr,
 ):
     total = tl.zeros([ROWS], tl.float64)
-    for first in range(0, pairs, ROWS):
+    first = 0
+    while first < pairs:
         pair = first + tl.arange(0, ROWS)
         inside = pair < pairs
         other = pair + pairs
-        e_w, r_w, d_w = image_errors(
-            sums, cached_error, pair, inside, 2 * pairs, numbers, stretches, ONLINE, COLUMNS
-        )
-        e_l, r_l, d_l = image_errors(
-            sums, cached_error, other, inside, 2 * pairs, numbers, stretches, ONLINE, COLUMNS
-        )
+        e_w, r_w, d_w = image_errors(sums, cached_error, pair, inside, 2 * pairs, numbers, stretches, ONLINE, COLUMNS)
+        e_l, r_l, d_l = image_errors(sums, cached_error, other, inside, 2 * pairs, numbers, stretches, ONLINE, COLUMNS)
         tl.store(policy_error + pair, e_w.to(tl.float32), mask=inside)
         tl.store(policy_error + other, e_l.to(tl.float32), mask=inside)
         tl.store(ref_error + pair, r_w.to(tl.float32), mask=inside)
@@ -75,6 +72,7 @@ def dpo_loss_kernel(
         if weight is not None:
             pair_loss *= tl.load(weight + pair, mask=inside, other=0.0).to(tl.float64)
         total += tl.where(inside, pair_loss, 0.0)
+        first += ROWS
     tl.store(loss, (tl.sum(total) / pairs).to(tl.float32))
 
 

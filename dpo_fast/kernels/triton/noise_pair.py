@@ -1,8 +1,8 @@
 """noise_pair (dpo_fast/kernels/noise_pair.py) in one launch.
 
 A program draws a row of Philox blocks of one pair and noises both its images with them. Contiguous latents: the blocks
-are of neighbouring pixels and one group of four channels, and each of the four numbers of a block goes to a plane of its
-own. channels_last: the blocks are in their own order, which is the order of memory.
+are of neighbouring pixels and one group of four channels, and the four numbers of a block go to four planes.
+channels_last: the blocks are in their own order, which is the order of memory.
 """
 
 import torch
@@ -128,7 +128,7 @@ def noise_planes_kernel(
         channel = group * 4 + place
         inside = pixel < tl.where(channel < channels, pixels - first, 0)
         start = channel.to(tl.int64) * pixels + first
-        numbers = channels.to(tl.int64) * pixels
+        numbers = tl.cast(channels, tl.int64) * pixels
         store_noised(z, latents, noisy, target, signal, sigma, pair, start, pixel, inside, pairs, numbers, VELOCITY)
 
 
@@ -157,7 +157,7 @@ def noise_pixels_kernel(
     z0, z1, z2, z3 = normals(block, tl.load(pair_id + pair), tl.load(draw + pair), seed)
     z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))  # z0, z1, z2, z3 of a block, then the next
     signal, sigma = tl.load(sqrt_alpha_bar + pair), tl.load(sqrt_one_minus_alpha_bar + pair)
-    numbers = channels.to(tl.int64) * pixels
+    numbers = tl.cast(channels, tl.int64) * pixels
     number = tl.arange(0, 4 * BLOCKS)
     if FULL:
         start = 4 * first

@@ -51,7 +51,7 @@ def stretch_sums_kernel(
         if ref is not None:
             r = load_float(ref + row + index, inside)
             ref_residual = r - t
-            plane = 2 * pairs.to(tl.int64) * stretches
+            plane = 2 * tl.cast(pairs, tl.int64) * stretches
             tl.store(out + plane, tl.sum(ref_residual * ref_residual))
             # (p-t)^2 - (r-t)^2 = (p-r)(p+r-2t), without the cancellation
             tl.store(out + 2 * plane, tl.sum((p - r) * (policy_residual + ref_residual)))
@@ -73,8 +73,9 @@ def image_errors(
     e = tl.zeros([image.shape[0], COLUMNS], tl.float64)
     r = tl.zeros([image.shape[0], COLUMNS], tl.float64)
     d = tl.zeros([image.shape[0], COLUMNS], tl.float64)
-    plane = images.to(tl.int64) * stretches
-    for first in range(0, stretches, COLUMNS):
+    plane = tl.cast(images, tl.int64) * stretches
+    first = 0
+    while first < stretches:  # not range(), which Triton 3.6 cannot interpret beside NumPy 2.4
         column = first + tl.arange(0, COLUMNS)[None, :]
         tile = sums + image.to(tl.int64)[:, None] * stretches + column
         valid = inside[:, None] & (column < stretches)
@@ -82,6 +83,7 @@ def image_errors(
         if ONLINE:
             r += tl.load(tile + plane, mask=valid, other=0.0)
             d += tl.load(tile + 2 * plane, mask=valid, other=0.0)
+        first += COLUMNS
     policy_error = tl.sum(e, 1) / numbers
     if ONLINE:
         return policy_error, tl.sum(r, 1) / numbers, tl.sum(d, 1) / numbers
