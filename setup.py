@@ -30,6 +30,7 @@ NO_CUDA = CSRC / "cuda" / "absent.cpp"
 ARCHS = ("80", "86", "89", "90", "100", "120")
 
 MODE = os.environ.get("DPO_FAST_BUILD") or "auto"
+OBJECTS = Path("build") / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"  # pip's own is temporary
 DEBUG = os.environ.get("DPO_FAST_DEBUG") == "1"
 # no contraction of a * b + c: the same bits on every CPU and GPU (csrc/arithmetic.h)
 CPP_FLAGS = [
@@ -110,8 +111,9 @@ class BuildNative(build_ext):
     def build(self, ext: Extension, nvcc: str | None) -> None:
         import pybind11
 
+        version = f"-DPYBIND11_USED={pybind11.__version__}"  # its folder is another in each isolated build
         compiler = os.environ.get("CXX") or "c++"
-        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        includes = [version, f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         commands = {source: [compiler, *CPP_FLAGS, *includes] for source in CPP_SOURCES}
         if nvcc is None:
             commands[NO_CUDA] = [compiler, *CPP_FLAGS]
@@ -130,16 +132,17 @@ class BuildNative(build_ext):
 
     def compile(self, source: Path, command: list[str]) -> Path:
         """The object of a source, compiled unless it is newer than everything it comes from."""
-        made = Path(self.build_temp) / source.with_suffix(source.suffix + ".o")
+        made = OBJECTS / source.with_suffix(source.suffix + ".o")
         command = [*command, "-c", str(source), "-o", str(made)]
+        identity = shlex.join(word for word in command if not word.startswith("-I"))
         made.parent.mkdir(parents=True, exist_ok=True)
         record = made.with_suffix(".command")
         newest = max(path.stat().st_mtime for path in (source, *HEADERS))
         fresh = made.is_file() and made.stat().st_mtime > newest
-        if not (fresh and record.is_file() and record.read_text() == shlex.join(command)):
+        if not (fresh and record.is_file() and record.read_text() == identity):
             record.unlink(missing_ok=True)
             run(command)
-            record.write_text(shlex.join(command))
+            record.write_text(identity)
         return made
 
 

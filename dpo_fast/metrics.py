@@ -115,7 +115,7 @@ class Clock:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, flushed at once. Resuming drops the lines after the checkpoint's step."""
+    """One JSON object a line, flushed at once. Resuming drops the lines after the checkpoint's step."""
 
     def __init__(self, path: Path, keep_through_step: int = 0) -> None:
         if path.is_file():

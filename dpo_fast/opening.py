@@ -29,14 +29,13 @@ from dpo_fast.data import (
 )
 from dpo_fast.errors import BadInput
 from dpo_fast.kernels import dispatch
-from dpo_fast.models import Family, load_family
+from dpo_fast.models import COMPUTE_DTYPES, Family, load_family
 from dpo_fast.models.lora import add_lora, merge_lora
 from dpo_fast.objectives import OBJECTIVES
 from dpo_fast.optim import MasterOptimizer
 from dpo_fast.parallel import Ranks
 from dpo_fast.reference import AdapterOff, FrozenCopy, NoReference, Reference
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAMPLE_PROMPTS = 4
 
 
@@ -184,7 +183,7 @@ def _open_pairs(config: TrainConfig, ranks: Ranks) -> tuple[object, PairSets | N
 
 
 def _load_model(config: TrainConfig, ranks: Ranks) -> Family:
-    dtype = DTYPES[config.mixed_precision]
+    dtype = COMPUTE_DTYPES[config.mixed_precision]
     family = load_family(
         config.pretrained_model_name_or_path,
         turbo=config.is_turbo,
@@ -224,7 +223,7 @@ def _make_trainable(config: TrainConfig, ranks: Ranks, family: Family) -> tuple[
     trained = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
     ranks.broadcast_([parameter.detach() for parameter in trained.values()])
     lr = config.learning_rate * (config.pairs_per_step if config.scale_lr else 1)
-    masters = MasterOptimizer(trained, DTYPES[config.mixed_precision], config, lr=lr, steps=config.max_train_steps)
+    masters = MasterOptimizer(trained, family.dtype, config, lr=lr, steps=config.max_train_steps)
     reference: Reference = NoReference()
     if OBJECTIVES[config.objective].needs_reference:
         reference = AdapterOff(family) if config.tuning == "lora" else FrozenCopy(family)

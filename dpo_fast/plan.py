@@ -13,12 +13,11 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_fast.config import TrainConfig, to_yaml
+from dpo_fast.models.family import COMPUTE_DTYPES
 from dpo_fast.models.load import component_config
 from dpo_fast.models.lora import add_lora
 from dpo_fast.objectives import OBJECTIVES
 
-BYTES = {"no": 4, "fp16": 2, "bf16": 2}
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Bytes of optimizer state a trained parameter: two fp32 moments; two 8-bit ones with their scales; factored moments.
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256, "adafactor": 0.0}
 
@@ -48,7 +47,7 @@ def plan(config: TrainConfig) -> str:
     resolution = config.resolution or unet_config["sample_size"] * vae_scale
     costs = unet_costs(unet_config, config, resolution // vae_scale)
     needs_reference = OBJECTIVES[config.objective].needs_reference
-    width = BYTES[config.mixed_precision]
+    width = COMPUTE_DTYPES[config.mixed_precision].itemsize
     pairs = config.pairs_per_step or config.train_batch_size * config.gradient_accumulation_steps
 
     masters = costs.trained * (4 if width == 2 else 0)
@@ -87,7 +86,7 @@ def plan(config: TrainConfig) -> str:
 
 def unet_costs(unet_config: dict, config: TrainConfig, latent_size: int) -> UNetCosts:
     """Count one image of `latent_size` x `latent_size` latents through a UNet of this configuration."""
-    dtype = DTYPES[config.mixed_precision]
+    dtype = COMPUTE_DTYPES[config.mixed_precision]
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_config)
         parameters = sum(p.numel() for p in unet.parameters())

@@ -86,9 +86,3 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
             if target.is_dir():
                 shutil.rmtree(target)
             os.replace(entry, target)
-
-
-def append_line(path: Path, line: str) -> None:
-    """Add a line to a text file, atomically."""
-    earlier = path.read_text(encoding="utf-8") if path.exists() else ""
-    write_text(path, earlier + line + "\n")

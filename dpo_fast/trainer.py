@@ -1,6 +1,5 @@
 """The trainer: one optimizer step on one screen, and what happens around the steps."""
 
-import json
 import math
 import os
 import resource
@@ -203,7 +202,7 @@ class Trainer:
             sampling.save_png(sheet, run.folder / "samples" / f"step-{run.step}.png")
             self.ranks.track_picture("samples", sheet, run.step)
             if len(line) > 1:
-                run_folder.append_line(run.folder / "validation.jsonl", json.dumps(line))
+                self.validations.write(line)
                 self.ranks.accelerator.log({"validation_accuracy": line["validation_accuracy"]}, step=run.step)
                 self._say(f"step {run.step}: held-out implicit accuracy {line['validation_accuracy']:.4f}")
         self.ranks.wait()
@@ -337,6 +336,8 @@ class Trainer:
         if main and config.report_to != "none":
             self.ranks.start_trackers(run.folder / config.logging_dir, config.tracker_name, public(config))
         self.metrics = MetricsFile(run.folder / "metrics.jsonl" if main else Path(os.devnull), run.step)
+        held_out = main and config.run_validation and run.validation is not None
+        self.validations = MetricsFile(run.folder / "validation.jsonl" if held_out else Path(os.devnull), run.step)
         self.bar = tqdm(total=config.max_train_steps, initial=run.step, unit="step", disable=not main)
         self.started, self.first_step = time.perf_counter(), run.step
         try:
@@ -344,6 +345,7 @@ class Trainer:
         finally:
             self.bar.close()
             self.metrics.close()
+            self.validations.close()
             self.ranks.accelerator.end_training()
 
     def _sample_base(self) -> None:

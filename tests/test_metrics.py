@@ -21,7 +21,7 @@ def batch(pairs: int, seed: int) -> dict[str, torch.Tensor]:
     draw = lambda n: torch.randn(n, generator=generator)
     margin = draw(pairs)
     margin[0] = 0.0  # a tie counts one half
-    weight = (torch.rand(pairs, generator=generator) < 0.8).float()
+    weight = (torch.rand(pairs, generator=generator) < 0.5).float()
     return dict(
         margin=margin,
         error_delta=draw(2 * pairs),
@@ -66,7 +66,7 @@ def assert_close(line: dict[str, object], expected: dict[str, object]) -> None:
 def test_a_line_is_the_mean_over_the_pairs_since_the_last():
     sums = PairSums(CPU, 1000)
     for seeds in ([0, 1, 2], [3]):  # pairs of the first line do not count in the second
-        batches = [batch(pairs, seed) for pairs, seed in zip([5, 3, 40], seeds, strict=False)]
+        batches = [batch(pairs, seed) for pairs, seed in zip([50, 3, 40], seeds, strict=False)]
         for b in batches:
             sums.add(**b)
         assert_close(sums.read(alone), by_hand(batches))
@@ -74,7 +74,7 @@ def test_a_line_is_the_mean_over_the_pairs_since_the_last():
 
 def test_a_line_counts_the_pairs_of_all_ranks():
     ranks = [PairSums(CPU, 1000) for _ in range(2)]
-    batches = [batch(5, 0), batch(9, 1)]
+    batches = [batch(50, 0), batch(9, 1)]
     for sums, b in zip(ranks, batches, strict=True):
         sums.add(**b)
 

@@ -139,9 +139,3 @@ def test_a_result_that_cannot_be_written_leaves_the_earlier_one(tmp_path):
     with pytest.raises(OSError) as caught:
         run_folder.publish(folder, write)
     assert caught.value.errno == errno.ENOSPC and entries(folder) == before
-
-
-def test_lines_are_added(tmp_path):
-    for line in ("a", "b"):
-        run_folder.append_line(tmp_path / "lines", line)
-    assert (tmp_path / "lines").read_text() == "a\nb\n"

@@ -1,12 +1,13 @@
 """The models that can be trained: loading, encoding, one UNet call for both images of a pair, adapters, saving."""
 
 from dpo_fast.models.attention import ATTENTIONS, set_attention, usable_attention
-from dpo_fast.models.family import Conditioning, Family, default_time_ids, nonfinite_rows
+from dpo_fast.models.family import COMPUTE_DTYPES, Conditioning, Family, default_time_ids, nonfinite_rows
 from dpo_fast.models.load import load_family
 from dpo_fast.models.lora import DEFAULT_TARGETS, adapter_off, add_lora, merge_lora, save_lora
 
 __all__ = [
     "ATTENTIONS",
+    "COMPUTE_DTYPES",
     "DEFAULT_TARGETS",
     "Conditioning",
     "Family",

@@ -21,6 +21,9 @@ from dpo_fast.schedule import NoiseSchedule, noise_schedule, turbo_grid, usable_
 
 Conditioning = dict[str, torch.Tensor]
 
+# By the names that launchers and the public scripts have for them; "no" is no mixed precision.
+COMPUTE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 class Family(ABC):
     """A loaded text-to-image model. Every component is on `device`, in eval mode and frozen (requires_grad False).
