@@ -129,7 +129,7 @@ def test_loss_and_gradients_equal_a_plain_float64_computation(sdxl_path, pairs, 
     expected_loss, expected = plain_step(trainer, batch, tuning)
     trainer.train_step()
     assert abs(expected_loss - math.log(2)) > 1e-3  # the margin is not 0 any more
-    assert found["loss"] == pytest.approx(expected_loss, rel=2e-4)
+    assert found["loss"] == pytest.approx(expected_loss, rel=1e-3)  # beta/2 times the rounding of an fp32 UNet
     for name, got, want in zip(trainer.masters.names, found["gradients"], expected, strict=True):
         assert (got.double() - want).norm() <= 2e-3 * want.norm() + 1e-9, name
 
