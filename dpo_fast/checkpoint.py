@@ -21,8 +21,8 @@ from dpo_fast.files import atomic_folder, write_json
 
 PREFIX = "checkpoint-"
 
-# What may differ between a checkpoint and the run that resumes it: none of it changes what is computed. Any other
-# difference is refused. (The batch split may change too: see `differences`.)
+# What may differ between a checkpoint and the run that resumes it: it changes where the run ends, what it shows, or at
+# most how sums are rounded (the batch split, the kernels). Any other difference is refused.
 MAY_CHANGE = frozenset(
     "preset max_train_steps num_train_epochs log_every report_to logging_dir tracker_name output_dir overwrite"
     " resume_from_checkpoint checkpointing_steps checkpoints_total_limit run_validation validation_steps"
@@ -57,10 +57,15 @@ def load(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, ob
     return files, state
 
 
+def step_of(folder: Path) -> int:
+    """The N of checkpoint-N."""
+    return int(folder.name.removeprefix(PREFIX))
+
+
 def all_of(output_dir: Path) -> list[Path]:
     """The checkpoints in `output_dir`, oldest first."""
     found = [p for p in output_dir.glob(PREFIX + "*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+    return sorted(found, key=step_of)
 
 
 def find(output_dir: Path, wanted: str) -> Path:

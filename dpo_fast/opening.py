@@ -256,6 +256,13 @@ def _restore(
             f"--resume_from_checkpoint: step {saved['step']} of --max_train_steps {config.max_train_steps} is done"
             " already; raise --max_train_steps to train on"
         )
+    there = checkpoint.all_of(config.output_dir)
+    later = [folder.name for folder in there if checkpoint.step_of(folder) > saved["step"]]
+    if later:
+        raise BadInput(
+            f"--resume_from_checkpoint: {config.output_dir} holds later checkpoints than step {saved['step']}"
+            f" ({', '.join(later)}); move them away, or go on from it in a new --output_dir"
+        )
     kl.copy_(files["optimizer"].pop("|kl"))
     masters.load_state(files, saved["optimizer_values"])
     return saved["step"]

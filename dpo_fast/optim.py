@@ -68,7 +68,13 @@ class MasterOptimizer:
         return self.base_lr * self._schedule(step)
 
     def accumulate(self) -> None:
-        """Add the module's half-precision gradients to the masters' fp32 ones, and free them."""
+        """Add the module's half-precision gradients to the masters' fp32 ones, and free them.
+
+        Raises BadInput for a parameter that no gradient reaches (an adapter on a module that is not run).
+        """
+        unused = [name for name, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
+        if unused:
+            raise BadInput(f"no gradient reaches {unused[0]} ({len(unused)} such in all); mend --lora_targets")
         if self.masters is self.parameters:
             return
         if self.masters[0].grad is None:

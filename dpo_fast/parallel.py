@@ -70,12 +70,12 @@ class Ranks:
         return box[0]
 
     def on_main(self, work: Callable[[], None]) -> None:
-        """Do `work` on the main rank while the others wait; a BadInput of it is raised on every rank."""
+        """Do `work` on the main rank while the others wait; an error of it is raised on every rank."""
         problem = None
         if self.is_main:
             try:
                 work()
-            except BadInput as error:
+            except Exception as error:  # whatever it is, the others must not wait for ever
                 problem = error
         problem = self.share(problem)
         if problem is not None:

@@ -78,6 +78,17 @@ def test_another_base_model_is_refused(sdxl_path, sd15_path, pairs, tmp_path, ca
     assert "base model: " in capsys.readouterr().err
 
 
+def test_an_older_checkpoint_goes_on_elsewhere(sdxl_path, pairs, tmp_path, capsys):
+    """Beside later checkpoints it would leave a folder of two histories."""
+    more = ["--checkpointing_steps", 1]
+    out = train(sdxl_path, pairs, tmp_path / "run", *more, "--max_train_steps", 3)
+    flags = flags_for(sdxl_path, pairs, out, *more, "--resume_from_checkpoint", "checkpoint-1")
+    assert main(flags) == 2
+    assert "later checkpoints than step 1 (checkpoint-2, checkpoint-3)" in capsys.readouterr().err
+    again = train(sdxl_path, pairs, tmp_path / "again", *more, "--resume_from_checkpoint", out / "checkpoint-1")
+    assert_same_state(out, again, 3)
+
+
 def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
