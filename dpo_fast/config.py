@@ -186,7 +186,7 @@ class TrainConfig:
     train_batch_size: int = 4
     """Pairs a forward pass and rank."""
     gradient_accumulation_steps: int = 1
-    """Forward passes an optimizer step."""
+    """Forward passes an optimizer step (where pairs_per_step is not given)."""
     pairs_per_step: int | None = None
     """Pairs an optimizer step over all ranks; derives gradient_accumulation_steps."""
     num_train_epochs: int = 1
@@ -232,17 +232,17 @@ class TrainConfig:
 
     # What comes out.
     output_dir: Path | None = None
-    """Folder of the run; None: runs/<preset or family>-<time>."""
+    """Folder of the run; None: runs/<preset, or train>-<time>."""
     overwrite: bool = False
     """Replace what an earlier run left in output_dir."""
     resume_from_checkpoint: str | None = None
-    """`latest`, or a checkpoint folder: go on from there, bit for bit."""
+    """`latest`, or a checkpoint folder: go on from there, to the same result."""
     checkpointing_steps: int = 500
     """Save the training state every N optimizer steps."""
     checkpoints_total_limit: int | None = None
     """Keep only the newest N checkpoints."""
     log_every: int = 10
-    """Optimizer steps between two lines of metrics.jsonl (the only points where CPU and GPU wait for each other)."""
+    """Optimizer steps between two lines of metrics.jsonl (where CPU and GPU wait for each other)."""
     report_to: str = "none"
     """Trackers through accelerate: tensorboard, wandb, comet_ml, all, none."""
     logging_dir: str = "logs"
@@ -442,6 +442,11 @@ def check(config: TrainConfig) -> None:
     if config.streaming and config.validation_fraction:
         raise BadInput(
             "--validation_fraction cannot be had with --streaming: images shared across captions stay unseen"
+        )
+    if config.validation_fraction and not config.run_validation:
+        raise BadInput(
+            f"--validation_fraction ({config.validation_fraction}) holds pairs out that nothing measures:"
+            " add --run_validation"
         )
     if config.overwrite and config.resume_from_checkpoint:
         raise BadInput("--overwrite and --resume_from_checkpoint exclude each other: one deletes what the other needs")

@@ -90,13 +90,13 @@ class MasterOptimizer:
         return [m.grad for m in self.masters]
 
     @torch.no_grad()
-    def step(self, step: int, loss: torch.Tensor, world_size: int) -> torch.Tensor:
-        """Clip and apply the gradients that were summed over micro-batches and ranks; returns their norm, fp32 [].
+    def step(self, step: int, loss: torch.Tensor, parts: int) -> torch.Tensor:
+        """Clip and apply the gradients, which are sums over `parts` micro-batches; returns the norm of the mean, fp32 [].
 
         A non-finite gradient or `loss` leaves weights and optimizer state as they are, decided on the device.
         """
         gradients = self.gradients()
-        unscale = 1.0 / (self.loss_scale * world_size)
+        unscale = 1.0 / (self.loss_scale * parts)
         norm = torch.nn.utils.get_total_norm(gradients) * unscale
         found_inf = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) if self.max_grad_norm else 1.0

@@ -8,6 +8,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 
 from dpo_fast.errors import BadInput, missing_extra
 
+PATIENCE = timedelta(days=1)  # others wait while the main rank samples, saves and uploads
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
 BUCKET_ELEMENTS = 32 * 1024 * 1024  # 128 MiB of fp32 a collective: large enough for full bandwidth
 
@@ -68,6 +70,14 @@ class Ranks:
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0, group=self.signals)
         return box[0]
+
+    def gather(self, value: object) -> list[object]:
+        """Every rank's `value` on every rank, in the order of ranks (small picklable objects of our own making)."""
+        if self.world_size == 1:
+            return [value]
+        values: list[object] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.signals)
+        return values
 
     def on_main(self, work: Callable[[], None]) -> None:
         """Do `work` on the main rank while the others wait; an error of it is raised on every rank."""
@@ -130,7 +140,7 @@ def start(report_to: str) -> Ranks:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise RuntimeError(f"{launched} processes were launched but {accelerator.num_processes} joined")
-    signals = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+    signals = dist.new_group(backend="gloo", timeout=PATIENCE) if accelerator.num_processes > 1 else None
     return Ranks(accelerator, accelerator.process_index, accelerator.num_processes, accelerator.device, signals)
 
 

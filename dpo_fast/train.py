@@ -58,10 +58,11 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
         _say(str(stop))
         return 130
     except torch.OutOfMemoryError as error:
-        raise BadInput(
+        return _refuse(
             f"out of GPU memory ({str(error).split('.')[0]}); lower --train_batch_size (with --pairs_per_step the"
-            " result stays the same), or add --gradient_checkpointing, or --mixed_precision bf16, or --tuning lora"
-        ) from error
+            " result stays the same), or add --gradient_checkpointing, or --mixed_precision bf16, or --tuning lora",
+            any_rank=True,
+        )
     finally:
         ranks.close()
     return 0
@@ -77,14 +78,17 @@ def _show_log() -> None:
         logger.setLevel(logging.INFO)
 
 
-def _refuse(message: str) -> int:
-    _say("error: " + " ".join(message.split()))
+def _refuse(message: str, any_rank: bool = False) -> int:
+    _say("error: " + " ".join(message.split()), any_rank)
     return 2
 
 
-def _say(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"dpo_fast: {message}", file=sys.stderr, flush=True)
+def _say(message: str, any_rank: bool = False) -> None:
+    """Print a line; of what all ranks come to know, the main rank's is enough."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or any_rank:
+        where = "dpo_fast" if rank == "0" else f"dpo_fast, rank {rank}"
+        print(f"{where}: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ class Trainer:
         self.grad_norm = torch.zeros((), device=run.ranks.device)
         self.clock = Clock(run.step)
         self.last_line: dict[str, object] = {}
+        self.bad_rows_met: list[BadRow] = []  # by this rank, since all ranks last told each other
         self.signs = 0  # of over-optimisation, in consecutive lines
         self.signal: str | None = None
         self.problem: BadInput | None = None
@@ -54,7 +55,9 @@ class Trainer:
     # ---- one step ----------------------------------------------------------------------------------------------
 
     def train_step(self) -> None:
-        """One optimizer step over `pairs_per_step` pairs. Nothing in it waits for the device."""
+        """One optimizer step over `pairs_per_step` pairs. Nothing in it waits for the device, but for the tokens of
+        captions on their way to the text encoders (and optimizers that cannot skip on the device: `MasterOptimizer`).
+        """
         passes = self.config.gradient_accumulation_steps
         loss = torch.zeros(1, device=self.ranks.device)
         reward = torch.zeros(1, device=self.ranks.device)
@@ -73,13 +76,14 @@ class Trainer:
             self._count(self.sums, terms, batch)
             loss += terms.loss.detach() / passes
             if terms.implicit_reward is not None:
-                reward += terms.implicit_reward.mean() / passes
+                rewards = terms.implicit_reward.view(2, -1) * batch.weight
+                reward += rewards.sum() / (2 * batch.weight.sum()).clamp(min=1) / passes
             # backward: gradients are summed in fp32
-            (terms.loss * (self.masters.loss_scale / passes)).backward()
+            (terms.loss * self.masters.loss_scale).backward()
             self.masters.accumulate()
         # step: one reduction over the ranks, then clip and update, or skip
         self.ranks.sum_([*self.masters.gradients(), loss, reward])
-        self.grad_norm = self.masters.step(self.run_.step, loss[0], self.ranks.world_size)
+        self.grad_norm = self.masters.step(self.run_.step, loss[0], self.ranks.world_size * passes)
         self.run_.kl = (reward[0] / self.ranks.world_size).nan_to_num(0.0, 0.0).clamp(min=0)
         self.run_.step += 1
 
@@ -146,10 +150,14 @@ class Trainer:
                 if run.step == 1 or run.step % config.log_every == 0 or last:
                     self.log()
                 self._stop_if_asked()
+                validating = config.run_validation and (run.step % config.validation_steps == 0 or last)
+                saving = run.step % config.checkpointing_steps == 0 or last
+                if validating or saving:
+                    self._finish_queued_work()
                 with self.clock.paused():
-                    if config.run_validation and (run.step % config.validation_steps == 0 or last):
+                    if validating:
                         self.validate()
-                    if run.step % config.checkpointing_steps == 0 or last:
+                    if saving:
                         self.save()
             self.finish()
 
@@ -174,6 +182,7 @@ class Trainer:
         if run.step == 1:
             run.notes |= {"loss_first": line["loss"], "initial_margin_rms": line["margin_rms"]}
         self._check_health(line)
+        self._tell_bad_rows()
         if self.ranks.is_main:
             self.metrics.write(line)
             self.ranks.accelerator.log(for_trackers(line), step=run.step)
@@ -194,7 +203,11 @@ class Trainer:
         run, line = self.run_, {"step": self.run_.step}
         with self.masters.showing_export():
             if run.validation is not None and self.objective.has_margin:
-                line["validation_accuracy"] = run.notes["validation_accuracy"] = self._held_out_accuracy()
+                accuracy = self._held_out_accuracy()
+                if accuracy is None:
+                    self._say(f"step {run.step}: no held-out pair could be decoded")
+                else:
+                    line["validation_accuracy"] = run.notes["validation_accuracy"] = accuracy
             if self.ranks.is_main:
                 after = sampling.sample(self.family, run.prompts, self.config.seed, self.config.resolution)
         if self.ranks.is_main:
@@ -216,9 +229,11 @@ class Trainer:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             num_workers=self.config.dataloader_num_workers,
+            pin_memory=self.ranks.device.type == "cuda",
         )
         for batch in batches:
-            batch = batch.to(self.ranks.device)
+            self.bad_rows_met += [BadRow(row, "", reason) for row, reason in batch.bad]
+            batch = batch.to(self.ranks.device, non_blocking=True)
             latents, conditioning = self.encode(batch)
             noisy, target = self.add_noise(latents, batch)
             ref = self.reference(batch, noisy, conditioning)
@@ -229,6 +244,7 @@ class Trainer:
     def save(self) -> None:
         """Write checkpoint-N, from the main rank."""
         run = self.run_
+        self._tell_bad_rows()
         if self.ranks.is_main:
             files, values = self.masters.state()
             files["optimizer"]["|kl"] = run.kl
@@ -265,18 +281,31 @@ class Trainer:
     def _next_batch(self) -> Batch:
         with self.clock.waiting():
             batch = next(self.run_.batches)
-        if batch.bad:
-            self._note_bad_rows(batch.bad)
+        self.bad_rows_met += [BadRow(row, "", reason) for row, reason in batch.bad]
         return batch.to(self.ranks.device, non_blocking=True)
 
-    def _note_bad_rows(self, bad: list[tuple[int, str]]) -> None:
-        """Images that turned out undecodable: their pairs have weight 0, and too many of them end the run."""
+    def _tell_bad_rows(self) -> None:
+        """Share what turned out bad while training; every rank calls this. Too much of it is a problem.
+
+        Pairs whose images do not decode have weight 0; a stream leaves out the other bad rows when it meets them.
+        """
         run, allowed = self.run_, self.config.max_bad_fraction
-        run.bad_rows |= {row: BadRow(row, "", reason) for row, reason in bad if row not in run.bad_rows}
+        known = len(run.bad_rows)
+        for rows in self.ranks.gather([*self.bad_rows_met, *run.sets.bad]):
+            run.bad_rows |= {bad.row: bad for bad in rows if bad.row not in run.bad_rows}
+        self.bad_rows_met = []
+        if len(run.bad_rows) == known and run.report_path.exists():
+            return
         if self.ranks.is_main:
             write_report(run.report_path, run.bad_rows.values())
-        if len(run.bad_rows) > allowed * max(run.sets.rows, 1):
-            self.problem = too_many_bad(list(run.bad_rows.values()), run.sets.rows, allowed, run.report_path)
+        rows = max(run.sets.rows, 1000) if self.config.streaming else run.sets.rows  # a stream may just have begun
+        if len(run.bad_rows) > allowed * rows:
+            self.problem = too_many_bad(list(run.bad_rows.values()), rows, allowed, run.report_path)
+
+    def _finish_queued_work(self) -> None:
+        """Wait for the device, so that what it still has to train counts as training time."""
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize(self.ranks.device)
 
     def _count(self, sums: PairSums, terms: Terms, batch: Batch) -> None:
         delta = None if terms.ref_error is None else terms.policy_error.detach() - terms.ref_error
@@ -304,8 +333,9 @@ class Trainer:
         """End the run after a signal or a problem on any rank; every rank does so at the same step."""
         if not self.ranks.any(self.signal is not None or self.problem is not None):
             return
-        if self.ranks.any(self.problem is not None):
-            raise self.problem or BadInput("another process met a problem and said which")
+        problems = self.ranks.gather(self.problem and str(self.problem))
+        if any(problems):
+            raise BadInput(next(filter(None, problems)))
         self.save()
         raise Interrupted(
             f"{self.signal or 'stopped'} after step {self.run_.step}: saved as"

@@ -198,7 +198,7 @@ def test_validation_measures_held_out_pairs_and_shows_before_over_after(sdxl_pat
     assert [row["step"] for row in rows] == [2, 4]
     assert all(0 <= row["validation_accuracy"] <= 1 for row in rows)
     assert json.loads((out / "summary.json").read_text())["validation_accuracy"] == rows[-1]["validation_accuracy"]
-    held_out = opened([*flags_for(sdxl_path, data, tmp_path / "b"), "--validation_fraction", "0.3"])
+    held_out = opened([*flags_for(sdxl_path, data, tmp_path / "b"), "--run_validation", "--validation_fraction", "0.3"])
     trained = set(held_out.sets.train.captions)
     assert held_out.sets.validation.captions and trained.isdisjoint(held_out.sets.validation.captions)
     assert set(held_out.prompts) <= set(held_out.sets.validation.captions)
@@ -209,7 +209,7 @@ def test_validation_measures_held_out_pairs_and_shows_before_over_after(sdxl_pat
 
 
 def test_validation_of_an_untrained_policy_is_undecided(sdxl_path, pairs, tmp_path):
-    run = opened([*flags_for(sdxl_path, pairs, tmp_path / "run"), "--validation_fraction", "0.5"])
+    run = opened([*flags_for(sdxl_path, pairs, tmp_path / "run"), "--run_validation", "--validation_fraction", "0.5"])
     assert Trainer(run, [])._held_out_accuracy() == 0.5
 
 
@@ -280,3 +280,32 @@ def test_the_model_card_tells_how_it_was_made(sdxl_path, pairs, tmp_path):
     assert f"--pretrained_model_name_or_path {sdxl_path}" in card and f"torch {torch.__version__}" in card
     assert "rows 12, ties dropped 0" in card
     assert not any("secret" in path.read_text() for path in out.rglob("*") if path.suffix in (".md", ".yaml", ".json"))
+
+
+def test_what_a_stream_leaves_out_is_reported(sdxl_path, tmp_path):
+    data = write_pickapic(tmp_path / "pairs.parquet", n=6, captions=["a", "", "c", "d", "e", "f"])
+    out = train(sdxl_path, data, tmp_path / "run", "--streaming", "--max_bad_fraction", 0.5)
+    assert json.loads((out / "summary.json").read_text())["bad_rows"] == 1
+    (row,) = [json.loads(line) for line in (out / "bad_rows.jsonl").read_text().splitlines()]
+    assert (row["row"], row["column"]) == (1, "caption")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_step_on_a_gpu_starts_at_zero_and_waits_for_nothing(sdxl_path, pairs, tmp_path, tuning):
+    more = ["--tuning", tuning, "--mixed_precision", "fp16", "--gradient_checkpointing", "--dataloader_num_workers", 2]
+    trainer = Trainer(opened(flags_for(sdxl_path, pairs, tmp_path / "run", *more)), [])
+    trainer.train_step()
+    assert trainer.sums.read(trainer.ranks.sum_)["margin_rms"] == 0.0
+    batch = next(trainer.run_.batches).to(trainer.ranks.device)
+    encoded = trainer.encode(batch)  # the tokens of captions are the one thing a step waits for
+    trainer.encode = lambda _: encoded
+    trainer.run_.batches = iter([batch])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.masters.skipped.item() == 0

@@ -113,7 +113,10 @@ class Family(ABC):
         """The UNet's view of N prompts, fp16 [N,...] on `device`; a prompt that occurs twice is encoded once."""
         unique = list(dict.fromkeys(prompts))
         row_of = {prompt: row for row, prompt in enumerate(unique)}
-        rows = torch.tensor([row_of[prompt] for prompt in prompts], device=self.device)
+        rows = torch.tensor([row_of[prompt] for prompt in prompts])
+        if self.device.type == "cuda":  # from pinned memory the copy waits for nothing
+            rows = rows.pin_memory()
+        rows = rows.to(self.device, non_blocking=True)
         return {name: tensor.half()[rows] for name, tensor in self._encode(unique).items()}
 
     def empty_prompt(self) -> Conditioning:
@@ -204,13 +207,6 @@ class Family(ABC):
 def nonfinite_rows(latents: torch.Tensor) -> torch.Tensor:  # [N,...] -> bool [N]
     """Which rows hold an infinity or a NaN; on the device of `latents`, without a synchronisation."""
     return ~latents.isfinite().flatten(1).all(1)
-
-
-def default_time_ids(resolution: int, n: int) -> torch.Tensor:
-    """SDXL's micro-conditioning of an uncropped square image, fp32 [n,6]: original height and width, crop top and left,
-    target height and width, in pixels."""
-    row = torch.tensor([resolution, resolution, 0, 0, resolution, resolution], dtype=torch.float32)
-    return row.repeat(n, 1)
 
 
 def _float32_twin(module: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:

@@ -63,8 +63,9 @@ def adapter_off(unet: nn.Module) -> Iterator[None]:
     scalings = [layer.scaling for layer in _lora_layers(unet)]
     saved = [dict(scaling) for scaling in scalings]
     try:
+        zero = next((torch.zeros_like(scale) for scales in saved for scale in scales.values()), None)  # one for all
         for scaling in scalings:
-            scaling.update({name: torch.zeros_like(scale) for name, scale in scaling.items()})
+            scaling.update(dict.fromkeys(scaling, zero))
         yield
     finally:
         for scaling, scales in zip(scalings, saved, strict=True):

@@ -177,6 +177,13 @@ def _save(pipeline: DiffusionPipeline, folder: Path, dtype: torch.dtype, seed: i
     return Path(folder)
 
 
+def default_time_ids(resolution: int, n: int) -> torch.Tensor:
+    """SDXL's micro-conditioning of an uncropped square image, fp32 [n,6]: original height and width, crop top and left,
+    target height and width, in pixels."""
+    row = torch.tensor([resolution, resolution, 0, 0, resolution, resolution], dtype=torch.float32)
+    return row.repeat(n, 1)
+
+
 if __name__ == "__main__":
     makers = {"sd15": make_sd15, "sdxl": make_sdxl, "turbo": make_turbo}
     if len(sys.argv) != 3 or sys.argv[1] not in makers:

@@ -8,8 +8,8 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from dpo_fast.models import Family, default_time_ids, load_family, nonfinite_rows
-from tests.helpers.pipelines import make_sdxl
+from dpo_fast.models import Family, load_family, nonfinite_rows
+from tests.helpers.pipelines import default_time_ids, make_sdxl
 
 FAMILIES = ["sd15", "sdxl", "turbo"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -208,11 +208,6 @@ def test_frozen_copy_predicts_the_same_bits(request, name, dtype):
     assert policy.dtype == dtype
     assert policy.isfinite().all()
     assert torch.equal(policy, reference)
-
-
-def test_default_time_ids():
-    wanted = torch.tensor([[512.0, 512.0, 0.0, 0.0, 512.0, 512.0]] * 2)
-    assert torch.equal(default_time_ids(512, 2), wanted)
 
 
 # saving

@@ -14,7 +14,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from dpo_fast.errors import BadInput
-from dpo_fast.models import Family, adapter_off, add_lora, default_time_ids, load_family, merge_lora, save_lora
+from dpo_fast.models import Family, adapter_off, add_lora, load_family, merge_lora, save_lora
+from tests.helpers.pipelines import default_time_ids
 
 RANK, ALPHA = 4, 6.0
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
