@@ -91,7 +91,7 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def step(self, step: int, loss: torch.Tensor, parts: int) -> torch.Tensor:
-        """Clip and apply the gradients, which are sums over `parts` micro-batches; returns the norm of the mean, fp32 [].
+        """Clip and apply the gradients, sums over `parts` micro-batches; returns the norm of their mean, fp32 [].
 
         A non-finite gradient or `loss` leaves weights and optimizer state as they are, decided on the device.
         """

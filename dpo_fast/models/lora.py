@@ -63,9 +63,8 @@ def adapter_off(unet: nn.Module) -> Iterator[None]:
     scalings = [layer.scaling for layer in _lora_layers(unet)]
     saved = [dict(scaling) for scaling in scalings]
     try:
-        zero = next((torch.zeros_like(scale) for scales in saved for scale in scales.values()), None)  # one for all
-        for scaling in scalings:
-            scaling.update(dict.fromkeys(scaling, zero))
+        for scaling in scalings:  # a zero of its own each: torch.compile would make another program for shared ones
+            scaling.update({name: torch.zeros_like(scale) for name, scale in scaling.items()})
         yield
     finally:
         for scaling, scales in zip(scalings, saved, strict=True):
