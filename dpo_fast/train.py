@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
             " with --resume_from_checkpoint latest"
         )
     except KeyboardInterrupt:
-        _say("interrupted before anything was trained; nothing is lost")
+        _say("interrupted at once; checkpoints saved before are whole")
         return 130
 
 
