@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
+# One thread here and in the processes that tests start: sums over other numbers of threads round differently.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 

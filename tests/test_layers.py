@@ -14,7 +14,7 @@ LEVELS = [
     ["files"],
     ["kernels"],
     ["draws", "schedule", "objectives", "config"],
-    ["models", "data"],
+    ["models", "data", "shapes"],
     ["card", "checkpoint", "hub", "metrics", "optim", "parallel", "plan", "reference", "run_folder", "sampling"],
     ["opening"],
     ["trainer"],

@@ -68,7 +68,7 @@ def command(*flags: object, launcher: tuple[str, ...] = ()) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **more}
+    return {**os.environ, "PYTHONPATH": str(ROOT), **more}
 
 
 def start(*flags: object, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
