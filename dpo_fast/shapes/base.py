@@ -1,0 +1,118 @@
+"""The base pipeline before training: Stable Diffusion's classes at their smallest, in pixel space."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from dpo_fast.shapes.render import COLOURS, RESOLUTION, SHAPES
+
+_WIDTH = 64  # of the text encoder
+_TOKENS = 10  # start, seven words, end, one to spare
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+_WORDS = sorted({"a", "on", "background", *COLOURS, *SHAPES})
+
+
+def new_base() -> StableDiffusionPipeline:
+    """The pipeline with fresh UNet and text encoder, from torch's global generator; the VAE is exact."""
+    tokenizer = _tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=RESOLUTION,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(24, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=_WIDTH,
+            intermediate_size=2 * _WIDTH,
+            projection_dim=_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    # Linear betas: almost no signal is left at the last step. With Stable Diffusion's a flat background would shine
+    # through there, and sampling, which starts from noise alone, would come out grey.
+    scheduler = DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=False, steps_offset=1)
+    return StableDiffusionPipeline(
+        unet=unet,
+        vae=pixel_vae(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@torch.no_grad()
+def pixel_vae() -> AutoencoderKL:
+    """An autoencoder whose latents are the pixels (3 channels in [-1, 1]) to about one part in a million.
+
+    Every residual branch is zero. What stays between the two convolutions at either end is a group norm and a SiLU:
+    with the channels x, -x, K, -K the norm sees mean 0 and deviation K/2 whatever x is, and silu(x) - silu(-x) = x.
+    """
+    big = 1024.0  # K
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=1,
+        latent_channels=3,
+        sample_size=RESOLUTION,
+        scaling_factor=1.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )
+    for parameter in vae.parameters():
+        parameter.zero_()
+    for half in (vae.encoder, vae.decoder):
+        for channel in range(3):
+            half.conv_in.weight[channel, channel, 1, 1] = 1
+            half.conv_in.weight[3 + channel, channel, 1, 1] = -1
+            half.conv_out.weight[channel, channel, 1, 1] = 1
+            half.conv_out.weight[channel, 3 + channel, 1, 1] = -1
+        half.conv_in.bias[6:] = torch.tensor([big, -big])
+        half.conv_norm_out.weight.fill_(big / 2)
+    vae.encoder.conv_out.bias[3:] = -30  # log variance: the posterior is its mean
+    return vae
+
+
+def _tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer that has the words of this world whole, and any other letter by letter."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pieces = letters + [letter + "</w>" for letter in letters]
+    merges = []
+    for word in _WORDS:
+        left = word[0] if len(word) > 1 else None
+        for index, letter in enumerate(word[1:], start=2):
+            right = letter + ("</w>" if index == len(word) else "")
+            merges.append((left, right))
+            left += right
+    merges = list(dict.fromkeys(merges))
+    pieces += [left + right for left, right in merges]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys([*pieces, _START, _END]))}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
+        (Path(folder) / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return CLIPTokenizer.from_pretrained(
+            folder, model_max_length=_TOKENS, bos_token=_START, eos_token=_END, unk_token=_END, pad_token=_END
+        )

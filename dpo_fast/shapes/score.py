@@ -1,0 +1,62 @@
+"""Exact scores of an image: how faithful it is to a caption, and how appealing it looks; at best 1."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dpo_fast.errors import BadInput
+from dpo_fast.shapes.render import COLOURS, RESOLUTION, SCENE_OF, SCENES, SHAPES, masks, palette
+
+
+def faithfulness(images: Tensor, captions: list[str]) -> Tensor:  # images: float [N, 3, 16, 16] in [0, 1]
+    """1 - the root mean square distance to the nearest rendering of the caption: float64 [N] in [0, 1].
+
+    Raises BadInput for a caption that is not of this world.
+    """
+    return _scores(images)[torch.arange(len(captions)), _rows(captions)]
+
+
+def is_right(images: Tensor, captions: list[str]) -> Tensor:
+    """Whether no other caption of this world fits the image as well: bool [N]."""
+    return _scores(images).argmax(dim=1) == _rows(captions)
+
+
+def appeal(images: Tensor) -> Tensor:  # images: float [N, 3, 16, 16] in [0, 1]
+    """Vividness times cleanness: float64 [N] in [0, 1].
+
+    Both compare with the image freed of speckles (each channel's median over 3 x 3 pixels; straight edges stay):
+    vividness is the mean over its pixels of the largest minus the smallest channel, so that coloured noise is not
+    vivid; cleanness is 1 - twice the mean distance from it, at least 0.
+    """
+    images = images.double()
+    neighbours = pad(images, (1, 1, 1, 1), mode="replicate").unfold(2, 3, 1).unfold(3, 3, 1).flatten(4)
+    smooth = neighbours.median(dim=-1).values
+    vividness = (smooth.amax(dim=1) - smooth.amin(dim=1)).mean(dim=(1, 2))
+    cleanness = (1 - 2 * (images - smooth).abs().mean(dim=(1, 2, 3))).clamp(min=0)
+    return vividness * cleanness
+
+
+def _rows(captions: list[str]) -> Tensor:
+    for caption in captions:
+        if caption not in SCENE_OF:
+            raise BadInput(f"caption {caption!r} is none of the shapes world's, such as {SCENES[0].caption!r}")
+    return torch.tensor([SCENES.index(SCENE_OF[caption]) for caption in captions])
+
+
+def _scores(images: Tensor) -> Tensor:
+    """Faithfulness to every scene: float64 [N, scenes].
+
+    A rendering has one colour inside its mask and one outside, so its squared error splits into two sums over pixels,
+    each needed once for every mask and colour.
+    """
+    if images.shape[1:] != (3, RESOLUTION, RESOLUTION):
+        raise BadInput(f"images {tuple(images.shape)} must be [N, 3, {RESOLUTION}, {RESOLUTION}]")
+    mask = masks().flatten(2).double()  # [shapes, centres, pixels]
+    error = (images.double()[:, None] - palette().double()[:, :, None, None]).square().sum(dim=2).flatten(2)
+    inside = torch.einsum("scp,nkp->nsck", mask, error)  # k: colours
+    outside = torch.einsum("scp,nkp->nsck", 1 - mask, error)
+    squared = (inside[..., :, None] + outside[..., None, :]).amin(dim=2)  # [N, shapes, colours, backgrounds]
+    names = list(COLOURS)
+    rows = [(SHAPES.index(s.shape), names.index(s.colour), names.index(s.background)) for s in SCENES]
+    shape, colour, background = torch.tensor(rows).T
+    return 1 - (squared[:, shape, colour, background] / (3 * RESOLUTION**2)).sqrt()

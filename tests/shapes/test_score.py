@@ -1,0 +1,68 @@
+"""The scorers: exact on renderings, lower for every wrong word, falling with noise."""
+
+import pytest
+import torch
+
+from dpo_fast.errors import BadInput
+from dpo_fast.shapes.render import CENTRES, COLOURS, SCENE_OF, SCENES, SHAPES, Scene, render
+from dpo_fast.shapes.score import appeal, faithfulness, is_right
+
+CAPTIONS = [scene.caption for scene in SCENES]
+
+
+def _all(centre: int) -> torch.Tensor:
+    return render(list(SCENES), torch.full((len(SCENES),), centre))
+
+
+@pytest.mark.parametrize("centre", range(len(CENTRES)))
+def test_a_rendering_is_wholly_faithful(centre):
+    assert faithfulness(_all(centre), CAPTIONS).tolist() == [1.0] * len(SCENES)
+    assert is_right(_all(centre), CAPTIONS).all()
+
+
+@pytest.mark.parametrize("centre", range(len(CENTRES)))
+def test_one_wrong_word_costs(centre):
+    for scene, image in zip(SCENES, _all(centre), strict=True):
+        wrong = [scene._replace(shape=shape).caption for shape in SHAPES if shape != scene.shape]
+        for colour in COLOURS:
+            wrong += [scene._replace(colour=colour).caption, scene._replace(background=colour).caption]
+        wrong = [caption for caption in wrong if caption in SCENE_OF and caption != scene.caption]
+        images = image.expand(len(wrong), -1, -1, -1)
+        assert (faithfulness(images, wrong) < 0.97).all(), scene
+        assert not is_right(images, wrong).any()
+
+
+def test_faithfulness_is_the_distance_to_the_nearest_rendering():
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(1, 3, 16, 16, generator=generator)
+    scene = Scene("triangle", "yellow", "green")
+    renderings = render([scene] * len(CENTRES), torch.arange(len(CENTRES))).double()
+    distances = (image.double() - renderings).square().mean(dim=(1, 2, 3)).sqrt()
+    torch.testing.assert_close(faithfulness(image, [scene.caption]), 1 - distances.min()[None])
+
+
+def test_both_fall_with_noise():
+    images = _all(4)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    noisy = [(images + deviation * noise).clamp(0, 1) for deviation in (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)]
+    faithful = torch.stack([faithfulness(image, CAPTIONS) for image in noisy])
+    appealing = torch.stack([appeal(image).mean() for image in noisy])
+    assert (faithful.diff(dim=0) < 0).all()
+    assert (appealing.diff() < 0).all()
+
+
+def test_appeal_prefers_vivid_and_clean():
+    grey, vivid = torch.full((1, 3, 16, 16), 0.5), torch.zeros(1, 3, 16, 16)
+    vivid[:, 0] = 1
+    speckled = vivid.clone()
+    speckled[:, :, 8, 8] = torch.tensor([0.0, 0.0, 1.0])
+    assert appeal(grey).item() == 0
+    assert appeal(vivid).item() == 1
+    assert 0.9 < appeal(speckled).item() < 1
+
+
+def test_what_is_not_of_this_world_is_refused():
+    with pytest.raises(BadInput, match="a dog"):
+        faithfulness(torch.zeros(1, 3, 16, 16), ["a dog"])
+    with pytest.raises(BadInput, match=r"\(1, 3, 8, 8\)"):
+        faithfulness(torch.zeros(1, 3, 8, 8), CAPTIONS[:1])
