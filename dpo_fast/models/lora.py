@@ -10,12 +10,13 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput
 from dpo_fast.models.family import Family
 from dpo_fast.models.faults import bad_input
 from dpo_fast.quiet import no_loading_bars
 
-DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention projections
+DEFAULT_TARGETS = TrainConfig.lora_targets  # the attention projections
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 _ADAPTER = "default"
 
