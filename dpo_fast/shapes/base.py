@@ -8,12 +8,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from dpo_fast.shapes.render import COLOURS, RESOLUTION, SHAPES
+from dpo_fast.shapes.render import COLOURS, PLACES, RESOLUTION, SHAPES, SIZES
 
 _WIDTH = 64  # of the text encoder
-_TOKENS = 10  # start, seven words, end, one to spare
+_TOKENS = 16  # start, thirteen words and commas, end, one to spare
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-_WORDS = sorted({"a", "on", "background", *COLOURS, *SHAPES})
+_WORDS = sorted({"a", "on", "background", "at", "the", *COLOURS, *SHAPES, *SIZES, *PLACES})
 
 
 def new_base() -> StableDiffusionPipeline:
@@ -98,15 +98,13 @@ def pixel_vae() -> AutoencoderKL:
 def _tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer that has the words of this world whole, and any other letter by letter."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    pieces = letters + [letter + "</w>" for letter in letters]
-    merges = []
+    pieces = [*letters, *(letter + "</w>" for letter in letters), ",", ",</w>"]
+    merges: list[tuple[str, str]] = []
     for word in _WORDS:
-        left = word[0] if len(word) > 1 else None
-        for index, letter in enumerate(word[1:], start=2):
-            right = letter + ("</w>" if index == len(word) else "")
-            merges.append((left, right))
-            left += right
-    merges = list(dict.fromkeys(merges))
+        parts = _merged([*word[:-1], word[-1] + "</w>"], merges)
+        while len(parts) > 1:  # join what the merges so far leave apart; ranked last, that changes no earlier word
+            merges.append((parts[0], parts[1]))
+            parts = [parts[0] + parts[1], *parts[2:]]
     pieces += [left + right for left, right in merges]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys([*pieces, _START, _END]))}
     with tempfile.TemporaryDirectory() as folder:
@@ -116,3 +114,16 @@ def _tokenizer() -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(
             folder, model_max_length=_TOKENS, bos_token=_START, eos_token=_END, unk_token=_END, pad_token=_END
         )
+
+
+def _merged(parts: list[str], merges: list[tuple[str, str]]) -> list[str]:
+    """Byte pair encoding: apply the merges, first ranked first."""
+    for left, right in merges:
+        joined: list[str] = []
+        for part in parts:
+            if joined and (joined[-1], part) == (left, right):
+                joined[-1] = left + right
+            else:
+                joined.append(part)
+        parts = joined
+    return parts

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dpo_fast.files import atomic_folder, write_json
 from dpo_fast.shapes.base import new_base
-from dpo_fast.shapes.render import CENTRES, SCENES, render
+from dpo_fast.shapes.render import HEIGHTS, SCENES, render
 from dpo_fast.shapes.score import appeal, faithfulness, is_right
 
 LEARNING_RATE = 1.5e-3
@@ -65,7 +65,7 @@ def train(steps: int, batch_size: int, seed: int, measure_every: int) -> StableD
     for step in bar:
         # A batch of scenes, some without their captions
         rows = torch.randint(len(SCENES), (batch_size,))
-        pixels = render([SCENES[row] for row in rows], torch.randint(len(CENTRES), (batch_size,)))
+        pixels = render([SCENES[row] for row in rows], torch.randint(len(HEIGHTS), (batch_size,)))
         captions = torch.where(torch.rand(batch_size, 1) < CAPTION_DROPOUT, empty, tokens[rows])
         # Noise it: the latents are the pixels in [-1, 1]
         latents = pixels * 2 - 1

@@ -1,5 +1,6 @@
-"""Captioned scenes: one shape of one colour on a background of another, such as "a red circle on a blue background"."""
+"""Captioned scenes: one shape on a plain ground, such as "a red circle on a blue background, small, at the left"."""
 
+from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -15,40 +16,41 @@ COLOURS = {  # RGB; not fully saturated, so that appeal has room above a rendere
     "white": (0.92, 0.92, 0.92),
 }
 SHAPES = ("circle", "square", "triangle")
-CENTRES = tuple(product((6.5, 7.5, 8.5), repeat=2))  # (row, column), pixels
-RADIUS = 4.5  # pixels: a shape is 9 or 10 pixels wide
+SIZES = {"small": 2.75, "large": 4.5}  # half the width of a shape, pixels
+PLACES = {"left": 4.5, "centre": 7.5, "right": 10.5}  # the column of its middle, pixels
+HEIGHTS = (6.5, 7.5, 8.5)  # the row of its middle, pixels: what a caption leaves open
 
 
 class Scene(NamedTuple):
     shape: str
     colour: str
     background: str
+    size: str
+    place: str
 
     @property
     def caption(self) -> str:
-        return f"a {self.colour} {self.shape} on a {self.background} background"
+        return f"a {self.colour} {self.shape} on a {self.background} background, {self.size}, at the {self.place}"
 
 
-SCENES = tuple(
-    Scene(shape, colour, background)
-    for shape, colour, background in product(SHAPES, COLOURS, COLOURS)
-    if colour != background
-)
+SCENES = tuple(Scene(*words) for words in product(SHAPES, COLOURS, COLOURS, SIZES, PLACES) if words[1] != words[2])
 SCENE_OF = {scene.caption: scene for scene in SCENES}
 
 
 def masks() -> Tensor:
-    """bool [shapes, centres, 16, 16]: where each shape lies for each centre."""
+    """bool [shapes, sizes, places, heights, 16, 16]: where each shape lies."""
     row, column = torch.meshgrid(torch.arange(RESOLUTION), torch.arange(RESOLUTION), indexing="ij")
-    return torch.stack([torch.stack([_inside(shape, row - y, column - x) for y, x in CENTRES]) for shape in SHAPES])
+    every = product(SHAPES, SIZES.values(), PLACES.values(), HEIGHTS)
+    flat = torch.stack([_inside(shape, radius, row - y, column - x) for shape, radius, x, y in every])
+    return flat.unflatten(0, (len(SHAPES), len(SIZES), len(PLACES), len(HEIGHTS)))
 
 
-def _inside(shape: str, dy: Tensor, dx: Tensor) -> Tensor:
+def _inside(shape: str, radius: float, dy: Tensor, dx: Tensor) -> Tensor:
     if shape == "circle":
-        return dy**2 + dx**2 <= RADIUS**2
+        return dy**2 + dx**2 <= radius**2
     if shape == "square":
-        return (dy.abs() <= RADIUS) & (dx.abs() <= RADIUS)
-    return (dy.abs() <= RADIUS) & (dx.abs() <= (dy + RADIUS) / 2)  # a triangle, its tip above
+        return (dy.abs() <= radius) & (dx.abs() <= radius)
+    return (dy.abs() <= radius) & (dx.abs() <= (dy + radius) / 2)  # a triangle, its tip above
 
 
 def palette() -> Tensor:
@@ -56,11 +58,16 @@ def palette() -> Tensor:
     return torch.tensor(list(COLOURS.values()))
 
 
-def render(scenes: list[Scene], centres: Tensor) -> Tensor:  # centres: int64 [N], rows of CENTRES
+def as_numbers(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The scenes' words as numbers, int64 [N] each: shape, size, place, colour, background."""
+    tables = (SHAPES, tuple(SIZES), tuple(PLACES), tuple(COLOURS), tuple(COLOURS))
+    words = [(scene.shape, scene.size, scene.place, scene.colour, scene.background) for scene in scenes]
+    numbers = [[table.index(word) for table, word in zip(tables, row, strict=True)] for row in words]
+    return tuple(torch.tensor(numbers).T)
+
+
+def render(scenes: Sequence[Scene], heights: Tensor) -> Tensor:  # heights: int64 [N], rows of HEIGHTS
     """Draw the scenes: float32 [N, 3, 16, 16] in [0, 1]."""
-    names = list(COLOURS)
-    colours = palette()
-    shape = torch.tensor([SHAPES.index(scene.shape) for scene in scenes])
-    ink = colours[[names.index(scene.colour) for scene in scenes]][:, :, None, None]
-    ground = colours[[names.index(scene.background) for scene in scenes]][:, :, None, None]
-    return torch.where(masks()[shape, centres][:, None], ink, ground)
+    shape, size, place, colour, background = as_numbers(scenes)
+    colours = palette()[:, :, None, None]
+    return torch.where(masks()[shape, size, place, heights][:, None], colours[colour], colours[background])

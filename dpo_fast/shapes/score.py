@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dpo_fast.errors import BadInput
-from dpo_fast.shapes.render import COLOURS, RESOLUTION, SCENE_OF, SCENES, SHAPES, masks, palette
+from dpo_fast.shapes.render import RESOLUTION, SCENE_OF, SCENES, as_numbers, masks, palette
 
 
 def faithfulness(images: Tensor, captions: list[str]) -> Tensor:  # images: float [N, 3, 16, 16] in [0, 1]
@@ -51,12 +51,9 @@ def _scores(images: Tensor) -> Tensor:
     """
     if images.shape[1:] != (3, RESOLUTION, RESOLUTION):
         raise BadInput(f"images {tuple(images.shape)} must be [N, 3, {RESOLUTION}, {RESOLUTION}]")
-    mask = masks().flatten(2).double()  # [shapes, centres, pixels]
+    mask = masks().flatten(4).double()  # [shapes, sizes, places, heights, pixels]
     error = (images.double()[:, None] - palette().double()[:, :, None, None]).square().sum(dim=2).flatten(2)
-    inside = torch.einsum("scp,nkp->nsck", mask, error)  # k: colours
-    outside = torch.einsum("scp,nkp->nsck", 1 - mask, error)
-    squared = (inside[..., :, None] + outside[..., None, :]).amin(dim=2)  # [N, shapes, colours, backgrounds]
-    names = list(COLOURS)
-    rows = [(SHAPES.index(s.shape), names.index(s.colour), names.index(s.background)) for s in SCENES]
-    shape, colour, background = torch.tensor(rows).T
-    return 1 - (squared[:, shape, colour, background] / (3 * RESOLUTION**2)).sqrt()
+    inside = torch.einsum("szxyp,nkp->nszxyk", mask, error)  # k: colours
+    outside = torch.einsum("szxyp,nkp->nszxyk", 1 - mask, error)
+    squared = (inside[..., :, None] + outside[..., None, :]).amin(dim=4)  # the height that fits best
+    return 1 - (squared[(slice(None), *as_numbers(SCENES))] / (3 * RESOLUTION**2)).sqrt()

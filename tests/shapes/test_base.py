@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from dpo_fast.models import load_family
 from dpo_fast.shapes import pretrain
 from dpo_fast.shapes.base import new_base, pixel_vae
-from dpo_fast.shapes.render import CENTRES, SCENES, render
+from dpo_fast.shapes.render import HEIGHTS, SCENES, render
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,8 @@ def test_a_word_of_the_world_is_a_token():
     tokenizer = new_base().tokenizer
     for scene in SCENES:
         tokens = tokenizer(scene.caption).input_ids
-        assert len(tokens) == 9, scene
-        assert tokenizer.decode(tokens, skip_special_tokens=True).strip() == scene.caption
+        assert len(tokens) == 15, scene
+        assert tokenizer.decode(tokens, skip_special_tokens=True).split() == scene.caption.replace(",", " ,").split()
     assert len({tuple(tokenizer(scene.caption).input_ids) for scene in SCENES}) == len(SCENES)
 
 
@@ -75,7 +75,7 @@ def test_the_loss_falls():
     base = pretrain.train(40, 8, seed=0, measure_every=99)
     generator = torch.Generator().manual_seed(1)
     scenes = [SCENES[row] for row in torch.randint(len(SCENES), (64,), generator=generator)]
-    latents = render(scenes, torch.randint(len(CENTRES), (64,), generator=generator)) * 2 - 1
+    latents = render(scenes, torch.randint(len(HEIGHTS), (64,), generator=generator)) * 2 - 1
     noise = torch.randn(latents.shape, generator=generator)
     timesteps = torch.randint(1000, (64,), generator=generator)
     tokens = pretrain._tokens(base, [scene.caption for scene in scenes])
