@@ -27,7 +27,7 @@ MAY_CHANGE = frozenset(
     "preset dataset_name max_train_steps num_train_epochs log_every report_to logging_dir tracker_name output_dir"
     " overwrite resume_from_checkpoint checkpointing_steps checkpoints_total_limit validation_steps push_to_hub"
     " hub_model_id cache_dir dataloader_num_workers vae_encode_batch_size max_skipped_updates train_batch_size"
-    " gradient_accumulation_steps backend".split()
+    " gradient_accumulation_steps backend eval_scorers eval_prompts eval_images eval_batch_size".split()
 )
 
 

@@ -53,7 +53,28 @@ _PUBLISHED_LORA = dict(
     mixed_precision="fp16",
     gradient_checkpointing=True,
 )
+_SHAPES = Path(__file__).parent / "shapes"
 PRESETS: dict[str, dict[str, object]] = {
+    # The built-in world: everything is in the package, two cores are enough.
+    "shapes": dict(
+        pretrained_model_name_or_path=str(_SHAPES / "pipeline"),
+        dataset_name=str(_SHAPES / "pairs.parquet"),
+        label_column="label_faithfulness",
+        resolution=16,
+        beta_dpo=1000.0,
+        learning_rate=1e-5,
+        lr_warmup_steps=0,
+        tuning="full",
+        train_batch_size=12,
+        max_train_steps=160,
+        dataloader_num_workers=0,
+        sampling_steps=20,
+        sampling_guidance=4.0,
+        eval_scorers=("faithfulness", "right", "appeal"),
+        eval_prompts=_SHAPES / "held_out.txt",
+        eval_images=512,
+        eval_batch_size=64,
+    ),
     "sd15": dict(
         _PUBLISHED_FULL,
         pretrained_model_name_or_path="stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -83,8 +104,9 @@ PRESETS: dict[str, dict[str, object]] = {
 class TrainConfig:
     """Align a text-to-image diffusion model with preference pairs by Diffusion-DPO (arXiv 2311.12908)."""
 
-    preset: Literal["sd15", "sdxl", "sdxl-lora", "turbo"] | None = None
-    """A published recipe to start from; every other flag overrides it."""
+    preset: Literal["shapes", "sd15", "sdxl", "sdxl-lora", "turbo"] | None = None
+    """A recipe to start from, every other flag overrides it: the built-in tiny world (shapes; what you get when neither
+    model nor data is named), or a published one."""
     config: Path | None = None
     """A YAML file of flags (the config.yaml of an earlier run, for one); flags on the command line override it."""
     dry_run: bool = False
@@ -145,6 +167,8 @@ class TrainConfig:
     """The two image columns, in the label's order; None: jpg_0 jpg_1, or chosen rejected."""
     label_column: str | None = None
     """Column with 1 (first image wins), 0 (second wins), 0.5 (tie); None: label_0."""
+    preference: Literal["faithfulness", "appeal"] | None = None
+    """Of the built-in pairs: train on the column label_<preference> and judge by that scorer first."""
     caption_column: str | None = None
     """Column with the prompt; None: caption or prompt."""
     streaming: bool = False
@@ -255,6 +279,19 @@ class TrainConfig:
     """Optimizer steps between two validations."""
     validation_prompts: tuple[str, ...] = ()
     """Prompts of the samples; none given: the first four held-out (or training) captions."""
+    sampling_steps: int | None = None
+    """Denoising steps of samples and evaluation; None: the model's usual (50, Turbo 4)."""
+    sampling_guidance: float | None = None
+    """Classifier-free guidance scale of both; None: the model's usual (SD1.5 7.5, SDXL 5, Turbo 0)."""
+    eval_scorers: tuple[str, ...] = ()
+    """After training, compare base and result by these scorers on the same prompts and seeds (win rates in
+    summary.json, samples.png). The first is what was trained towards. The shapes have faithfulness, right, appeal."""
+    eval_prompts: Path | None = None
+    """Prompts of that comparison: a text file, one a line."""
+    eval_images: int | None = None
+    """Images a model in that comparison, the prompts taken in turn with other seeds; None: one a prompt."""
+    eval_batch_size: int = 8
+    """Images generated at once in that comparison."""
     push_to_hub: bool = False
     """Upload the result to the hub at the end."""
     hub_model_id: str | None = None
@@ -274,7 +311,10 @@ def parse(argv: list[str]) -> tuple[TrainConfig, list[str]]:
     """
     recipe = _early(argv).config
     flags = [*(_recipe_flags(recipe) if recipe else []), *argv]
-    preset = _early(flags).preset
+    early = _early(flags)
+    preset = early.preset
+    if preset is None and early.pretrained_model_name_or_path is None and early.dataset_name is None:
+        preset, flags = "shapes", ["--preset", "shapes", *flags]
     defaults = TrainConfig(**PRESETS[preset]) if preset in PRESETS else TrainConfig()
     with _one_line_errors():
         config = tyro.cli(TrainConfig, args=flags, default=defaults, prog="python -m dpo_fast.train")
@@ -283,10 +323,12 @@ def parse(argv: list[str]) -> tuple[TrainConfig, list[str]]:
 
 @dataclass
 class _Early:
-    """The two flags that decide the defaults of all others."""
+    """The flags that decide the defaults of all others."""
 
     preset: str | None = None
     config: Path | None = None
+    pretrained_model_name_or_path: str | None = None
+    dataset_name: str | None = None
 
 
 def _early(flags: list[str]) -> _Early:
@@ -374,6 +416,11 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     if config.mixed_precision is None:
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         config.mixed_precision = launched if launched in ("fp16", "bf16") else "no"
+    if config.preference:
+        if config.eval_scorers:
+            others = (name for name in config.eval_scorers if name != config.preference)
+            config.eval_scorers = (config.preference, *others)
+        config.label_column, config.preference = f"label_{config.preference}", None
     if config.beta_dpo is None:
         config.beta_dpo = 0.1 if config.objective == "mapo" else 5000.0
     check(config)
@@ -414,6 +461,10 @@ _NUMBERS = {
     "checkpoints_total_limit": (lambda v: v >= 1, "at least 1"),
     "log_every": (lambda v: v >= 1, "at least 1"),
     "validation_steps": (lambda v: v >= 1, "at least 1"),
+    "sampling_steps": (lambda v: v >= 1, "at least 1"),
+    "sampling_guidance": (lambda v: v >= 0, "0 or more"),
+    "eval_images": (lambda v: v >= 1, "at least 1"),
+    "eval_batch_size": (lambda v: v >= 1, "at least 1"),
 }
 
 
@@ -448,6 +499,8 @@ def check(config: TrainConfig) -> None:
             f"--validation_fraction ({config.validation_fraction}) holds pairs out that nothing measures:"
             " add --run_validation"
         )
+    if bool(config.eval_scorers) != (config.eval_prompts is not None):
+        raise BadInput("--eval_scorers and --eval_prompts belong together: name the scorers and a text file of prompts")
     if config.overwrite and config.resume_from_checkpoint:
         raise BadInput("--overwrite and --resume_from_checkpoint exclude each other: one deletes what the other needs")
 
@@ -455,6 +508,7 @@ def check(config: TrainConfig) -> None:
 # Folded into other flags by `resolve`, or without effect.
 _OTHER_NAMES = (
     "loss_type",
+    "preference",
     "use_8bit_adam",
     "enable_xformers_memory_efficient_attention",
     "local_rank",

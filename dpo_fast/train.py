@@ -8,9 +8,14 @@ import errno
 import logging
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from dpo_fast.config import TrainConfig, parse
 from dpo_fast.errors import BadInput
+
+if TYPE_CHECKING:
+    from dpo_fast.evaluation.compare import Evaluation
+    from dpo_fast.parallel import Ranks
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,9 +56,19 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
     from dpo_fast.trainer import Interrupted, Trainer
 
     _show_log()
+    evaluation = None
+    if config.eval_scorers:
+        from dpo_fast.evaluation.compare import Evaluation
+
+        evaluation = Evaluation(config)  # scorers and prompts are checked before the training
     ranks = parallel.start(config.report_to)
     try:
-        Trainer(open_run(config, ranks), argv).run()
+        run = open_run(config, ranks)
+        Trainer(run, argv).run()
+        if evaluation is not None:
+            config = run.config
+            del run  # its memory is wanted
+            _evaluate(evaluation, config, ranks)
     except Interrupted as stop:
         _say(str(stop))
         return 130
@@ -66,6 +81,29 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
     finally:
         ranks.close()
     return 0
+
+
+def _evaluate(evaluation: "Evaluation", config: TrainConfig, ranks: "Ranks") -> None:
+    """Compare the result with its base and print what came of the run."""
+    from dpo_fast.evaluation.compare import add_to_summary
+
+    comparison = evaluation.compare(config, ranks)
+    if comparison is None:  # not the main rank
+        return
+    summary = add_to_summary(config.output_dir, comparison)
+    print(
+        f"\n{comparison.images} images of {comparison.prompts} prompts, the same seeds for base and policy:\n"
+        f"{comparison}\n"
+        f"loss {summary['loss_first']:.4f} -> {summary['loss_last']:.4f}, implicit accuracy {_or_none(summary)},"
+        f" training {summary['seconds']:.0f} s, evaluation {comparison.seconds:.0f} s\n"
+        f"before over after: {config.output_dir / 'samples.png'}",
+        flush=True,
+    )
+
+
+def _or_none(summary: dict) -> str:
+    value = summary["implicit_accuracy"]
+    return "none" if value is None else f"{value:.3f}"
 
 
 def _show_log() -> None:

@@ -209,7 +209,7 @@ class Trainer:
                 else:
                     line["validation_accuracy"] = run.notes["validation_accuracy"] = accuracy
             if self.ranks.is_main:
-                after = sampling.sample(self.family, run.prompts, self.config.seed, self.config.resolution)
+                after = self._sample()
         if self.ranks.is_main:
             sheet = sampling.before_after(self.base_samples, after, run.prompts)
             sampling.save_png(sheet, run.folder / "samples" / f"step-{run.step}.png")
@@ -384,11 +384,23 @@ class Trainer:
         files = [run.folder / "samples" / f"base-{k}.png" for k in range(len(run.prompts))]
         if self.ranks.is_main:
             if run.step == 0:
-                images = sampling.sample(self.family, run.prompts, self.config.seed, self.config.resolution)
-                for image, file in zip(images, files, strict=True):
+                for image, file in zip(self._sample(), files, strict=True):
                     sampling.save_png(image, file)
             self.base_samples = [Image.open(file).convert("RGB") for file in files]
         self.ranks.wait()
+
+    def _sample(self) -> list[Image.Image]:
+        """One image a prompt from the weights the UNet holds now."""
+        config, prompts = self.config, self.run_.prompts
+        images = sampling.sample(
+            self.family,
+            prompts,
+            [config.seed + k for k in range(len(prompts))],
+            resolution=config.resolution,
+            steps=config.sampling_steps,
+            guidance=config.sampling_guidance,
+        )
+        return [sampling.to_picture(image) for image in images]
 
     def _export(self, folder: Path) -> None:
         """Write the trained weights (the EMA's where there is one) as diffusers loads them."""

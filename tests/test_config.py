@@ -15,6 +15,10 @@ def parsed(*flags: str) -> TrainConfig:
     return parse([*NAMED, *flags])[0]
 
 
+def bare(*flags: str) -> TrainConfig:
+    return parse(list(flags))[0]
+
+
 def test_defaults_are_in_the_papers_unit():
     config = parsed()
     assert (config.beta_dpo, config.objective, config.tuning, config.mixed_precision) == (5000.0, "dpo", "lora", "no")
@@ -108,9 +112,27 @@ def test_recipes_that_are_refused(tmp_path):
 
 def test_model_and_pairs_must_be_named():
     with pytest.raises(BadInput, match=r"no model is named.*--preset"):
-        parse([])
+        parse(["--dataset_name", "d"])
     with pytest.raises(BadInput, match="no preference pairs"):
         parse(["--pretrained_model_name_or_path", "m"])
+
+
+def test_where_neither_is_named_the_built_in_world_is_meant(tmp_path):
+    config = bare()
+    assert config.preset == "shapes" and bare("--preset", "shapes") == config
+    assert {name: getattr(config, name) for name in PRESETS["shapes"]} == PRESETS["shapes"]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(config))
+    assert bare("--config", str(recipe)) == dataclasses.replace(config, config=recipe)
+    assert bare("--preset", "sd15").preset == "sd15"
+
+
+def test_a_preference_is_a_label_and_the_first_scorer():
+    config = bare("--preference", "appeal")
+    assert config.label_column == "label_appeal"
+    assert config.eval_scorers == ("appeal", "faithfulness", "right")
+    elsewhere = parsed("--preference", "appeal")
+    assert (elsewhere.label_column, elsewhere.eval_scorers) == ("label_appeal", ())
 
 
 def test_help_documents_every_flag(capsys):

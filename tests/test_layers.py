@@ -17,7 +17,7 @@ LEVELS = [
     ["models", "data", "shapes"],
     ["card", "checkpoint", "hub", "metrics", "optim", "parallel", "plan", "reference", "run_folder", "sampling"],
     ["opening"],
-    ["trainer"],
+    ["trainer", "evaluation"],
     ["train", "env"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -1,0 +1,124 @@
+"""Does training align? The built-in world trained in every way, each run the plain command, by win rate over its base.
+
+    python benchmarks/alignment.py [--variants default swapped ...] [--seeds 1 2 3] [--output_dir DIR] [--json FILE]
+
+Every run is `python -m dpo_fast.train` with the flags of its variant and what follows `--` on this command line. Runs
+that are finished in DIR are not repeated. The line `all` is the mean over seeds, its interval from theirs.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from dpo_fast.config import PRESETS
+from dpo_fast.files import write_json
+
+PAIRS = Path(str(PRESETS["shapes"]["dataset_name"]))
+VARIANTS = {
+    "default": "",
+    "swapped": "--image_columns jpg_1 jpg_0",  # the label's order is that of the columns: the loser wins
+    "random": "--dataset_name {random} --label_column label_random",
+    "sft": "--objective sft",
+    "ipo": "--objective ipo",
+    "kto": "--objective kto",
+    "hinge": "--objective hinge",
+    "lora": "--tuning lora",
+    "full": "--tuning full",
+    "bf16": "--mixed_precision bf16",
+    "fp16": "--mixed_precision fp16",
+    "appeal": "--preference appeal",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/alignment"))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each with its share of the threads")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    own, more = sys.argv[1:], []
+    if "--" in own:
+        own, more = own[: own.index("--")], own[own.index("--") + 1 :]
+    arguments = parser.parse_args(own)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    runs = [(variant, seed) for variant in arguments.variants for seed in arguments.seeds]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        done = list(pool.map(lambda run: train(*run, arguments.output_dir, more, arguments.jobs), runs))
+    print(f"\n{'variant':10}{'seed':>5}  {'win rate [95%]':24}{'base':>7}{'policy':>8}{'right':>16}{'appeal':>16}"
+          f"{'diversity':>16}{'accuracy':>9}{'wall s':>8}")  # fmt: skip
+    rows = []
+    for variant in arguments.variants:
+        mine = [(seed, summary) for (name, seed), summary in zip(runs, done, strict=True) if name == variant]
+        for seed, summary in mine:
+            print(line(variant, str(seed), summary))
+            rows.append({"variant": variant, "seed": seed, "flags": VARIANTS[variant], **summary})
+        print(f"{variant:10} all  {pooled([summary for _, summary in mine])}\n")
+    if arguments.json:
+        packages = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
+        command = "python benchmarks/alignment.py " + " ".join(sys.argv[1:])
+        machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        write_json(arguments.json, {"command": command, "machine": machine, "versions": packages, "rows": rows})
+
+
+def train(variant: str, seed: int, root: Path, more: list[str], jobs: int) -> dict[str, object]:
+    """One run's summary.json, with the command's whole wall time."""
+    folder = root / f"{variant}-{seed}"
+    if not (folder / "wall.json").exists():
+        flags = VARIANTS[variant].format(random=random_labels(root, seed)).split()
+        command = [sys.executable, "-m", "dpo_fast.train", *more, *flags, "--seed", str(seed), "--output_dir", folder]
+        threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
+        started = time.perf_counter()
+        ran = subprocess.run([*map(str, command), "--overwrite"], env=os.environ | threads, capture_output=True)
+        if ran.returncode:
+            raise SystemExit(f"{folder} ended with {ran.returncode}:\n{ran.stderr.decode()[-2000:]}")
+        write_json(folder / "wall.json", {"wall_seconds": time.perf_counter() - started})
+        print(f"{folder.name}: done in {time.perf_counter() - started:.0f} s", flush=True)
+    files = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("summary.json", "wall.json"))
+    return next(files) | next(files)
+
+
+def random_labels(root: Path, seed: int) -> Path:
+    """The built-in pairs with a coin's labels."""
+    path = root / f"random-{seed}.parquet"
+    if not path.exists():
+        table = pq.read_table(PAIRS)
+        coins = torch.rand(table.num_rows, generator=torch.Generator().manual_seed(seed)) < 0.5
+        pq.write_table(table.append_column("label_random", pa.array(coins.double().tolist())), path)
+    return path
+
+
+def line(variant: str, seed: str, summary: dict) -> str:
+    low, high = summary["win_rate_ci95"]
+    scores = summary["scores"]
+    accuracy = summary["implicit_accuracy"]
+    two = [f"{scores[name]['base']:.3f} -> {scores[name]['policy']:.3f}" for name in ("right", "appeal")]
+    diverse = f"{summary['diversity_base']:.3f} -> {summary['diversity_policy']:.3f}"
+    return (
+        f"{variant:10}{seed:>5}  {summary['win_rate']:.3f} [{low:.3f}, {high:.3f}]    {summary['score_base']:7.4f}"
+        f"{summary['score_policy']:8.4f}{two[0]:>16}{two[1]:>16}{diverse:>16}"
+        f"{'none' if accuracy is None else f'{accuracy:.3f}':>9}{summary['wall_seconds']:8.0f}"
+    )
+
+
+def pooled(summaries: list[dict]) -> str:
+    """Mean win rate over runs, its interval from those of the runs (independent seeds: variances add)."""
+    rate = sum(s["win_rate"] for s in summaries) / len(summaries)
+    halves = [(s["win_rate_ci95"][1] - s["win_rate_ci95"][0]) / 2 for s in summaries]
+    half = sum(h * h for h in halves) ** 0.5 / len(summaries)
+    return f"{rate:.3f} [{rate - half:.3f}, {rate + half:.3f}]"
+
+
+if __name__ == "__main__":
+    main()
