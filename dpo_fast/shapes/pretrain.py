@@ -25,14 +25,14 @@ LEARNING_RATE = 1.5e-3
 WARMUP = 100  # steps
 CAPTION_DROPOUT = 0.1
 EMA_DECAY = 0.998
-SAMPLING_STEPS = 20
-GUIDANCE = 4.0
+SAMPLING_STEPS = 10
+GUIDANCE = 3.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dpo_fast.shapes.pretrain", description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "pipeline")
-    parser.add_argument("--steps", type=int, default=5500)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch_size", type=int, default=32, help="scenes a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure_every", type=int, default=1000, help="steps between two lines on 64 prompts")
@@ -40,7 +40,7 @@ def main() -> None:
 
     started = time.monotonic()
     average = train(arguments.steps, arguments.batch_size, arguments.seed, arguments.measure_every)
-    report = measure(average, prompts=256, seed=arguments.seed + 1)
+    report = measure(average, prompts=512, seed=arguments.seed + 1)
     report |= {"steps": arguments.steps, "batch_size": arguments.batch_size, "seed": arguments.seed}
     report["seconds"] = round(time.monotonic() - started)
     with atomic_folder(arguments.output_dir) as folder:

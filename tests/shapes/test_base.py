@@ -65,7 +65,7 @@ def test_a_saved_base_is_a_family_to_train(folder):
 
 def test_pretraining_reports_and_repeats(folder):
     report = json.loads((folder / "pretraining.json").read_text())
-    assert report["prompts"] == 256 and report["steps"] == 3 and 0 <= report["right"] <= 1
+    assert report["prompts"] == 512 and report["steps"] == 3 and 0 <= report["right"] <= 1
     first, second = (pretrain.train(2, 4, seed=0, measure_every=9).unet.state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
