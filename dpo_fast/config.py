@@ -129,6 +129,10 @@ class TrainConfig:
     """What the UNet predicts; None: as the model's scheduler config says."""
     zero_terminal_snr: Literal["auto", "on", "off"] = "auto"
     """Rescale the noise schedule to zero terminal SNR; auto: on for Turbo and where the model's own config asks."""
+    min_timestep: int = 0
+    """Train at no timestep below this one: where there is little noise, the errors say little about the scene."""
+    max_timestep: int | None = None
+    """Train at no timestep from this one on; None: no limit."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     """Attention of the UNet, the same for policy and reference; auto: PyTorch's scaled_dot_product_attention."""
     enable_xformers_memory_efficient_attention: bool = False
@@ -361,11 +365,11 @@ def _one_line(box: str) -> str:
 
 
 def _did_you_mean(name: str) -> str:
-    """A remark on the flag that is nearest to an unknown one: one that contains it, or is spelt alike."""
+    """A remark on the flags that are nearest to an unknown one: those that contain it, or the one spelt alike."""
     name, names = name.replace("-", "_"), [field.name for field in dataclasses.fields(TrainConfig)]
     containing = sorted((known for known in names if name in known), key=len)
-    near = containing or difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean --{near[0]}?)" if near else ""
+    near = containing[:2] or difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {' or '.join(f'--{known}' for known in near)}?)" if near else ""
 
 
 def _recipe_flags(path: Path) -> list[str]:
@@ -461,6 +465,8 @@ _NUMBERS = {
     "checkpoints_total_limit": (lambda v: v >= 1, "at least 1"),
     "log_every": (lambda v: v >= 1, "at least 1"),
     "validation_steps": (lambda v: v >= 1, "at least 1"),
+    "min_timestep": (lambda v: v >= 0, "0 or more"),
+    "max_timestep": (lambda v: v >= 1, "at least 1"),
     "sampling_steps": (lambda v: v >= 1, "at least 1"),
     "sampling_guidance": (lambda v: v >= 0, "0 or more"),
     "eval_images": (lambda v: v >= 1, "at least 1"),

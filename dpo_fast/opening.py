@@ -208,6 +208,14 @@ def _load_model(config: TrainConfig, ranks: Ranks) -> Family:
         )
     if config.time_ids == "real" and not family.needs_time_ids:
         raise BadInput(f"--time_ids real is for SDXL: {family.name} has no size conditioning; leave it out")
+    last = family.schedule.num_train_timesteps if config.max_timestep is None else config.max_timestep
+    wanted = (family.timesteps >= config.min_timestep) & (family.timesteps < last)
+    if not wanted.any():
+        raise BadInput(
+            f"--min_timestep ({config.min_timestep}) and --max_timestep ({last}) leave none of the model's timesteps,"
+            f" {int(family.timesteps.min())} to {int(family.timesteps.max())}; widen them"
+        )
+    family.timesteps = family.timesteps[wanted]
     if config.init_lora:
         merge_lora(family.pipeline, config.init_lora, cache_dir=config.cache_dir, token=config.hub_token)
     return family

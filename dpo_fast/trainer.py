@@ -453,7 +453,7 @@ class Trainer:
                 f"steps: {run.step} to {config.max_train_steps}, each {config.pairs_per_step} pairs"
                 f" ({self.ranks.world_size} processes x {config.train_batch_size} x"
                 f" {config.gradient_accumulation_steps}) at {config.resolution} px,"
-                f" {len(self.family.timesteps)} timesteps",
+                f" {len(self.family.timesteps)} timesteps ({self.family.timesteps[0]} to {self.family.timesteps[-1]})",
                 f"objective: {config.objective}, beta {config.beta_dpo:g}, lr {masters.base_lr:g}, seed {config.seed}",
                 f"output: {run.folder}",
             )

@@ -76,7 +76,15 @@ CASES = {
     "resolution 130": (lambda m, p, t: (m, p, ["--resolution", 130]), ["--resolution (130)", "multiple of"]),
     "odd pairs_per_step": (lambda m, p, t: (m, p, ["--pairs_per_step", 5]), ["--pairs_per_step (5)", "multiple"]),
     "lr nan": (lambda m, p, t: (m, p, ["--learning_rate", "nan"]), ["--learning_rate (nan)"]),
-    "unknown flag": (lambda m, p, t: (m, p, ["--batch_size", 4]), ["--batch_size", "did you mean --train_batch_size?"]),
+    "unknown flag": (
+        lambda m, p, t: (m, p, ["--batch_size", 4]),
+        ["--batch_size", "did you mean --eval_batch_size or --train_batch_size?"],
+    ),
+    "no timesteps": (lambda m, p, t: (m, p, ["--min_timestep", 1000]), ["--min_timestep (1000)", "0 to 999"]),
+    "crossed timesteps": (
+        lambda m, p, t: (m, p, ["--min_timestep", 500, "--max_timestep", 500]),
+        ["--max_timestep (500)", "widen"],
+    ),
     "LoRA target": (lambda m, p, t: (m, p, ["--lora_targets", "to_qq"]), ["to_qq"]),
     "missing extra": (lambda m, p, t: (m, p, ["--report_to", "comet_ml"]), ["comet_ml", "dpo_fast[trackers]"]),
     "missing xformers": (lambda m, p, t: (m, p, ["--attention", "xformers"]), ["xformers"]),

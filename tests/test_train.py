@@ -79,6 +79,13 @@ def test_turbo_trains_on_three_of_its_four_timesteps(turbo_path, pairs, tmp_path
     assert seen == {249, 499, 749}
 
 
+def test_timesteps_outside_the_limits_are_not_trained_at(sdxl_path, pairs, tmp_path):
+    limits = ["--min_timestep", 300, "--max_timestep", 303, "--train_batch_size", 12]
+    run = opened(flags_for(sdxl_path, pairs, tmp_path / "run", *limits))
+    seen = [int(t) for _ in range(4) for t in next(run.batches).timesteps]
+    assert set(seen) == {300, 301, 302}
+
+
 # ---- the method ------------------------------------------------------------------------------------------------
 
 
