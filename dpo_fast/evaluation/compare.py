@@ -118,7 +118,8 @@ class Evaluation:
             before, after = scorer.score(base, self.prompts), scorer.score(policy, self.prompts)
             rate = win_rate(before, after, self.prompts)
             scores.append(Judged(name, before.mean().item(), after.mean().item(), rate))
-        shown = list(dict.fromkeys(self.prompts))[:COLUMNS]  # their first images, whatever these are like
+        distinct = list(dict.fromkeys(self.prompts))
+        shown = distinct[:: max(1, len(distinct) // COLUMNS)][:COLUMNS]  # their first images, whatever these are like
         rows = [self.prompts.index(prompt) for prompt in shown]
         sheet = before_after(*([to_picture(images[row]) for row in rows] for images in (base, policy)), shown)
         save_png(sheet, config.output_dir / "samples.png")
