@@ -76,7 +76,8 @@ def train(variant: str, seed: int, root: Path, more: list[str], jobs: int) -> di
     folder = root / f"{variant}-{seed}"
     if not (folder / "wall.json").exists():
         flags = VARIANTS[variant].format(random=random_labels(root, seed)).split()
-        command = [sys.executable, "-m", "dpo_fast.train", *more, *flags, "--seed", str(seed), "--output_dir", folder]
+        command = [sys.executable, "-m", "dpo_fast.train", "--preset", "shapes", *more, *flags]
+        command += ["--seed", str(seed), "--output_dir", folder]
         threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
         started = time.perf_counter()
         ran = subprocess.run([*map(str, command), "--overwrite"], env=os.environ | threads, capture_output=True)
