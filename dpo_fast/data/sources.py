@@ -1,8 +1,9 @@
 """What a source of preference pairs answers, whatever it is kept in. Nothing here decodes an image."""
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +13,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from dpo_fast.data.columns import Columns, WantedColumns
-from dpo_fast.data.images import BadImage
+from dpo_fast.data.images import BadImage, decode, image_key
 from dpo_fast.errors import BadInput
 
 
@@ -50,14 +51,38 @@ class Source(Protocol):
     def image_bytes(self, row: int) -> tuple[bytes, bytes]:
         """The two encoded images. Raises BadImage, naming the column, where one is not there."""
 
+    def check_images(self, row: int) -> None:
+        """Raise BadImage, naming the column, where an image of the row is not there or does not decode."""
+
+    def image_keys(self, row: int) -> tuple[bytes, bytes]:
+        """A hash of each image's bytes. Raises BadImage, naming the column, where one is not there."""
+
     def missing_images(self, progress: bool = False) -> list[BadRow]:
         """Rows whose images are files that cannot be used, found without reading them."""
 
     def identity(self) -> str:
         """What must stay the same for a run to be resumed."""
 
+    def stamp(self) -> str:
+        """Names, sizes and times of the files: while it is the same, the images are taken to be the same."""
 
-class TableSource:
+
+class _Encoded:
+    """What follows from having the images' bytes."""
+
+    def check_images(self, row: int) -> None:
+        for column, image in zip(self.columns.images, self.image_bytes(row), strict=True):
+            try:
+                decode(image)
+            except BadImage as error:
+                raise BadImage(error.reason, column) from error
+
+    def image_keys(self, row: int) -> tuple[bytes, bytes]:
+        first, second = self.image_bytes(row)
+        return image_key(first), image_key(second)
+
+
+class TableSource(_Encoded):
     """A `datasets.Dataset` (memory-mapped Arrow) whose image columns hold encoded bytes."""
 
     def __init__(self, name: str, split: str, table: datasets.Dataset, wanted: "WantedColumns", max_rows: int | None):
@@ -91,11 +116,14 @@ class TableSource:
     def identity(self) -> str:
         return _identity(self._name, self._split, self.columns, len(self))
 
+    def stamp(self) -> str:
+        return stamp_of(file["filename"] for file in self._table.cache_files)
+
     def _column(self, name: str) -> list[Any]:
         return self._table.select_columns([name])[:][name]  # only this column's buffers are touched
 
 
-class JsonlSource:
+class JsonlSource(_Encoded):
     """Lines of JSON naming image files beside them. A path may not lead out of the folder, by `..` or by a link."""
 
     def __init__(
@@ -136,6 +164,12 @@ class JsonlSource:
     def identity(self) -> str:
         return _identity(self._name, self._split, self.columns, len(self))
 
+    def stamp(self) -> str:
+        files = (
+            self._root / path for paths in self._paths for path in paths if isinstance(path, str) and "\0" not in path
+        )
+        return stamp_of(files)
+
     def _resolve(self, row: int, side: int) -> Path:
         """The file behind a path, by its true name, if that is a file inside the folder."""
         given, column = self._paths[row][side], self.columns.images[side]
@@ -162,17 +196,24 @@ class JsonlSource:
 class StreamedSource:
     """Rows in the order of the source, read anew by every call of `rows`. Its length is not known beforehand."""
 
-    def __init__(self, description: str, identity: str, columns: Columns, rows):
+    def __init__(self, description: str, identity: str, columns: Columns, rows, stamp: str = ""):
         self.description = description
         self.columns = columns
         self._identity = identity
         self._rows = rows
+        self._stamp = stamp
 
     @classmethod
     def of_table(
-        cls, name: str, split: str, table: datasets.IterableDataset, wanted: "WantedColumns", max_rows: int | None
+        cls,
+        name: str,
+        split: str,
+        table: datasets.IterableDataset,
+        wanted: "WantedColumns",
+        max_rows: int | None,
+        files: Iterable[Path] = (),
     ) -> "StreamedSource":
-        """Stream a `datasets.IterableDataset`."""
+        """Stream a `datasets.IterableDataset`; `files` are its files on this disk."""
         with as_bad_input(f"data set {name!r}"):
             names = table.column_names or list(next(iter(table.take(1)), {}))
         columns = wanted.find(names, name)
@@ -197,7 +238,8 @@ class StreamedSource:
                 yield StreamedRow(row, record[columns.caption], label, images)
                 row += 1
 
-        return cls(_describe(name, split, columns, None), _identity(name, split, columns, max_rows), columns, rows)
+        description, identity = _describe(name, split, columns, None), _identity(name, split, columns, max_rows)
+        return cls(description, identity, columns, rows, stamp_of(files) if files else "")
 
     @classmethod
     def over(cls, source: Source) -> "StreamedSource":
@@ -208,7 +250,7 @@ class StreamedSource:
                 images = _or_reason(source.image_bytes, row)
                 yield StreamedRow(row, caption, label, images if isinstance(images, tuple) else (images, images))
 
-        return cls(source.description, source.identity(), source.columns, rows)
+        return cls(source.description, source.identity(), source.columns, rows, source.stamp())
 
     def rows(self) -> Iterator[StreamedRow]:
         """Every row once, from the first."""
@@ -217,6 +259,10 @@ class StreamedSource:
     def identity(self) -> str:
         """What must stay the same for a run to be resumed."""
         return self._identity + " streamed"
+
+    def stamp(self) -> str:
+        """As a `Source`'s; empty for a set on the hub, which is named and not looked at."""
+        return self._stamp
 
 
 def _read_jsonl(file: Path) -> list[dict[str, Any]]:
@@ -275,6 +321,18 @@ def _or_reason(function, *arguments):
         return function(*arguments)
     except BadImage as error:
         return error
+
+
+def stamp_of(files: Iterable[str | Path]) -> str:
+    """A hash of the files' names, sizes and times of change; of a file that cannot be looked at, its name."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files:
+        try:
+            status = os.stat(file)
+            digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode(errors="replace"))
+        except (OSError, ValueError):
+            digest.update(f"{file}\n".encode(errors="replace"))
+    return digest.hexdigest()
 
 
 def _describe(name: str, split: str, columns: Columns, rows: int | None) -> str:

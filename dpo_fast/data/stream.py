@@ -123,7 +123,7 @@ class StreamedPairs:
     def _to_batch(self, placed: list["_Placed"]) -> Batch:
         pair_id = torch.tensor([pair.pair_id for pair in placed], dtype=torch.int64)
         draw = torch.tensor([pair.epoch for pair in placed], dtype=torch.int64)
-        return collate(self._transform(pair_id, draw, [pair.encoded for pair in placed]))
+        return self._transform.batch(pair_id, draw, [pair.encoded for pair in placed])
 
     def _from(self, first: int) -> "Iterator[_Placed]":
         """All pairs of the endless stream from position `first` on."""

@@ -216,7 +216,9 @@ class Writer:
             "checksums": [f"{checksum:016x}" for _, checksum, _ in self._entries],
             "meta": [meta for _, _, meta in self._entries],
         }
-        write_text(self._path("json"), json.dumps({**body, "index_digest": _digest(body)}, separators=(",", ":")) + "\n")
+        write_text(
+            self._path("json"), json.dumps({**body, "index_digest": _digest(body)}, separators=(",", ":")) + "\n"
+        )
         self._path("log").unlink()
         self._entries, self._number = [], self._free_number()
 
