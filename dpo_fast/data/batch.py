@@ -7,7 +7,7 @@ image, as a pure function of (seed, pair id, draw): see `dpo_fast.draws`. The no
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -66,6 +66,8 @@ class PairTransform:
     caption_dropout: float = 0.0  # share of the pairs trained without their caption
     # SDXL's micro-conditioning. fixed: (R, R, 0, 0, R, R); real: the smaller image's true size and crop
     time_ids: str = "fixed"
+
+    in_threads: ClassVar[bool] = False  # batches are made in processes of their own
 
     def __post_init__(self) -> None:
         assert self.timesteps.dtype == torch.int64 and len(self.timesteps) > 0

@@ -83,6 +83,11 @@ def open_source(
     return TableSource(name, split, table, wanted, max_rows)
 
 
+def is_local(name_or_path: str | Path) -> bool:
+    """Whether a name means something on this disk, there or not, and no hub id."""
+    return Path(name_or_path).expanduser().exists() or _looks_local(str(name_or_path))
+
+
 def _local_splits(path: Path) -> tuple[dict[str, list[Path]], Path | None]:
     """Split name -> its files (a save_to_disk folder counts as one file); and the images' root folder for JSONL."""
     if path.is_file():

@@ -133,6 +133,15 @@ class Family(ABC):
         side = resolution // self.vae_factor
         return self.pipeline.unet.config.in_channels, side, side
 
+    def not_finite(self, row: int) -> BadInput:
+        """The error for a latent that `encode_images` gave for an image of a row and that is not finite."""
+        vae = str(self.pipeline.vae.dtype).removeprefix("torch.")
+        return BadInput(
+            f"row {row}: the VAE gave a non-finite latent (its dtype is {vae}, latents are fp16); use a VAE"
+            " that is safe in fp16, for SDXL --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix,"
+            " or --mixed_precision bf16 or no"
+        )
+
     def free_encoders(self, *, keep: bool) -> None:
         """Give back the device memory of VAE and text encoders, for training from encoded images and prompts.
 

@@ -47,6 +47,11 @@ class Manifest:
     def __init__(self, folder: Path):
         """Load what is in `folder`, which need not exist. Raises BadInput where it cannot be read."""
         self.folder = folder
+        self.reload()
+
+    def reload(self) -> None:
+        """Take what is on disk in the place of what is known here."""
+        folder = self.folder
         self.about: dict[str, Any] | None = None  # description, identity, columns, ended; None: a new manifest
         self._rows: dict[int, dict[str, Any]] = {}  # as in the file, nulls left out
         self._new: list[int] = []  # not yet in any file
@@ -108,20 +113,27 @@ class Manifest:
         if facts != before:
             self._new.append(row)
 
+    @property
+    def columns(self) -> Columns:
+        """The source's columns, once it is known what this is about."""
+        named = self.about["columns"]
+        return Columns(tuple(named["images"]), named["label"], named["caption"])
+
+    def streamed_rows(self) -> Iterator[StreamedRow]:
+        """A stream's known rows, keys in the place of image bytes."""
+        for row in range(len(self._rows)):
+            facts = self._rows[row]
+            yield StreamedRow(row, json.loads(facts["caption"]), json.loads(facts["label"]), self.images(row))
+
     def stream(self) -> StreamedSource:
-        """A stream's known rows again, keys in the place of image bytes."""
-        columns = Columns(
-            tuple(self.about["columns"]["images"]), *(self.about["columns"][k] for k in ("label", "caption"))
-        )
+        """The stream again, as far as it is known, keys in the place of image bytes."""
 
         def rows() -> Iterator[StreamedRow]:
-            for row in range(len(self._rows)):
-                facts = self._rows[row]
-                yield StreamedRow(row, json.loads(facts["caption"]), json.loads(facts["label"]), self.images(row))
+            yield from self.streamed_rows()
             if not self.about["ended"]:
                 raise RuntimeError(f"{self.folder} holds the first {len(self._rows)} rows only")
 
-        return StreamedSource(self.about["description"], self.about["identity"], columns, rows)
+        return StreamedSource(self.about["description"], self.about["identity"], self.columns, rows)
 
     def begin(self, source: Source | StreamedSource) -> None:
         """Make the folder and say what it is about, before the first part."""

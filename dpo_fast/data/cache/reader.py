@@ -62,6 +62,8 @@ class CachedItems:
 class CachedTransform:
     """Does for cached pairs what `PairTransform` does for encoded ones; their images are keys."""
 
+    in_threads = True
+
     def __init__(self, transform: PairTransform, latents: CachedItems, text: CachedItems):
         self.draws, self.latents, self.text = transform, latents, text
         assert not transform.random_crop, "only the centre is cached"

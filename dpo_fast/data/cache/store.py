@@ -97,14 +97,9 @@ class Store:
                     shard[i], row[i] = self._shard[place], self._row[place]
         return Found(shard, row)
 
-    def has(self, keys: Sequence[bytes]) -> np.ndarray:
-        """bool [n]: which of `keys` are here."""
-        if not len(keys):
-            return np.zeros(0, bool)
-        present = {key for shard in self.shards for key in shard.keys} if len(keys) > 1000 else None
-        if present is not None:
-            return np.array([key in present for key in keys])
-        return self.find(keys).shard >= 0
+    def keys(self) -> set[bytes]:
+        """The keys of all records."""
+        return {key for shard in self.shards for key in shard.keys}
 
     def record(self, shard: int, row: int) -> np.ndarray:
         """A record, uint8 [record_bytes], checked. Raises Damaged."""
@@ -244,6 +239,23 @@ def finish_orphans(root: Path, recipe: Recipe, ranks: int) -> None:
     for rank in sorted({rank for rank, _, kind in _shard_files(folder) if kind in ("part", "log") and rank >= ranks}):
         with Writer(root, recipe, rank):
             pass
+
+
+def log_keys(folder: Path) -> set[bytes]:
+    """The keys of the records in unfinished shards, after their writers took them up."""
+    keys = set()
+    for rank, number, kind in _shard_files(folder):
+        if kind == "log":
+            lines = (folder / f"shard-{rank}-{number:05d}.log").read_bytes().splitlines(keepends=True)
+            keys |= {entry[0] for entry in map(_entry, lines) if entry is not None}
+    return keys
+
+
+def default_root() -> Path:
+    """Where the cache is kept when nobody says: $DPO_FAST_CACHE, or dpo_fast in $HF_HOME or in ~/.cache."""
+    if given := os.environ.get("DPO_FAST_CACHE"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("HF_HOME") or "~/.cache").expanduser() / "dpo_fast"
 
 
 def not_writable(folder: Path, error: OSError) -> BadInput:
