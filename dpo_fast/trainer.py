@@ -90,8 +90,9 @@ class Trainer:
     @torch.no_grad()
     def encode(self, batch: Batch) -> tuple[torch.Tensor, Conditioning]:
         """Latents fp16 [2B,C,h,w] and conditioning [B,...]; a dropped caption is the model's empty prompt."""
-        latents, conditioning = batch.latents, batch.conditioning
-        if latents is None:  # the batch is not from the cache
+        if batch.latents is not None:  # from the cache
+            latents, conditioning = batch.latents, dict(batch.conditioning)
+        else:
             latents = self.family.encode_images(batch.pixels, self.config.vae_encode_batch_size)
             nonfinite = nonfinite_rows(latents).view(2, -1).any(0)
             self.nonfinite_pair = torch.maximum(self.nonfinite_pair, torch.where(nonfinite, batch.pair_id, -1).max())
@@ -447,6 +448,7 @@ class Trainer:
                 f"{self.family.name} {config.tuning} on {self.ranks.world_size} x {self.ranks.device.type},"
                 f" {precision}, {trained:,} parameters trained",
                 pairs,
+                f"cache: {self._cache_overview()}",
                 f"steps: {run.step} to {config.max_train_steps}, each {config.pairs_per_step} pairs"
                 f" ({self.ranks.world_size} processes x {config.train_batch_size} x"
                 f" {config.gradient_accumulation_steps}) at {config.resolution} px,"
@@ -454,6 +456,17 @@ class Trainer:
                 f"objective: {config.objective}, beta {config.beta_dpo:g}, lr {masters.base_lr:g}, seed {config.seed}",
                 f"output: {run.folder}",
             )
+        )
+
+    def _cache_overview(self) -> str:
+        """What came from the cache, or that there is none."""
+        counts = self.run_.cached
+        if counts is None:
+            return "none, images and captions are encoded at every visit"
+        kept = "; encoders kept for the samples" if self.config.run_validation else ""
+        return (
+            f"{counts.image_uses} images are {counts.images} different ones, {counts.captions} captions"
+            f" {counts.prompts}; encoded now {counts.images_encoded} and {counts.prompts_encoded}{kept}"
         )
 
     def _say(self, message: str) -> None:

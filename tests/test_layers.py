@@ -16,9 +16,10 @@ LEVELS = [
     ["draws", "schedule", "objectives", "config"],
     ["models", "data", "shapes"],
     ["card", "checkpoint", "hub", "metrics", "optim", "parallel", "plan", "reference", "run_folder", "sampling"],
+    ["caching"],
     ["opening"],
     ["trainer", "evaluation"],
-    ["train", "env"],
+    ["train", "cache", "env"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(ROOT.rglob("*.py"))
