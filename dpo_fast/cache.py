@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from dpo_fast.config import parse
+from dpo_fast.door import guarded, say, show_log
 from dpo_fast.errors import BadInput
-from dpo_fast.train import guarded, say, show_log
 
 
 def main(argv: list[str] | None = None) -> int:

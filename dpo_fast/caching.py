@@ -164,17 +164,8 @@ def fill(
         ranks.on_main(begin)
         work.look()  # again: another builder may just have done it
         ranks.on_main(work.check_space)
-        problem = None
-        try:
-            with _said_in_one_line(work.root):
-                work.build()
-        except Exception as error:  # whatever it is, the other ranks must not wait for ever
-            problem = error
-        found = [other for other in ranks.gather(problem and str(problem)) if other]
-        if problem is not None:
-            raise problem
-        if found:
-            raise BadInput(found[0])
+        for stage in (work.take_up, work.build):
+            _together(ranks, stage, work.root)
         with _said_in_one_line(work.root):
             ranks.on_main(work.conclude)
     cached = Cached(*(open_items(work.root, recipe) for recipe in work.recipes), work.counts)
@@ -229,20 +220,24 @@ class _Work:
                 " --latent_cache_dir, or train with --no-cache"
             )
 
-    def build(self) -> None:
-        """Encode what is missing, this rank's share."""
-        images, text = self.recipes
-        self.counts = Counts()
+    def take_up(self) -> None:
+        """Open this rank's shards where an earlier build left them."""
         if self.ranks.is_main and self.source is not None:
             self.manifest.begin(self.source)
+        self.writers = [Writer(self.root, recipe, self.ranks.rank) for recipe in self.recipes]
+
+    def build(self) -> None:
+        """Encode what is missing, this rank's share."""
+        self.counts = Counts()
+        for writer in self.writers:  # by now each holds what its rank's unfinished shard had
+            keys = self.latents if writer.recipe.kind == "latents" else self.text
+            keys |= log_keys(writer.folder)
         with ThreadPoolExecutor(max(1, self.config.dataloader_num_workers)) as pool:
             try:
-                with Writer(self.root, images, self.ranks.rank) as writer:
-                    self.latents |= self._pending(images)
-                    self._encode_images(writer, pool)
-                with Writer(self.root, text, self.ranks.rank) as writer:
-                    self.text |= self._pending(text)
-                    self._encode_prompts(writer)
+                with self.writers[0]:
+                    self._encode_images(self.writers[0], pool)
+                with self.writers[1]:
+                    self._encode_prompts(self.writers[1])
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -410,10 +405,20 @@ class _Work:
                 bar.update(len(captions))
                 self.counts.prompts_encoded += len(captions)
 
-    def _pending(self, recipe: Recipe) -> set[bytes]:
-        """What unfinished shards hold, once every rank has taken up its own."""
-        self.ranks.wait()
-        return log_keys(self.root / recipe.folder_name)
+
+def _together(ranks: Ranks, stage: Callable[[], None], root: Path) -> None:
+    """Run a stage of the build on every rank; a problem of one ends it on all, so that none waits for ever."""
+    problem = None
+    try:
+        with _said_in_one_line(root):
+            stage()
+    except Exception as error:
+        problem = error
+    found = [other for other in ranks.gather(problem and str(problem)) if other]
+    if problem is not None:
+        raise problem
+    if found:
+        raise BadInput(found[0])
 
 
 def knows(config: TrainConfig, manifest: Manifest, wanted: Wanted) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import xxhash
 
 from dpo_fast.data.cache.recipe import Recipe
@@ -98,12 +97,9 @@ def _fault(path: Path, recipe: Recipe) -> str | None:
         return str(error)
     if sha256_of(shard.path) == shard.sha256:
         return None
-    wrong = [
-        i
-        for i, record in enumerate(shard.records)
-        if xxhash.xxh3_64_intdigest(np.ascontiguousarray(record)) != shard.checksums[i]
-    ]
-    return f"its sha256 differs; damaged records: {', '.join(map(str, wrong)) or 'none'}"
+    pairs = zip(shard.records, shard.checksums, strict=True)
+    wrong = [str(row) for row, (record, checksum) in enumerate(pairs) if xxhash.xxh3_64_intdigest(record) != checksum]
+    return f"its sha256 differs; damaged records: {', '.join(wrong) or 'none'}"
 
 
 def _about_recipe(folder: Path) -> str:
