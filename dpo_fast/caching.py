@@ -162,10 +162,10 @@ def fill(
                 finish_orphans(work.root, recipe, ranks.world_size)
 
         ranks.on_main(begin)
-        work.look()  # again: another builder may just have done it
+        _together(ranks, work.take_up, work.root)
+        work.look()  # again: a shard may have been completed, or another builder may just have done it all
         ranks.on_main(work.check_space)
-        for stage in (work.take_up, work.build):
-            _together(ranks, stage, work.root)
+        _together(ranks, work.build, work.root)
         with _said_in_one_line(work.root):
             ranks.on_main(work.conclude)
     cached = Cached(*(open_items(work.root, recipe) for recipe in work.recipes), work.counts)

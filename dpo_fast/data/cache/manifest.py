@@ -137,8 +137,8 @@ class Manifest:
 
     def begin(self, source: Source | StreamedSource) -> None:
         """Make the folder and say what it is about, before the first part."""
+        remove_temporaries(self.folder)
         if self.about is None:
-            remove_temporaries(self.folder)
             self.about = {
                 "description": source.description,
                 "identity": source.identity().removesuffix(" streamed"),
