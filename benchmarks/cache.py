@@ -6,8 +6,8 @@ build: images and prompts a second of whole builds (JPEGs read, hashed, decoded,
 of the real architectures and random weights, so what is measured is the machinery and not a real VAE.
 read: pairs a second of training's own loader at the record sizes of the real models, in shuffled order from a warm page
 cache, every record checked against its checksum; beside it a plain sequential read of as many bytes of the same files.
-The last table multiplies record sizes by the counts of Pick-a-Pic v2; nothing in it depends on a guess but the number
-of distinct images, given as a range: none recurs, or about two of five do.
+The last table multiplies record sizes by the counts of Pick-a-Pic v2. How many of its images are distinct is not known
+here: the range is from an assumed 1.0 million to none recurring.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from tests.helpers import pipelines
 from tests.helpers.pairs import write_pickapic
 
 PAIRS, PROMPTS = 851_293, 58_960  # Pick-a-Pic v2 without its ties
-IMAGES = {"two of five recur": 1_000_000, "none recurs": 2 * PAIRS}
+IMAGES = {"assumed": 1_000_000, "none recurs": 2 * PAIRS}
 SOURCE_BYTES = 335e9
 BATCH, ROUNDS = 8, 5
 
@@ -94,7 +94,8 @@ def build_rows(folder: Path) -> list[dict]:
     print(f"\n{'build':34}{'images/s':>10}{'prompts/s':>11}{'again, s':>10}")
     rows = []
     for name, make, resolution in (("sd15", pipelines.make_sd15, 512), ("sdxl", pipelines.make_sdxl, 1024)):
-        model = make(folder / name)
+        with contextlib.redirect_stderr(io.StringIO()):
+            model = make(folder / name)
         counts = {"images": (24, ["one caption"] * 24), "prompts": (200, [f"caption {i}" for i in range(200)])}
         seconds = {}
         for what, (n, captions) in counts.items():
@@ -220,14 +221,11 @@ def predict(shape: Shape, read: dict, hashing: float) -> dict:
         "hash_source_s": SOURCE_BYTES / hashing,
     }
     if shape is SHAPES[0]:
-        print(
-            f"\n{'Pick-a-Pic v2: ' + f'{PAIRS:,} pairs':34}{'disk GB, images recurring .. not':>34}{'of it text':>12}",
-            end="",
-        )
-        print(f"{'an epoch read':>15}{'335 GB hashed':>15}")
+        title = f"Pick-a-Pic v2: {PAIRS:,} pairs"
+        print(f"\n{title:34}{'disk, GB':>14}{'of it text':>12}{'an epoch read':>15}{'335 GB hashed':>15}")
     low, high = disk.values()
     epoch, hashed = row["epoch_read_s"] / 60, row["hash_source_s"] / 60
-    print(f"{shape.name:34}{f'{low:.0f} .. {high:.0f}':>34}{text / 1e9:12.1f}{epoch:11.1f} min{hashed:11.1f} min")
+    print(f"{shape.name:34}{f'{low:.0f} .. {high:.0f}':>14}{text / 1e9:12.1f}{epoch:11.1f} min{hashed:11.1f} min")
     return row
 
 
