@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the small pipelines live w
 
 from dpo_fast import cache
 from dpo_fast.data import PairDataset, PairIndex, PairTransform, TrainStream, make_loader
-from dpo_fast.data.cache.reader import CachedTransform, open_items
+from dpo_fast.data.cache.reader import CachedItems, CachedTransform
 from dpo_fast.data.cache.recipe import Field, Recipe, caption_key
-from dpo_fast.data.cache.store import Writer, begin_folder
+from dpo_fast.data.cache.store import Store, Writer, begin_folder
 from dpo_fast.data.images import image_key
 from tests.helpers import pipelines
 from tests.helpers.pairs import write_pickapic
@@ -151,7 +151,7 @@ def read_row(shape: Shape, n: int, folder: Path) -> dict:
     ids = torch.arange(n)
     index = PairIndex(ids, torch.zeros(n, dtype=torch.int64), torch.ones(n), captions)
     transform = PairTransform(resolution=8 * shape.latents[0].shape[1], seed=0, timesteps=torch.arange(1000))
-    dataset = PairDataset(source, index, CachedTransform(transform, *(open_items(folder, r) for r in recipes)))
+    dataset = PairDataset(source, index, CachedTransform(transform, *(CachedItems(Store(folder, r)) for r in recipes)))
     stream = TrainStream(seed=0, pair_ids=ids, pairs_per_step=BATCH, batch_size=BATCH)
     steps = n // BATCH
 

@@ -2,13 +2,14 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dpo_fast.data.cache import store
-from dpo_fast.data.cache.reader import CachedItems, open_items
+from dpo_fast.data.cache.reader import CachedItems
 from dpo_fast.data.cache.recipe import Field, Recipe, caption_key, mirrored
 from dpo_fast.data.cache.store import Damaged, Store, Writer, begin_folder, finish_orphans, locked, log_keys
 from dpo_fast.data.images import image_key
@@ -71,7 +72,7 @@ def test_records_come_back_as_tensors(tmp_path):
     exact = np.random.randn(2).astype(np.float32)
     key = image_key(b"x")
     write(tmp_path, {key: (wide.tobytes() + pooled.tobytes() + exact.tobytes(), None)})
-    read = open_items(tmp_path, RECIPE).read([key, None, key])
+    read = CachedItems(Store(tmp_path, RECIPE)).read([key, None, key])
     for name, value in (("wide", wide), ("pooled", pooled), ("exact", exact)):
         assert read[name].numpy().dtype == value.dtype
         assert (read[name][0].numpy() == value).all() and (read[name][2].numpy() == value).all()
@@ -149,6 +150,28 @@ def test_a_writer_killed_while_it_completed_a_shard(tmp_path, monkeypatch, stopp
     assert whole == cut
 
 
+def test_an_unfinished_shard_is_taken_up_though_an_earlier_one_was_deleted(tmp_path):
+    """Killed in the third shard; then the first was found damaged and removed."""
+    entries = items(11)
+    begin_folder(tmp_path, RECIPE)
+    writer = Writer(tmp_path, RECIPE, 0)
+    for key, value in list(entries.items())[:10]:
+        writer.add(key, *value)
+    folder = tmp_path / RECIPE.folder_name
+    store.remove_shard(folder / "shard-0-00000.json")
+    again = Writer(tmp_path, RECIPE, 0)
+    assert again.pending == list(entries)[8:10]
+    there = Store(tmp_path, RECIPE).keys() | log_keys(folder)
+    assert there == set(list(entries)[4:10])
+    with again:
+        for key, value in entries.items():
+            if key not in there:
+                again.add(key, *value)
+    assert Store(tmp_path, RECIPE).keys() == set(entries)
+    assert sorted(p.name for p in folder.glob("shard-*.bin")) == [f"shard-0-{n:05d}.bin" for n in range(3)]
+    assert not log_keys(folder)
+
+
 def test_ranks_write_side_by_side_and_fewer_ranks_finish_for_more(tmp_path):
     entries = items(14)
     shares = [dict(list(entries.items())[rank::3]) for rank in range(3)]
@@ -214,6 +237,18 @@ def test_recipes_and_keys_tell_apart_what_differs():
     assert len({key, mirrored(key), mirrored(mirrored(key)), image_key(b"Image")}) == 4
     assert caption_key("image") != caption_key("Image")
     assert len(mirrored(key)) == len(key) == len(caption_key("x")) == 16
+
+
+def test_a_lock_on_a_folder_that_was_deleted_meanwhile_is_none(tmp_path, monkeypatch):
+    flock = store.fcntl.flock
+
+    def slow(file, how):
+        shutil.rmtree(tmp_path / "folder")  # between the opening of the lock and its taking
+        flock(file, how)
+
+    monkeypatch.setattr(store.fcntl, "flock", slow)
+    with pytest.raises(BadInput, match="was just deleted"), locked(tmp_path / "folder"):
+        raise AssertionError("locked what is gone")
 
 
 def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):

@@ -1,7 +1,6 @@
 """Batches from the cache: pairs by the keys of their images and captions, copied once, each record checked."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -122,10 +121,3 @@ class CachedImages:
 
     def image_bytes(self, row: int) -> tuple[bytes, bytes]:
         return self._source.image_keys(row)
-
-
-def open_items(root: Path, recipe: Recipe) -> CachedItems:
-    """The entries of a recipe as they are now."""
-    store = Store(root, recipe)
-    store.touch()
-    return CachedItems(store)

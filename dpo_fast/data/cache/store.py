@@ -20,12 +20,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 import numpy as np
 import xxhash
 
 from dpo_fast.data.cache.recipe import KEY_BYTES, Recipe
+from dpo_fast.data.cache.signed import signed, unsigned
 from dpo_fast.errors import BadInput
 from dpo_fast.files import remove_temporaries, write_json, write_text
 
@@ -43,11 +44,16 @@ class Shard:
     """One complete shard, memory-mapped."""
 
     path: Path  # of the .bin
-    keys: list[bytes]
-    checksums: list[int]  # xxh3_64 of each record
+    key_bytes: np.ndarray  # uint8 [n, KEY_BYTES]
+    checksums: np.ndarray  # uint64 [n], xxh3_64 of each record
     meta: list[Any]  # JSON of each record, None where there is nothing to say
     sha256: str
     records: np.ndarray  # uint8 [n, record_bytes]
+
+    @property
+    def keys(self) -> list[bytes]:
+        whole = self.key_bytes.tobytes()
+        return [whole[i : i + KEY_BYTES] for i in range(0, len(whole), KEY_BYTES)]
 
 
 class Found(NamedTuple):
@@ -73,12 +79,11 @@ class Store:
                     if not drop_damaged:
                         raise
                     remove_shard(path)
-        keys = np.frombuffer(b"".join(key for shard in self.shards for key in shard.keys), np.uint8)
-        keys = keys.reshape(-1, KEY_BYTES)
-        heads = keys[:, :8].copy().view(">u8").reshape(-1).astype(np.uint64)
+        keys = np.concatenate([shard.key_bytes for shard in self.shards] or [np.zeros((0, KEY_BYTES), np.uint8)])
+        heads = _heads(keys)
         order = np.argsort(heads, kind="stable")
         self._heads, self._keys = heads[order], keys[order]
-        counts = [len(shard.keys) for shard in self.shards]
+        counts = [len(shard.key_bytes) for shard in self.shards]
         self._shard = np.repeat(np.arange(len(counts)), counts)[order]
         self._row = np.concatenate([np.arange(n) for n in counts] or [np.zeros(0, np.int64)])[order]
 
@@ -88,7 +93,7 @@ class Store:
     def find(self, keys: Sequence[bytes]) -> Found:
         """Where the records of `keys` are."""
         wanted = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
-        heads = wanted[:, :8].copy().view(">u8").reshape(-1).astype(np.uint64)
+        heads = _heads(wanted)
         shard, row = np.full(len(wanted), -1), np.full(len(wanted), -1)
         first, last = np.searchsorted(self._heads, heads), np.searchsorted(self._heads, heads, "right")
         for i in range(len(wanted)):
@@ -118,8 +123,12 @@ class Store:
 
     def touch(self) -> None:
         """Note that the entries were used, for `prune`; in a read-only cache nothing is noted."""
+        path = self.folder / "recipe.json"
         with suppress(OSError):
-            os.utime(self.folder / "recipe.json")
+            if path.exists():
+                os.utime(path)
+            elif self.shards:  # `verify --remove` took it
+                write_json(path, self.recipe.as_json())
 
 
 class Writer:
@@ -133,11 +142,16 @@ class Writer:
         self.recipe, self.rank = recipe, rank
         self.folder = Path(root) / recipe.folder_name
         self.capacity = max(1, SHARD_BYTES // recipe.record_bytes)
-        self._number = self._free_number()
         self._entries: list[tuple[bytes, int, Any]] = []
         self._part: BinaryIO | None = None
         self._log: BinaryIO | None = None
-        self._resume()
+        for number in self._unfinished():
+            if self._entries:  # two of them: shards were deleted in between
+                self._complete()
+            self._number = number
+            self._resume()
+        if not self._entries:
+            self._number = self._free_number()
         self.pending = [key for key, _, _ in self._entries]
         if len(self._entries) >= self.capacity:
             self._complete()
@@ -167,31 +181,40 @@ class Writer:
     def _path(self, suffix: str) -> Path:
         return self.folder / f"shard-{self.rank}-{self._number:05d}.{suffix}"
 
+    def _numbers(self, *kinds: str) -> set[int]:
+        """Of this rank's files of these kinds."""
+        return {number for rank, number, kind in _shard_files(self.folder) if rank == self.rank and kind in kinds}
+
     def _free_number(self) -> int:
-        taken = {number for rank, number, kind in _shard_files(self.folder) if rank == self.rank and kind == "json"}
+        taken = self._numbers("json")
         return next(number for number in range(len(taken) + 1) if number not in taken)
 
+    def _unfinished(self) -> list[int]:
+        """The shards that a killed process left without their index, ascending."""
+        done = self._numbers("json")
+        for number in self._numbers("log") & done:  # done, but for this
+            (self.folder / f"shard-{self.rank}-{number:05d}.log").unlink()
+        return sorted(self._numbers("bin", "part", "log") - done)
+
     def _resume(self) -> None:
-        """Take up what a killed process left: whole records in the order of the log, nothing behind them."""
-        for rank, number, kind in _shard_files(self.folder):  # done already, but for deleting its log
-            if rank == self.rank and kind == "log" and (self.folder / f"shard-{rank}-{number:05d}.json").exists():
-                (self.folder / f"shard-{rank}-{number:05d}.log").unlink()
+        """Take up an unfinished shard: whole records in the order of the log, nothing behind them."""
         part, log = self._path("part"), self._path("log")
         if self._path("bin").exists():  # killed between the rename and the JSON
             self._path("bin").rename(part)
-        if not (part.exists() and log.exists()):
+        size, lines = self.recipe.record_bytes, []
+        if part.exists() and log.exists():
+            with part.open("rb") as file:
+                for line in log.read_bytes().splitlines(keepends=True):
+                    record = file.read(size)
+                    entry = _entry(line)
+                    if entry is None or len(record) < size or xxhash.xxh3_64_intdigest(record) != entry[1]:
+                        break
+                    self._entries.append(entry)
+                    lines.append(line)
+        if not self._entries:
             part.unlink(missing_ok=True)
             log.unlink(missing_ok=True)
             return
-        size, lines = self.recipe.record_bytes, []
-        with part.open("rb") as file:
-            for line in log.read_bytes().splitlines(keepends=True):
-                record = file.read(size)
-                entry = _entry(line)
-                if entry is None or len(record) < size or xxhash.xxh3_64_intdigest(record) != entry[1]:
-                    break
-                self._entries.append(entry)
-                lines.append(line)
         os.truncate(part, size * len(self._entries))
         os.truncate(log, sum(map(len, lines)))
         self._part, self._log = open(part, "ab", 0), open(log, "ab", 0)
@@ -211,22 +234,22 @@ class Writer:
             "checksums": [f"{checksum:016x}" for _, checksum, _ in self._entries],
             "meta": [meta for _, _, meta in self._entries],
         }
-        write_text(
-            self._path("json"), json.dumps({**body, "index_digest": _digest(body)}, separators=(",", ":")) + "\n"
-        )
+        write_text(self._path("json"), signed(json.dumps(body, separators=(",", ":"))))
+        _sync(self.folder)
         self._path("log").unlink()
         self._entries, self._number = [], self._free_number()
 
 
 def begin_folder(root: Path, recipe: Recipe) -> None:
-    """Make the recipe's folder, with recipe.json. Raises BadInput where it holds another recipe, or cannot be made."""
+    """Make the recipe's folder, with recipe.json (it may be missing: shards and the folder's name tell of it too).
+
+    Raises BadInput where it holds another recipe, or cannot be made.
+    """
     folder = Path(root) / recipe.folder_name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_temporaries(folder)
         if not (folder / "recipe.json").exists():
-            if any(_shard_files(folder)):
-                raise BadInput(f"{folder} has shards but no recipe.json: delete the folder, it will be built again")
             write_json(folder / "recipe.json", recipe.as_json())
     except OSError as error:
         raise not_writable(folder, error) from error
@@ -282,11 +305,21 @@ def locked(folder: Path) -> Iterator[None]:
                 f"{folder} is being built by {file.read().strip() or 'another process'}: wait until it is done"
                 " (a second builder would do the same work), or name another --latent_cache_dir"
             ) from error
+        if not _is_there(folder / ".lock", file):
+            raise BadInput(f"{folder} was just deleted by another process: start the same command again")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
         file.truncate(0)
+
+
+def _is_there(path: Path, file: TextIO) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def shard_indices(folder: Path) -> list[Path]:
@@ -299,10 +332,9 @@ def read_shard(path: Path, recipe: Recipe) -> Shard:
     """The shard whose index is `path`: its index checked, its size checked. Raises Damaged."""
     bin_path = path.with_suffix(".bin")
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        if body.pop("index_digest") != _digest(body):
-            raise ValueError("its contents do not agree with their digest")
-        keys, checksums = [bytes.fromhex(key) for key in body["keys"]], [int(c, 16) for c in body["checksums"]]
+        body = json.loads(unsigned(path.read_text(encoding="utf-8")))
+        keys = np.frombuffer(bytes.fromhex("".join(body["keys"])), np.uint8).reshape(-1, KEY_BYTES)
+        checksums = np.array([int(checksum, 16) for checksum in body["checksums"]], np.uint64)
         meta, sha256, of = body["meta"], body["sha256"], (body["recipe"], body["record_bytes"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise Damaged(f"{path} cannot be read as the index of a shard ({error}); {_BUILD}") from error
@@ -336,10 +368,13 @@ def sha256_of(path: Path) -> str:
 
 
 def _check_recipe(folder: Path, recipe: Recipe) -> None:
+    path = folder / "recipe.json"
+    if not path.exists():
+        return
     try:
-        there = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+        there = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BadInput(f"{folder / 'recipe.json'} cannot be read ({error}): delete the folder {folder}") from error
+        raise BadInput(f"{path} cannot be read ({error}): delete this file, it is made again") from error
     if there != recipe.as_json():
         differences = recipe.differences(there) if isinstance(there, dict) else ["it is no recipe"]
         raise BadInput(
@@ -354,6 +389,11 @@ def _shard_files(folder: Path) -> list[tuple[int, int, str]]:
     return [(int(m[1]), int(m[2]), m[3]) for m in matches if m]
 
 
+def _heads(keys: np.ndarray) -> np.ndarray:
+    """The first 64 bits of keys, uint64 [n]."""
+    return keys[:, :8].copy().view(">u8").reshape(-1).astype(np.uint64)
+
+
 def _entry(line: bytes) -> tuple[bytes, int, Any] | None:
     """A line of the log; None where it was cut off."""
     try:
@@ -363,8 +403,13 @@ def _entry(line: bytes) -> tuple[bytes, int, Any] | None:
         return None
 
 
-def _digest(body: dict[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=8).hexdigest()
+def _sync(folder: Path) -> None:
+    """Have the names in `folder` on the disk, not only the files."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _write(file: BinaryIO, data: bytes | memoryview) -> None:
