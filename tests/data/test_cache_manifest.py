@@ -1,7 +1,6 @@
 """What is remembered of a source's rows: the same answers as the source gives, and no image read for them twice."""
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from dpo_fast.data import BadImage, BadRow, build_index, open_source
@@ -100,17 +99,40 @@ def test_later_facts_complete_earlier_ones(tmp_path):
     assert 3 in again and 4 not in again
 
 
-def test_a_damaged_file_is_refused(tmp_path):
+def test_every_flipped_bit_is_noticed(tmp_path):
     source = faulty(tmp_path)
     manifest = Manifest(tmp_path / "pairs")
     manifest.begin(source)
-    for row in range(1000):
-        manifest.note(row, (np.random.bytes(16), np.random.bytes(16)))
+    for row in range(40):
+        manifest.note(row, (np.random.bytes(16), np.random.bytes(16)), (f"caption {row}", 1.0))
     manifest.save(ended=True)
-    file = tmp_path / "pairs" / "rows.parquet"
-    assert pq.read_metadata(file).num_rows == 1000
-    data = bytearray(file.read_bytes())
-    data[len(data) // 3] ^= 16
-    file.write_bytes(data)
-    with pytest.raises(BadInput, match="delete the folder"):
-        Manifest(tmp_path / "pairs")
+    files = sorted((tmp_path / "pairs").iterdir())
+    assert [file.name.split("-")[0] for file in files] == ["manifest.json", "rows"]
+    for file in files:
+        good = file.read_bytes()
+        for place in np.random.default_rng().choice(len(good), 100):
+            data = bytearray(good)
+            data[place] ^= 1 << np.random.randint(8)
+            file.write_bytes(data)
+            with pytest.raises(BadInput, match="delete the folder"):
+                Manifest(tmp_path / "pairs")
+        file.write_bytes(good)
+    assert len(Manifest(tmp_path / "pairs")) == 40
+
+
+def test_a_row_noted_again_replaces_what_was_known(tmp_path):
+    source = faulty(tmp_path)
+    manifest = Manifest(tmp_path / "pairs")
+    manifest.begin(source)
+    old, new = [(np.random.bytes(16), np.random.bytes(16)) for _ in range(2)]
+    manifest.note(0, old)
+    manifest.note_decoded(0, BadRow(0, "jpg_1", "cannot be decoded"))
+    manifest.save(ended=False)
+    again = Manifest(tmp_path / "pairs")
+    assert again.agrees(0, old) and not again.agrees(0, new) and not again.agrees(0, (old[0], BadImage("gone")))
+    again.note(0, new)
+    again.save_part()
+    latest = Manifest(tmp_path / "pairs")
+    assert latest.images(0) == new
+    with pytest.raises(KeyError):
+        latest.decodes(0)

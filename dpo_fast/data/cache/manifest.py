@@ -1,16 +1,19 @@
 """What was once found out about the rows of a source, so that its images need not be read again.
 
-    pairs-<hash>/manifest.json    the source in words, and whether a stream was read to its end
-                 rows.parquet     a line a known row: keys of its images, what is wrong with them; a stream's caption
-                                  and label too
-                 part-N.parquet   the same while a build is running; merged into rows.parquet at its end
+    pairs-<hash>/manifest.json            the source in words, and whether a stream was read to its end
+                 rows-<digest>.parquet    a line a known row: keys of its images, what is wrong with them; a stream's
+                                          caption and label too
+                 part-N-<digest>.parquet  the same while a build is running; merged into one at its end
 
-The hash is over how the source was asked for and over its files' names, sizes and times. A data set that was copied or
-touched is read and hashed again; nothing is encoded again, for an entry's key depends on the image alone.
+<digest> is of the file's bytes. The hash is over how the source was asked for and over its files' names, sizes and
+times. A data set that was copied or touched is read and hashed again; nothing is encoded again, for an entry's key
+depends on the image alone.
 """
 
 import json
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_fast.data.cache.recipe import KEY_BYTES
+from dpo_fast.data.cache.signed import digest, signed, unsigned
 from dpo_fast.data.columns import Columns
 from dpo_fast.data.images import BadImage, decode, image_key
 from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
 from dpo_fast.errors import BadInput
-from dpo_fast.files import atomic_file, remove_temporaries, write_json
+from dpo_fast.files import atomic_file, remove_temporaries, write_text
 
 _SCHEMA = pa.schema(
     [
@@ -57,11 +61,11 @@ class Manifest:
         self._new: list[int] = []  # not yet in any file
         try:
             if (folder / "manifest.json").exists():
-                self.about = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+                self.about = json.loads(unsigned((folder / "manifest.json").read_text(encoding="utf-8")))
             parts = sorted(folder.glob("part-*.parquet"))
-            for file in [folder / "rows.parquet", *parts]:
-                if file.exists():
-                    self._read(file)
+            whole = sorted(folder.glob("rows-*.parquet"), key=lambda file: file.stat().st_mtime_ns)
+            for file in [*whole, *parts]:  # of a row the latest counts
+                self._read(file)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise BadInput(f"{folder} cannot be read ({error}): delete the folder, it is made again") from error
         self._parts = len(parts)
@@ -86,22 +90,23 @@ class Manifest:
 
     def decodes(self, row: int) -> bool | BadRow:
         """Whether both images of a row decode; BadRow says why not. KeyError where nobody tried."""
-        facts = self._rows[row]
-        if facts["decoded"]:
+        if self._rows[row]["decoded"]:
             return True
-        return BadRow(row, facts["bad_column"], facts["bad_reason"])
+        return self.bad(row)
+
+    def bad(self, row: int) -> BadRow | None:
+        """Why an image of a known row does not decode, where that is known."""
+        facts = self._rows[row]
+        return BadRow(row, facts["bad_column"], facts["bad_reason"]) if facts.get("decoded") is False else None
 
     def note(self, row: int, images: tuple[bytes | BadImage, bytes | BadImage], text: tuple | None = None) -> None:
         """Remember a row's keys (or why there are none), and of a stream (caption, label) as stored."""
-        facts = self._rows.setdefault(row, {})
-        for side, image in enumerate(images):
-            if isinstance(image, BadImage):
-                facts[f"fault_{side}"] = json.dumps([image.column, image.reason])
-            else:
-                facts[f"key_{side}"] = image
-        if text is not None:
-            facts["caption"], facts["label"] = (json.dumps(value, default=_as_no_text) for value in text)
+        self._rows[row] = _facts(images, text)
         self._new.append(row)
+
+    def agrees(self, row: int, images: tuple[bytes | BadImage, bytes | BadImage], text: tuple | None = None) -> bool:
+        """Whether a known row still is what was noted."""
+        return all(self._rows[row].get(name) == value for name, value in _facts(images, text).items())
 
     def note_decoded(self, row: int, bad: BadRow | None) -> None:
         """Remember whether both images of a known row decode."""
@@ -139,40 +144,55 @@ class Manifest:
         """Make the folder and say what it is about, before the first part."""
         remove_temporaries(self.folder)
         if self.about is None:
-            self.about = {
+            about = {
                 "description": source.description,
                 "identity": source.identity().removesuffix(" streamed"),
                 "columns": asdict(source.columns),
                 "ended": False,
             }
-            write_json(self.folder / "manifest.json", self.about)
+            self._write_about(about)
 
     def save_part(self) -> None:
         """Write what was found out since the last time, so that a killed process need not find it out again."""
         if self._new:
-            self._write(self.folder / f"part-{self._parts:05d}.parquet", sorted(set(self._new)))
+            self._write(f"part-{self._parts:05d}", sorted(set(self._new)))
             self._parts, self._new = self._parts + 1, []
 
     def save(self, ended: bool) -> None:
         """Write all that is known as one file, the same however often the work was interrupted."""
-        self._write(self.folder / "rows.parquet", sorted(self._rows))
-        self.about["ended"] = ended or self.about["ended"]
-        write_json(self.folder / "manifest.json", self.about)
-        for part in self.folder.glob("part-*.parquet"):
-            part.unlink()
+        written = self._write("rows", sorted(self._rows))
+        self._write_about({**self.about, "ended": ended or self.about["ended"]})
+        for file in [*self.folder.glob("rows-*.parquet"), *self.folder.glob("part-*.parquet")]:
+            if file != written:
+                file.unlink()
         self._parts, self._new = 0, []
 
-    def _read(self, file: Path) -> None:
-        for batch in pq.ParquetFile(file, page_checksum_verification=True).iter_batches(columns=_SCHEMA.names):
-            for facts in batch.to_pylist():
-                self._rows.setdefault(facts["row"], {}).update(
-                    {name: value for name, value in facts.items() if value is not None and name != "row"}
-                )
+    def touch(self) -> None:
+        """Note that this was used, for `prune`; in a read-only cache nothing is noted."""
+        with suppress(OSError):
+            os.utime(self.folder / "manifest.json")
 
-    def _write(self, file: Path, rows: list[int]) -> None:
+    def _read(self, file: Path) -> None:
+        data = file.read_bytes()
+        if not file.stem.endswith(f"-{digest(data)}"):
+            raise ValueError(f"the contents of {file.name} do not agree with the digest in its name")
+        for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches(columns=_SCHEMA.names):
+            for facts in batch.to_pylist():
+                self._rows[facts["row"]] = {k: v for k, v in facts.items() if v is not None and k != "row"}
+
+    def _write(self, name: str, rows: list[int]) -> Path:
         table = pa.Table.from_pylist([{"row": row, **self._rows[row]} for row in rows], schema=_SCHEMA)
-        with atomic_file(file) as temporary:
-            pq.write_table(table, temporary, write_page_checksum=True)
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        data = sink.getvalue().to_pybytes()
+        path = self.folder / f"{name}-{digest(data)}.parquet"
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(data)
+        return path
+
+    def _write_about(self, about: dict[str, Any]) -> None:
+        self.about = about
+        write_text(self.folder / "manifest.json", signed(json.dumps(about)))
 
 
 class RememberedSource:
@@ -253,6 +273,18 @@ def undecodable(row: int, images: tuple[bytes | BadImage, bytes | BadImage], col
         except BadImage as error:
             return BadRow(row, error.column or column, error.reason)
     return None
+
+
+def _facts(images: tuple[bytes | BadImage, bytes | BadImage], text: tuple | None) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for side, image in enumerate(images):
+        if isinstance(image, BadImage):
+            facts[f"fault_{side}"] = json.dumps([image.column, image.reason])
+        else:
+            facts[f"key_{side}"] = image
+    if text is not None:
+        facts["caption"], facts["label"] = (json.dumps(value, default=_as_no_text) for value in text)
+    return facts
 
 
 def _fault(text: str) -> BadImage:
