@@ -17,6 +17,7 @@ from pathlib import Path
 from dpo_fast.config import parse
 from dpo_fast.door import guarded, say, show_log
 from dpo_fast.errors import BadInput
+from dpo_fast.files import in_words
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +38,7 @@ def _run(argv: list[str]) -> int:
     found = upkeep.entries(root)
     if arguments.command == "prune":
         return _prune(upkeep, root, found, arguments)
-    print(f"{root}: {_gib(sum(entry.bytes for entry in found))}")
+    print(f"{root}: {in_words(sum(entry.bytes for entry in found))}")
     for entry in found:
         print(_line(entry))
     return 0
@@ -87,7 +88,7 @@ def _prune(upkeep, root: Path, found: list, arguments: argparse.Namespace) -> in
         if arguments.yes:
             upkeep.delete(entry)
         print(("deleted    " if arguments.yes else "would go   ") + _line(entry))
-    size = _gib(sum(entry.bytes for entry in going))
+    size = in_words(sum(entry.bytes for entry in going))
     print(f"{root}: {size} in {len(going)} folders {'deleted' if arguments.yes else 'would go; --yes deletes them'}")
     return 0
 
@@ -118,11 +119,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _line(entry) -> str:
     days = (time.time() - entry.used) / 86400
     items = f"{entry.items} entries" if entry.items else "row index"
-    return f"{entry.folder.name}  {_gib(entry.bytes)}  {items}  used {days:.1f} days ago  {entry.about}"
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
+    return f"{entry.folder.name}  {in_words(entry.bytes)}  {items}  used {days:.1f} days ago  {entry.about}"
 
 
 if __name__ == "__main__":

@@ -4,14 +4,18 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
+from dpo_fast.data.cache.manifest import Manifest
 from dpo_fast.data.cache.recipe import Recipe
-from dpo_fast.data.cache.store import Damaged, locked, read_shard, remove_shard, sha256_of, shard_indices
+from dpo_fast.data.cache.store import locked, read_shard, remove_shard, sha256_of, shard_indices
 from dpo_fast.errors import BadInput
+
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
 @dataclass
@@ -31,13 +35,10 @@ def entries(root: Path) -> list[Entry]:
         raise BadInput(f"there is no cache folder {root}: name it with --latent_cache_dir")
     found = []
     for folder in sorted(root.iterdir()):
-        if (folder / "recipe.json").is_file():
-            indices = shard_indices(folder)
-            items = sum(len(json.loads(path.read_text(encoding="utf-8"))["keys"]) for path in indices)
-            about, mark = _about_recipe(folder), folder / "recipe.json"
-        elif folder.name.startswith("pairs-") and (folder / "manifest.json").is_file():
-            about = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["description"]
-            items, mark = 0, folder / "manifest.json"
+        if (mark := folder / "recipe.json").is_file():
+            about, items = _about_recipe(mark)
+        elif (mark := folder / "manifest.json").is_file():
+            about, items = _about_pairs(mark), 0
         else:
             continue
         size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
@@ -46,23 +47,33 @@ def entries(root: Path) -> list[Entry]:
 
 
 def verify(root: Path, *, remove: bool = False) -> Iterator[tuple[Path, str | None]]:
-    """Read every shard and compare it with its checksums: (path, None), or the path of a damaged one and what is wrong.
+    """Read everything and compare it with its checksums: (path, None), or a damaged file's path and what is wrong.
 
-    With `remove` damaged shards are deleted, so that the next build encodes them again.
+    With `remove` what is damaged is deleted, so that the next build makes it again; BadInput where one is at work.
     """
     for entry in entries(root):
-        if not (entry.folder / "recipe.json").is_file():
-            continue
-        try:
-            recipe = Recipe.from_json(json.loads((entry.folder / "recipe.json").read_text(encoding="utf-8")))
-        except ValueError as error:
-            yield entry.folder / "recipe.json", str(error)
-            continue
-        for path in shard_indices(entry.folder):
-            fault = _fault(path, recipe)
-            if fault and remove:
-                remove_shard(path)
-            yield path.with_suffix(".bin"), fault
+        with locked(entry.folder) if remove else nullcontext():
+            if (entry.folder / "manifest.json").is_file():
+                fault = _manifest_fault(entry.folder)
+                if fault and remove:
+                    shutil.rmtree(entry.folder)
+                yield entry.folder, fault
+                continue
+            try:
+                path = entry.folder / "recipe.json"
+                recipe = Recipe.from_json(json.loads(path.read_text(encoding="utf-8")))
+                if recipe.folder_name != entry.folder.name:
+                    raise ValueError(f"it is the recipe of {recipe.folder_name}")
+            except ValueError as error:
+                if remove:
+                    path.unlink()
+                yield path, f"{error}; its shards were not looked at"
+                continue
+            for path in shard_indices(entry.folder):
+                fault = _shard_fault(path, recipe)
+                if fault and remove:
+                    remove_shard(path)
+                yield path.with_suffix(".bin"), fault
 
 
 def to_prune(found: list[Entry], *, unused_days: float | None, names: list[str], max_gib: float | None) -> list[Entry]:
@@ -90,10 +101,10 @@ def delete(entry: Entry) -> None:
         shutil.rmtree(entry.folder)
 
 
-def _fault(path: Path, recipe: Recipe) -> str | None:
+def _shard_fault(path: Path, recipe: Recipe) -> str | None:
     try:
         shard = read_shard(path, recipe)
-    except (Damaged, BadInput) as error:
+    except BadInput as error:
         return str(error)
     if sha256_of(shard.path) == shard.sha256:
         return None
@@ -102,7 +113,27 @@ def _fault(path: Path, recipe: Recipe) -> str | None:
     return f"its sha256 differs; damaged records: {', '.join(wrong) or 'none'}"
 
 
-def _about_recipe(folder: Path) -> str:
-    recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
-    facts = {k: v for k, v in recipe.get("facts", {}).items() if isinstance(v, (str, int, float)) and k != "images"}
-    return ", ".join(f"{name} {value}" for name, value in facts.items())
+def _manifest_fault(folder: Path) -> str | None:
+    try:
+        Manifest(folder)
+    except BadInput as error:
+        return str(error)
+    return None
+
+
+def _about_recipe(file: Path) -> tuple[str, int]:
+    """A recipe in words, and the number of its entries; what cannot be read is for `verify` to find."""
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))["facts"]
+        items = sum(len(json.loads(path.read_text(encoding="utf-8"))["keys"]) for path in shard_indices(file.parent))
+        shown = {k: v for k, v in facts.items() if isinstance(v, (str, int, float)) and k != "images"}
+        return ", ".join(f"{name} {value}" for name, value in shown.items()), items
+    except _UNREADABLE:
+        return "damaged: see verify", 0
+
+
+def _about_pairs(file: Path) -> str:
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["description"])
+    except _UNREADABLE:
+        return "damaged: see verify"
