@@ -11,7 +11,14 @@ from dpo_fast.models.family import Family
 
 # What of a component's configuration changes its output beside its weights.
 _VAE_CONFIG = ("scaling_factor", "shift_factor", "act_fn", "norm_num_groups", "latent_channels")
-_TEXT_CONFIG = ("hidden_act", "num_hidden_layers", "num_attention_heads", "layer_norm_eps", "eos_token_id")
+_TEXT_CONFIG = (
+    "hidden_act",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "layer_norm_eps",
+    "eos_token_id",
+    "use_attention_mask",
+)
 
 
 def image_encoding(family: Family) -> dict[str, Any]:
@@ -20,14 +27,14 @@ def image_encoding(family: Family) -> dict[str, Any]:
     return {
         "vae": weights_digest(vae),
         "vae_config": {name: vae.config.get(name) for name in _VAE_CONFIG},
-        "dtype": str(vae.dtype).removeprefix("torch."),
+        "dtype": _precision(vae.dtype, family.device),
         "value": "posterior mean, shifted and scaled, fp16",
     }
 
 
 def text_encoding(family: Family) -> dict[str, Any]:
     """Of `Family.encode_prompts`, but for the prompts."""
-    facts: dict[str, Any] = {"dtype": str(family.dtype).removeprefix("torch."), "value": f"{family.text_kind}, fp16"}
+    facts: dict[str, Any] = {"dtype": _precision(family.dtype, family.device), "value": f"{family.text_kind}, fp16"}
     for suffix in ("", "_2"):
         encoder = getattr(family.pipeline, f"text_encoder{suffix}", None)
         if encoder is not None:
@@ -47,11 +54,21 @@ def weights_digest(module: nn.Module) -> str:
     return whole.hexdigest()
 
 
+def _precision(dtype: torch.dtype, device: torch.device) -> str:
+    """A dtype in words; fp32 on a GPU may be TF32."""
+    if dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        return "tf32"
+    return str(dtype).removeprefix("torch.")
+
+
 def _tokenizer_digest(tokenizer) -> str:
-    parts = [
-        sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]),
-        tokenizer.model_max_length,
-        tokenizer.pad_token_id,
-        tokenizer.padding_side,
-    ]
+    """A hash of all that turns a text into tokens: rules, merges, vocabulary, length, padding."""
+    whole = getattr(tokenizer, "backend_tokenizer", None)
+    if whole is not None:
+        rules = json.loads(whole.to_str())
+        for passing in ("version", "truncation", "padding"):  # the last two are set anew by every call
+            rules.pop(passing, None)
+    else:  # in Python: CLIP's before transformers 5
+        rules = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.bpe_ranks.items(), key=lambda rank: rank[1])]
+    parts = [rules, tokenizer.model_max_length, tokenizer.pad_token_id, tokenizer.padding_side]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
