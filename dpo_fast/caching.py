@@ -7,6 +7,7 @@ files as one that was never killed.
 """
 
 import errno
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from dpo_fast.config import TrainConfig
 from dpo_fast.data.cache.manifest import Manifest, RememberedSource, keys_of, read_images
-from dpo_fast.data.cache.reader import CachedItems, open_items
+from dpo_fast.data.cache.reader import CachedItems
 from dpo_fast.data.cache.recipe import Field, Recipe, caption_key, mirrored
 from dpo_fast.data.cache.store import (
     Store,
@@ -39,6 +40,7 @@ from dpo_fast.data.images import RULE, BadImage, crop_corner, decode, mirror, re
 from dpo_fast.data.pairs import read_row, too_many_bad
 from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
 from dpo_fast.errors import BadInput
+from dpo_fast.files import in_words
 from dpo_fast.models import Family, image_encoding, nonfinite_rows, text_encoding
 from dpo_fast.parallel import Ranks
 
@@ -131,47 +133,59 @@ def recipes(config: TrainConfig, family: Family) -> tuple[Recipe, Recipe]:
 def fill(
     config: TrainConfig,
     ranks: Ranks,
-    source: RememberedSource | StreamedSource | None,  # None: a stream that the manifest knows well enough
+    source: RememberedSource | StreamedSource | None,  # None: a stream whose wanted rows the manifest knows
     manifest: Manifest,
     wanted: Wanted,
     family: Family,
     *,
+    reopen: Callable[[], StreamedSource],
     repair: bool = False,
 ) -> Cached:
     """Encode what is missing of `wanted` and open the result. Every rank calls this.
 
-    `repair` encodes shards again whose files do not fit their index; otherwise they are refused. Raises BadInput for a
-    cache that cannot be used or written, a disk that is too small, and an image whose latent is not finite.
+    `reopen` opens the stream that was not given, should its images be needed after all. `repair` encodes shards again
+    whose files do not fit their index; otherwise they are refused. Raises BadInput for a cache that cannot be used or
+    written, a disk that is too small, too many bad images, and an image whose latent is not finite.
     """
     work = _Work(config, ranks, source, manifest, wanted, family)
     if repair:
         ranks.on_main(lambda: [Store(work.root, recipe, drop_damaged=True) for recipe in work.recipes])
     work.look()
+    if ranks.any(work.only_unread() and not os.access(work.root, os.W_OK)):
+        work.read_unread()  # the cache cannot be written, but it may hold all the same
+        work.look()
     if not ranks.any(work.missing > 0):
-        if ranks.is_main and manifest.changed and isinstance(source, RememberedSource):
-            _remember(manifest, source)
-        return Cached(*(open_items(work.root, recipe) for recipe in work.recipes), work.counts)
+        work.check_bad()
+        if ranks.is_main:
+            manifest.touch()
+            if manifest.changed and isinstance(source, RememberedSource):
+                _remember(manifest, source)
+        return work.opened()
+    if source is None:
+        work.source = reopen()
     folders = [work.root / recipe.folder_name for recipe in work.recipes]
     with ExitStack() as held:
 
         def begin() -> None:
             for folder in (*folders, manifest.folder):
                 held.enter_context(locked(folder))
-            for recipe in work.recipes:
-                begin_folder(work.root, recipe)
-                finish_orphans(work.root, recipe, ranks.world_size)
+            with _said_in_one_line(work.root):
+                for recipe in work.recipes:
+                    begin_folder(work.root, recipe)
+                    finish_orphans(work.root, recipe, ranks.world_size)
 
         ranks.on_main(begin)
         _together(ranks, work.take_up, work.root)
-        work.look()  # again: a shard may have been completed, or another builder may just have done it all
+        # Again: a shard may have been completed, or another builder may just have done it all.
+        _together(ranks, lambda: work.look(taken_up=True), work.root)
         ranks.on_main(work.check_space)
         _together(ranks, work.build, work.root)
         with _said_in_one_line(work.root):
             ranks.on_main(work.conclude)
-    cached = Cached(*(open_items(work.root, recipe) for recipe in work.recipes), work.counts)
     encoded = ranks.gather((work.counts.images_encoded, work.counts.prompts_encoded))
     work.counts.images_encoded, work.counts.prompts_encoded = (sum(part) for part in zip(*encoded, strict=True))
-    return cached
+    work.find_stores()
+    return work.opened()
 
 
 class _Work:
@@ -187,17 +201,34 @@ class _Work:
         self.bad: list[BadRow] = []
         self.unsaved = 0  # rows read since the manifest was last written
 
-    def look(self) -> None:
-        """Find what is there, and what of the wanted is `missing` (items, at least)."""
-        latents, text = (Store(self.root, recipe) for recipe in self.recipes)
-        self.latents, self.text = latents.keys(), text.keys()
+    def find_stores(self) -> None:
+        self.stores = [Store(self.root, recipe) for recipe in self.recipes]
+
+    def opened(self) -> Cached:
+        """What the stores hold, for reading."""
+        for store in self.stores:
+            store.touch()
+        return Cached(*map(CachedItems, self.stores), self.counts)
+
+    def look(self, taken_up: bool = False) -> None:
+        """Find what is there, and what of the wanted is `missing` (items, at least).
+
+        taken_up: unfinished shards count too, for every rank holds its own by now and has not gone on with it.
+        """
+        self.find_stores()
+        self.latents, self.text = (
+            store.keys() | (log_keys(store.folder) if taken_up else set()) for store in self.stores
+        )
         self.captions: dict[str, None] = {}
+        if self.wanted.rows is not None:
+            captions = self.source.captions()
+            self.captions = dict.fromkeys(captions[row] for row in self.wanted.rows)
         keys: dict[bytes, None] = {}
-        self.unknown = 0  # rows whose images were never hashed
+        self.unread = 0  # rows whose images were never hashed; of a stream as many as there may be, at least one
         pairs = 0
         for row in _known_rows(self.config, self.source, self.manifest, self.wanted):
             if row is None:
-                self.unknown += 1
+                self.unread += 1 if self.wanted.rows is not None else self._rest_of_stream(pairs)
             elif row.caption is not None:
                 pairs += 1
                 self.captions[row.caption] = None
@@ -205,18 +236,37 @@ class _Work:
         self.counts = Counts(2 * pairs, len(keys), 0, pairs, len(self.captions), 0)
         self.missing_latents = sum(key not in self.latents for image in keys for key, _ in self._orientations(image))
         self.missing_prompts = sum(caption_key(caption) not in self.text for caption in self.captions)
-        self.missing = self.missing_latents + self.missing_prompts + self.unknown
+        self.missing = self.missing_latents + self.missing_prompts + self.unread
+
+    def _rest_of_stream(self, pairs: int) -> int:
+        length = self.source.length if self.source is not None else None
+        return 1 if length is None else max(1, min(self.wanted.pairs, length) - pairs)
+
+    def only_unread(self) -> bool:
+        """Whether nothing is known to be missing, but some rows of a table were never read."""
+        return self.wanted.rows is not None and all(map(len, self.stores)) and 0 < self.unread == self.missing
+
+    def read_unread(self) -> None:
+        """Find the keys of rows that were never read, and note them in memory."""
+        rows = [row for row in self.wanted.rows if row not in self.manifest]
+        with ThreadPoolExecutor(max(1, self.config.dataloader_num_workers)) as pool:
+            plans = ((lambda row=row: (row, read_images(self.source, row)[0])) for row in rows)
+            for row, keys in _ahead(pool, plans, ROWS_AHEAD):
+                self.manifest.note(row, keys)
 
     def check_space(self) -> None:
-        """Raise BadInput where the disk cannot hold what is missing, if no image of an unread row recurs."""
+        """Raise BadInput where the disk cannot hold what is missing, if no image of an unread row recurs.
+
+        Captions of unread rows of a stream are not counted: most recur.
+        """
         images, text = self.recipes
-        unread = 0 if self.wanted.rows is None else 2 * self.unknown * len(self._orientations(b""))
+        unread = 2 * self.unread * len(self._orientations(b""))
         need = (self.missing_latents + unread) * images.record_bytes + self.missing_prompts * text.record_bytes
         free = shutil.disk_usage(self.root).free
         if free < need:
             raise BadInput(
-                f"the cache folder {self.root} has {_gib(free)} free, but the entries that are missing need"
-                f" {_gib(need)}{' if no image occurs twice' if unread else ''}; free some space, name another"
+                f"the cache folder {self.root} has {in_words(free)} free, but the entries that are missing need"
+                f" {in_words(need)}{' if no image occurs twice' if unread else ''}; free some space, name another"
                 " --latent_cache_dir, or train with --no-cache"
             )
 
@@ -229,9 +279,6 @@ class _Work:
     def build(self) -> None:
         """Encode what is missing, this rank's share."""
         self.counts = Counts()
-        for writer in self.writers:  # by now each holds what its rank's unfinished shard had
-            keys = self.latents if writer.recipe.kind == "latents" else self.text
-            keys |= log_keys(writer.folder)
         with ThreadPoolExecutor(max(1, self.config.dataloader_num_workers)) as pool:
             try:
                 with self.writers[0]:
@@ -256,6 +303,13 @@ class _Work:
             if row is not None and row.caption is not None:
                 self.manifest.note_decoded(row.row, _first_bad(row.row, row.keys, faults, columns))
         self.manifest.save(self.ended)
+        self.check_bad()
+
+    def check_bad(self) -> None:
+        """Raise BadInput where too many of the wanted images are known not to decode, whenever that was found out."""
+        known = _known_rows(self.config, self.source, self.manifest, self.wanted)
+        rows = (row.row for row in known if row is not None and row.caption is not None)
+        self._refuse_too_many([bad for bad in map(self.manifest.bad, rows) if bad])
 
     # ---- rows ----------------------------------------------------------------------------------------------------
 
@@ -279,21 +333,24 @@ class _Work:
 
     def _stream_rows(self, pool: ThreadPoolExecutor) -> Iterator[_Row]:
         columns, pairs = self.source.columns, 0
-        known = len(self.manifest)
 
-        def plan(streamed) -> "_Row | Callable[[], _Row]":
-            row, caption, label, images = streamed
-
-            def hashed() -> _Row:
-                keys = self.manifest.images(row) if row < known else keys_of(images)
+        def plan(streamed: StreamedRow) -> Callable[[], tuple[_Row, tuple]]:
+            def hashed() -> tuple[_Row, tuple]:
+                keys = keys_of(streamed.images)
                 usable = _usable(self.config, streamed._replace(images=keys), columns)
-                return _Row(row, keys, images, caption if usable else None), (caption, label)
+                caption = streamed.caption if usable else None
+                return _Row(streamed.row, keys, streamed.images, caption), (streamed.caption, streamed.label)
 
             return hashed
 
         for row, text in _ahead(pool, map(plan, self.source.rows()), ROWS_AHEAD):
-            if row.row >= known:
+            if row.row not in self.manifest:
                 self.manifest.note(row.row, row.keys, text)
+            elif not self.manifest.agrees(row.row, row.keys, text):
+                raise BadInput(
+                    f"{self.source.description}: row {row.row} is not what it was when {self.manifest.folder} was made,"
+                    " so the set has changed: delete that folder and start again; what is the same is not encoded again"
+                )
             pairs += row.caption is not None
             yield row
             if pairs == self.wanted.pairs:
@@ -310,6 +367,8 @@ class _Work:
         size = self.config.vae_encode_batch_size
         title = dict(desc="Encoding images", unit=" pairs", disable=not self.ranks.is_main)
         pairs = len(self.wanted.rows) if self.wanted.rows is not None else self.wanted.pairs
+        if self.wanted.rows is None and self.source.length is not None:
+            pairs = min(pairs, self.source.length)
         with tqdm(total=pairs, **title) as bar:
             units = self._units(self._rows(pool), bar)
             decoded = _ahead(pool, ((lambda u=unit: self._decode(u)) for unit in units), max(16, 2 * size))
@@ -339,7 +398,7 @@ class _Work:
         self.counts.images = len(seen)
 
     def _note(self, row: _Row) -> None:
-        if row.row not in self.manifest:
+        if row.row not in self.manifest or not self.manifest.agrees(row.row, row.keys):
             self.manifest.note(row.row, row.keys)
         self.unsaved += row.images is not None
         if self.ranks.is_main and self.unsaved >= PART_ROWS:
@@ -372,7 +431,8 @@ class _Work:
             latents = iter(encoded.cpu().numpy())
         for unit, squares, meta in some:
             if squares is None:
-                self._refuse_too_many(BadRow(unit.row, unit.column, meta["bad"]))
+                self.bad.append(BadRow(unit.row, unit.column, meta["bad"]))
+                self._refuse_too_many(self.bad)
             for key, _ in unit.keys:
                 if squares is None:  # holds the place: its pair is left out of training by its meta
                     record = bytes(self.recipes[0].record_bytes)
@@ -384,11 +444,10 @@ class _Work:
                 self.latents.add(key)
                 self.counts.images_encoded += 1
 
-    def _refuse_too_many(self, bad: BadRow) -> None:
-        self.bad.append(bad)
+    def _refuse_too_many(self, bad: list[BadRow]) -> None:
         rows = len(self.source) if self.wanted.rows is not None else max(len(self.manifest), 1000)
-        if len(self.bad) > self.config.max_bad_fraction * rows:
-            raise too_many_bad(self.bad, rows, self.config.max_bad_fraction, None)
+        if len(bad) > self.config.max_bad_fraction * rows:
+            raise too_many_bad(bad, rows, self.config.max_bad_fraction, None)
 
     # ---- text ----------------------------------------------------------------------------------------------------
 
@@ -506,7 +565,3 @@ def _said_in_one_line(root: Path) -> Iterator[None]:
             f"the cache folder {root} took no more ({error.strerror}): what was encoded is kept; make room and start"
             " the same command again, it goes on from there"
         ) from error
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"

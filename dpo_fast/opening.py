@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -88,7 +89,6 @@ def open_run(config: TrainConfig, ranks: Ranks) -> Run:
 
 
 def _open(config: TrainConfig, ranks: Ranks) -> Run:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     _check_backend(config, ranks)
     files, saved = _saved_state(config)
     if saved:
@@ -145,6 +145,7 @@ def _settle(config: TrainConfig, ranks: Ranks) -> TrainConfig:
             f"--pairs_per_step ({pairs}) must be a multiple of train_batch_size x processes"
             f" ({config.train_batch_size} x {ranks.world_size} = {a_pass})"
         )
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     folder = config.output_dir or Path("runs", f"{config.preset or 'train'}-{datetime.now():%Y%m%d-%H%M%S}")
     return replace(
         config,
@@ -187,18 +188,7 @@ def _open_pairs(config: TrainConfig, ranks: Ranks, report_path: Path | None) -> 
         manifest = caching.manifest_of(config, "")
         if caching.knows(config, manifest, _wanted_of_stream(config)):
             return _Pairs(None, None, manifest)
-    source = open_source(
-        config.dataset_name,
-        config_name=config.dataset_config_name,
-        split=config.dataset_split_name,
-        image_columns=config.image_columns,
-        label_column=config.label_column,
-        caption_column=config.caption_column,
-        streaming=config.streaming,
-        cache_dir=config.cache_dir,
-        token=config.hub_token,
-        max_rows=config.max_train_samples,
-    )
+    source = _open_source(config)
     manifest = caching.manifest_of(config, source.stamp()) if config.cache else None
     if config.streaming:
         return _Pairs(source, None, manifest)
@@ -214,6 +204,21 @@ def _open_pairs(config: TrainConfig, ranks: Ranks, report_path: Path | None) -> 
         progress=ranks.is_main,
     )
     return _Pairs(source, sets, manifest)
+
+
+def _open_source(config: TrainConfig) -> Source | StreamedSource:
+    return open_source(
+        config.dataset_name,
+        config_name=config.dataset_config_name,
+        split=config.dataset_split_name,
+        image_columns=config.image_columns,
+        label_column=config.label_column,
+        caption_column=config.caption_column,
+        streaming=config.streaming,
+        cache_dir=config.cache_dir,
+        token=config.hub_token,
+        max_rows=config.max_train_samples,
+    )
 
 
 def _wanted(config: TrainConfig, pairs: _Pairs) -> caching.Wanted:
@@ -234,7 +239,8 @@ def _fill_cache(
     config: TrainConfig, ranks: Ranks, pairs: _Pairs, wanted: caching.Wanted, family: Family, *, repair: bool = False
 ) -> caching.Cached:
     """Encode what is missing; from then on the pairs come from the cache."""
-    cached = caching.fill(config, ranks, pairs.source, pairs.manifest, wanted, family, repair=repair)
+    reopen = partial(_open_source, config)
+    cached = caching.fill(config, ranks, pairs.source, pairs.manifest, wanted, family, reopen=reopen, repair=repair)
     if config.streaming:
         pairs.manifest.reload()
         pairs.source = pairs.manifest.stream()

@@ -107,7 +107,7 @@ def test_what_is_in_use_by_a_builder_is_not_pruned(sdxl_path, pairs, tmp_path, c
         (["prune", "--nme", "x"], ["--nme"]),
         (["polish"], ["polish"]),
         ([], ["command"]),
-        (["build", "--resolution", "64"], ["--pretrained_model_name_or_path"]),
+        (["build", "--resolution", "64", "--dataset_name", "x"], ["--pretrained_model_name_or_path"]),
     ],
 )
 def test_wrong_commands_in_one_line(argv, said, capfd):
@@ -178,9 +178,10 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.faults
-def test_a_disk_that_is_too_small_is_found_before_encoding(sdxl_path, tmp_path, small_disk, capfd):
-    pairs = write_pickapic(tmp_path / "pairs.parquet", n=120)
-    flags = build_flags(sdxl_path, pairs, small_disk / "cache")
+@pytest.mark.parametrize("more", [[], ["--streaming", "--max_train_steps", 100]], ids=["table", "streamed"])
+def test_a_disk_that_is_too_small_is_found_before_encoding(sdxl_path, tmp_path, small_disk, capfd, more):
+    pairs = write_pickapic(tmp_path / "pairs.parquet", n=120 if not more else 800)
+    flags = build_flags(sdxl_path, pairs, small_disk / "cache", *more)
     refused(lambda: main(["build", *flags]), ["MiB free", "need", "--latent_cache_dir"], capfd)
     assert not shards(small_disk, "*")
 
@@ -209,6 +210,68 @@ def test_a_read_only_cache_serves_but_does_not_grow(sdxl_path, pairs, tmp_path, 
     said = ["cannot be written", "Read-only", "--no-cache"]
     refused(lambda: train_main(flags_for(sdxl_path, pairs, tmp_path / "flipped", *more)), said, capfd)
     assert main(["build", *build_flags(sdxl_path, pairs, cache)]) == 0  # nothing is missing
+
+
+@pytest.mark.faults
+def test_a_read_only_cache_serves_a_copy_of_the_pairs(sdxl_path, pairs, tmp_path, small_disk):
+    """Whose images have the names that are there, once they are read."""
+    cache = built(sdxl_path, pairs, small_disk / "cache")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    copy = shutil.copy(pairs, tmp_path / "elsewhere.parquet")
+    more = ["--latent_cache_dir", cache]
+    assert_same_state(
+        train(sdxl_path, copy, tmp_path / "copy", *more), train(sdxl_path, pairs, tmp_path / "run", *more)
+    )
+
+
+def test_too_many_bad_images_are_refused_each_time(sdxl_path, tmp_path, capfd):
+    """What the first build kept of them does not let the second one pass."""
+    columns = pickapic(n=30)
+    columns["jpg_1"] = [data[:300] if row in (9, 11) else data for row, data in enumerate(columns["jpg_1"])]
+    pairs = write_table(tmp_path / "pairs.parquet", columns)
+    more = ["--streaming", "--max_train_steps", 100, "--max_bad_fraction", 0.0011]
+    flags = build_flags(sdxl_path, pairs, tmp_path / "cache", *more)
+    for _ in range(3):
+        refused(lambda: main(["build", *flags]), ["--max_bad_fraction", "cannot be decoded"], capfd)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "file", ["latents-*/shard-*.json", "text-*/recipe.json", "pairs-*/manifest.json", "pairs-*/rows-*"]
+)
+def test_damage_beside_the_records_is_found_too(sdxl_path, pairs, tmp_path, capfd, file):
+    cache = built(sdxl_path, pairs, tmp_path / "cache")
+    before, verify = contents(cache), ["verify", "--latent_cache_dir", str(cache)]
+    (path,) = cache.glob(file)
+    os.truncate(path, path.stat().st_size // 2)
+    assert main(["info", *verify[1:]]) == 0
+    capfd.readouterr()
+    assert main(verify) == 2
+    said = capfd.readouterr()
+    assert path.parent.name in said.out and "1 damaged" in said.out and "Traceback" not in said.err
+    assert main([*verify, "--remove"]) == 0
+    built(sdxl_path, pairs, cache)
+    assert contents(cache) == before and main(verify) == 0
+
+
+@pytest.mark.faults
+def test_nothing_is_removed_under_a_builder(sdxl_path, pairs, tmp_path, capfd):
+    cache = built(sdxl_path, pairs, tmp_path / "cache")
+    (shard,) = shards(cache, "latents")
+    os.truncate(shard, 10)
+    with store.locked(shard.parent):
+        refused(lambda: main(["verify", "--latent_cache_dir", str(cache), "--remove"]), ["is being built by"], capfd)
+    assert shard.exists()
+
+
+def test_what_a_run_uses_counts_as_used(sdxl_path, pairs, tmp_path):
+    cache = built(sdxl_path, pairs, tmp_path / "cache")
+    marks = [*cache.glob("*/recipe.json"), *cache.glob("*/manifest.json")]
+    assert len(marks) == 3
+    for mark in marks:
+        os.utime(mark, (0, 0))
+    train(sdxl_path, pairs, tmp_path / "run", "--latent_cache_dir", cache)
+    assert all(time.time() - mark.stat().st_mtime < 600 for mark in marks)
 
 
 @pytest.mark.faults

@@ -7,7 +7,9 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
+from dpo_fast.cache import main as cache_main
 from dpo_fast.data.pairs import build_index
 from dpo_fast.models import Family
 from dpo_fast.train import main
@@ -179,12 +181,13 @@ def test_a_run_goes_on_with_the_cache_or_without(sdxl_path, pairs, tmp_path):
         assert_same_state(whole, tmp_path / name)
 
 
-def test_a_streamed_hub_set_is_read_once_and_not_asked_for_again(sdxl_path, tmp_path, monkeypatch):
+def test_a_streamed_hub_set_is_read_once_and_not_asked_for_again(sdxl_path, tmp_path, monkeypatch, capsys):
     """A hub set, but for the hub: once what a run needs of it is known, it is not opened."""
     from dpo_fast import opening
 
     data = write_table(tmp_path / "pairs.parquet", many_sizes())
     plain = train(sdxl_path, data, tmp_path / "plain", "--streaming", "--no-cache")
+    plain_32 = train(sdxl_path, data, tmp_path / "plain-32", "--streaming", "--no-cache", "--resolution", 32)
     open_source, opens = opening.open_source, []
 
     def hub(name, **more):
@@ -202,6 +205,50 @@ def test_a_streamed_hub_set_is_read_once_and_not_asked_for_again(sdxl_path, tmp_
         assert_same_state(plain, cached)
     train(sdxl_path, "owner/pairs", tmp_path / "elsewhere", *more[:1], "--latent_cache_dir", tmp_path / "new")
     assert len(opens) == 2
+    # Its rows are known, but not at this size: the images are needed again.
+    cached = train(sdxl_path, "owner/pairs", tmp_path / "32", *more, "--resolution", 32)
+    assert len(opens) == 3
+    assert_same_state(plain_32, cached)
+
+    def refused(number: int) -> None:
+        flags = flags_for(sdxl_path, "owner/pairs", tmp_path / f"changed-{number}", *more, "--resolution", 96)
+        assert main(flags) == 2
+        error = capsys.readouterr().err
+        assert "row 3 is not what it was" in error and "pairs-" in error and "delete that folder" in error
+
+    columns = many_sizes()
+    columns["caption"][3] = "another"
+    write_table(data, columns)
+    refused(0)
+    columns = many_sizes()
+    columns["jpg_1"][3] = columns["jpg_1"][4]
+    write_table(data, columns)
+    refused(1)
+
+
+@pytest.mark.parametrize("change", ["caption", "label"])
+def test_a_changed_text_of_streamed_lines_is_seen(sdxl_path, tmp_path, change):
+    folder = write_jsonl(tmp_path / "pairs", pickapic(n=4))
+    more = ["--learning_rate", 1e-3, "--streaming", "--latent_cache_dir", tmp_path / "cache"]
+    train(sdxl_path, folder, tmp_path / "before", *more)
+    (file,) = folder.glob("*.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        if change == "caption":
+            row["prompt"] = f"no longer {row['prompt']}"
+        else:
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cached = train(sdxl_path, folder, tmp_path / "after", *more)
+    assert_same_state(cached, train(sdxl_path, folder, tmp_path / "plain", *more, "--no-cache"))
+
+
+def test_a_build_and_a_run_compute_in_the_same_precision(sdxl_path, pairs, tmp_path, monkeypatch):
+    """torch lets convolutions use TF32 unless told otherwise; a run tells it."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    flags = flags_for(sdxl_path, pairs, tmp_path / "run", "--latent_cache_dir", tmp_path / "cache")
+    assert cache_main(["build", *flags]) == 0
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_two_processes_build_and_train_as_one(sdxl_path, tmp_path):

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from dpo_fast.data.columns import Columns, WantedColumns
@@ -117,7 +118,8 @@ class TableSource(_Encoded):
         return _identity(self._name, self._split, self.columns, len(self))
 
     def stamp(self) -> str:
-        return stamp_of(file["filename"] for file in self._table.cache_files)
+        files = [file["filename"] for file in self._table.cache_files]
+        return stamp_of(files) if files else self._table._fingerprint  # in memory: a name of its contents
 
     def _column(self, name: str) -> list[Any]:
         return self._table.select_columns([name])[:][name]  # only this column's buffers are touched
@@ -194,11 +196,14 @@ class JsonlSource(_Encoded):
 
 
 class StreamedSource:
-    """Rows in the order of the source, read anew by every call of `rows`. Its length is not known beforehand."""
+    """Rows in the order of the source, read anew by every call of `rows`."""
 
-    def __init__(self, description: str, identity: str, columns: Columns, rows, stamp: str = ""):
+    def __init__(
+        self, description: str, identity: str, columns: Columns, rows, stamp: str = "", length: int | None = None
+    ):
         self.description = description
         self.columns = columns
+        self.length = length  # as far as it is known beforehand: for estimates only
         self._identity = identity
         self._rows = rows
         self._stamp = stamp
@@ -211,15 +216,17 @@ class StreamedSource:
         table: datasets.IterableDataset,
         wanted: "WantedColumns",
         max_rows: int | None,
-        files: Iterable[Path] = (),
+        files: Sequence[Path] = (),
     ) -> "StreamedSource":
         """Stream a `datasets.IterableDataset`; `files` are its files on this disk."""
+        length = _length(table, split, files)
         with as_bad_input(f"data set {name!r}"):
             names = table.column_names or list(next(iter(table.take(1)), {}))
         columns = wanted.find(names, name)
         table = _raw_images(table, columns, name)
         if max_rows is not None:
             table = table.take(max_rows)
+            length = max_rows if length is None else min(length, max_rows)
 
         def rows() -> Iterator[StreamedRow]:
             records, row = iter(table), 0
@@ -229,7 +236,7 @@ class StreamedSource:
                 except Exception as error:  # the network and the file formats raise what they like
                     raise RuntimeError(
                         f"data set {name!r}: the stream broke off after {row} rows ({one_line(error)}); "
-                        "the run can be resumed from its last checkpoint"
+                        "the run can be resumed from its last checkpoint, the cache be built on by the same command"
                     ) from error
                 if record is None:
                     return
@@ -239,7 +246,7 @@ class StreamedSource:
                 row += 1
 
         description, identity = _describe(name, split, columns, None), _identity(name, split, columns, max_rows)
-        return cls(description, identity, columns, rows, stamp_of(files) if files else "")
+        return cls(description, identity, columns, rows, stamp_of(files) if files else "", length)
 
     @classmethod
     def over(cls, source: Source) -> "StreamedSource":
@@ -250,7 +257,10 @@ class StreamedSource:
                 images = _or_reason(source.image_bytes, row)
                 yield StreamedRow(row, caption, label, images if isinstance(images, tuple) else (images, images))
 
-        return cls(source.description, source.identity(), source.columns, rows, source.stamp())
+        # What is remembered of a stream has its captions and labels too.
+        text = hashlib.blake2b(repr((source.captions(), source.labels())).encode(errors="replace"), digest_size=8)
+        stamp = source.stamp() + text.hexdigest()
+        return cls(source.description, source.identity(), source.columns, rows, stamp, len(source))
 
     def rows(self) -> Iterator[StreamedRow]:
         """Every row once, from the first."""
@@ -321,6 +331,14 @@ def _or_reason(function, *arguments):
         return function(*arguments)
     except BadImage as error:
         return error
+
+
+def _length(table: datasets.IterableDataset, split: str, files: Sequence[Path]) -> int | None:
+    """The number of rows of a stream, where it is written somewhere."""
+    if files and all(file.suffix == ".parquet" for file in files):
+        return sum(pq.read_metadata(file).num_rows for file in files)
+    known = (table.info.splits or {}).get(split)
+    return known.num_examples or None if known is not None else None
 
 
 def stamp_of(files: Iterable[str | Path]) -> str:
