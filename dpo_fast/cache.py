@@ -23,7 +23,11 @@ from dpo_fast.files import in_words
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    return guarded(lambda: _run(argv), "what was encoded is kept; the same command goes on from there")
+    return guarded(
+        lambda: _run(argv),
+        kept="what was encoded is kept; the same command goes on from there",
+        go_on="make room, or the folder writable, then start the same command again",
+    )
 
 
 def _run(argv: list[str]) -> int:

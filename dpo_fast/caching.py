@@ -30,6 +30,7 @@ from dpo_fast.data.cache.store import (
     Writer,
     begin_folder,
     default_root,
+    drop_damaged,
     finish_orphans,
     locked,
     log_keys,
@@ -149,7 +150,7 @@ def fill(
     """
     work = _Work(config, ranks, source, manifest, wanted, family)
     if repair:
-        ranks.on_main(lambda: [Store(work.root, recipe, drop_damaged=True) for recipe in work.recipes])
+        ranks.on_main(lambda: [drop_damaged(work.root, recipe) for recipe in work.recipes])
     work.look()
     if ranks.any(work.only_unread() and not os.access(work.root, os.W_OK)):
         work.read_unread()  # the cache cannot be written, but it may hold all the same

@@ -13,8 +13,11 @@ from collections.abc import Callable
 from dpo_fast.errors import BadInput
 
 
-def guarded(work: Callable[[], int], kept: str) -> int:
-    """The exit status of `work`, or of what it raised, said in one line; `kept` tells what an interruption leaves."""
+def guarded(work: Callable[[], int], *, kept: str, go_on: str) -> int:
+    """The exit status of `work`, or of what it raised, said in one line.
+
+    kept: what an interruption leaves. go_on: what to do about a disk that is full or cannot be written.
+    """
     try:
         return work()
     except BadInput as error:
@@ -23,10 +26,7 @@ def guarded(work: Callable[[], int], kept: str) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        return refuse(
-            f"{error.strerror}{where}: nothing half-written is left; make room or name another --output_dir, then go on"
-            " with --resume_from_checkpoint latest"
-        )
+        return refuse(f"{error.strerror}{where}: nothing half-written is left; {go_on}")
     except KeyboardInterrupt:
         say(f"interrupted at once; {kept}")
         return 130

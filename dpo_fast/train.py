@@ -25,7 +25,11 @@ def main(argv: list[str] | None = None) -> int:
             say(note)
         return _run(config, argv)
 
-    return guarded(work, "checkpoints saved before are whole")
+    return guarded(
+        work,
+        kept="checkpoints saved before are whole",
+        go_on="make room or name another --output_dir, then go on with --resume_from_checkpoint latest",
+    )
 
 
 def _run(config: TrainConfig, argv: list[str]) -> int:

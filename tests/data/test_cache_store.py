@@ -11,7 +11,16 @@ import pytest
 from dpo_fast.data.cache import store
 from dpo_fast.data.cache.reader import CachedItems
 from dpo_fast.data.cache.recipe import Field, Recipe, caption_key, mirrored
-from dpo_fast.data.cache.store import Damaged, Store, Writer, begin_folder, finish_orphans, locked, log_keys
+from dpo_fast.data.cache.store import (
+    Damaged,
+    Store,
+    Writer,
+    begin_folder,
+    drop_damaged,
+    finish_orphans,
+    locked,
+    log_keys,
+)
 from dpo_fast.data.images import image_key
 from dpo_fast.errors import BadInput
 
@@ -208,7 +217,10 @@ def test_damaged_shards_are_refused_or_dropped(tmp_path):
     paths[1].write_bytes(paths[1].read_bytes()[:-1])
     with pytest.raises(Damaged, match="was cut off"):
         Store(tmp_path, RECIPE)
-    assert Store(tmp_path, RECIPE, drop_damaged=True).keys() == set(list(entries)[:4] + list(entries)[8:])
+    with locked(tmp_path / RECIPE.folder_name), pytest.raises(BadInput, match="is being built by"):
+        drop_damaged(tmp_path, RECIPE)
+    drop_damaged(tmp_path, RECIPE)
+    assert Store(tmp_path, RECIPE).keys() == set(list(entries)[:4] + list(entries)[8:])
     assert not paths[1].exists() and not paths[1].with_suffix(".json").exists()
     rest = {key: entries[key] for key in list(entries)[4:8]}
     write(tmp_path, rest)

@@ -66,19 +66,12 @@ class Found(NamedTuple):
 class Store:
     """The entries of one recipe that are on disk now. Raises BadInput for a folder that is not what it says."""
 
-    def __init__(self, root: Path, recipe: Recipe, *, drop_damaged: bool = False):
-        """`drop_damaged` deletes shards whose files do not fit their index, so that they are encoded again."""
+    def __init__(self, root: Path, recipe: Recipe):
         self.folder, self.recipe = Path(root) / recipe.folder_name, recipe
         self.shards: list[Shard] = []
         if self.folder.is_dir():
             _check_recipe(self.folder, recipe)
-            for path in shard_indices(self.folder):
-                try:
-                    self.shards.append(read_shard(path, recipe))
-                except Damaged:
-                    if not drop_damaged:
-                        raise
-                    remove_shard(path)
+            self.shards = [read_shard(path, recipe) for path in shard_indices(self.folder)]
         keys = np.concatenate([shard.key_bytes for shard in self.shards] or [np.zeros((0, KEY_BYTES), np.uint8)])
         heads = _heads(keys)
         order = np.argsort(heads, kind="stable")
@@ -283,8 +276,8 @@ def default_root() -> Path:
 
 def not_writable(folder: Path, error: OSError) -> BadInput:
     return BadInput(
-        f"the cache folder {folder} cannot be written ({error.strerror or error}) and entries are missing;"
-        " name another --latent_cache_dir, or train with --no-cache"
+        f"the cache folder {folder} cannot be written ({error.strerror or error}): name another --latent_cache_dir, or"
+        " train with --no-cache; what is complete can be read as it is"
     )
 
 
@@ -357,6 +350,23 @@ def remove_shard(path: Path) -> None:
     """Delete a shard by its index's path; the index first, so that no index stands without its records."""
     path.unlink(missing_ok=True)
     path.with_suffix(".bin").unlink(missing_ok=True)
+
+
+def drop_damaged(root: Path, recipe: Recipe) -> None:
+    """Delete the shards whose files do not fit their index, so that they are encoded again.
+
+    Raises BadInput where there are such and another process builds, or the folder cannot be written.
+    """
+    folder, damaged = Path(root) / recipe.folder_name, []
+    for path in shard_indices(folder):
+        try:
+            read_shard(path, recipe)
+        except Damaged:
+            damaged.append(path)
+    if damaged:
+        with locked(folder):
+            for path in damaged:
+                remove_shard(path)
 
 
 def sha256_of(path: Path) -> str:
