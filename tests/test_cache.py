@@ -250,6 +250,7 @@ def test_damage_beside_the_records_is_found_too(sdxl_path, pairs, tmp_path, capf
     said = capfd.readouterr()
     assert path.parent.name in said.out and "1 damaged" in said.out and "Traceback" not in said.err
     assert main([*verify, "--remove"]) == 0
+    assert main(["info", *verify[1:]]) == 0
     built(sdxl_path, pairs, cache)
     assert contents(cache) == before and main(verify) == 0
 

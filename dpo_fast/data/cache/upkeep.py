@@ -35,14 +35,16 @@ def entries(root: Path) -> list[Entry]:
         raise BadInput(f"there is no cache folder {root}: name it with --latent_cache_dir")
     found = []
     for folder in sorted(root.iterdir()):
-        if (mark := folder / "recipe.json").is_file():
+        mark, about, items = folder / "recipe.json", "", 0
+        if mark.is_file() or shard_indices(folder):
             about, items = _about_recipe(mark)
         elif (mark := folder / "manifest.json").is_file():
-            about, items = _about_pairs(mark), 0
+            about = _about_pairs(mark)
         else:
             continue
         size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-        found.append(Entry(folder, about, items, size, mark.stat().st_mtime))
+        used = (mark if mark.exists() else folder).stat().st_mtime
+        found.append(Entry(folder, about, items, size, used))
     return sorted(found, key=lambda entry: -entry.used)
 
 
@@ -64,9 +66,9 @@ def verify(root: Path, *, remove: bool = False) -> Iterator[tuple[Path, str | No
                 recipe = Recipe.from_json(json.loads(path.read_text(encoding="utf-8")))
                 if recipe.folder_name != entry.folder.name:
                     raise ValueError(f"it is the recipe of {recipe.folder_name}")
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 if remove:
-                    path.unlink()
+                    path.unlink(missing_ok=True)
                 yield path, f"{error}; its shards were not looked at"
                 continue
             for path in shard_indices(entry.folder):
