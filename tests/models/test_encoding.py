@@ -35,8 +35,8 @@ def test_every_weight_counts(family):
 
 @pytest.mark.parametrize("name", ["scaling_factor", "shift_factor"])
 def test_the_scale_of_latents_counts(family, monkeypatch, name):
-    before = image_encoding(family)
-    monkeypatch.setitem(family.pipeline.vae.config._internal_dict, name, 0.5)
+    before, vae = image_encoding(family), family.pipeline.vae
+    monkeypatch.setattr(vae, "_internal_dict", type(vae.config)({**vae.config, name: 0.5}))
     assert image_encoding(family) != before
 
 
