@@ -46,7 +46,7 @@ class Shard:
     path: Path  # of the .bin
     key_bytes: np.ndarray  # uint8 [n, KEY_BYTES]
     checksums: np.ndarray  # uint64 [n], xxh3_64 of each record
-    meta: list[Any]  # JSON of each record, None where there is nothing to say
+    meta: list[Any]  # of each record: a flat list, a dict, or None where there is nothing to say
     sha256: str
     records: np.ndarray  # uint8 [n, record_bytes]
 
@@ -328,7 +328,9 @@ def read_shard(path: Path, recipe: Recipe) -> Shard:
         body = json.loads(unsigned(path.read_text(encoding="utf-8")))
         keys = np.frombuffer(bytes.fromhex("".join(body["keys"])), np.uint8).reshape(-1, KEY_BYTES)
         checksums = np.array([int(checksum, 16) for checksum in body["checksums"]], np.uint64)
-        meta, sha256, of = body["meta"], body["sha256"], (body["recipe"], body["record_bytes"])
+        shared: dict[tuple, list] = {}  # sizes recur: one list of each, or millions of records take much memory
+        meta = [shared.setdefault(tuple(m), m) if isinstance(m, list) else m for m in body["meta"]]
+        sha256, of = body["sha256"], (body["recipe"], body["record_bytes"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise Damaged(f"{path} cannot be read as the index of a shard ({error}); {_BUILD}") from error
     if of != (recipe.digest, recipe.record_bytes):
