@@ -201,7 +201,11 @@ class TrainConfig:
     vae_encode_batch_size: int = 8
     """Images a VAE call."""
     dataloader_num_workers: int = 2
-    """Processes that decode images; 0: decode in the training process."""
+    """Processes that decode images (threads, while the cache is built); 0: decode in the training process."""
+    cache: bool = True
+    """Encode every image and caption once and keep them on disk; --no-cache encodes them anew at every visit."""
+    latent_cache_dir: Path | None = None
+    """Where the cache is; None: $DPO_FAST_CACHE, or the folder dpo_fast in $HF_HOME, or in ~/.cache."""
 
     # The objective.
     objective: Literal["dpo", "ipo", "hinge", "cdpo", "kto", "mapo", "sft"] = "dpo"
@@ -510,6 +514,8 @@ def check(config: TrainConfig) -> None:
         )
     if bool(config.eval_scorers) != (config.eval_prompts is not None):
         raise BadInput("--eval_scorers and --eval_prompts belong together: name the scorers and a text file of prompts")
+    if config.cache and config.random_crop:
+        raise BadInput("--random_crop needs --no-cache: the cache holds the centre crop of each image only")
     if config.overwrite and config.resume_from_checkpoint:
         raise BadInput("--overwrite and --resume_from_checkpoint exclude each other: one deletes what the other needs")
 

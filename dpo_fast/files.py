@@ -1,4 +1,4 @@
-"""Writing files and folders whole or not at all: a temporary name beside the target, then a rename."""
+"""Writing files and folders whole or not at all: a temporary name beside the target, then a rename. Sizes in words."""
 
 import json
 import os
@@ -91,6 +91,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def in_words(size: float) -> str:
+    """A number of bytes as people read it."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
 
 
 def _umask() -> int:

@@ -1,32 +1,41 @@
 """Opening a run: everything a trainer works with, made and checked in the order of what it costs.
 
 Settings, output folder, trackers and hub first (moments), then the pairs (every label and caption, a sample of the
-images), then the model, then what a checkpoint holds. What the user can mend raises BadInput here, before any step.
+images), then the model, then what a checkpoint holds, then the cache, where something is missing in it. What the user
+can mend raises BadInput here, before any step.
 """
 
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from dpo_fast import checkpoint, hub, run_folder
+from dpo_fast import caching, checkpoint, hub, run_folder
 from dpo_fast.config import TrainConfig, public, to_yaml
 from dpo_fast.data import (
     BadRow,
     Batch,
     PairDataset,
+    PairIndex,
     PairSets,
     PairTransform,
+    Source,
     StreamedPairs,
+    StreamedSource,
     TrainStream,
     build_index,
     make_loader,
     open_source,
 )
+from dpo_fast.data.cache.manifest import Manifest, RememberedSource
+from dpo_fast.data.cache.reader import CachedImages, CachedTransform
+from dpo_fast.data.opening import is_local
+from dpo_fast.data.stream import WINDOW
 from dpo_fast.errors import BadInput
 from dpo_fast.kernels import dispatch
 from dpo_fast.models import COMPUTE_DTYPES, Family, load_family
@@ -57,6 +66,7 @@ class Run:
     kl: torch.Tensor | None = None  # [] fp32, kto's: mean implicit reward of the step before, at least 0
     notes: dict[str, object] = field(default_factory=dict)  # what summary.json tells of before a resume
     bad_rows: dict[int, BadRow] = field(default_factory=dict)
+    cached: caching.Counts | None = None  # None: images and captions are encoded at every visit
 
     @property
     def folder(self) -> Path:
@@ -79,7 +89,6 @@ def open_run(config: TrainConfig, ranks: Ranks) -> Run:
 
 
 def _open(config: TrainConfig, ranks: Ranks) -> Run:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     _check_backend(config, ranks)
     files, saved = _saved_state(config)
     if saved:
@@ -92,19 +101,23 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
         ranks.on_main(lambda: hub.check_login(config.hub_token))  # found out now, not after the training
     ranks.on_main(lambda: run_folder.claim(config.output_dir, overwrite=config.overwrite, resuming=bool(saved)))
 
-    source, sets = _open_pairs(config, ranks)
+    pairs = _open_pairs(config, ranks, config.output_dir / run_folder.REPORT)
     family = _load_model(config, ranks)
     if config.max_train_steps is None:
-        config.max_train_steps = max(1, len(sets.train) * config.num_train_epochs // config.pairs_per_step)
-    fingerprints = {"base model": fingerprint(family.unet), "pairs": source.identity()}
+        config.max_train_steps = max(1, len(pairs.sets.train) * config.num_train_epochs // config.pairs_per_step)
+    fingerprints = {"base model": fingerprint(family.unet), "pairs": pairs.identity}
     masters, reference = _make_trainable(config, ranks, family)
 
     step, kl = 0, torch.zeros((), device=ranks.device)
     if saved:
         step = _restore(config, fingerprints, masters, kl, files, saved)
     ranks.on_main(lambda: _check_space(config, family, masters))
-    batches, sets, validation, prompts = _open_stream(config, ranks, source, sets, family, step)
+    cached = _fill_cache(config, ranks, pairs, _wanted(config, pairs), family) if config.cache else None
+    if cached and not config.run_validation:  # samples need them
+        family.free_encoders(keep=config.tuning == "full")
+    batches, sets, validation, prompts = _open_stream(config, ranks, pairs, cached, family, step)
     run = Run(config, ranks, sets, batches, validation, prompts, family, masters, reference, fingerprints, step, kl)
+    run.cached = cached and cached.counts
     run.bad_rows = {bad.row: bad for bad in sets.bad}
     if saved:
         run.notes = saved["notes"]
@@ -132,6 +145,7 @@ def _settle(config: TrainConfig, ranks: Ranks) -> TrainConfig:
             f"--pairs_per_step ({pairs}) must be a multiple of train_batch_size x processes"
             f" ({config.train_batch_size} x {ranks.world_size} = {a_pass})"
         )
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     folder = config.output_dir or Path("runs", f"{config.preset or 'train'}-{datetime.now():%Y%m%d-%H%M%S}")
     return replace(
         config,
@@ -155,8 +169,45 @@ def _check_backend(config: TrainConfig, ranks: Ranks) -> None:
         raise BadInput(f"--backend {config.backend}: {error}") from error
 
 
-def _open_pairs(config: TrainConfig, ranks: Ranks) -> tuple[object, PairSets | None]:
-    source = open_source(
+@dataclass
+class _Pairs:
+    """The pairs, opened."""
+
+    source: Source | StreamedSource | None  # None: a stream that need not be read, for the cache knows it
+    sets: PairSets | None  # None: streamed
+    manifest: Manifest | None  # None: without the cache
+
+    @property
+    def identity(self) -> str:
+        return (self.source or self.manifest.stream()).identity()
+
+
+def _open_pairs(config: TrainConfig, ranks: Ranks, report_path: Path | None) -> _Pairs:
+    """Open the pairs and sort their rows; with the cache, what is known of their images is not read again."""
+    if config.cache and config.streaming and not is_local(config.dataset_name):
+        manifest = caching.manifest_of(config, "")
+        if caching.knows(config, manifest, _wanted_of_stream(config)):
+            return _Pairs(None, None, manifest)
+    source = _open_source(config)
+    manifest = caching.manifest_of(config, source.stamp()) if config.cache else None
+    if config.streaming:
+        return _Pairs(source, None, manifest)
+    if manifest is not None:
+        source = RememberedSource(source, manifest)
+    sets = build_index(
+        source,
+        seed=config.seed,
+        soft_labels=config.soft_labels,
+        max_bad_fraction=config.max_bad_fraction,
+        validation_fraction=config.validation_fraction,
+        report_path=report_path if ranks.is_main else None,
+        progress=ranks.is_main,
+    )
+    return _Pairs(source, sets, manifest)
+
+
+def _open_source(config: TrainConfig) -> Source | StreamedSource:
+    return open_source(
         config.dataset_name,
         config_name=config.dataset_config_name,
         split=config.dataset_split_name,
@@ -168,18 +219,53 @@ def _open_pairs(config: TrainConfig, ranks: Ranks) -> tuple[object, PairSets | N
         token=config.hub_token,
         max_rows=config.max_train_samples,
     )
+
+
+def _wanted(config: TrainConfig, pairs: _Pairs) -> caching.Wanted:
+    """The pairs that a run visits, and those it holds out."""
+    if pairs.sets is None:
+        return _wanted_of_stream(config)
+    trained = _train_stream(config, pairs.sets.train).visited(config.max_train_steps)
+    return caching.Wanted(rows=sorted([*trained.tolist(), *pairs.sets.validation.pair_id.tolist()]))
+
+
+def _wanted_of_stream(config: TrainConfig) -> caching.Wanted:
+    """A stream's pairs as far as they are visited: its windows are shuffled whole."""
+    windows = -(-config.max_train_steps * config.pairs_per_step // WINDOW)
+    return caching.Wanted(pairs=windows * WINDOW)
+
+
+def _fill_cache(
+    config: TrainConfig, ranks: Ranks, pairs: _Pairs, wanted: caching.Wanted, family: Family, *, repair: bool = False
+) -> caching.Cached:
+    """Encode what is missing; from then on the pairs come from the cache."""
+    reopen = partial(_open_source, config)
+    cached = caching.fill(config, ranks, pairs.source, pairs.manifest, wanted, family, reopen=reopen, repair=repair)
     if config.streaming:
-        return source, None
-    sets = build_index(
-        source,
-        seed=config.seed,
-        soft_labels=config.soft_labels,
-        max_bad_fraction=config.max_bad_fraction,
-        validation_fraction=config.validation_fraction,
-        report_path=config.output_dir / run_folder.REPORT if ranks.is_main else None,
-        progress=ranks.is_main,
-    )
-    return source, sets
+        pairs.manifest.reload()
+        pairs.source = pairs.manifest.stream()
+    return cached
+
+
+def build_cache(config: TrainConfig, ranks: Ranks) -> caching.Counts:
+    """Encode what the run that `config` describes will need; without a seed, all of its pairs.
+
+    Shards whose files do not fit their index are encoded again. Every rank calls this. Raises BadInput as `open_run`.
+    """
+    config = _settle(config, ranks)
+    everything = config.seed is None
+    if everything:
+        config = replace(config, seed=0, validation_fraction=0.0)
+    pairs = _open_pairs(config, ranks, None)
+    family = _load_model(config, ranks)
+    if pairs.sets is None:
+        wanted = _wanted_of_stream(config)
+    elif everything or config.max_train_steps is None:
+        rows = torch.cat([pairs.sets.train.pair_id, pairs.sets.validation.pair_id])
+        wanted = caching.Wanted(rows=sorted(rows.tolist()))
+    else:
+        wanted = _wanted(config, pairs)
+    return _fill_cache(config, ranks, pairs, wanted, family, repair=True).counts
 
 
 def _load_model(config: TrainConfig, ranks: Ranks) -> Family:
@@ -286,7 +372,7 @@ def _check_space(config: TrainConfig, family: Family, masters: MasterOptimizer) 
     run_folder.check_space(config.output_dir, state + moments + result)
 
 
-def _open_stream(config, ranks: Ranks, source, sets: PairSets | None, family: Family, step: int):
+def _open_stream(config, ranks: Ranks, pairs: _Pairs, cached: caching.Cached | None, family: Family, step: int):
     """The training batches from `step` on, the counts, the held-out pairs and the prompts of the samples."""
     transform = PairTransform(
         resolution=config.resolution,
@@ -298,33 +384,52 @@ def _open_stream(config, ranks: Ranks, source, sets: PairSets | None, family: Fa
         caption_dropout=config.proportion_empty_prompts,
         time_ids=config.time_ids,
     )
-    split = dict(
-        pairs_per_step=config.pairs_per_step,
-        batch_size=config.train_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
+    source, sets = pairs.source, pairs.sets
     work = dict(num_workers=config.dataloader_num_workers, pin_memory=ranks.device.type == "cuda")
+    if cached and sets is not None:
+        source = CachedImages(source)
+
+    def of(transform: PairTransform) -> PairTransform | CachedTransform:
+        return CachedTransform(transform, cached.latents, cached.text) if cached else transform
+
     validation, captions = None, []
     if sets is None:
         sets = StreamedPairs(
             source,
-            transform,
+            of(transform),
             soft_labels=config.soft_labels,
             max_bad_fraction=config.max_bad_fraction,
             progress=ranks.is_main,
-            **split,
+            **_split(config, ranks),
         )
+        if cached:
+            work["num_workers"] = max(1, work["num_workers"])
         batches = sets.batches(step, config.max_train_steps, **work)
     else:
-        stream = TrainStream(seed=config.seed, pair_ids=sets.train.pair_id, **split)
-        dataset = PairDataset(source, sets.train, transform)
-        batches = make_loader(dataset, stream, step, config.max_train_steps, **work)
+        stream = _train_stream(config, sets.train, ranks)
+        batches = make_loader(
+            PairDataset(source, sets.train, of(transform)), stream, step, config.max_train_steps, **work
+        )
         if len(sets.validation):
             steady = replace(transform, hflip=False, random_crop=False, caption_dropout=0.0)
-            validation = PairDataset(source, sets.validation, steady)
+            validation = PairDataset(source, sets.validation, of(steady))
         captions = sets.validation.captions or sets.train.captions
     prompts = list(config.validation_prompts) or list(dict.fromkeys(captions))[:SAMPLE_PROMPTS]
     if config.run_validation and not prompts:
         raise BadInput("--run_validation with --streaming needs --validation_prompts: no caption is at hand yet")
     return batches, sets, validation, prompts
+
+
+def _train_stream(config: TrainConfig, train: PairIndex, ranks: Ranks | None = None) -> TrainStream:
+    """The order of training; without `ranks` that of all of them together."""
+    split = _split(config, ranks) if ranks else dict(pairs_per_step=config.pairs_per_step, batch_size=1)
+    return TrainStream(seed=config.seed, pair_ids=train.pair_id, **split)
+
+
+def _split(config: TrainConfig, ranks: Ranks) -> dict[str, int]:
+    return dict(
+        pairs_per_step=config.pairs_per_step,
+        batch_size=config.train_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )

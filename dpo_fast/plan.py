@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_fast.config import TrainConfig, to_yaml
+from dpo_fast.files import in_words
 from dpo_fast.models.family import COMPUTE_DTYPES
 from dpo_fast.models.load import component_config
 from dpo_fast.models.lora import add_lora
@@ -51,6 +52,9 @@ def plan(config: TrainConfig) -> str:
     pairs = config.pairs_per_step or config.train_batch_size * config.gradient_accumulation_steps
 
     masters = costs.trained * (4 if width == 2 else 0)
+    tokens = component_config(path, "text_encoder", **where).get("max_position_embeddings", 77)
+    a_latent, a_prompt = record_bytes(unet_config, resolution // vae_scale, tokens)
+
     memory = {
         "UNet weights": costs.parameters * width,
         "fp32 masters": masters,
@@ -72,16 +76,39 @@ def plan(config: TrainConfig) -> str:
         "",
         f"parameters        {costs.parameters:,} in the UNet, {costs.trained:,} trained",
         f"a step            {pairs} pairs at {resolution} x {resolution}",
-        *(f"memory            {_size(value):>10}  {name}" for name, value in memory.items()),
-        f"memory            {_size(activations):>10}  activations of {config.train_batch_size} pairs{recomputed}",
-        f"memory            {_size(sum(memory.values()) + activations):>10}  in all, without VAE and text encoders",
-        f"disk              {_size(checkpoint):>10}  a checkpoint{kept}",
-        f"disk              {_size(result):>10}  the result",
+        *(f"memory            {in_words(value):>10}  {name}" for name, value in memory.items()),
+        f"memory            {in_words(activations):>10}  activations of {config.train_batch_size} pairs{recomputed}",
+        f"memory            {in_words(sum(memory.values()) + activations):>10}  in all, without VAE and text encoders",
+        f"disk              {in_words(checkpoint):>10}  a checkpoint{kept}",
+        f"disk              {in_words(result):>10}  the result",
+        *_cache_lines(config, pairs, a_latent, a_prompt),
         f"UNet FLOPs a step {flops / 1e12:>10.3f}  TFLOP: policy forward and backward"
         + (", reference forward" if needs_reference else "")
         + (", recomputation" if config.gradient_checkpointing else ""),
     ]
     return "\n".join(lines)
+
+
+def record_bytes(unet_config: dict, latent_size: int, tokens: int) -> tuple[int, int]:
+    """Bytes that the cache keeps of an image and of a caption, both in fp16."""
+    pooled = 0
+    if unet_config.get("addition_embed_type") == "text_time":
+        pooled = unet_config["projection_class_embeddings_input_dim"] - 6 * unet_config["addition_time_embed_dim"]
+    text = tokens * unet_config["cross_attention_dim"] + pooled
+    return 2 * unet_config["in_channels"] * latent_size**2, 2 * text
+
+
+def _cache_lines(config: TrainConfig, pairs_a_step: int, a_latent: int, a_prompt: int) -> list[str]:
+    """What the cache takes, as far as it is known without opening the pairs."""
+    if not config.cache:
+        return []
+    lines = [f"cache             {a_latent} bytes an image, {a_prompt} a prompt, each stored once"]
+    visits = None if config.max_train_steps is None else config.max_train_steps * pairs_a_step
+    most = min((n for n in (visits, config.max_train_samples) if n is not None), default=None)
+    if most is not None:
+        size = most * (2 * a_latent * (1 + config.hflip) + a_prompt)
+        lines.append(f"cache             {in_words(size):>10}  at most, for {most} pairs with nothing in common")
+    return lines
 
 
 def unet_costs(unet_config: dict, config: TrainConfig, latent_size: int) -> UNetCosts:
@@ -154,7 +181,3 @@ def _counted_attention() -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = torch_attention
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"

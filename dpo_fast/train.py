@@ -4,14 +4,11 @@ Exit status: 0 done, 2 input that cannot be used (one line on stderr), 130 inter
 of ours (with a traceback).
 """
 
-import errno
-import logging
-import os
 import sys
 from typing import TYPE_CHECKING
 
 from dpo_fast.config import TrainConfig, parse
-from dpo_fast.errors import BadInput
+from dpo_fast.door import guarded, refuse, say, show_log
 
 if TYPE_CHECKING:
     from dpo_fast.evaluation.compare import Evaluation
@@ -21,24 +18,18 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
+
+    def work() -> int:
         config, notes = parse(argv)
         for note in notes:
-            _say(note)
+            say(note)
         return _run(config, argv)
-    except BadInput as error:
-        return _refuse(str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        return _refuse(
-            f"{error.strerror}{where}: nothing half-written is left; make room or name another --output_dir, then go on"
-            " with --resume_from_checkpoint latest"
-        )
-    except KeyboardInterrupt:
-        _say("interrupted at once; checkpoints saved before are whole")
-        return 130
+
+    return guarded(
+        work,
+        kept="checkpoints saved before are whole",
+        go_on="make room or name another --output_dir, then go on with --resume_from_checkpoint latest",
+    )
 
 
 def _run(config: TrainConfig, argv: list[str]) -> int:
@@ -55,7 +46,7 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
     from dpo_fast.opening import open_run
     from dpo_fast.trainer import Interrupted, Trainer
 
-    _show_log()
+    show_log()
     evaluation = None
     if config.eval_scorers:
         from dpo_fast.evaluation.compare import Evaluation
@@ -70,10 +61,10 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
             del run  # its memory is wanted
             _evaluate(evaluation, config, ranks)
     except Interrupted as stop:
-        _say(str(stop))
+        say(str(stop))
         return 130
     except torch.OutOfMemoryError as error:
-        return _refuse(
+        return refuse(
             f"out of GPU memory ({str(error).split('.')[0]}); lower --train_batch_size (with --pairs_per_step the"
             " result stays the same), or add --gradient_checkpointing, or --mixed_precision bf16, or --tuning lora",
             any_rank=True,
@@ -104,29 +95,6 @@ def _evaluate(evaluation: "Evaluation", config: TrainConfig, ranks: "Ranks") -> 
 def _or_none(summary: dict) -> str:
     value = summary["implicit_accuracy"]
     return "none" if value is None else f"{value:.3f}"
-
-
-def _show_log() -> None:
-    """Let what the package logs (which kernels run, for one) be seen on the main rank."""
-    logger = logging.getLogger("dpo_fast")
-    if os.environ.get("RANK", "0") == "0" and not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("dpo_fast: %(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-
-
-def _refuse(message: str, any_rank: bool = False) -> int:
-    _say("error: " + " ".join(message.split()), any_rank)
-    return 2
-
-
-def _say(message: str, any_rank: bool = False) -> None:
-    """Print a line; of what all ranks come to know, the main rank's is enough."""
-    rank = os.environ.get("RANK", "0")
-    if rank == "0" or any_rank:
-        where = "dpo_fast" if rank == "0" else f"dpo_fast, rank {rank}"
-        print(f"{where}: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

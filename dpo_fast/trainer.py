@@ -55,8 +55,8 @@ class Trainer:
     # ---- one step ----------------------------------------------------------------------------------------------
 
     def train_step(self) -> None:
-        """One optimizer step over `pairs_per_step` pairs. Nothing in it waits for the device, but for the tokens of
-        captions on their way to the text encoders (and optimizers that cannot skip on the device: `MasterOptimizer`).
+        """One optimizer step over `pairs_per_step` pairs. Nothing in it waits for the device, but for optimizers that
+        cannot skip on the device (`MasterOptimizer`) and, without the cache, for captions' tokens on their way to it.
         """
         passes = self.config.gradient_accumulation_steps
         loss = torch.zeros(1, device=self.ranks.device)
@@ -90,10 +90,13 @@ class Trainer:
     @torch.no_grad()
     def encode(self, batch: Batch) -> tuple[torch.Tensor, Conditioning]:
         """Latents fp16 [2B,C,h,w] and conditioning [B,...]; a dropped caption is the model's empty prompt."""
-        latents = self.family.encode_images(batch.pixels, self.config.vae_encode_batch_size)
-        nonfinite = nonfinite_rows(latents).view(2, -1).any(0)
-        self.nonfinite_pair = torch.maximum(self.nonfinite_pair, torch.where(nonfinite, batch.pair_id, -1).max())
-        conditioning = self.family.encode_prompts(batch.captions)
+        if batch.latents is not None:  # from the cache
+            latents, conditioning = batch.latents, dict(batch.conditioning)
+        else:
+            latents = self.family.encode_images(batch.pixels, self.config.vae_encode_batch_size)
+            nonfinite = nonfinite_rows(latents).view(2, -1).any(0)
+            self.nonfinite_pair = torch.maximum(self.nonfinite_pair, torch.where(nonfinite, batch.pair_id, -1).max())
+            conditioning = self.family.encode_prompts(batch.captions)
         for name, empty in self.family.empty_prompt().items():
             dropped = batch.dropped.view(-1, *[1] * (empty.dim() - 1))
             conditioning[name] = torch.where(dropped, empty, conditioning[name])
@@ -316,12 +319,7 @@ class Trainer:
         bad_pair = int(self.nonfinite_pair.item())
         in_a_row = int(self.masters.skipped_in_a_row.item())
         if bad_pair >= 0:
-            vae = str(self.family.pipeline.vae.dtype).removeprefix("torch.")
-            self.problem = BadInput(
-                f"row {bad_pair}: the VAE gave a non-finite latent (its dtype is {vae}, latents are fp16); use a VAE"
-                " that is safe in fp16, for SDXL --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix,"
-                " or --mixed_precision bf16 or no"
-            )
+            self.problem = self.family.not_finite(bad_pair)
         elif in_a_row >= self.config.max_skipped_updates:
             self.problem = BadInput(
                 f"step {line['step']}: the last {in_a_row} updates were not finite and were skipped"
@@ -450,6 +448,7 @@ class Trainer:
                 f"{self.family.name} {config.tuning} on {self.ranks.world_size} x {self.ranks.device.type},"
                 f" {precision}, {trained:,} parameters trained",
                 pairs,
+                f"cache: {self._cache_overview()}",
                 f"steps: {run.step} to {config.max_train_steps}, each {config.pairs_per_step} pairs"
                 f" ({self.ranks.world_size} processes x {config.train_batch_size} x"
                 f" {config.gradient_accumulation_steps}) at {config.resolution} px,"
@@ -457,6 +456,17 @@ class Trainer:
                 f"objective: {config.objective}, beta {config.beta_dpo:g}, lr {masters.base_lr:g}, seed {config.seed}",
                 f"output: {run.folder}",
             )
+        )
+
+    def _cache_overview(self) -> str:
+        """What came from the cache, or that there is none."""
+        counts = self.run_.cached
+        if counts is None:
+            return "none, images and captions are encoded at every visit"
+        kept = "; encoders kept for the samples" if self.config.run_validation else ""
+        return (
+            f"{counts.image_uses} images are {counts.images} different ones, {counts.captions} captions"
+            f" {counts.prompts}; encoded now {counts.images_encoded} and {counts.prompts_encoded}{kept}"
         )
 
     def _say(self, message: str) -> None:

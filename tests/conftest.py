@@ -1,16 +1,24 @@
 """Fixtures for all tests: one tiny pipeline of each family a session, and nothing from the network."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
 # One thread here and in the processes that tests start: sums over other numbers of threads round differently.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Latents and embeddings are kept between tests, as between runs, but never beside the user's own.
+os.environ["DPO_FAST_CACHE"] = tempfile.mkdtemp(prefix="dpo_fast-cache-")
 
 import pytest
 
 from tests.helpers import pipelines
 from tests.helpers.pairs import write_pickapic
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(os.environ["DPO_FAST_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -11,14 +11,15 @@ ROOT = Path(dpo_fast.__file__).parent
 # From the ground up; modules of one level do not import each other, files of one package may.
 LEVELS = [
     ["errors", "quiet"],
-    ["files"],
+    ["files", "door"],
     ["kernels"],
     ["draws", "schedule", "objectives", "config"],
     ["models", "data", "shapes"],
     ["card", "checkpoint", "hub", "metrics", "optim", "parallel", "plan", "reference", "run_folder", "sampling"],
+    ["caching"],
     ["opening"],
     ["trainer", "evaluation"],
-    ["train", "env"],
+    ["train", "cache", "env"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(ROOT.rglob("*.py"))

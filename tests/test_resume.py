@@ -15,7 +15,7 @@ from tests.helpers.runs import STEPS, assert_same_state, flags_for, lines, start
 VARIANTS = {
     "lora": [],
     "full bf16 with ema": ["--tuning", "full", "--mixed_precision", "bf16", "--use_ema"],
-    "fp16": ["--mixed_precision", "fp16", "--proportion_empty_prompts", 0.3, "--hflip", "--random_crop"],
+    "fp16": ["--mixed_precision", "fp16", "--proportion_empty_prompts", 0.3, "--hflip", "--random_crop", "--no-cache"],
     "kto": ["--objective", "kto"],
     "adafactor": ["--optimizer", "adafactor"],
     "8-bit adam": ["--use_8bit_adam"],

@@ -7,14 +7,13 @@ image, as a pure function of (seed, pair id, draw): see `dpo_fast.draws`. The no
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dpo_fast import draws
-from dpo_fast.data.images import BadImage, crop_corner, decode, resize, to_pixels
+from dpo_fast.data.images import BadImage, crop_corner, mirror, scaled, to_pixels
 from dpo_fast.data.pairs import PairIndex
 from dpo_fast.data.sources import Source
 from dpo_fast.errors import BadInput
@@ -25,7 +24,7 @@ T = TypeVar("T")
 class EncodedPair(NamedTuple):
     """One pair before decoding."""
 
-    images: tuple[bytes | BadImage, bytes | BadImage]  # chosen first; or why there is none
+    images: tuple[bytes | BadImage, bytes | BadImage]  # chosen first (cached: their keys); or why there is none
     caption: str
     label: float
 
@@ -45,6 +44,15 @@ class PairItem(NamedTuple):
     bad: str | None
 
 
+class Drawn(NamedTuple):
+    """What is drawn for B pairs, as lists."""
+
+    timesteps: list[int]
+    dropped: list[bool]
+    mirrored: list[bool]
+    corners: list[tuple[float, float] | None]  # of the crop; None is the center
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PairTransform:
     """How an encoded pair becomes pixels, a timestep and conditioning. Raises BadInput for settings out of range."""
@@ -59,6 +67,8 @@ class PairTransform:
     # SDXL's micro-conditioning. fixed: (R, R, 0, 0, R, R); real: the smaller image's true size and crop
     time_ids: str = "fixed"
 
+    in_threads: ClassVar[bool] = False  # batches are made in processes of their own
+
     def __post_init__(self) -> None:
         assert self.timesteps.dtype == torch.int64 and len(self.timesteps) > 0
         if self.resolution < 1:
@@ -68,28 +78,39 @@ class PairTransform:
         if self.time_ids not in ("fixed", "real"):
             raise BadInput(f"time_ids ({self.time_ids!r}) must be fixed or real")
 
+    def drawn(self, pair_id: Tensor, draw: Tensor) -> Drawn:
+        """The draws of pairs, given their ids and draws (int64 [B] both)."""
+        n = len(pair_id)
+        return Drawn(
+            draws.timesteps(self.seed, pair_id, draw, self.timesteps, grid=self.grid).tolist(),
+            draws.dropout(self.seed, pair_id, draw, self.caption_dropout).tolist(),
+            draws.flip(self.seed, pair_id, draw).tolist() if self.hflip else [False] * n,
+            draws.crop(self.seed, pair_id, draw).tolist() if self.random_crop else [None] * n,
+        )
+
+    def batch(self, pair_id: Tensor, draw: Tensor, pairs: Sequence[EncodedPair]) -> "Batch":
+        """A micro-batch of decoded pairs."""
+        return collate(self(pair_id, draw, pairs))
+
     def __call__(self, pair_id: Tensor, draw: Tensor, pairs: Sequence[EncodedPair]) -> list[PairItem]:
         """Decode pairs, given their ids and draws (int64 [B] both). A bad image leaves its pair with weight 0."""
-        timesteps = draws.timesteps(self.seed, pair_id, draw, self.timesteps, grid=self.grid).tolist()
-        dropped = draws.dropout(self.seed, pair_id, draw, self.caption_dropout).tolist()
-        mirrored = draws.flip(self.seed, pair_id, draw).tolist() if self.hflip else [False] * len(pairs)
-        corners = draws.crop(self.seed, pair_id, draw).tolist() if self.random_crop else [None] * len(pairs)
+        drawn = self.drawn(pair_id, draw)
         items = []
         for i, pair in enumerate(pairs):
             try:
-                pixels, time_ids = self._pixels(pair.images, mirrored[i], corners[i])
+                pixels, time_ids = self._pixels(pair.images, drawn.mirrored[i], drawn.corners[i])
                 bad = None
             except BadImage as error:
                 pixels = torch.zeros(2, 3, self.resolution, self.resolution, dtype=torch.uint8)
-                time_ids, bad = self._fixed_time_ids, str(error)
+                time_ids, bad = self.fixed_time_ids, str(error)
             items.append(
                 PairItem(
                     pixels=pixels,
                     caption=pair.caption,
-                    dropped=dropped[i],
+                    dropped=drawn.dropped[i],
                     pair_id=int(pair_id[i]),
                     draw=int(draw[i]),
-                    timestep=timesteps[i],
+                    timestep=drawn.timesteps[i],
                     label=pair.label,
                     weight=0.0 if bad else 1.0,
                     time_ids=time_ids,
@@ -106,21 +127,25 @@ class PairTransform:
             if isinstance(encoded, BadImage):
                 raise encoded
             try:
-                original = decode(encoded)
-                image = resize(original, self.resolution)
+                image, size = scaled(encoded, self.resolution)
             except BadImage as error:
                 raise BadImage(error.reason, name) from error
             if mirrored:
-                # Before the crop, so that `left` is where the crop lies in what the model sees.
-                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                image = mirror(image)
             top, left = crop_corner(image.size, self.resolution, where)
             squares.append(to_pixels(image, top, left, self.resolution))
-            conditions.append((original.height, original.width, top, left, self.resolution, self.resolution))
-        real = min(conditions, key=lambda condition: condition[0] * condition[1])  # equal sizes: the chosen image's
-        return torch.stack(squares), self._fixed_time_ids if self.time_ids == "fixed" else real
+            conditions.append((*size, top, left))
+        return torch.stack(squares), self.time_ids_of(conditions)
+
+    def time_ids_of(self, conditions: Sequence[tuple[int, int, int, int]]) -> tuple[float, ...]:
+        """A pair's time ids, from true height, true width, crop top and crop left of both images."""
+        if self.time_ids == "fixed":
+            return self.fixed_time_ids
+        smaller = min(conditions, key=lambda condition: condition[0] * condition[1])  # equal: the chosen image
+        return (*smaller, self.resolution, self.resolution)
 
     @property
-    def _fixed_time_ids(self) -> tuple[float, ...]:
+    def fixed_time_ids(self) -> tuple[float, ...]:
         return (self.resolution, self.resolution, 0, 0, self.resolution, self.resolution)
 
 
@@ -138,8 +163,15 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[PairItem]:
         """One micro-batch (the loader calls this), so that its draws are made together."""
+        return self.transform(*self._drawn_of(keys))
+
+    def batch(self, keys: Sequence[tuple[int, int]]) -> "Batch":
+        """The same as one batch."""
+        return self.transform.batch(*self._drawn_of(keys))
+
+    def _drawn_of(self, keys: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, list[EncodedPair]]:
         position, draw = torch.tensor(keys, dtype=torch.int64).unbind(1)
-        return self.transform(self.index.pair_id[position], draw, [self._encoded(p) for p in position.tolist()])
+        return self.index.pair_id[position], draw, [self._encoded(p) for p in position.tolist()]
 
     def _encoded(self, position: int) -> EncodedPair:
         images = load_images(self.source, int(self.index.pair_id[position]))
@@ -152,9 +184,12 @@ class PairDataset(torch.utils.data.Dataset):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A micro-batch of B pairs. Tensors of images are [2B, ...]: the B chosen ones, then the B rejected ones."""
+    """A micro-batch of B pairs. Tensors of images are [2B, ...]: the B chosen ones, then the B rejected ones.
 
-    pixels: Tensor  # uint8 [2B, 3, R, R]
+    Images and captions come as they are, or from the cache as the model sees them.
+    """
+
+    pixels: Tensor | None  # uint8 [2B, 3, R, R]
     captions: list[str]  # B, also where dropped
     dropped: Tensor  # bool [B]: train without the caption
     pair_id: Tensor  # int64 [B]
@@ -164,6 +199,8 @@ class Batch:
     weight: Tensor  # fp32 [B]: 0 where an image could not be decoded
     time_ids: Tensor  # fp32 [B, 6]: (height, width, crop top, crop left, target height, target width)
     bad: list[tuple[int, str]]  # (row, reason) of the pairs with weight 0
+    latents: Tensor | None = None  # from the cache: fp16 [2B, C, h, w]
+    conditioning: dict[str, Tensor] | None = None  # from the cache: fp16 [B, ...] each
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -175,7 +212,10 @@ class Batch:
 
     def _each_tensor(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
+        tensors = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        if self.conditioning is not None:
+            tensors["conditioning"] = {name: change(value) for name, value in self.conditioning.items()}
+        return replace(self, **tensors)
 
 
 def collate(items: Sequence[PairItem]) -> Batch:

@@ -1,5 +1,6 @@
 """One encoded image to pixels: decode whatever people really store, refuse by name what cannot be a training image."""
 
+import hashlib
 import io
 import math
 import warnings
@@ -13,6 +14,10 @@ from PIL import Image, ImageOps
 Image.init()
 FORMATS = [f for f in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000") if f in Image.OPEN]
 
+# How an encoded image becomes what the VAE sees, in words: part of what identifies a cached latent. A change of
+# `decode`, `resize` or `crop_corner` that changes pixels must change this line.
+RULE = "upright, over white; shorter side to the resolution, bilinear with antialiasing; mirrored before a centre crop"
+
 # PIL warns above its pixel limit and refuses above twice that; `decode` refuses at the limit, so the warning is noise.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -24,6 +29,11 @@ class BadImage(ValueError):
         super().__init__(f"{column} {reason}" if column else reason)
         self.reason = reason
         self.column = column
+
+
+def image_key(data: bytes) -> bytes:
+    """The name of an image, whatever data set holds it: 16 bytes, a hash of its encoded bytes."""
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def decode(data: bytes) -> Image.Image:
@@ -50,6 +60,17 @@ def resize(image: Image.Image, resolution: int) -> Image.Image:
     size = tuple(resolution if side == short else resolution * side // short for side in image.size)
     _check_size(*size)  # a strip of 1 x 60000 pixels is small until its shorter side becomes 1024
     return image.resize(size, Image.Resampling.BILINEAR)
+
+
+def scaled(data: bytes, resolution: int) -> tuple[Image.Image, tuple[int, int]]:
+    """Encoded bytes to an upright image whose shorter side is `resolution`, and its true (height, width)."""
+    image = decode(data)
+    return resize(image, resolution), (image.height, image.width)
+
+
+def mirror(image: Image.Image) -> Image.Image:
+    """Left and right exchanged. Before the crop, so that `left` is where the crop lies in what the model sees."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
 def crop_corner(size: tuple[int, int], resolution: int, where: tuple[float, float] | None) -> tuple[int, int]:

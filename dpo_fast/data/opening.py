@@ -61,7 +61,7 @@ def open_source(
         if root is not None:
             source = JsonlSource(name, split, shards[split], root, wanted, max_rows)
             return StreamedSource.over(source) if streaming else source
-        table = _load_local(shards[split], streaming, cache_dir)
+        table, files = _load_local(shards[split], streaming, cache_dir), shards[split]
     elif _looks_local(str(name_or_path)):
         raise BadInput(
             f"data set {str(name_or_path)!r} does not exist: give an existing file or folder, or a hub id (owner/name)"
@@ -75,10 +75,17 @@ def open_source(
             table = datasets.load_dataset(
                 name, config_name, split=split, streaming=streaming, cache_dir=_text(cache_dir), **hub
             )
+            files = []
             name = "@".join([f"{name}/{config_name}" if config_name else name] + ([revision] if revision else []))
     if streaming:
-        return StreamedSource.of_table(name, split, table, wanted, max_rows)
+        files = [file for path in files for file in (sorted(path.rglob("*.arrow")) if path.is_dir() else [path])]
+        return StreamedSource.of_table(name, split, table, wanted, max_rows, files)
     return TableSource(name, split, table, wanted, max_rows)
+
+
+def is_local(name_or_path: str | Path) -> bool:
+    """Whether a name means something on this disk, there or not, and no hub id."""
+    return Path(name_or_path).expanduser().exists() or _looks_local(str(name_or_path))
 
 
 def _local_splits(path: Path) -> tuple[dict[str, list[Path]], Path | None]:

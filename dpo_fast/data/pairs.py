@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dpo_fast.data.columns import Columns
-from dpo_fast.data.images import BadImage, decode
+from dpo_fast.data.images import BadImage
 from dpo_fast.data.sources import BadRow, Source
 from dpo_fast.errors import BadInput
 from dpo_fast.files import write_text
@@ -98,14 +98,14 @@ def build_index(
         raise nothing_to_train_on(source.description, rows, ties)
 
     spread = torch.linspace(0, len(index) - 1, min(check_pairs, len(index)), dtype=torch.float64).round().long()
-    unusable = _each_pair(source, index.pair_id[spread], _decodes, "Checking images", progress)[1]
+    unusable = _each_pair(source.check_images, index.pair_id[spread], "Checking images", progress)[1]
     settle(unusable, len(spread))
     index = _without(index, unusable)
 
     validation, shared = index.keep(torch.zeros(len(index), dtype=torch.bool)), 0
     if validation_fraction > 0:
         held_out = _validation_captions(index.captions, validation_fraction, seed)
-        hashes, unusable = _each_pair(source, index.pair_id, _image_hashes, "Hashing images", progress)
+        hashes, unusable = _each_pair(source.image_keys, index.pair_id, "Hashing images", progress)
         settle(unusable, len(index))
         index = _without(index, unusable)
         held = torch.tensor([_caption_key(caption) in held_out for caption in index.captions], dtype=torch.bool)
@@ -201,24 +201,17 @@ def _read_rows(source: Source, soft_labels: bool, progress: bool) -> tuple[PairI
 
 
 def _each_pair(
-    source: Source, rows: Tensor, function: Callable[[bytes], T], title: str, progress: bool
-) -> tuple[dict[int, tuple[T, T]], list[BadRow]]:
-    """Apply `function` to both encoded images of each row, in threads: row -> results, and the rows where it failed."""
+    function: Callable[[int], T], rows: Tensor, title: str, progress: bool
+) -> tuple[dict[int, T], list[BadRow]]:
+    """Apply `function` to each row, in threads: row -> result, and the rows where it raised BadImage."""
 
-    def one(row: int) -> tuple[T, T] | BadRow:
+    def one(row: int) -> T | BadRow:
         try:
-            images = source.image_bytes(row)
+            return function(row)
         except BadImage as error:
             return BadRow(row, error.column, error.reason)
-        results = []
-        for column, image in zip(source.columns.images, images, strict=True):
-            try:
-                results.append(function(image))
-            except BadImage as error:
-                return BadRow(row, column, error.reason)
-        return results[0], results[1]
 
-    done: dict[int, tuple[T, T]] = {}
+    done: dict[int, T] = {}
     failed: list[BadRow] = []
     bar = tqdm(total=len(rows), desc=title, unit=" pairs", disable=not progress)
     with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -230,14 +223,6 @@ def _each_pair(
                     done[row] = result
                 bar.update()
     return done, failed
-
-
-def _decodes(data: bytes) -> None:
-    decode(data)
-
-
-def _image_hashes(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _without(index: PairIndex, bad: list[BadRow]) -> PairIndex:

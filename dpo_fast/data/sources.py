@@ -1,18 +1,20 @@
 """What a source of preference pairs answers, whatever it is kept in. Nothing here decodes an image."""
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from dpo_fast.data.columns import Columns, WantedColumns
-from dpo_fast.data.images import BadImage
+from dpo_fast.data.images import BadImage, decode, image_key
 from dpo_fast.errors import BadInput
 
 
@@ -50,14 +52,38 @@ class Source(Protocol):
     def image_bytes(self, row: int) -> tuple[bytes, bytes]:
         """The two encoded images. Raises BadImage, naming the column, where one is not there."""
 
+    def check_images(self, row: int) -> None:
+        """Raise BadImage, naming the column, where an image of the row is not there or does not decode."""
+
+    def image_keys(self, row: int) -> tuple[bytes, bytes]:
+        """A hash of each image's bytes. Raises BadImage, naming the column, where one is not there."""
+
     def missing_images(self, progress: bool = False) -> list[BadRow]:
         """Rows whose images are files that cannot be used, found without reading them."""
 
     def identity(self) -> str:
         """What must stay the same for a run to be resumed."""
 
+    def stamp(self) -> str:
+        """Names, sizes and times of the files: while it is the same, the images are taken to be the same."""
 
-class TableSource:
+
+class _Encoded:
+    """What follows from having the images' bytes."""
+
+    def check_images(self, row: int) -> None:
+        for column, image in zip(self.columns.images, self.image_bytes(row), strict=True):
+            try:
+                decode(image)
+            except BadImage as error:
+                raise BadImage(error.reason, column) from error
+
+    def image_keys(self, row: int) -> tuple[bytes, bytes]:
+        first, second = self.image_bytes(row)
+        return image_key(first), image_key(second)
+
+
+class TableSource(_Encoded):
     """A `datasets.Dataset` (memory-mapped Arrow) whose image columns hold encoded bytes."""
 
     def __init__(self, name: str, split: str, table: datasets.Dataset, wanted: "WantedColumns", max_rows: int | None):
@@ -91,11 +117,15 @@ class TableSource:
     def identity(self) -> str:
         return _identity(self._name, self._split, self.columns, len(self))
 
+    def stamp(self) -> str:
+        files = [file["filename"] for file in self._table.cache_files]
+        return stamp_of(files) if files else self._table._fingerprint  # in memory: a name of its contents
+
     def _column(self, name: str) -> list[Any]:
         return self._table.select_columns([name])[:][name]  # only this column's buffers are touched
 
 
-class JsonlSource:
+class JsonlSource(_Encoded):
     """Lines of JSON naming image files beside them. A path may not lead out of the folder, by `..` or by a link."""
 
     def __init__(
@@ -136,6 +166,12 @@ class JsonlSource:
     def identity(self) -> str:
         return _identity(self._name, self._split, self.columns, len(self))
 
+    def stamp(self) -> str:
+        files = (
+            self._root / path for paths in self._paths for path in paths if isinstance(path, str) and "\0" not in path
+        )
+        return stamp_of(files)
+
     def _resolve(self, row: int, side: int) -> Path:
         """The file behind a path, by its true name, if that is a file inside the folder."""
         given, column = self._paths[row][side], self.columns.images[side]
@@ -160,25 +196,37 @@ class JsonlSource:
 
 
 class StreamedSource:
-    """Rows in the order of the source, read anew by every call of `rows`. Its length is not known beforehand."""
+    """Rows in the order of the source, read anew by every call of `rows`."""
 
-    def __init__(self, description: str, identity: str, columns: Columns, rows):
+    def __init__(
+        self, description: str, identity: str, columns: Columns, rows, stamp: str = "", length: int | None = None
+    ):
         self.description = description
         self.columns = columns
+        self.length = length  # as far as it is known beforehand: for estimates only
         self._identity = identity
         self._rows = rows
+        self._stamp = stamp
 
     @classmethod
     def of_table(
-        cls, name: str, split: str, table: datasets.IterableDataset, wanted: "WantedColumns", max_rows: int | None
+        cls,
+        name: str,
+        split: str,
+        table: datasets.IterableDataset,
+        wanted: "WantedColumns",
+        max_rows: int | None,
+        files: Sequence[Path] = (),
     ) -> "StreamedSource":
-        """Stream a `datasets.IterableDataset`."""
+        """Stream a `datasets.IterableDataset`; `files` are its files on this disk."""
+        length = _length(table, split, files)
         with as_bad_input(f"data set {name!r}"):
             names = table.column_names or list(next(iter(table.take(1)), {}))
         columns = wanted.find(names, name)
         table = _raw_images(table, columns, name)
         if max_rows is not None:
             table = table.take(max_rows)
+            length = max_rows if length is None else min(length, max_rows)
 
         def rows() -> Iterator[StreamedRow]:
             records, row = iter(table), 0
@@ -188,7 +236,7 @@ class StreamedSource:
                 except Exception as error:  # the network and the file formats raise what they like
                     raise RuntimeError(
                         f"data set {name!r}: the stream broke off after {row} rows ({one_line(error)}); "
-                        "the run can be resumed from its last checkpoint"
+                        "the run can be resumed from its last checkpoint, the cache be built on by the same command"
                     ) from error
                 if record is None:
                     return
@@ -197,7 +245,8 @@ class StreamedSource:
                 yield StreamedRow(row, record[columns.caption], label, images)
                 row += 1
 
-        return cls(_describe(name, split, columns, None), _identity(name, split, columns, max_rows), columns, rows)
+        description, identity = _describe(name, split, columns, None), _identity(name, split, columns, max_rows)
+        return cls(description, identity, columns, rows, stamp_of(files) if files else "", length)
 
     @classmethod
     def over(cls, source: Source) -> "StreamedSource":
@@ -208,7 +257,10 @@ class StreamedSource:
                 images = _or_reason(source.image_bytes, row)
                 yield StreamedRow(row, caption, label, images if isinstance(images, tuple) else (images, images))
 
-        return cls(source.description, source.identity(), source.columns, rows)
+        # What is remembered of a stream has its captions and labels too.
+        text = hashlib.blake2b(repr((source.captions(), source.labels())).encode(errors="replace"), digest_size=8)
+        stamp = source.stamp() + text.hexdigest()
+        return cls(source.description, source.identity(), source.columns, rows, stamp, len(source))
 
     def rows(self) -> Iterator[StreamedRow]:
         """Every row once, from the first."""
@@ -217,6 +269,10 @@ class StreamedSource:
     def identity(self) -> str:
         """What must stay the same for a run to be resumed."""
         return self._identity + " streamed"
+
+    def stamp(self) -> str:
+        """As a `Source`'s; empty for a set on the hub, which is named and not looked at."""
+        return self._stamp
 
 
 def _read_jsonl(file: Path) -> list[dict[str, Any]]:
@@ -275,6 +331,26 @@ def _or_reason(function, *arguments):
         return function(*arguments)
     except BadImage as error:
         return error
+
+
+def _length(table: datasets.IterableDataset, split: str, files: Sequence[Path]) -> int | None:
+    """The number of rows of a stream, where it is written somewhere."""
+    if files and all(file.suffix == ".parquet" for file in files):
+        return sum(pq.read_metadata(file).num_rows for file in files)
+    known = (table.info.splits or {}).get(split)
+    return known.num_examples or None if known is not None else None
+
+
+def stamp_of(files: Iterable[str | Path]) -> str:
+    """A hash of the files' names, sizes and times of change; of a file that cannot be looked at, its name."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files:
+        try:
+            status = os.stat(file)
+            digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode(errors="replace"))
+        except (OSError, ValueError):
+            digest.update(f"{file}\n".encode(errors="replace"))
+    return digest.hexdigest()
 
 
 def _describe(name: str, split: str, columns: Columns, rows: int | None) -> str:

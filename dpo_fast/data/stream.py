@@ -56,6 +56,12 @@ class TrainStream:
             for micro_batch in self._slice.of_step(step):
                 yield [self._at(position) for position in micro_batch]
 
+    def visited(self, last_step: int) -> Tensor:
+        """Ids of the pairs that all ranks together train on before `last_step`, ascending: int64 [n]."""
+        positions = last_step * self._slice.pairs_per_step
+        order = draws.epoch_order(self._seed, 0, self._pair_ids)
+        return self._pair_ids[order[:positions]].sort().values
+
     def _at(self, position: int) -> tuple[int, int]:
         epoch, place = divmod(position, len(self._pair_ids))
         if epoch not in self._orders:
@@ -123,7 +129,7 @@ class StreamedPairs:
     def _to_batch(self, placed: list["_Placed"]) -> Batch:
         pair_id = torch.tensor([pair.pair_id for pair in placed], dtype=torch.int64)
         draw = torch.tensor([pair.epoch for pair in placed], dtype=torch.int64)
-        return collate(self._transform(pair_id, draw, [pair.encoded for pair in placed]))
+        return self._transform.batch(pair_id, draw, [pair.encoded for pair in placed])
 
     def _from(self, first: int) -> "Iterator[_Placed]":
         """All pairs of the endless stream from position `first` on."""
@@ -256,7 +262,13 @@ class _Placed(NamedTuple):
 def _load(
     dataset: PairDataset, batches: Iterable[list[tuple[int, int]]], num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
-    """torch's loader over given micro-batches; what goes wrong in a worker comes out as one line."""
+    """torch's loader over given micro-batches; what goes wrong in a worker comes out as one line.
+
+    What is cached needs no decoding, and comes through threads.
+    """
+    if dataset.transform.in_threads:
+        yield from _in_threads(dataset.batch, iter(batches), max(1, num_workers), pin_memory)
+        return
     loader = DataLoader(
         dataset,
         batch_sampler=batches,

@@ -36,6 +36,7 @@ class Family(ABC):
     name: ClassVar[str]  # "sd15", "sdxl" or "turbo"
     sampling_steps: ClassVar[int]
     sampling_guidance: ClassVar[float]  # guidance_scale of the pipeline
+    text_kind: ClassVar[str]  # what `encode_prompts` gives, in words
     needs_time_ids: ClassVar[bool] = False
     timestep_grid: ClassVar[bool] = False  # trained at the few timesteps of its sampler, not at all of them
 
@@ -56,9 +57,9 @@ class Family(ABC):
         grid = turbo_grid(self.schedule.num_train_timesteps) if self.timestep_grid else None
         self.timesteps: torch.Tensor = usable_timesteps(self.schedule, grid).cpu()
         vae_config, unet_config = pipeline.vae.config, pipeline.unet.config
-        vae_factor = 2 ** (len(vae_config.block_out_channels) - 1)
-        self.default_resolution: int = unet_config.sample_size * vae_factor
-        self.resolution_multiple: int = vae_factor * 2 ** (len(unet_config.block_out_channels) - 1)
+        self.vae_factor: int = 2 ** (len(vae_config.block_out_channels) - 1)  # pixels a latent, each way
+        self.default_resolution: int = unet_config.sample_size * self.vae_factor
+        self.resolution_multiple: int = self.vae_factor * 2 ** (len(unet_config.block_out_channels) - 1)
         self._empty_prompt: Conditioning | None = None
         for module in self._modules().values():
             module.eval().requires_grad_(False).to(self.device)
@@ -78,11 +79,14 @@ class Family(ABC):
 
         The mean, not a sample: a pair's latents are then one fixed tensor. A latent that overflows fp16 becomes
         infinite; `nonfinite_rows` finds such images without a synchronisation.
+
+        On a CPU an image is encoded alone, whatever `batch_size`: its latents are then the same to the bit in whatever
+        company it comes (a batch of another size sums in another order).
         """
         vae = self.pipeline.vae
         shift = vae.config.shift_factor or 0.0
         latents = []
-        for chunk in pixels.split(batch_size):
+        for chunk in pixels.split(1 if self.device.type == "cpu" else batch_size):
             images = (chunk.to(self.device, torch.float32) / 127.5 - 1).to(vae.dtype)
             mean = vae.encode(images).latent_dist.mean.float()
             latents.append(((mean - shift) * vae.config.scaling_factor).half())
@@ -110,14 +114,46 @@ class Family(ABC):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """The UNet's view of N prompts, fp16 [N,...] on `device`; a prompt that occurs twice is encoded once."""
+        """The UNet's view of N prompts, fp16 [N,...] on `device`; a prompt that occurs twice is encoded once.
+
+        On a CPU a prompt is encoded alone, as images are.
+        """
         unique = list(dict.fromkeys(prompts))
         row_of = {prompt: row for row, prompt in enumerate(unique)}
         rows = torch.tensor([row_of[prompt] for prompt in prompts])
         if self.device.type == "cuda":  # from pinned memory the copy waits for nothing
             rows = rows.pin_memory()
         rows = rows.to(self.device, non_blocking=True)
-        return {name: tensor.half()[rows] for name, tensor in self._encode(unique).items()}
+        calls = [[prompt] for prompt in unique] if self.device.type == "cpu" else [unique]
+        encoded = [self._encode(call) for call in calls]
+        return {name: torch.cat([part[name].half() for part in encoded])[rows] for name in encoded[0]}
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a square image."""
+        side = resolution // self.vae_factor
+        return self.pipeline.unet.config.in_channels, side, side
+
+    def not_finite(self, row: int) -> BadInput:
+        """The error for a latent that `encode_images` gave for an image of a row and that is not finite."""
+        vae = str(self.pipeline.vae.dtype).removeprefix("torch.")
+        return BadInput(
+            f"row {row}: the VAE gave a non-finite latent (its dtype is {vae}, latents are fp16); use a VAE"
+            " that is safe in fp16, for SDXL --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix,"
+            " or --mixed_precision bf16 or no"
+        )
+
+    def free_encoders(self, *, keep: bool) -> None:
+        """Give back the device memory of VAE and text encoders, for training from encoded images and prompts.
+
+        keep: hold them in host memory, for `save_full`; else they are gone for good. `empty_prompt` goes on working.
+        """
+        self.empty_prompt()
+        for name, module in self._modules().items():
+            if module is not self.unet:
+                if keep:
+                    module.to("cpu")
+                else:
+                    self.pipeline.register_modules(**{name: None})
 
     def empty_prompt(self) -> Conditioning:
         """What stands for a dropped caption, fp16 [1,...]: the pipeline's own unconditional input."""

@@ -7,6 +7,7 @@ class SD15(Family):
     """Conditioning: prompt_embeds [N,77,768] (1024 wide in 2.x)."""
 
     name = "sd15"
+    text_kind = "last hidden state, normed"
     sampling_steps = 50
     sampling_guidance = 7.5
 

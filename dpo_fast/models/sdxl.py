@@ -9,6 +9,7 @@ class SDXL(Family):
     """Conditioning: prompt_embeds [N,77,2048], pooled_prompt_embeds [N,1280]; for `denoise` time_ids [N,6] too."""
 
     name = "sdxl"
+    text_kind = "last but one hidden states of both encoders, pooled embedding of the second"
     sampling_steps = 50
     sampling_guidance = 5.0
     needs_time_ids = True

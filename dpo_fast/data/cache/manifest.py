@@ -1,0 +1,297 @@
+"""What was once found out about the rows of a source, so that its images need not be read again.
+
+    pairs-<hash>/manifest.json            the source in words, and whether a stream was read to its end
+                 rows-<digest>.parquet    a line a known row: keys of its images, what is wrong with them; a stream's
+                                          caption and label too
+                 part-N-<digest>.parquet  the same while a build is running; merged into one at its end
+
+<digest> is of the file's bytes. The hash is over how the source was asked for and over its files' names, sizes and
+times. A data set that was copied or touched is read and hashed again; nothing is encoded again, for an entry's key
+depends on the image alone.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo_fast.data.cache.recipe import KEY_BYTES
+from dpo_fast.data.cache.signed import digest, signed, unsigned
+from dpo_fast.data.columns import Columns
+from dpo_fast.data.images import BadImage, decode, image_key
+from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
+from dpo_fast.errors import BadInput
+from dpo_fast.files import atomic_file, remove_temporaries, write_text
+
+_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("key_0", pa.binary(KEY_BYTES)),
+        ("key_1", pa.binary(KEY_BYTES)),
+        ("fault_0", pa.string()),  # why there are no bytes to hash, as JSON of [column, reason]
+        ("fault_1", pa.string()),
+        ("decoded", pa.bool_()),  # null: nobody tried
+        ("bad_column", pa.string()),  # of the first image that did not decode
+        ("bad_reason", pa.string()),
+        ("caption", pa.string()),  # JSON; null where the source tells
+        ("label", pa.string()),
+    ]
+)
+
+
+class Manifest:
+    """The facts about one source's rows. An image is a key, or the BadImage that says why it has none."""
+
+    def __init__(self, folder: Path):
+        """Load what is in `folder`, which need not exist. Raises BadInput where it cannot be read."""
+        self.folder = folder
+        self.reload()
+
+    def reload(self) -> None:
+        """Take what is on disk in the place of what is known here."""
+        folder = self.folder
+        self.about: dict[str, Any] | None = None  # description, identity, columns, ended; None: a new manifest
+        self._rows: dict[int, dict[str, Any]] = {}  # as in the file, nulls left out
+        self._new: list[int] = []  # not yet in any file
+        try:
+            if (folder / "manifest.json").exists():
+                self.about = json.loads(unsigned((folder / "manifest.json").read_text(encoding="utf-8")))
+            parts = sorted(folder.glob("part-*.parquet"))
+            whole = sorted(folder.glob("rows-*.parquet"), key=lambda file: file.stat().st_mtime_ns)
+            for file in [*whole, *parts]:  # of a row the latest counts
+                self._read(file)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise BadInput(f"{folder} cannot be read ({error}): delete the folder, it is made again") from error
+        self._parts = len(parts)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, row: int) -> bool:
+        """Whether the row's images are known."""
+        return row in self._rows
+
+    @property
+    def changed(self) -> bool:
+        """Whether something was found out that is in no file."""
+        return bool(self._new)
+
+    def images(self, row: int) -> tuple[bytes | BadImage, bytes | BadImage]:
+        """The keys of a known row's images, or why there are none."""
+        facts = self._rows[row]
+        first, second = (facts.get(f"key_{side}") or _fault(facts[f"fault_{side}"]) for side in (0, 1))
+        return first, second
+
+    def decodes(self, row: int) -> bool | BadRow:
+        """Whether both images of a row decode; BadRow says why not. KeyError where nobody tried."""
+        if self._rows[row]["decoded"]:
+            return True
+        return self.bad(row)
+
+    def bad(self, row: int) -> BadRow | None:
+        """Why an image of a known row does not decode, where that is known."""
+        facts = self._rows[row]
+        return BadRow(row, facts["bad_column"], facts["bad_reason"]) if facts.get("decoded") is False else None
+
+    def note(self, row: int, images: tuple[bytes | BadImage, bytes | BadImage], text: tuple | None = None) -> None:
+        """Remember a row's keys (or why there are none), and of a stream (caption, label) as stored."""
+        self._rows[row] = _facts(images, text)
+        self._new.append(row)
+
+    def agrees(self, row: int, images: tuple[bytes | BadImage, bytes | BadImage], text: tuple | None = None) -> bool:
+        """Whether a known row still is what was noted."""
+        return all(self._rows[row].get(name) == value for name, value in _facts(images, text).items())
+
+    def note_decoded(self, row: int, bad: BadRow | None) -> None:
+        """Remember whether both images of a known row decode."""
+        facts = self._rows[row]
+        before = dict(facts)
+        facts["decoded"] = bad is None
+        if bad is not None:
+            facts["bad_column"], facts["bad_reason"] = bad.column, bad.reason
+        if facts != before:
+            self._new.append(row)
+
+    @property
+    def columns(self) -> Columns:
+        """The source's columns, once it is known what this is about."""
+        named = self.about["columns"]
+        return Columns(tuple(named["images"]), named["label"], named["caption"])
+
+    def streamed_rows(self) -> Iterator[StreamedRow]:
+        """A stream's known rows, keys in the place of image bytes."""
+        for row in range(len(self._rows)):
+            facts = self._rows[row]
+            yield StreamedRow(row, json.loads(facts["caption"]), json.loads(facts["label"]), self.images(row))
+
+    def stream(self) -> StreamedSource:
+        """The stream again, as far as it is known, keys in the place of image bytes."""
+
+        def rows() -> Iterator[StreamedRow]:
+            yield from self.streamed_rows()
+            if not self.about["ended"]:
+                raise RuntimeError(f"{self.folder} holds the first {len(self._rows)} rows only")
+
+        return StreamedSource(self.about["description"], self.about["identity"], self.columns, rows)
+
+    def begin(self, source: Source | StreamedSource) -> None:
+        """Make the folder and say what it is about, before the first part."""
+        remove_temporaries(self.folder)
+        if self.about is None:
+            about = {
+                "description": source.description,
+                "identity": source.identity().removesuffix(" streamed"),
+                "columns": asdict(source.columns),
+                "ended": False,
+            }
+            self._write_about(about)
+
+    def save_part(self) -> None:
+        """Write what was found out since the last time, so that a killed process need not find it out again."""
+        if self._new:
+            self._write(f"part-{self._parts:05d}", sorted(set(self._new)))
+            self._parts, self._new = self._parts + 1, []
+
+    def save(self, ended: bool) -> None:
+        """Write all that is known as one file, the same however often the work was interrupted."""
+        written = self._write("rows", sorted(self._rows))
+        self._write_about({**self.about, "ended": ended or self.about["ended"]})
+        for file in [*self.folder.glob("rows-*.parquet"), *self.folder.glob("part-*.parquet")]:
+            if file != written:
+                file.unlink()
+        self._parts, self._new = 0, []
+
+    def touch(self) -> None:
+        """Note that this was used, for `prune`; in a read-only cache nothing is noted."""
+        with suppress(OSError):
+            os.utime(self.folder / "manifest.json")
+
+    def _read(self, file: Path) -> None:
+        data = file.read_bytes()
+        if not file.stem.endswith(f"-{digest(data)}"):
+            raise ValueError(f"the contents of {file.name} do not agree with the digest in its name")
+        for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches(columns=_SCHEMA.names):
+            for facts in batch.to_pylist():
+                self._rows[facts["row"]] = {k: v for k, v in facts.items() if v is not None and k != "row"}
+
+    def _write(self, name: str, rows: list[int]) -> Path:
+        table = pa.Table.from_pylist([{"row": row, **self._rows[row]} for row in rows], schema=_SCHEMA)
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        data = sink.getvalue().to_pybytes()
+        path = self.folder / f"{name}-{digest(data)}.parquet"
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(data)
+        return path
+
+    def _write_about(self, about: dict[str, Any]) -> None:
+        self.about = about
+        write_text(self.folder / "manifest.json", signed(json.dumps(about)))
+
+
+class RememberedSource:
+    """A source with random access that asks the manifest before it reads an image, and tells it what it read."""
+
+    def __init__(self, source: Source, manifest: Manifest):
+        self._source, self.manifest = source, manifest
+        self.description, self.columns = source.description, source.columns
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def captions(self) -> list[Any]:
+        return self._source.captions()
+
+    def labels(self) -> list[Any]:
+        return self._source.labels()
+
+    def missing_images(self, progress: bool = False) -> list[BadRow]:
+        return self._source.missing_images(progress)
+
+    def identity(self) -> str:
+        return self._source.identity()
+
+    def stamp(self) -> str | None:
+        return self._source.stamp()
+
+    def image_bytes(self, row: int) -> tuple[bytes, bytes]:
+        return self._source.image_bytes(row)
+
+    def check_images(self, row: int) -> None:
+        """Raise BadImage where an image of the row does not decode."""
+        try:
+            verdict = self.manifest.decodes(row)
+        except KeyError:
+            verdict = self._decode(row)
+        if isinstance(verdict, BadRow):
+            raise BadImage(verdict.reason, verdict.column)
+
+    def image_keys(self, row: int) -> tuple[bytes, bytes]:
+        """The keys of both images. Raises BadImage where one is not there."""
+        if row not in self.manifest:
+            self.manifest.note(row, read_images(self._source, row)[0])
+        for image in (images := self.manifest.images(row)):
+            if isinstance(image, BadImage):
+                raise image
+        return images
+
+    def _decode(self, row: int) -> bool | BadRow:
+        keys, images = read_images(self._source, row)
+        if row not in self.manifest:
+            self.manifest.note(row, keys)
+        self.manifest.note_decoded(row, undecodable(row, images, self.columns))
+        return self.manifest.decodes(row)
+
+
+def read_images(source: Source, row: int) -> tuple[tuple[bytes | BadImage, bytes | BadImage], tuple]:
+    """The keys of a row's images and their bytes; or the reason why there are none, in the place of either."""
+    try:
+        images = source.image_bytes(row)
+    except BadImage as error:
+        images = (error, error)
+    return keys_of(images), images
+
+
+def keys_of(images: tuple[bytes | BadImage, bytes | BadImage]) -> tuple[bytes | BadImage, bytes | BadImage]:
+    first, second = (image if isinstance(image, BadImage) else image_key(image) for image in images)
+    return first, second
+
+
+def undecodable(row: int, images: tuple[bytes | BadImage, bytes | BadImage], columns: Columns) -> BadRow | None:
+    """The first of a row's images that does not decode, in the row's order."""
+    for column, image in zip(columns.images, images, strict=True):
+        try:
+            if isinstance(image, BadImage):
+                raise image
+            decode(image)
+        except BadImage as error:
+            return BadRow(row, error.column or column, error.reason)
+    return None
+
+
+def _facts(images: tuple[bytes | BadImage, bytes | BadImage], text: tuple | None) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for side, image in enumerate(images):
+        if isinstance(image, BadImage):
+            facts[f"fault_{side}"] = json.dumps([image.column, image.reason])
+        else:
+            facts[f"key_{side}"] = image
+    if text is not None:
+        facts["caption"], facts["label"] = (json.dumps(value, default=_as_no_text) for value in text)
+    return facts
+
+
+def _fault(text: str) -> BadImage:
+    column, reason = json.loads(text)
+    return BadImage(reason, column)
+
+
+def _as_no_text(value: Any) -> dict[str, str]:
+    """A stand-in in JSON for a caption that is no text, which no check takes for text."""
+    return {"not JSON": repr(value)}
