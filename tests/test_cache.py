@@ -2,9 +2,11 @@
 
 import fcntl
 import json
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ import pytest
 from dpo_fast.cache import main
 from dpo_fast.data.cache import store
 from dpo_fast.train import main as train_main
+from tests.helpers import slow_build
 from tests.helpers.pairs import pickapic, write_pickapic, write_table
 from tests.helpers.runs import assert_same_state, environment, flags_for, train
 
@@ -130,33 +133,33 @@ def test_killed_again_and_again_it_ends_as_one_built_in_peace(sdxl_path, tmp_pat
     pairs = write_table(tmp_path / "pairs.parquet", columns)
     more = ["--max_bad_fraction", "0.1", "--hflip", *(["--streaming", "--max_train_steps", 100] if streaming else [])]
 
-    slow = [sys.executable, "-m", "tests.helpers.slow_build", str(size), "build"]
-    quiet = dict(env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def command(cache: Path) -> list[str]:
-        return [*slow, *build_flags(sdxl_path, pairs, cache, *more)]
+    def build(cache: Path) -> multiprocessing.Process:
+        return slow_build.started(size, build_flags(sdxl_path, pairs, cache, *more))
 
     def state(cache: Path) -> int:
         return sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
 
-    subprocess.run(command(tmp_path / "peace"), env=environment(), check=True, capture_output=True)
+    peaceful = build(tmp_path / "peace")
+    peaceful.join()
+    assert peaceful.exitcode == 0
     cache, kills, grown = tmp_path / "killed", 0, []
     chance = random.Random()
     whole = state(tmp_path / "peace")
     while kills < 10:
-        process = subprocess.Popen(command(cache), **quiet)
+        process = build(cache)
         before = state(cache) if cache.exists() else 0
-        target = before + chance.uniform(0, 0.12) * whole
-        while process.poll() is None and (not cache.exists() or state(cache) <= max(before, target)):
+        target = before + chance.uniform(0, 0.06) * whole
+        while process.is_alive() and (not cache.exists() or state(cache) <= max(before, target)):
             time.sleep(0.001)
         process.kill()
-        process.wait()
-        assert process.returncode == -9, "it was done before it could be killed"
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it was done before it could be killed"
         kills += 1
         grown.append(state(cache) - before)
     assert sum(growth > 0 for growth in grown) >= 5
-    done = subprocess.run(command(cache), env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    last = build(cache)
+    last.join()
+    assert last.exitcode == 0
     peace, killed = contents(tmp_path / "peace"), contents(cache)
     assert peace.keys() == killed.keys()
     assert [name for name in peace if peace[name] != killed[name]] == []

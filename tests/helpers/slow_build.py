@@ -1,11 +1,26 @@
-"""`python -m tests.helpers.slow_build SHARD_BYTES [FLAGS]`: the cache's door with small shards, for being killed."""
+"""The cache's door with small shards, in processes that start at once, for being killed."""
 
+import multiprocessing
+import os
 import sys
 
 from dpo_fast import cache, caching
 from dpo_fast.data.cache import store
 
-if __name__ == "__main__":
-    store.SHARD_BYTES = int(sys.argv[1])
+
+def started(shard_bytes: int, flags: list[object]) -> multiprocessing.Process:
+    """A process that builds; its imports were done before by one that it is forked from."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dpo_fast.opening", "diffusers", "transformers", "tests.helpers.slow_build"])
+    process = context.Process(target=_build, args=(shard_bytes, [str(flag) for flag in flags]))
+    process.start()
+    return process
+
+
+def _build(shard_bytes: int, flags: list[str]) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    store.SHARD_BYTES = shard_bytes
     caching.PART_ROWS = 3
-    sys.exit(cache.main(sys.argv[2:]))
+    sys.exit(cache.main(["build", *flags]))
