@@ -1,12 +1,14 @@
 """`python -m dpo_fast.cache`: encode images and captions ahead of training, and look after what is kept.
 
     build FLAGS    encode what `python -m dpo_fast.train FLAGS` will need (without --seed, all of its pairs)
+    reference --draws K FLAGS
+                   compute the reference's errors that --cached_reference K will need, encoding first what is missing
     info           what the cache holds
     verify         read everything and compare checksums; --remove deletes damaged shards, a build makes them again
     prune          show what may go (--unused_days N, --max_gib N, --name FOLDER ...); --yes deletes it
 
-`build` takes every flag of training; several GPUs: `accelerate launch -m dpo_fast.cache build FLAGS`. The others take
---latent_cache_dir. Exit status as training's; `verify` ends with 2 where something is damaged.
+`build` and `reference` take every flag of training; several GPUs: `accelerate launch -m dpo_fast.cache build FLAGS`.
+The others take --latent_cache_dir. Exit status as training's; `verify` ends with 2 where something is damaged.
 """
 
 import argparse
@@ -33,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     if argv[:1] == ["build"]:
         return _build(argv[1:])
+    if argv[:1] == ["reference"]:
+        return _reference(argv[1:])
     arguments = _parse(argv)
     from dpo_fast.data.cache import store, upkeep
 
@@ -71,6 +75,33 @@ def _build(argv: list[str]) -> int:
     return 0
 
 
+def _reference(argv: list[str]) -> int:
+    draws = [f"--cached_reference{word.removeprefix('--draws')}" if _is_draws(word) else word for word in argv]
+    config, notes = parse([*draws, "--cache"])
+    for note in notes:
+        say(note)
+    from dpo_fast import parallel
+    from dpo_fast.opening import build_reference
+
+    show_log()
+    ranks = parallel.start("none")
+    started = time.perf_counter()
+    try:
+        scored = build_reference(config, ranks)
+    finally:
+        ranks.close()
+    pairs = scored.pair_draws // scored.errors.draws
+    say(
+        f"reference errors: {pairs} pairs at {scored.errors.draws} draws, {scored.scored_now} of {scored.pair_draws}"
+        f" computed now, after {time.perf_counter() - started:.0f} s"
+    )
+    return 0
+
+
+def _is_draws(word: str) -> bool:
+    return word.split("=")[0] == "--draws"
+
+
 def _verify(upkeep, root: Path, remove: bool) -> int:
     looked, damaged = 0, 0
     for path, fault in upkeep.verify(root, remove=remove):
@@ -107,6 +138,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="python -m dpo_fast.cache", description=__doc__, formatter_class=shape)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("build", help="encode what a run will need", add_help=False)
+    commands.add_parser("reference", help="compute the reference's errors for --cached_reference", add_help=False)
     for name, help_ in (("info", "what the cache holds"), ("verify", "compare checksums"), ("prune", "delete entries")):
         command = commands.add_parser(name, help=help_)
         command.add_argument("--latent_cache_dir", type=Path, help="the cache folder; left out: the default one")

@@ -172,18 +172,18 @@ def fill(
         def begin() -> None:
             for folder in (*folders, manifest.folder):
                 held.enter_context(locked(folder, waiting))
-            with _said_in_one_line(work.root):
+            with said_in_one_line(work.root):
                 for recipe in work.recipes:
                     begin_folder(work.root, recipe)
                     finish_orphans(work.root, recipe, ranks.world_size)
 
         ranks.on_main(begin)
-        _together(ranks, work.take_up, work.root)
+        together(ranks, work.take_up, work.root)
         # Again: a shard may have been completed, or another builder may just have done it all.
-        _together(ranks, lambda: work.look(taken_up=True), work.root)
+        together(ranks, lambda: work.look(taken_up=True), work.root)
         ranks.on_main(work.check_space)
-        _together(ranks, work.build, work.root)
-        with _said_in_one_line(work.root):
+        together(ranks, work.build, work.root)
+        with said_in_one_line(work.root):
             ranks.on_main(work.conclude)
     encoded = ranks.gather((work.counts.images_encoded, work.counts.prompts_encoded))
     work.counts.images_encoded, work.counts.prompts_encoded = (sum(part) for part in zip(*encoded, strict=True))
@@ -254,7 +254,7 @@ class _Work:
         rows = [row for row in self.wanted.rows if row not in self.manifest]
         with ThreadPoolExecutor(max(1, self.config.dataloader_num_workers)) as pool:
             plans = ((lambda row=row: (row, read_images(self.source, row)[0])) for row in rows)
-            for row, keys in _ahead(pool, plans, ROWS_AHEAD):
+            for row, keys in ahead(pool, plans, ROWS_AHEAD):
                 self.manifest.note(row, keys)
 
     def check_space(self) -> None:
@@ -332,7 +332,7 @@ class _Work:
                 return _Row(row, keys, None, captions[row])
             return lambda: row_of(row)
 
-        yield from _ahead(pool, map(plan, self.wanted.rows), ROWS_AHEAD)
+        yield from ahead(pool, map(plan, self.wanted.rows), ROWS_AHEAD)
 
     def _stream_rows(self, pool: ThreadPoolExecutor) -> Iterator[_Row]:
         columns, pairs = self.source.columns, 0
@@ -346,7 +346,7 @@ class _Work:
 
             return hashed
 
-        for row, text in _ahead(pool, map(plan, self.source.rows()), ROWS_AHEAD):
+        for row, text in ahead(pool, map(plan, self.source.rows()), ROWS_AHEAD):
             if row.row not in self.manifest:
                 self.manifest.note(row.row, row.keys, text)
             elif not self.manifest.agrees(row.row, row.keys, text):
@@ -374,7 +374,7 @@ class _Work:
             pairs = min(pairs, self.source.length)
         with tqdm(total=pairs, **title) as bar:
             units = self._units(self._rows(pool), bar)
-            decoded = _ahead(pool, ((lambda u=unit: self._decode(u)) for unit in units), max(16, 2 * size))
+            decoded = ahead(pool, ((lambda u=unit: self._decode(u)) for unit in units), max(16, 2 * size))
             for some in _groups(decoded, size):
                 self._encode_units(some, writer)
                 bar.set_postfix(encoded=self.counts.images_encoded)
@@ -468,11 +468,11 @@ class _Work:
                 self.counts.prompts_encoded += len(captions)
 
 
-def _together(ranks: Ranks, stage: Callable[[], None], root: Path) -> None:
+def together(ranks: Ranks, stage: Callable[[], None], root: Path) -> None:
     """Run a stage of the build on every rank; a problem of one ends it on all, so that none waits for ever."""
     problem = None
     try:
-        with _said_in_one_line(root):
+        with said_in_one_line(root):
             stage()
     except Exception as error:
         problem = error
@@ -532,7 +532,7 @@ def _first_bad(row: int, keys: Images, faults: dict[bytes, str], columns: Sequen
     return None
 
 
-def _ahead(pool: ThreadPoolExecutor, plans: Iterable["R | Callable[[], R]"], depth: int) -> Iterator[R]:
+def ahead(pool: ThreadPoolExecutor, plans: Iterable["R | Callable[[], R]"], depth: int) -> Iterator[R]:
     """The plans' values in order; those that are functions run in the pool, up to `depth` before they are needed."""
     pending: deque = deque()
     for plan in plans:
@@ -555,7 +555,7 @@ def _groups(items: Iterator[T], size: int) -> Iterator[list[T]]:
 
 
 @contextmanager
-def _said_in_one_line(root: Path) -> Iterator[None]:
+def said_in_one_line(root: Path) -> Iterator[None]:
     """A disk that is full or cannot be written, as BadInput."""
     try:
         yield

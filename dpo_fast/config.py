@@ -206,6 +206,9 @@ class TrainConfig:
     """Encode every image and caption once and keep them on disk; --no-cache encodes them anew at every visit."""
     latent_cache_dir: Path | None = None
     """Where the cache is; None: $DPO_FAST_CACHE, or the folder dpo_fast in $HF_HOME, or in ~/.cache."""
+    cached_reference: int | None = None
+    """Train from cached errors of the reference at K draws a pair (visit v is draw v mod K), computing first what is
+    missing: no reference is held or run, and further runs over beta, learning rate, objective or rank share them."""
 
     # The objective.
     objective: Literal["dpo", "ipo", "hinge", "cdpo", "kto", "mapo", "sft"] = "dpo"
@@ -449,6 +452,7 @@ _NUMBERS = {
     "resolution": (lambda v: v >= 8, "at least 8 pixels"),
     "proportion_empty_prompts": (lambda v: 0 <= v <= 1, "in [0, 1]"),
     "vae_encode_batch_size": (lambda v: v >= 1, "at least 1"),
+    "cached_reference": (lambda v: 1 <= v <= 2**20, "at least 1, the draws a pair, and at most 2^20"),
     "dataloader_num_workers": (lambda v: v >= 0, "0 or more"),
     "beta_dpo": (lambda v: 0 < v <= 1e7, "in (0, 1e7]; published runs use 2000 to 5000 (mapo 0.1)"),
     "label_smoothing": (lambda v: 0 <= v < 0.5, "in [0, 0.5)"),
@@ -516,6 +520,8 @@ def check(config: TrainConfig) -> None:
         raise BadInput("--eval_scorers and --eval_prompts belong together: name the scorers and a text file of prompts")
     if config.cache and config.random_crop:
         raise BadInput("--random_crop needs --no-cache: the cache holds the centre crop of each image only")
+    if config.cached_reference and not config.cache:
+        raise BadInput("--cached_reference needs the cache: errors belong to fixed latents; leave out --no-cache")
     if config.overwrite and config.resume_from_checkpoint:
         raise BadInput("--overwrite and --resume_from_checkpoint exclude each other: one deletes what the other needs")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dpo_fast import caching, checkpoint, hub, run_folder
+from dpo_fast import caching, checkpoint, hub, run_folder, scoring
 from dpo_fast.config import TrainConfig, public, to_yaml
 from dpo_fast.data import (
     BadRow,
@@ -36,19 +36,20 @@ from dpo_fast.data import (
 from dpo_fast.data.cache.manifest import Manifest, RememberedSource
 from dpo_fast.data.cache.reader import CachedImages, CachedTransform
 from dpo_fast.data.opening import is_local
-from dpo_fast.data.stream import WINDOW
+from dpo_fast.data.stream import VALIDATION_DRAWS, WINDOW
 from dpo_fast.errors import BadInput
 from dpo_fast.kernels import dispatch
-from dpo_fast.models import COMPUTE_DTYPES, Family, load_family
+from dpo_fast.models import COMPUTE_DTYPES, Family, load_family, prediction
 from dpo_fast.models.lora import add_lora, merge_lora
 from dpo_fast.objectives import OBJECTIVES
 from dpo_fast.optim import MasterOptimizer
 from dpo_fast.parallel import Ranks
-from dpo_fast.reference import AdapterOff, FrozenCopy, NoReference, Reference
+from dpo_fast.reference import AdapterOff, CachedErrors, FrozenCopy, NoReference, Reference
+from dpo_fast.scoring import PairsOf, Scored, Scoring, Start
 
 SAMPLE_PROMPTS = 4
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -70,6 +71,8 @@ class Run:
     notes: dict[str, object] = field(default_factory=dict)  # what summary.json tells of before a resume
     bad_rows: dict[int, BadRow] = field(default_factory=dict)
     cached: caching.Counts | None = None  # None: images and captions are encoded at every visit
+    scored: Scored | None = None  # None: the reference, where there is one, is run at every visit
+    start: Start | None = None  # how far the policy was from the scored errors before the first step
 
     @property
     def folder(self) -> Path:
@@ -93,6 +96,7 @@ def open_run(config: TrainConfig, ranks: Ranks) -> Run:
 
 def _open(config: TrainConfig, ranks: Ranks) -> Run:
     _check_backend(config, ranks)
+    _check_scored(config)
     files, saved = _saved_state(config)
     if saved:
         config.seed = saved["config"]["seed"] if config.seed is None else config.seed
@@ -109,23 +113,31 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     if config.max_train_steps is None:
         config.max_train_steps = max(1, len(pairs.sets.train) * config.num_train_epochs // config.pairs_per_step)
     fingerprints = {"base model": fingerprint(family.unet), "pairs": pairs.identity}
+    model = prediction(family) if config.cached_reference else None  # before adapters come
     masters, reference = _make_trainable(config, ranks, family)
 
     step, kl = 0, torch.zeros((), device=ranks.device)
     if saved:
-        step = _restore(config, fingerprints, masters, kl, files, saved)
+        step = _check_saved(config, fingerprints, saved)
+        _check_draws(config, pairs, saved)
     ranks.on_main(lambda: _check_space(config, family, masters))
     cached = None
     if config.cache:
-        cached = _fill_cache(config, ranks, pairs, _wanted(config, pairs), family, waiting=_log.warning)
+        cached = _fill_cache(config, ranks, pairs, _wanted(config, pairs), family, waiting=logger.warning)
     if cached and not config.run_validation:  # samples need them
         family.free_encoders(keep=config.tuning == "full")
-    batches, sets, validation, prompts = _open_stream(config, ranks, pairs, cached, family, step)
+    scored = _score(config, ranks, pairs, cached, family, model) if model else None  # while the policy is the base
+    if saved:
+        _restore(masters, kl, files, saved)
+    batches, sets, validation, prompts = _open_stream(config, ranks, pairs, cached, scored, family, step)
     run = Run(config, ranks, sets, batches, validation, prompts, family, masters, reference, fingerprints, step, kl)
     run.cached = cached and cached.counts
+    if scored:
+        run.scored, run.start = scored.train, scored.start
+        run.notes["initial_margin_rms"] = scored.start.initial_margin_rms
     run.bad_rows = {bad.row: bad for bad in sets.bad}
     if saved:
-        run.notes = saved["notes"]
+        run.notes |= saved["notes"]
         run.bad_rows |= {row[0]: BadRow(*row) for row in saved["bad_rows"]}
     ranks.on_main(lambda: run_folder.begin(config.output_dir, overwrite=config.overwrite, config_yaml=to_yaml(config)))
     return run
@@ -273,6 +285,33 @@ def build_cache(config: TrainConfig, ranks: Ranks) -> caching.Counts:
     return _fill_cache(config, ranks, pairs, wanted, family, repair=True).counts
 
 
+def build_reference(config: TrainConfig, ranks: Ranks) -> Scored:
+    """Compute the reference's errors that the run which `config` describes will need, at all draws.
+
+    Without max_train_steps that is of all its pairs. What is missing of latents and text is encoded first. Every rank
+    calls this. Raises BadInput as `open_run`.
+    """
+    config = _settle(config, ranks)
+    _check_scored(config)
+    if config.cached_reference is None:
+        raise BadInput("reference needs --draws K: how many times each pair is drawn")
+    if config.seed is None:
+        raise BadInput("reference needs --seed: the noise of a pair follows from it")
+    pairs = _open_pairs(config, ranks, None)
+    family = _load_model(config, ranks)
+    model = prediction(family)
+    # as training holds it: requires_grad too changes how torch rounds
+    family.unet.requires_grad_(config.tuning == "full").to(family.dtype)
+    if pairs.sets is None or config.max_train_steps is not None:
+        wanted = _wanted(config, pairs)
+    else:
+        rows = torch.cat([pairs.sets.train.pair_id, pairs.sets.validation.pair_id])
+        wanted = caching.Wanted(rows=sorted(rows.tolist()))
+    cached = _fill_cache(config, ranks, pairs, wanted, family, repair=True)
+    family.free_encoders(keep=False)
+    return _score(config, ranks, pairs, cached, family, model, repair=True, everything=True).train
+
+
 def _load_model(config: TrainConfig, ranks: Ranks) -> Family:
     dtype = COMPUTE_DTYPES[config.mixed_precision]
     family = load_family(
@@ -324,7 +363,9 @@ def _make_trainable(config: TrainConfig, ranks: Ranks, family: Family) -> tuple[
     lr = config.learning_rate * (config.pairs_per_step if config.scale_lr else 1)
     masters = MasterOptimizer(trained, family.dtype, config, lr=lr, steps=config.max_train_steps)
     reference: Reference = NoReference()
-    if OBJECTIVES[config.objective].needs_reference:
+    if config.cached_reference:
+        reference = CachedErrors()
+    elif OBJECTIVES[config.objective].needs_reference:
         reference = AdapterOff(family) if config.tuning == "lora" else FrozenCopy(family)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -339,15 +380,8 @@ def _refuse_changes(changed: list[str]) -> None:
         )
 
 
-def _restore(
-    config: TrainConfig,
-    fingerprints: dict[str, str],
-    masters: MasterOptimizer,
-    kl: torch.Tensor,
-    files: dict,
-    saved: dict,
-) -> int:
-    """Load a checkpoint's state and return its step. Raises BadInput where model or pairs are not those it is of."""
+def _check_saved(config: TrainConfig, fingerprints: dict[str, str], saved: dict) -> int:
+    """The step of a checkpoint. Raises BadInput where model or pairs are not those it is of."""
     before = saved["fingerprints"]
     _refuse_changes([f"{name}: {before[name]} -> {now}" for name, now in fingerprints.items() if before[name] != now])
     if saved["step"] >= config.max_train_steps:
@@ -362,9 +396,13 @@ def _restore(
             f"--resume_from_checkpoint: {config.output_dir} holds later checkpoints than step {saved['step']}"
             f" ({', '.join(later)}); move them away, or go on from it in a new --output_dir"
         )
+    return saved["step"]
+
+
+def _restore(masters: MasterOptimizer, kl: torch.Tensor, files: dict, saved: dict) -> None:
+    """Load a checkpoint's state."""
     kl.copy_(files["optimizer"].pop("|kl"))
     masters.load_state(files, saved["optimizer_values"])
-    return saved["step"]
 
 
 def _check_space(config: TrainConfig, family: Family, masters: MasterOptimizer) -> None:
@@ -377,9 +415,8 @@ def _check_space(config: TrainConfig, family: Family, masters: MasterOptimizer) 
     run_folder.check_space(config.output_dir, state + moments + result)
 
 
-def _open_stream(config, ranks: Ranks, pairs: _Pairs, cached: caching.Cached | None, family: Family, step: int):
-    """The training batches from `step` on, the counts, the held-out pairs and the prompts of the samples."""
-    transform = PairTransform(
+def _transform(config: TrainConfig, family: Family) -> PairTransform:
+    return PairTransform(
         resolution=config.resolution,
         seed=config.seed,
         timesteps=family.timesteps,
@@ -389,19 +426,124 @@ def _open_stream(config, ranks: Ranks, pairs: _Pairs, cached: caching.Cached | N
         caption_dropout=config.proportion_empty_prompts,
         time_ids=config.time_ids,
     )
+
+
+def _steady(transform: PairTransform) -> PairTransform:
+    """Of held-out pairs."""
+    return replace(transform, hflip=False, random_crop=False, caption_dropout=0.0)
+
+
+@dataclass(frozen=True)
+class _AllScored:
+    """The reference's errors of the pairs that are trained on and of those held out."""
+
+    train: Scored
+    validation: Scored | None
+    start: Start | None  # None: not compared
+
+
+def _score(
+    config: TrainConfig,
+    ranks: Ranks,
+    pairs: _Pairs,
+    cached: caching.Cached,
+    family: Family,
+    model: dict,
+    *,
+    repair: bool = False,
+    everything: bool = False,  # all pairs at all draws, and no comparison with the policy
+) -> _AllScored:
+    """Compute what is missing of the reference's errors; the UNet holds the reference's weights."""
+    rows = _scored_rows(config, pairs, everything)
+    draws = config.cached_reference
+    if not everything:
+        visits = _visits(config, len(rows[0]), config.max_train_steps)
+        if ranks.is_main:
+            _advise_draws(draws, len(rows[0]), visits)
+        draws = min(draws, visits)
+    transform = _transform(config, family)
+    work = Scoring(config, ranks, family, model, cached, transform, rows, draws)
+    train, validation = work.fill(repair=repair), None
+    start = None if everything else work.check_start(train)
+    if pairs.sets is not None and len(pairs.sets.validation) and config.run_validation:
+        held_out = pairs.sets.validation
+        rows = scoring.pairs_of_table(pairs.source, held_out, held_out.pair_id.tolist())
+        work = Scoring(config, ranks, family, model, cached, _steady(transform), rows, VALIDATION_DRAWS)
+        validation = work.fill(repair=repair)
+    return _AllScored(train, validation, start)
+
+
+def _scored_rows(config: TrainConfig, pairs: _Pairs, everything: bool) -> PairsOf:
+    """The pairs that training visits; with `everything` all, as far as it is known how many that is."""
+    if pairs.sets is None:
+        return scoring.pairs_of_stream(config, pairs.manifest, _wanted_of_stream(config))
+    train = pairs.sets.train
+    whole = everything and config.max_train_steps is None
+    visited = train.pair_id if whole else _train_stream(config, train).visited(config.max_train_steps)
+    return scoring.pairs_of_table(pairs.source, train, visited.tolist())
+
+
+def _visits(config: TrainConfig, pairs: int, steps: int) -> int:
+    """How often the pairs are visited in so many steps, those visited most."""
+    return -(-steps * config.pairs_per_step // pairs)
+
+
+def _advise_draws(draws: int, pairs: int, visits: int) -> None:
+    if draws < min(visits, 4) and pairs < 10_000:
+        logger.warning(
+            "--cached_reference %d: %d pairs are visited up to %d times each, at the same noises and timesteps again"
+            " and again; so few pairs want at least 4 draws, and with %d no draw recurs",
+            *(draws, pairs, visits, visits),
+        )
+
+
+def _check_scored(config: TrainConfig) -> None:
+    if config.cached_reference and not OBJECTIVES[config.objective].needs_reference:
+        raise BadInput(f"--cached_reference: --objective {config.objective} has no reference; leave it out")
+
+
+def _check_draws(config: TrainConfig, pairs: _Pairs, saved: dict) -> None:
+    """Raise BadInput where the number of draws changed so that what was trained would have been drawn otherwise."""
+    before, now = saved["config"].get("cached_reference"), config.cached_reference
+    if before == now:
+        return
+    done = None if pairs.sets is None else _visits(config, len(pairs.sets.train), saved["step"])
+    if done is None or min(draws for draws in (before, now) if draws) < done:
+        raise BadInput(
+            f"--resume_from_checkpoint: --cached_reference was {before} and is {now}, with which the pairs trained so"
+            f" far would have had other noise; give {before} again"
+            if before
+            else f"--resume_from_checkpoint: the run had no cached reference, and {now} draws would have repeated"
+            " noise by now; leave --cached_reference out, or give more draws"
+        )
+
+
+def _open_stream(
+    config: TrainConfig,
+    ranks: Ranks,
+    pairs: _Pairs,
+    cached: caching.Cached | None,
+    scored: _AllScored | None,
+    family: Family,
+    step: int,
+):
+    """The training batches from `step` on, the counts, the held-out pairs and the prompts of the samples."""
+    transform = _transform(config, family)
     source, sets = pairs.source, pairs.sets
     work = dict(num_workers=config.dataloader_num_workers, pin_memory=ranks.device.type == "cuda")
     if cached and sets is not None:
         source = CachedImages(source)
 
-    def of(transform: PairTransform) -> PairTransform | CachedTransform:
-        return CachedTransform(transform, cached.latents, cached.text) if cached else transform
+    def of(transform: PairTransform, scored: Scored | None) -> PairTransform | CachedTransform:
+        errors = scored.errors if scored else None
+        return CachedTransform(transform, cached.latents, cached.text, errors) if cached else transform
 
+    in_training = of(transform, scored and scored.train)
     validation, captions = None, []
     if sets is None:
         sets = StreamedPairs(
             source,
-            of(transform),
+            in_training,
             soft_labels=config.soft_labels,
             max_bad_fraction=config.max_bad_fraction,
             progress=ranks.is_main,
@@ -413,11 +555,11 @@ def _open_stream(config, ranks: Ranks, pairs: _Pairs, cached: caching.Cached | N
     else:
         stream = _train_stream(config, sets.train, ranks)
         batches = make_loader(
-            PairDataset(source, sets.train, of(transform)), stream, step, config.max_train_steps, **work
+            PairDataset(source, sets.train, in_training), stream, step, config.max_train_steps, **work
         )
         if len(sets.validation):
-            steady = replace(transform, hflip=False, random_crop=False, caption_dropout=0.0)
-            validation = PairDataset(source, sets.validation, of(steady))
+            steady = of(_steady(transform), scored and scored.validation)
+            validation = PairDataset(source, sets.validation, steady)
         captions = sets.validation.captions or sets.train.captions
     prompts = list(config.validation_prompts) or list(dict.fromkeys(captions))[:SAMPLE_PROMPTS]
     if config.run_validation and not prompts:

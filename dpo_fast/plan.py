@@ -47,7 +47,8 @@ def plan(config: TrainConfig) -> str:
     vae_scale = 2 ** (len(component_config(path, "vae", **where)["block_out_channels"]) - 1)
     resolution = config.resolution or unet_config["sample_size"] * vae_scale
     costs = unet_costs(unet_config, config, resolution // vae_scale)
-    needs_reference = OBJECTIVES[config.objective].needs_reference
+    # run at every visit, and with full fine-tuning held in memory
+    needs_reference = OBJECTIVES[config.objective].needs_reference and not config.cached_reference
     width = COMPUTE_DTYPES[config.mixed_precision].itemsize
     pairs = config.pairs_per_step or config.train_batch_size * config.gradient_accumulation_steps
 
@@ -108,6 +109,9 @@ def _cache_lines(config: TrainConfig, pairs_a_step: int, a_latent: int, a_prompt
     if most is not None:
         size = most * (2 * a_latent * (1 + config.hflip) + a_prompt)
         lines.append(f"cache             {in_words(size):>10}  at most, for {most} pairs with nothing in common")
+        if config.cached_reference:
+            size = in_words(8 * most * config.cached_reference)
+            lines.append(f"cache             {size:>10}  at most, errors of the reference at every draw")
     return lines
 
 

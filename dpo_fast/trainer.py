@@ -21,8 +21,9 @@ from dpo_fast.data import BadRow, Batch, validation_loader, write_report
 from dpo_fast.data.pairs import too_many_bad
 from dpo_fast.errors import BadInput
 from dpo_fast.files import write_json, write_text
-from dpo_fast.kernels import dispatch, noise_pair
-from dpo_fast.metrics import Clock, MetricsFile, PairSums, for_trackers, overoptimised
+from dpo_fast.inputs import add_noise, conditioning_of
+from dpo_fast.kernels import dispatch
+from dpo_fast.metrics import Clock, MetricsFile, PairSums, for_trackers, interval95, overoptimised
 from dpo_fast.models import Conditioning, nonfinite_rows, save_lora
 from dpo_fast.objectives import OBJECTIVES, Terms, evaluate
 from dpo_fast.opening import Run
@@ -91,32 +92,17 @@ class Trainer:
     def encode(self, batch: Batch) -> tuple[torch.Tensor, Conditioning]:
         """Latents fp16 [2B,C,h,w] and conditioning [B,...]; a dropped caption is the model's empty prompt."""
         if batch.latents is not None:  # from the cache
-            latents, conditioning = batch.latents, dict(batch.conditioning)
+            latents, encoded = batch.latents, batch.conditioning
         else:
             latents = self.family.encode_images(batch.pixels, self.config.vae_encode_batch_size)
             nonfinite = nonfinite_rows(latents).view(2, -1).any(0)
             self.nonfinite_pair = torch.maximum(self.nonfinite_pair, torch.where(nonfinite, batch.pair_id, -1).max())
-            conditioning = self.family.encode_prompts(batch.captions)
-        for name, empty in self.family.empty_prompt().items():
-            dropped = batch.dropped.view(-1, *[1] * (empty.dim() - 1))
-            conditioning[name] = torch.where(dropped, empty, conditioning[name])
-        if self.family.needs_time_ids:
-            conditioning["time_ids"] = batch.time_ids
-        return latents, conditioning
+            encoded = self.family.encode_prompts(batch.captions)
+        return latents, conditioning_of(self.family, batch, encoded)
 
     def add_noise(self, latents: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Noisy latents [2B,C,h,w] in the compute dtype and the fp32 target."""
-        schedule = self.family.schedule
-        return noise_pair(
-            latents,
-            schedule.sqrt_alpha_bar[batch.timesteps],
-            schedule.sqrt_one_minus_alpha_bar[batch.timesteps],
-            self.config.seed,
-            batch.pair_id,
-            batch.draw,
-            prediction_type=schedule.prediction_type,
-            dtype=self.family.dtype,
-        )
+        return add_noise(self.family, latents, batch, self.config.seed)
 
     def loss(self, prediction: torch.Tensor, ref: torch.Tensor | None, target: torch.Tensor, batch: Batch) -> Terms:
         """The objective over a micro-batch."""
@@ -183,7 +169,8 @@ class Trainer:
         }
         self.last_line = line
         if run.step == 1:
-            run.notes |= {"loss_first": line["loss"], "initial_margin_rms": line["margin_rms"]}
+            # with cached errors it was measured at the start
+            run.notes = {"loss_first": line["loss"], "initial_margin_rms": line["margin_rms"]} | run.notes
         self._check_health(line)
         self._tell_bad_rows()
         if self.ranks.is_main:
@@ -211,6 +198,8 @@ class Trainer:
                     self._say(f"step {run.step}: no held-out pair could be decoded")
                 else:
                     line["validation_accuracy"] = run.notes["validation_accuracy"] = accuracy
+                    # the draws of a pair are not independent, so the pairs count
+                    run.notes["validation_accuracy_ci95"] = interval95(accuracy, len(run.validation))
             if self.ranks.is_main:
                 after = self._sample()
         if self.ranks.is_main:
@@ -421,6 +410,7 @@ class Trainer:
             "loss_last": line["loss"],
             "implicit_accuracy": line["implicit_accuracy"],
             "validation_accuracy": run.notes.get("validation_accuracy"),
+            "validation_accuracy_ci95": run.notes.get("validation_accuracy_ci95"),
             "ties_dropped": run.sets.ties_dropped,
             "bad_rows": len(run.bad_rows),
             "initial_margin_rms": run.notes.get("initial_margin_rms"),
@@ -449,6 +439,7 @@ class Trainer:
                 f" {precision}, {trained:,} parameters trained",
                 pairs,
                 f"cache: {self._cache_overview()}",
+                f"reference: {self._reference_overview()}",
                 f"steps: {run.step} to {config.max_train_steps}, each {config.pairs_per_step} pairs"
                 f" ({self.ranks.world_size} processes x {config.train_batch_size} x"
                 f" {config.gradient_accumulation_steps}) at {config.resolution} px,"
@@ -467,6 +458,17 @@ class Trainer:
         return (
             f"{counts.image_uses} images are {counts.images} different ones, {counts.captions} captions"
             f" {counts.prompts}; encoded now {counts.images_encoded} and {counts.prompts_encoded}{kept}"
+        )
+
+    def _reference_overview(self) -> str:
+        """Where the reference's errors come from."""
+        run = self.run_
+        if run.scored is None:
+            return "run at every visit" if self.objective.needs_reference else "none"
+        return (
+            f"cached errors at {run.scored.errors.draws} draws, {run.scored.pair_draws} pairs in all,"
+            f" {run.scored.scored_now} computed now in {run.scored.seconds:.0f} s; the first margins are"
+            f" {run.start.initial_margin_rms:.2g} rms, {run.start.noise_floor:.2g} is rounding"
         )
 
     def _say(self, message: str) -> None:

@@ -145,3 +145,11 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(sdxl_path, tmp_path, capsys
 def test_a_model_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(BadInput, match=r"has no model_index\.json"):
         planned(tmp_path)
+
+
+def test_a_cached_reference_takes_no_memory_and_no_forward_pass(sdxl_path):
+    full = ["--tuning", "full", "--max_train_steps", 100]
+    online, cached = planned(sdxl_path, *full), planned(sdxl_path, *full, "--cached_reference", 4)
+    assert lines(online, "memory")["reference"] != "0.0 MiB" and lines(cached, "memory")["reference"] == "0.0 MiB"
+    assert "reference forward" in online and "reference forward" not in cached
+    assert mib(8 * 4 * 200) in cached

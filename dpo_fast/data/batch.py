@@ -27,6 +27,7 @@ class EncodedPair(NamedTuple):
     images: tuple[bytes | BadImage, bytes | BadImage]  # chosen first (cached: their keys); or why there is none
     caption: str
     label: float
+    chosen: int = 0  # which of the source's two images the chosen one is
 
 
 class PairItem(NamedTuple):
@@ -174,11 +175,9 @@ class PairDataset(torch.utils.data.Dataset):
         return self.index.pair_id[position], draw, [self._encoded(p) for p in position.tolist()]
 
     def _encoded(self, position: int) -> EncodedPair:
-        images = load_images(self.source, int(self.index.pair_id[position]))
+        images, chosen = load_images(self.source, int(self.index.pair_id[position])), int(self.index.chosen[position])
         return EncodedPair(
-            chosen_first(images, int(self.index.chosen[position])),
-            self.index.captions[position],
-            float(self.index.label[position]),
+            chosen_first(images, chosen), self.index.captions[position], float(self.index.label[position]), chosen
         )
 
 
@@ -201,6 +200,7 @@ class Batch:
     bad: list[tuple[int, str]]  # (row, reason) of the pairs with weight 0
     latents: Tensor | None = None  # from the cache: fp16 [2B, C, h, w]
     conditioning: dict[str, Tensor] | None = None  # from the cache: fp16 [B, ...] each
+    ref_errors: Tensor | None = None  # from the cache, where the reference's errors are: fp32 [2B]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with its tensors on `device`."""

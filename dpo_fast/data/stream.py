@@ -185,7 +185,7 @@ class StreamedPairs:
                     self._refuse_too_many(max(self.rows, 1000))
             if isinstance(verdict, tuple) and not isinstance(verdict, BadRow):
                 chosen, probability = verdict
-                yield row, EncodedPair(chosen_first(images, chosen), caption, probability)
+                yield row, EncodedPair(chosen_first(images, chosen), caption, probability, chosen)
         if counting:
             self._refuse_too_many(self.rows)
 

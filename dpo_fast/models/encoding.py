@@ -11,6 +11,23 @@ from dpo_fast.models.family import Family
 
 # What of a component's configuration changes its output beside its weights.
 _VAE_CONFIG = ("scaling_factor", "shift_factor", "act_fn", "norm_num_groups", "latent_channels")
+_UNET_CONFIG = (
+    "act_fn",
+    "addition_embed_type",
+    "addition_time_embed_dim",
+    "attention_head_dim",
+    "center_input_sample",
+    "downsample_padding",
+    "flip_sin_to_cos",
+    "freq_shift",
+    "mid_block_scale_factor",
+    "norm_eps",
+    "norm_num_groups",
+    "num_attention_heads",
+    "resnet_out_scale_factor",
+    "resnet_time_scale_shift",
+    "upcast_attention",
+)
 _TEXT_CONFIG = (
     "hidden_act",
     "num_hidden_layers",
@@ -44,14 +61,36 @@ def text_encoding(family: Family) -> dict[str, Any]:
     return facts
 
 
-def weights_digest(module: nn.Module) -> str:
-    """A hash of all weights and their names, the same on every device."""
+def prediction(family: Family) -> dict[str, Any]:
+    """Of the reference's predictions and targets, but for latents, text and draws. Ask before adapters are added."""
+    schedule, unet = family.schedule, family.unet
+    config = {name: unet.config.get(name) for name in _UNET_CONFIG}
+    zeros = bool(family.pipeline.config.get("force_zeros_for_empty_prompt", False))
+    return {
+        "reference": weights_digest(unet, family.dtype),
+        "unet_config": json.loads(json.dumps(config)),
+        "dtype": str(family.dtype).removeprefix("torch."),
+        "prediction_type": schedule.prediction_type,
+        "schedule": _digest(schedule.alphas_cumprod.cpu().numpy().tobytes()),
+        "timesteps": [int(family.timesteps[0]), int(family.timesteps[-1]), len(family.timesteps)],
+        "timesteps_digest": _digest(family.timesteps.numpy().tobytes()),
+        "timestep_grid": family.timestep_grid,
+        "empty_prompt": "zeros" if zeros else "encoded",
+    }
+
+
+def weights_digest(module: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """A hash of all weights, cast to `dtype`, and of their names, the same on every device."""
     whole = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(module.state_dict().items()):
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        whole.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        flat = tensor.detach().to(dtype or tensor.dtype).cpu().contiguous().reshape(-1)
+        whole.update(f"{name} {tuple(tensor.shape)} {flat.dtype}\n".encode())
         whole.update(memoryview(flat.view(torch.uint8).numpy()))
     return whole.hexdigest()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def _precision(dtype: torch.dtype, device: torch.device) -> str:

@@ -126,9 +126,12 @@ class Manifest:
 
     def streamed_rows(self) -> Iterator[StreamedRow]:
         """A stream's known rows, keys in the place of image bytes."""
-        for row in range(len(self._rows)):
-            facts = self._rows[row]
-            yield StreamedRow(row, json.loads(facts["caption"]), json.loads(facts["label"]), self.images(row))
+        yield from map(self.streamed_row, range(len(self._rows)))
+
+    def streamed_row(self, row: int) -> StreamedRow:
+        """A stream's known row, keys in the place of image bytes."""
+        facts = self._rows[row]
+        return StreamedRow(row, json.loads(facts["caption"]), json.loads(facts["label"]), self.images(row))
 
     def stream(self) -> StreamedSource:
         """The stream again, as far as it is known, keys in the place of image bytes."""

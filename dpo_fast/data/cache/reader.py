@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast.data.batch import Batch, EncodedPair, PairTransform
+from dpo_fast.data.cache.errors import RefErrors
 from dpo_fast.data.cache.recipe import Recipe, caption_key, mirrored
 from dpo_fast.data.cache.store import Store
 from dpo_fast.data.images import BadImage
@@ -59,12 +60,17 @@ class CachedItems:
 
 
 class CachedTransform:
-    """Does for cached pairs what `PairTransform` does for encoded ones; their images are keys."""
+    """Does for cached pairs what `PairTransform` does for encoded ones; their images are keys.
+
+    With the reference's `errors` at K draws, visit v of a pair uses draw v mod K, in everything that is drawn.
+    """
 
     in_threads = True
 
-    def __init__(self, transform: PairTransform, latents: CachedItems, text: CachedItems):
-        self.draws, self.latents, self.text = transform, latents, text
+    def __init__(
+        self, transform: PairTransform, latents: CachedItems, text: CachedItems, errors: RefErrors | None = None
+    ):
+        self.draws, self.latents, self.text, self.errors = transform, latents, text, errors
         assert not transform.random_crop, "only the centre is cached"
 
     @property
@@ -73,6 +79,8 @@ class CachedTransform:
 
     def batch(self, pair_id: Tensor, draw: Tensor, pairs: Sequence[EncodedPair]) -> Batch:
         """A micro-batch. A pair with a bad image has zeros in its place, and weight 0."""
+        if self.errors is not None:
+            draw = draw % self.errors.draws
         drawn = self.draws.drawn(pair_id, draw)
         sides: tuple[list, list] = ([], [])
         time_ids, bad = [], []
@@ -83,6 +91,7 @@ class CachedTransform:
             for side, key in zip(sides, keys, strict=True):
                 side.append(None if fault else key)
         ids = pair_id.tolist()
+        chosen = [pair.chosen for pair in pairs]
         return Batch(
             pixels=None,
             captions=[pair.caption for pair in pairs],
@@ -96,6 +105,7 @@ class CachedTransform:
             bad=[(row, fault) for row, fault in zip(ids, bad, strict=True) if fault],
             latents=self.latents.read([*sides[0], *sides[1]])["latents"],
             conditioning=self.text.read([caption_key(pair.caption) for pair in pairs]),
+            ref_errors=self.errors.read(pair_id, draw, chosen) if self.errors is not None else None,
         )
 
     def _look_up(self, pair: EncodedPair, mirror: bool) -> tuple[list[bytes | None], list, str | None]:

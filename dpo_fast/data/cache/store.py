@@ -33,7 +33,6 @@ from dpo_fast.files import remove_temporaries, write_json, write_text
 
 SHARD_BYTES = 256 << 20  # a full shard's records, about
 _SHARD = re.compile(r"shard-(\d+)-(\d+)\.(json|bin|part|log)$")
-_BUILD = "`python -m dpo_fast.cache build` with the flags of the run encodes it again"
 
 
 class Damaged(BadInput):
@@ -346,7 +345,7 @@ def read_shard(path: Path, recipe: Recipe) -> Shard:
         meta = [shared.setdefault(tuple(m), m) if isinstance(m, list) else m for m in body["meta"]]
         sha256, of = body["sha256"], (body["recipe"], body["record_bytes"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise Damaged(f"{path} cannot be read as the index of a shard ({error}); {_BUILD}") from error
+        raise Damaged(f"{path} cannot be read as the index of a shard ({error}); {_mended(recipe)}") from error
     if of != (recipe.digest, recipe.record_bytes):
         raise BadInput(
             f"{path} belongs to recipe {of[0]} with records of {of[1]} bytes, not to {recipe.digest} with"
@@ -356,7 +355,7 @@ def read_shard(path: Path, recipe: Recipe) -> Shard:
     if size != len(keys) * recipe.record_bytes:
         raise Damaged(
             f"{bin_path} has {size} bytes, its index says {len(keys)} records of {recipe.record_bytes}"
-            f" ({len(keys) * recipe.record_bytes} bytes): it was cut off; {_BUILD}"
+            f" ({len(keys) * recipe.record_bytes} bytes): it was cut off; {_mended(recipe)}"
         )
     records = np.memmap(bin_path, np.uint8, "r", shape=(len(keys), recipe.record_bytes))
     return Shard(bin_path, keys, checksums, meta, sha256, records)
@@ -407,6 +406,12 @@ def _check_recipe(folder: Path, recipe: Recipe) -> None:
             f"{folder} is not what its name says ({'; '.join(differences)}): delete the folder, or name another"
             " --latent_cache_dir"
         )
+
+
+def _mended(recipe: Recipe) -> str:
+    """What makes a shard again that had to be given up."""
+    command = "reference --draws K" if recipe.kind == "reference" else "build"
+    return f"`python -m dpo_fast.cache {command}` with the flags of the run makes it again"
 
 
 def _shard_files(folder: Path) -> list[tuple[int, int, str]]:
