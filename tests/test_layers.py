@@ -15,11 +15,13 @@ LEVELS = [
     ["kernels"],
     ["draws", "schedule", "objectives", "config"],
     ["models", "data", "shapes"],
-    ["card", "checkpoint", "hub", "metrics", "optim", "parallel", "plan", "reference", "run_folder", "sampling"],
+    ["card", "checkpoint", "hub", "metrics", "optim", "parallel", "plan", "plot", "run_folder", "sampling"],
+    ["inputs", "reference"],
     ["caching"],
+    ["scoring"],
     ["opening"],
     ["trainer", "evaluation"],
-    ["train", "cache", "env"],
+    ["train", "cache", "env", "sweep"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(ROOT.rglob("*.py"))
