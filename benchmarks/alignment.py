@@ -37,6 +37,7 @@ VARIANTS = {
     "bf16": "--mixed_precision bf16",
     "fp16": "--mixed_precision fp16",
     "appeal": "--preference appeal",
+    **{f"cached{k}": f"--cached_reference {k}" for k in (1, 2, 4, 8)},  # draws a pair; beside default, run online
 }
 
 
