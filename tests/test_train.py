@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dpo_fast.kernels import reference as kernels
+from dpo_fast.models import AdapterSwitch
 from dpo_fast.train import main
 from dpo_fast.trainer import Trainer
 from tests.helpers.pairs import write_pickapic
@@ -172,9 +173,7 @@ def plain_step(trainer: Trainer, batch, tuning: str) -> tuple[float, list[torch.
             with torch.no_grad():
                 if tuning == "full":
                     return error(references["full"], x0)
-                from dpo_fast.models import adapter_off
-
-                with adapter_off(unet):
+                with AdapterSwitch(unet).off():
                     return error(unet, x0)
 
         chosen, rejected = latents[i : i + 1], latents[len(batch.pair_id) + i :][:1]
