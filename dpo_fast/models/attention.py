@@ -1,4 +1,4 @@
-"""The attention of a UNet: PyTorch's scaled_dot_product_attention, with its own or our order of kernels, or xformers."""
+"""The attention of a UNet: PyTorch's scaled_dot_product_attention, with its own or our order of kernels; xformers."""
 
 from importlib.util import find_spec
 
