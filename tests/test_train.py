@@ -116,6 +116,33 @@ def test_the_first_margin_is_exactly_zero(sdxl_path, pairs, tmp_path, tuning, pr
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_images_are_channels_last_from_noise_to_prediction(sdxl_path, pairs, tmp_path, tuning):
+    """Weights, masters, gradients, inputs and outputs of the UNet; files have the usual order."""
+    more = ["--tuning", tuning, "--lora_targets", "to_q", "conv1", "--mixed_precision", "bf16"]
+    trainer = Trainer(opened(flags_for(sdxl_path, pairs, tmp_path / "run", *more)), [])
+
+    def dense_last(tensors) -> list[bool]:
+        return [t.is_contiguous(memory_format=torch.channels_last) for t in tensors if t.dim() == 4]
+
+    seen = []
+    denoise = trainer.family.denoise
+
+    def look(unet, noisy, *rest):
+        seen.extend((noisy, prediction := denoise(unet, noisy, *rest)))
+        return prediction
+
+    trainer.family.denoise = look
+    trainer.train_step()
+    trainer.masters.step = lambda *_: seen.extend(trainer.masters.gradients())
+    trainer.train_step()
+    weights_of = [trainer.unet, *([trainer.reference.unet] if tuning == "full" else [])]
+    for tensors in (*(w.parameters() for w in weights_of), trainer.masters.masters, seen):
+        found = dense_last(tensors)
+        assert found and all(found)
+    assert len(dense_last(seen)) > 8  # noise and prediction of policy and reference, twice, and gradients
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_loss_and_gradients_equal_a_plain_float64_computation(sdxl_path, pairs, tmp_path, tuning):
     """The second step of a run, when the policy has left the reference, against the formulas written out in fp64."""
     flags = flags_for(sdxl_path, pairs, tmp_path / "run", "--tuning", tuning, "--learning_rate", 1e-4)
