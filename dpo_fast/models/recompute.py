@@ -26,7 +26,8 @@ def recompute_activations(unet: UNet2DConditionModel, mode: str) -> None:
     """Choose what `unet` computes twice: "none", "full" or "selective". Nothing random is in it, so no result changes.
 
     "full": every resnet and transformer block keeps its inputs only: a forward pass more. "selective": the blocks also
-    keep what matrix products, convolutions and attention give, and repeat norms, activations and sums.
+    keep what matrix products, convolutions and attention give, and repeat norms, activations and sums; a compiled block
+    is left as it is, since torch.compile chooses in the same way.
     """
     assert mode in ("none", "selective", "full"), mode
     if mode == "none":
@@ -36,6 +37,8 @@ def recompute_activations(unet: UNet2DConditionModel, mode: str) -> None:
 
 
 def _run_again(block: nn.Module, *args, selective: bool) -> torch.Tensor:
+    if selective and block._compiled_call_impl is not None:
+        return block(*args)
     context = {"context_fn": _keeping} if selective else {}
     return checkpoint(block.__call__, *args, use_reentrant=False, preserve_rng_state=False, **context)
 
