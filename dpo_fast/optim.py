@@ -2,7 +2,7 @@
 
 The module holds its trainable parameters in the compute dtype. Each has an fp32 master, which the optimizer updates and
 which is then rounded into the module. Gradients of the micro-batches are summed into the masters' in fp32. In fp32 a
-parameter is its own master, so nothing is copied.
+parameter is its own master, so nothing is copied (but for 8-bit Adam, which wants another memory order).
 """
 
 from collections.abc import Iterator
@@ -33,10 +33,12 @@ class MasterOptimizer:
         assert parameters and all(p.dtype == torch.float32 for p in parameters.values())
         self.names = list(parameters)
         self.parameters = list(parameters.values())
-        if dtype == torch.float32:
+        reordered = config.optimizer == "adamw8bit"  # bitsandbytes makes contiguous what it updates: a UNet is not
+        if dtype == torch.float32 and not reordered:
             self.masters = self.parameters
         else:
-            self.masters = [nn.Parameter(p.detach().clone()) for p in self.parameters]
+            layout = torch.contiguous_format if reordered else torch.preserve_format
+            self.masters = [nn.Parameter(p.detach().clone(memory_format=layout)) for p in self.parameters]
             for parameter in self.parameters:
                 parameter.data = parameter.data.to(dtype)
         device = self.masters[0].device

@@ -56,14 +56,14 @@ def plan(config: TrainConfig) -> str:
     width = COMPUTE_DTYPES[config.mixed_precision].itemsize
     pairs = config.pairs_per_step or config.train_batch_size * config.gradient_accumulation_steps
 
-    masters = costs.trained * (4 if width == 2 else 0)
+    separate = width == 2 or config.optimizer == "adamw8bit"  # masters beside the weights, not the weights themselves
     tokens = component_config(path, "text_encoder", **where).get("max_position_embeddings", 77)
     a_latent, a_prompt = record_bytes(unet_config, resolution // vae_scale, tokens)
 
     memory = {
         "UNet weights": costs.parameters * width,
-        "fp32 masters": masters,
-        "gradients": costs.trained * (4 + (width if width == 2 else 0)),
+        "fp32 masters": costs.trained * 4 * separate,
+        "gradients": costs.trained * (4 + width * separate),
         "optimizer state": costs.trained * STATE_BYTES[config.optimizer],
         "EMA": costs.trained * 4 * config.use_ema,
         "reference": costs.parameters * width * (needs_reference and config.tuning == "full"),

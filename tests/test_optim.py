@@ -17,7 +17,7 @@ from dpo_fast.optim import INITIAL_LOSS_SCALE, MasterOptimizer
 OPTIMIZERS = get_args(get_type_hints(TrainConfig)["optimizer"])
 SCHEDULES = get_args(get_type_hints(TrainConfig)["lr_scheduler"])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = {"big": (80, 64), "small": (5, 3), "bias": (7,), "conv": (5, 4, 3, 3)}  # 8-bit states begin at 4096 elements
+SHAPES = {"big": (80, 64), "small": (5, 3), "bias": (7,), "conv": (32, 16, 3, 3)}  # 8-bit states begin at 4096 elements
 FINITE = torch.tensor(0.5)
 
 
