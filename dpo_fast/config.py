@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import math
 import os
 import re
@@ -340,7 +341,7 @@ def parse(argv: list[str]) -> tuple[TrainConfig, list[str]]:
 def _with_values(flags: list[str]) -> list[str]:
     """The flags with the values that the public scripts' bare --gradient_checkpointing stands for."""
     given = []
-    for flag, following in zip(flags, [*flags[1:], "--"], strict=True):
+    for flag, following in itertools.pairwise([*flags, "--"]):
         name = flag.replace("-", "_")
         if name == "__no_gradient_checkpointing":
             given += ["--gradient_checkpointing", "none"]

@@ -179,7 +179,7 @@ def plain_step(trainer: Trainer, batch, tuning: str) -> tuple[float, list[torch.
     references = {"lora": None, "full": getattr(trainer.reference, "unet", None)}
     if tuning == "full":
         references["full"].double()
-    losses = []
+    loss, gradients = 0.0, [torch.zeros_like(p) for p in parameters]
     for i, pair in enumerate(batch.pair_id.tolist()):
         noise = kernels.normal_noise(config.seed, torch.tensor([pair]), batch.draw[i : i + 1], *latents.shape[1:])
         noise = noise.double()
@@ -204,14 +204,16 @@ def plain_step(trainer: Trainer, batch, tuning: str) -> tuple[float, list[torch.
                     return error(unet, x0)
 
         chosen, rejected = latents[i : i + 1], latents[len(batch.pair_id) + i :][:1]
-        difference = (error(unet, chosen) - ref_error(chosen)) - (error(unet, rejected) - ref_error(rejected))
-        losses.append(-torch.nn.functional.logsigmoid(-(config.beta_dpo / 2) * difference))
-    loss = torch.stack(losses).mean()
-    gradients = torch.autograd.grad(loss, parameters)
+        ref_w, ref_l = ref_error(chosen), ref_error(rejected)
+        difference = (error(unet, chosen) - ref_w) - (error(unet, rejected) - ref_l)
+        of_pair = -torch.nn.functional.logsigmoid(-(config.beta_dpo / 2) * difference) / len(batch.pair_id)
+        loss += of_pair.item()
+        for total, part in zip(gradients, torch.autograd.grad(of_pair, parameters), strict=True):
+            total += part
     unet.float()
     if tuning == "full":
         references["full"].float()
-    return loss.item(), list(gradients)
+    return loss, gradients
 
 
 # ---- around the steps ------------------------------------------------------------------------------------------
