@@ -77,7 +77,7 @@ def test_what_gradient_checkpointing_keeps(tuning):
     assert full.saved_bytes < 0.25 * none.saved_bytes < 0.9 * selective.saved_bytes
     assert selective.saved_bytes < {"full": 0.75, "lora": 0.9}[tuning] * none.saved_bytes
     assert none.forward == selective.forward == full.forward
-    assert none.backward <= selective.backward < 1.05 * none.backward < full.backward
+    assert none.backward <= selective.backward < 1.1 * none.backward < full.backward
 
 
 def lines(text: str, start: str) -> dict[str, str]:
