@@ -26,6 +26,7 @@ def test_the_first_margin_is_exactly_zero_and_later_steps_compile_nothing(
     sdxl_path, pairs, tmp_path, tuning, precision
 ):
     more = ["--tuning", tuning, "--mixed_precision", precision, "--gradient_accumulation_steps", 2]
+    more += ["--max_train_steps", 5]
     flags = flags_for(sdxl_path, pairs, tmp_path / "run", "--compile", "regional", "--learning_rate", 1e-3, *more)
     trainer = Trainer(opened(flags), flags)
     before = programs_made()
@@ -34,8 +35,8 @@ def test_the_first_margin_is_exactly_zero_and_later_steps_compile_nothing(
     assert made > before
     assert first["margin_rms"] == 0.0 and first["loss"] == torch.tensor(2.0).log().item()
     assert first["chosen_error_delta"] == first["rejected_error_delta"] == 0.0
-    trainer.train_step()
-    trainer.train_step()
+    for _ in range(4):  # the first updates of fp16 are skipped, until the loss scale fits
+        trainer.train_step()
     assert trainer.sums.read(trainer.ranks.sum_)["margin_rms"] > 0
     assert programs_made() == made
 
