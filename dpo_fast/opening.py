@@ -38,8 +38,16 @@ from dpo_fast.data.opening import is_local
 from dpo_fast.data.stream import WINDOW
 from dpo_fast.errors import BadInput
 from dpo_fast.kernels import dispatch
-from dpo_fast.models import COMPUTE_DTYPES, Family, load_family
-from dpo_fast.models.lora import add_lora, merge_lora
+from dpo_fast.models import (
+    COMPUTE_DTYPES,
+    Family,
+    add_lora,
+    check_compiler,
+    compile_unet,
+    load_family,
+    merge_lora,
+    recompute_activations,
+)
 from dpo_fast.objectives import OBJECTIVES
 from dpo_fast.optim import MasterOptimizer
 from dpo_fast.parallel import Ranks
@@ -90,6 +98,8 @@ def open_run(config: TrainConfig, ranks: Ranks) -> Run:
 
 def _open(config: TrainConfig, ranks: Ranks) -> Run:
     _check_backend(config, ranks)
+    if config.compile != "off":
+        check_compiler(ranks.device)
     files, saved = _saved_state(config)
     if saved:
         config.seed = saved["config"]["seed"] if config.seed is None else config.seed
@@ -318,11 +328,11 @@ def _make_trainable(config: TrainConfig, ranks: Ranks, family: Family) -> tuple[
     ranks.broadcast_([parameter.detach() for parameter in trained.values()])
     lr = config.learning_rate * (config.pairs_per_step if config.scale_lr else 1)
     masters = MasterOptimizer(trained, family.dtype, config, lr=lr, steps=config.max_train_steps)
+    recompute_activations(unet, config.gradient_checkpointing)
+    compile_unet(unet, config.compile)
     reference: Reference = NoReference()
     if OBJECTIVES[config.objective].needs_reference:
-        reference = AdapterOff(family) if config.tuning == "lora" else FrozenCopy(family)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        reference = AdapterOff(family) if config.tuning == "lora" else FrozenCopy(family, config.compile)
     return masters, reference
 
 

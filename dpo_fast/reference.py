@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from dpo_fast.data.batch import Batch
+from dpo_fast.models.compiling import compile_unet, is_compiled
 from dpo_fast.models.family import Family
-from dpo_fast.models.lora import adapter_off
+from dpo_fast.models.lora import AdapterSwitch
 
 
 class Reference(Protocol):
@@ -31,28 +32,31 @@ class AdapterOff:
     """LoRA: the policy itself with the adapters' scale at 0. Costs no memory."""
 
     def __init__(self, family: Family) -> None:
-        self.family = family
+        self.family, self.unet = family, family.unet
+        self.compiled = is_compiled(self.unet)
+        self.switch = AdapterSwitch(self.unet)
 
-    @torch.no_grad()
     def __call__(self, batch, noisy_latents, conditioning):
-        with adapter_off(self.family.unet):
-            return self.family.denoise(self.family.unet, noisy_latents, batch.timesteps, conditioning)
+        with self.switch.off(), _graph_as_policy(self.compiled):
+            return self.family.denoise(self.unet, noisy_latents, batch.timesteps, conditioning).detach()
 
 
 class FrozenCopy:
-    """Full fine-tuning: a copy of the UNet as it is now, never trained.
+    """Full fine-tuning: a copy of the UNet as it is now, never trained; compiled as `mode` says.
 
     Its parameters keep their requires_grad, though nothing here is differentiated: torch's matmul folds a batch into
     one product or not depending on it, and the two round differently.
     """
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: Family, mode: str = "off") -> None:
         self.family = family
-        self.unet: nn.Module = copy.deepcopy(family.unet)
+        self.unet: nn.Module = copy.deepcopy(family.unet)  # a copy is not compiled, whatever the original is
+        self.compiled = mode != "off"
+        compile_unet(self.unet, mode)
 
-    @torch.no_grad()
     def __call__(self, batch, noisy_latents, conditioning):
-        return self.family.denoise(self.unet, noisy_latents, batch.timesteps, conditioning)
+        with _graph_as_policy(self.compiled):
+            return self.family.denoise(self.unet, noisy_latents, batch.timesteps, conditioning).detach()
 
 
 class NoReference:
@@ -60,3 +64,13 @@ class NoReference:
 
     def __call__(self, batch, noisy_latents, conditioning):
         return None
+
+
+def _graph_as_policy(compiled: bool) -> torch.set_grad_enabled:
+    """No graph for the reference; compiled, one as the policy's, which is dropped with the prediction.
+
+    A program is compiled for calls with a graph or for calls without, and the two round differently: beside a policy
+    that is trained the reference must be called as the policy is. Its graph is gone before the policy's is made, so
+    the peak of memory stays that of the policy.
+    """
+    return torch.set_grad_enabled(compiled and torch.is_grad_enabled())

@@ -52,24 +52,32 @@ def add_lora(
         # a tensor, because torch.compile makes a new program for every value of a Python number: the policy and the
         # reference (scale 0) must be one program to agree bit for bit
         layer.scaling[_ADAPTER] = torch.tensor(layer.scaling[_ADAPTER], dtype=torch.float32, device=a.device)
+    unet.to(memory_format=torch.channels_last)  # adapters of convolutions too
 
 
-@contextmanager
-def adapter_off(unet: nn.Module) -> Iterator[None]:
-    """Within the block the UNet is the one before `add_lora`: the adapters run with scale 0.
+class AdapterSwitch:
+    """Switches the adapters of `unet` off and on again, by their scale alone.
 
-    Nothing but the scale changes (diffusers' disable_adapters() also flips requires_grad, which breaks FSDP2). Run the
-    reference before the policy's forward, not between forward and backward under activation checkpointing.
+    diffusers' disable_adapters() also flips requires_grad, which breaks FSDP2. The scales are set in place: to a
+    compiled program policy and reference differ in the values of its inputs, not in which tensors they are.
     """
-    scalings = [layer.scaling for layer in _lora_layers(unet)]
-    saved = [dict(scaling) for scaling in scalings]
-    try:
-        for scaling in scalings:  # a zero of its own each: torch.compile would make another program for shared ones
-            scaling.update({name: torch.zeros_like(scale) for name, scale in scaling.items()})
-        yield
-    finally:
-        for scaling, scales in zip(scalings, saved, strict=True):
-            scaling.update(scales)
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.scales = [layer.scaling[_ADAPTER] for layer in _lora_layers(unet)]
+        self.values = [scale.clone() for scale in self.scales]
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within the block the UNet is the one before `add_lora`.
+
+        Run the reference before the policy's forward, not between forward and backward: the backward of the policy
+        needs the scales of its forward.
+        """
+        torch._foreach_zero_(self.scales)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self.scales, self.values)
 
 
 def save_lora(family: Family, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
