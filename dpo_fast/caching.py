@@ -141,11 +141,13 @@ def fill(
     *,
     reopen: Callable[[], StreamedSource],
     repair: bool = False,
+    waiting: Callable[[str], None] | None = None,
 ) -> Cached:
     """Encode what is missing of `wanted` and open the result. Every rank calls this.
 
     `reopen` opens the stream that was not given, should its images be needed after all. `repair` encodes shards again
-    whose files do not fit their index; otherwise they are refused. Raises BadInput for a cache that cannot be used or
+    whose files do not fit their index; otherwise they are refused. `waiting` is told that another process builds, which
+    is waited for; without it that is refused. Raises BadInput for a cache that cannot be used or
     written, a disk that is too small, too many bad images, and an image whose latent is not finite.
     """
     work = _Work(config, ranks, source, manifest, wanted, family)
@@ -169,7 +171,7 @@ def fill(
 
         def begin() -> None:
             for folder in (*folders, manifest.folder):
-                held.enter_context(locked(folder))
+                held.enter_context(locked(folder, waiting))
             with _said_in_one_line(work.root):
                 for recipe in work.recipes:
                     begin_folder(work.root, recipe)

@@ -5,6 +5,7 @@ images), then the model, then what a checkpoint holds, then the cache, where som
 can mend raises BadInput here, before any step.
 """
 
+import logging
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -54,6 +55,8 @@ from dpo_fast.parallel import Ranks
 from dpo_fast.reference import AdapterOff, FrozenCopy, NoReference, Reference
 
 SAMPLE_PROMPTS = 4
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -122,7 +125,9 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     if saved:
         step = _restore(config, fingerprints, masters, kl, files, saved)
     ranks.on_main(lambda: _check_space(config, family, masters))
-    cached = _fill_cache(config, ranks, pairs, _wanted(config, pairs), family) if config.cache else None
+    cached = None
+    if config.cache:
+        cached = _fill_cache(config, ranks, pairs, _wanted(config, pairs), family, waiting=_log.warning)
     if cached and not config.run_validation:  # samples need them
         family.free_encoders(keep=config.tuning == "full")
     batches, sets, validation, prompts = _open_stream(config, ranks, pairs, cached, family, step)
@@ -246,11 +251,11 @@ def _wanted_of_stream(config: TrainConfig) -> caching.Wanted:
 
 
 def _fill_cache(
-    config: TrainConfig, ranks: Ranks, pairs: _Pairs, wanted: caching.Wanted, family: Family, *, repair: bool = False
+    config: TrainConfig, ranks: Ranks, pairs: _Pairs, wanted: caching.Wanted, family: Family, **how: object
 ) -> caching.Cached:
-    """Encode what is missing; from then on the pairs come from the cache."""
+    """Encode what is missing; from then on the pairs come from the cache. `how` is `caching.fill`'s."""
     reopen = partial(_open_source, config)
-    cached = caching.fill(config, ranks, pairs.source, pairs.manifest, wanted, family, reopen=reopen, repair=repair)
+    cached = caching.fill(config, ranks, pairs.source, pairs.manifest, wanted, family, reopen=reopen, **how)
     if config.streaming:
         pairs.manifest.reload()
         pairs.source = pairs.manifest.stream()

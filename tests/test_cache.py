@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -347,21 +349,40 @@ def test_a_foreign_cache_is_refused_with_what_differs(sdxl_path, pairs, tmp_path
     refused(lambda: train_main(flags), ["belongs to recipe"], capfd)
 
 
+@contextmanager
+def held(folder: Path, seconds: float) -> Iterator[subprocess.Popen]:
+    """Another process that builds in `folder` for so long."""
+    holder = "import sys, time; from pathlib import Path; from dpo_fast.data.cache.store import locked\n"
+    holder += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(float(sys.argv[2]))"
+    command = [sys.executable, "-c", holder, folder, str(seconds)]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.faults
 def test_a_second_builder_is_told_who_builds(sdxl_path, pairs, tmp_path, capfd):
     cache = built(sdxl_path, pairs, tmp_path / "cache")
     (folder,) = cache.glob("latents-*")
-    holder = "import sys, time; from pathlib import Path; from dpo_fast.data.cache.store import locked\n"
-    holder += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", holder, folder], env=environment(), stdout=subprocess.PIPE)
-    try:
-        assert process.stdout.readline() == b"held\n"
-        flags = build_flags(sdxl_path, pairs, cache, "--hflip")
+    flags = build_flags(sdxl_path, pairs, cache, "--hflip")
+    with held(folder, 60) as process:
         refused(lambda: main(["build", *flags]), [f"process {process.pid} on ", "wait"], capfd)
         assert main(["build", *build_flags(sdxl_path, pairs, cache)]) == 0  # what is complete is not held up
-    finally:
-        process.kill()
-        process.wait()
     assert main(["build", *flags]) == 0
     with (folder / ".lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.faults
+def test_a_run_waits_for_the_builder(sdxl_path, pairs, tmp_path, caplog):
+    cache = built(sdxl_path, pairs, tmp_path / "cache")
+    (folder,) = cache.glob("latents-*")
+    with held(folder, 3) as process:
+        train(sdxl_path, pairs, tmp_path / "run", "--hflip", "--latent_cache_dir", cache)
+        assert process.wait(timeout=10) == 0
+    (told,) = (record.message for record in caplog.records if "waiting" in record.message)
+    assert f"process {process.pid} on " in told

@@ -16,7 +16,8 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,22 +283,27 @@ def not_writable(folder: Path, error: OSError) -> BadInput:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for building. Raises BadInput, naming the holder, where another process has it."""
+def locked(folder: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold `folder` for building. Where another process has it: BadInput that names the holder, or, with `waiting`,
+    which is told of it once, as long as it takes.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+", encoding="utf-8")
     except OSError as error:
         raise not_writable(folder, error) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not _lock(file):
             file.seek(0)
-            raise BadInput(
-                f"{folder} is being built by {file.read().strip() or 'another process'}: wait until it is done"
-                " (a second builder would do the same work), or name another --latent_cache_dir"
-            ) from error
+            held = f"{folder} is being built by {file.read().strip() or 'another process'}"
+            if waiting is None:
+                raise BadInput(
+                    f"{held}: wait until it is done (a second builder would do the same work), or name another"
+                    " --latent_cache_dir"
+                )
+            waiting(f"{held}: waiting until it is done (Ctrl-C, and another --latent_cache_dir, if it never is)")
+            while not _lock(file):
+                time.sleep(0.2)
         if not _is_there(folder / ".lock", file):
             raise BadInput(f"{folder} was just deleted by another process: start the same command again")
         file.truncate(0)
@@ -305,6 +311,14 @@ def locked(folder: Path) -> Iterator[None]:
         file.flush()
         yield
         file.truncate(0)
+
+
+def _lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _is_there(path: Path, file: TextIO) -> bool:
