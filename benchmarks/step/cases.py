@@ -102,8 +102,8 @@ def _clip(width: int, layers: int, heads: int, act: str, vocabulary: int) -> dic
         hidden_act=act,
         vocab_size=vocabulary,
         max_position_embeddings=TOKENS,
-        bos_token_id=vocabulary - 2,
-        eos_token_id=vocabulary - 1,
+        bos_token_id=512,  # of the byte-level tokenizer that all cases share
+        eos_token_id=513,
     )
 
 
@@ -139,7 +139,9 @@ def _with_minis(*cases: Case) -> dict[str, Case]:
         if case.model.family == "sd15":
             side = 192  # its resolutions are multiples of 64
         model = (_mini_sd15 if case.model.family == "sd15" else _mini_sdxl)(side // 8)
-        mini = replace(case, name=f"mini-{case.name}", model=model, resolution=side, learning_rate=MINI_RATES[case.tuning])
+        mini = replace(
+            case, name=f"mini-{case.name}", model=model, resolution=side, learning_rate=MINI_RATES[case.tuning]
+        )
         pairs = 4 if side < 320 else 2
         table |= {case.name: case, mini.name: replace(mini, pairs=pairs, batch_size=pairs)}
     return table

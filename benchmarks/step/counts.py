@@ -16,7 +16,6 @@ saved      bytes of activations that the policy's forward keeps for its backward
 import argparse
 import importlib.metadata
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -39,7 +38,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks.step.cases import CASES, RANK, TOKENS, Case, scheduler_config
@@ -227,9 +225,7 @@ def count_encoders(case: Case) -> EncoderCounts:
 
 def _text_encoders(case: Case) -> list[torch.nn.Module]:
     kinds = (CLIPTextModel, CLIPTextModelWithProjection)
-    return [
-        kind(CLIPTextConfig(**config)).eval() for kind, config in zip(kinds, case.model.text, strict=False)
-    ]
+    return [kind(CLIPTextConfig(**config)).eval() for kind, config in zip(kinds, case.model.text, strict=False)]
 
 
 def _trainer(case: Case) -> Trainer:
@@ -259,8 +255,11 @@ def _trainer(case: Case) -> Trainer:
         scheduler=EulerDiscreteScheduler(**scheduler_config(case)),
     )
     if case.model.family == "sd15":
-        kind, pipeline = SD15, StableDiffusionPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        kind, pipeline = (
+            SD15,
+            StableDiffusionPipeline(
+                **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+            ),
         )
     else:
         kind = Turbo if case.turbo else SDXL
@@ -293,6 +292,11 @@ def _trainer(case: Case) -> Trainer:
     return Trainer(run, [])
 
 
+def known(name: str) -> dict[str, int]:
+    """The committed counts of a case."""
+    return json.loads(FILE.read_text())["cases"][name]
+
+
 def versions() -> dict[str, str]:
     """Of the libraries whose operators are counted."""
     return {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft", "transformers")}
@@ -300,14 +304,14 @@ def versions() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="default: every case that is not mini-")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="default: all")
     parser.add_argument("--write", action="store_true", help=f"put them into {FILE.name}")
     arguments = parser.parse_args()
-    known = json.loads(FILE.read_text()) if FILE.exists() else {"cases": {}}
-    for name in arguments.cases or [name for name in CASES if not CASES[name].mini]:
+    cases = json.loads(FILE.read_text())["cases"] if FILE.exists() else {}
+    for name in arguments.cases or CASES:
         started = time.perf_counter()
         counts, encoders = count_step(CASES[name]), count_encoders(CASES[name])
-        known["cases"][name] = asdict(counts) | {"vae_flops": encoders.vae, "text_flops": encoders.text}
+        cases[name] = asdict(counts) | {"vae_flops": encoders.vae, "text_flops": encoders.text}
         print(
             f"{name:16}{counts.flops / 1e12:8.3f} TFLOP (reference {counts.ref_flops / 1e12:.3f}, forward"
             f" {counts.forward_flops / 1e12:.3f}), {counts.bytes / 1e9:7.1f} GB, {counts.launches:6} launches"
@@ -317,7 +321,7 @@ def main() -> None:
             flush=True,
         )
     if arguments.write:
-        FILE.write_text(json.dumps({"versions": versions(), **known, "command": sys.argv[1:]}, indent=2) + "\n")
+        FILE.write_text(json.dumps({"versions": versions(), "cases": cases}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
