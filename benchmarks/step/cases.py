@@ -1,12 +1,12 @@
-"""The cases of the step benchmark: the public models' architectures, written out, and the same at a tenth of the width.
+"""The cases of the step benchmark: the public models' architectures, and the same at a tenth of the width.
 
-Of the `mini-` cases the UNet has a tenth of the channels of the public one and the same layers; resolution, VAE and text
-widths are chosen so that a pair's FLOPs keep the proportions of the real case (`PROPORTION_TOLERANCE`, counted in
+Of the `mini-` cases the UNet has a tenth of the channels of the public one and the same layers; resolution, VAE and
+text widths are chosen so that a pair's FLOPs keep the proportions of the real case (`PROPORTION_TOLERANCE`, counted in
 tests/benchmarks). What cannot shrink by ten: heads keep about their size (there are fewer of them), norm groups keep
 about their number of channels, prompts keep their 77 tokens and a vocabulary is small.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 PROPORTION_TOLERANCE = 0.25  # of FLOPs VAE : UNet and text : UNet, mini against real
 TOKENS = 77
@@ -139,11 +139,9 @@ def _with_minis(*cases: Case) -> dict[str, Case]:
         if case.model.family == "sd15":
             side = 192  # its resolutions are multiples of 64
         model = (_mini_sd15 if case.model.family == "sd15" else _mini_sdxl)(side // 8)
-        mini = replace(
-            case, name=f"mini-{case.name}", model=model, resolution=side, learning_rate=MINI_RATES[case.tuning]
-        )
         pairs = 4 if side < 320 else 2
-        table |= {case.name: case, mini.name: replace(mini, pairs=pairs, batch_size=pairs)}
+        mini = Case(f"mini-{case.name}", model, side, case.tuning, case.turbo, pairs, pairs, MINI_RATES[case.tuning])
+        table |= {case.name: case, mini.name: mini}
     return table
 
 
@@ -159,5 +157,5 @@ CASES = _with_minis(
 
 
 def scheduler_config(case: Case) -> dict:
-    """Of the noise schedule, which all three models share; Turbo's is rescaled to zero terminal SNR where it is used."""
+    """Of the noise schedule, which all three models share; users of Turbo rescale it to zero terminal SNR."""
     return dict(_SCHEDULE, steps_offset=1, prediction_type="epsilon")

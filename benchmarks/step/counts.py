@@ -1,4 +1,4 @@
-"""What a step costs, counted without computing it: FLOPs, bytes, launches and saved activations of our own training step.
+"""What our training step costs, counted without computing it: FLOPs, bytes, launches, saved activations.
 
     python -m benchmarks.step.counts [--write] [CASE ...]
 

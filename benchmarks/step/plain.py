@@ -1,6 +1,6 @@
-"""What the providers that are not ours share: weights from disk, injected tensors, the loss. Plain PyTorch and diffusers.
+"""What the providers that are not ours share: weights from disk, injected tensors, the loss.
 
-Nothing here, and nothing in a provider built on it, imports dpo_fast.
+Plain PyTorch, diffusers, transformers and peft: nothing here, and nothing in a provider built on it, imports dpo_fast.
 """
 
 import contextlib
@@ -53,8 +53,8 @@ class Plain:
         self.index = 0  # the step whose data comes next
         self.waited = 0.0  # seconds spent waiting for data
         self.seen: Seen | None = None
-        # Two details of the public scripts are left out, because they would change the work and not the time: the
-        # reference's error is not reduced in half precision, and the loss scale does not start at a value that overflows.
+        # Two details of the public scripts are left out, for they change the result and not the time: the reference's
+        # error is not reduced in half precision, and the loss scale does not begin where it overflows.
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**8, enabled=self.dtype == torch.float16)
         self.scheduler = DDPMScheduler(
             **{name: value for name, value in scheduler_config(self.case).items() if name != "steps_offset"},

@@ -6,6 +6,7 @@ import multiprocessing
 import re
 import time
 import traceback
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -134,7 +135,7 @@ class _Server:
                 event.record()
                 waits.append(self.provider.waited)
             torch.cuda.synchronize()
-            times = [a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:], strict=False)]
+            times = [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)]
         return [(t, b - a) for t, a, b in zip(times, waits, waits[1:], strict=False)]
 
     def profile(self):
