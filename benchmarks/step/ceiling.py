@@ -1,6 +1,12 @@
-"""What a matrix product reaches here, on random data in the case's dtype: the ceiling that rows are a fraction of."""
+"""What a matrix product and a copy reach here, on random data: the ceilings that measurements are a fraction of.
 
+python -m benchmarks.step.ceiling [--json FILE]
+"""
+
+import argparse
+import json
 import time
+from pathlib import Path
 
 import torch
 
@@ -34,3 +40,30 @@ def _seconds(call, device: str, count: int = 3) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3 / count
+
+
+def copy_ceiling(device: str) -> float:
+    """GB/s, read and written, of copying 256 MiB."""
+    source = torch.randn(1 << 26, device=device)
+    target = torch.empty_like(source)
+    best = min(_seconds(lambda: target.copy_(source), device) for _ in range(10))
+    return 2 * source.nbytes / best / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write them to this file")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result = {
+        f"{name}_tflops": matmul_ceiling(device, dtype)
+        for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16))
+    }
+    result["copy_gb_per_s"] = copy_ceiling(device)
+    print(", ".join(f"{name} {value:.4g}" for name, value in result.items()))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -53,9 +53,8 @@ def opened(folder: Path, name: str, *, compiled: bool) -> Run:
 class Ours:
     """`Trainer.train_step`, nothing added while it is timed."""
 
-    def __init__(self, folder: Path) -> None:
-        argv = flags(folder, "ours", compiled=True)
-        self.trainer = Trainer(opened(folder, "ours", compiled=True), argv)
+    def __init__(self, folder: Path, *, compiled: bool = True, name: str = "ours") -> None:
+        self.trainer = Trainer(opened(folder, name, compiled=compiled), flags(folder, name, compiled))
         self.clock = self.trainer.clock
 
     @property
