@@ -2,8 +2,8 @@
 
     python benchmarks/margins.py RUN RUN
 
-The runs are output folders of `python -m dpo_fast.train`. Both train on the same pairs, timesteps and noise, so all that
-separates them is rounding, which grows with the steps.
+The runs are output folders of `python -m dpo_fast.train`. Both train on the same pairs, timesteps and noise, so all
+that separates them is rounding, which grows with the steps.
 """
 
 import json

@@ -22,6 +22,7 @@ PROVIDERS = {
     "peer-salesforce": ("peer_salesforce", "PeerSalesforce"),
     "truth": ("truth", "Truth"),
 }
+_PRELOADED = ("worker", "prepare", *sorted({module for module, _ in PROVIDERS.values()}))
 
 
 class Failed(Exception):
@@ -32,7 +33,9 @@ class Worker:
     """The near end: `ask` runs a method of `_Server` over there and returns its result."""
 
     def __init__(self, name: str, folder: Path, **options: object) -> None:
-        context = multiprocessing.get_context("spawn")
+        # forked from a process that has imported everything and computed nothing
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([f"benchmarks.step.{module}" for module in _PRELOADED])
         self.name = name
         self.pipe, far = context.Pipe()
         self.process = context.Process(target=_serve, args=(far, name, folder, options), name=name)
