@@ -17,7 +17,6 @@ import argparse
 import importlib.metadata
 import json
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -34,7 +33,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -99,7 +99,7 @@ class Operators(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.launches, self.bytes, self.names = 0, 0, Counter()
+        self.launches, self.bytes = 0, 0
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
@@ -109,7 +109,6 @@ class Operators(TorchDispatchMode):
         new = [tensor for tensor in outputs if tensor.untyped_storage()._cdata not in read]
         if (new or function._schema.is_mutable) and function not in _NO_LAUNCH:
             self.launches += 1
-            self.names[str(function)] += 1
             written = new if new else inputs[:1]
             self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in [*inputs, *written])
         return result
@@ -149,7 +148,12 @@ class Saved:
 @contextmanager
 def fake_tensors() -> Iterator[FakeTensorMode]:
     """Within the block tensors have sizes and no values; they may meet real ones, such as a noise schedule."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, patch.object(torch.nn.Module, "_apply", _convert):
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True) as mode,
+        patch.object(torch.nn.Module, "_apply", _convert),
+        # PyTorch goes through lists tensor by tensor where it does not know their type
+        patch.object(_foreach_utils, "_foreach_supported_types", [torch.Tensor, torch.nn.Parameter, FakeTensor]),
+    ):
         yield mode
 
 
@@ -305,7 +309,7 @@ def versions() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help="default: all")
-    parser.add_argument("--write", action="store_true", help=f"put them into {FILE.name}")
+    parser.add_argument("--write", action="store_true", help=f"put them into {FILE.name}, each when it is counted")
     arguments = parser.parse_args()
     cases = json.loads(FILE.read_text())["cases"] if FILE.exists() else {}
     for name in arguments.cases or CASES:
@@ -320,8 +324,9 @@ def main() -> None:
             f"   [{time.perf_counter() - started:.1f} s]",
             flush=True,
         )
-    if arguments.write:
-        FILE.write_text(json.dumps({"versions": versions(), "cases": cases}, indent=2) + "\n")
+        if arguments.write:
+            known = {name: cases[name] for name in CASES if name in cases}
+            FILE.write_text(json.dumps({"versions": versions(), "cases": known}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
