@@ -2,6 +2,7 @@
 
 import ast
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from benchmarks.step.proof import problems, prove, weakness
 from benchmarks.step.truth import Truth
 from benchmarks.step.tuned import Tuned
 from benchmarks.step.work import PROOF_STEPS, Settings, Work, decoded
-from benchmarks.step_time import executed
+from benchmarks.step_time import executed, main
 from dpo_fast.data.images import scaled, to_pixels
 from tests.benchmarks import tiny
 
@@ -212,3 +213,32 @@ def test_report_of_real_rows(prepared, tmp_path):
     picture = Image.open(tmp_path / "plot.png").convert("RGB")
     colours = {colour for _, colour in picture.getcolors(maxcolors=1 << 20)}
     assert {(0x2A, 0x6F, 0xBB), (0xB0, 0xB7, 0xBF), (0xC0, 0x39, 0x2B)} <= colours  # ours, the peer, the floor
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path, monkeypatch, capsys):
+    """One provider of a mini case, in processes of its own: exit status, JSON and picture."""
+    files = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
+    command = ["step_time.py", "--case", "mini-sd15-512-lora", "--providers", "peer-diffusers", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", [*command, "--device", "cpu", *files])
+    assert main() == 0
+    assert "equal" in capsys.readouterr().out
+    [row] = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert row["problems"] == [] and len(row["seconds"]) == 2 and row["profile"]["launches"] > 3000
+    assert row["peak_memory"] > 2**28 and row["profile"]["host_syncs"] >= 4
+    assert Image.open(tmp_path / "out.png").width == 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--providers", "peer-salesforce"], "--providers peer-salesforce does not train mini-sd15-512-lora"),
+        (["--batch_size", "3"], "--batch_size (3) must divide the 4 pairs of a step"),
+        (["--steps", "0"], "--steps (0) must be at least 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(monkeypatch, capsys, words, message):
+    monkeypatch.setattr(sys, "argv", ["step_time.py", "--case", "mini-sd15-512-lora", *words])
+    with pytest.raises(SystemExit) as refused:
+        main()
+    assert refused.value.code == 2 and message in capsys.readouterr().err
