@@ -13,7 +13,7 @@ _RANGE = "the step"
 
 # The first pattern that is found decides. Names are of PyTorch operators, cuDNN, cuBLAS, Inductor and Triton kernels.
 _PATTERNS = (
-    ("optimizer", r"adamw?_|fused_adam|adafactor"),
+    ("optimizer", r"fused_adam|multi_tensor_apply"),
     ("attention", r"scaled_dot_product|flash|fmha|attention|softmax"),
     ("conv", r"conv|fprop|dgrad|wgrad|implicit_gemm|winograd"),
     ("linear", r"\b(mm|addmm|bmm|baddbmm|linear|mkl_linear|matmul)\b|gemm|cutlass|nvjet|splitk|xmma"),
@@ -109,7 +109,7 @@ def _launches(event) -> bool:
 
 def _in_optimizer(event) -> bool:
     while event is not None:
-        if event.name.startswith("Optimizer.step"):
+        if event.name.startswith(("Optimizer.step", "aten::_foreach_")):  # lists of tensors: clipping, masters
             return True
         event = event.cpu_parent
     return False
