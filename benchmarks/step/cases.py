@@ -147,12 +147,12 @@ def _with_minis(*cases: Case) -> dict[str, Case]:
 
 MINI_RATES = {"lora": 1e-3, "full": 1e-5}
 CASES = _with_minis(
-    Case("sdxl-1024-full", _sdxl(128), 1024, "full", False, pairs=4, batch_size=1, learning_rate=1e-6),
-    Case("sdxl-1024-lora", _sdxl(128), 1024, "lora", False, pairs=4, batch_size=4, learning_rate=1e-4),
-    Case("turbo-512-full", _sdxl(64), 512, "full", True, pairs=8, batch_size=4, learning_rate=1e-6),
-    Case("turbo-512-lora", _sdxl(64), 512, "lora", True, pairs=8, batch_size=8, learning_rate=1e-4),
-    Case("sd15-512-full", _sd15(64), 512, "full", False, pairs=16, batch_size=16, learning_rate=1e-6),
-    Case("sd15-512-lora", _sd15(64), 512, "lora", False, pairs=16, batch_size=16, learning_rate=1e-4),
+    Case("sdxl-1024-full", _sdxl(128), 1024, "full", False, pairs=4, batch_size=1, learning_rate=3e-6),
+    Case("sdxl-1024-lora", _sdxl(128), 1024, "lora", False, pairs=4, batch_size=4, learning_rate=3e-4),
+    Case("turbo-512-full", _sdxl(64), 512, "full", True, pairs=8, batch_size=4, learning_rate=3e-6),
+    Case("turbo-512-lora", _sdxl(64), 512, "lora", True, pairs=8, batch_size=8, learning_rate=3e-4),
+    Case("sd15-512-full", _sd15(64), 512, "full", False, pairs=16, batch_size=16, learning_rate=3e-6),
+    Case("sd15-512-lora", _sd15(64), 512, "lora", False, pairs=16, batch_size=16, learning_rate=3e-4),
 )
 
 

@@ -98,7 +98,7 @@ def test_other_work_is_found_out(prepared, spoil, named):
 
 def test_small_margins_prove_nothing(prepared):
     truth = prove(Truth(prepared("sd15", "lora"), "adamw"))
-    assert "raise" in weakness(replace(truth, margin=[0.01, *truth.margin[1:]]))
+    assert "raise" in weakness(replace(truth, margin=[0.01 for _ in truth.margin]))
 
 
 def test_the_peers_encode_what_is_injected(prepared):
