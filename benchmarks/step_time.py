@@ -115,7 +115,7 @@ def run(folder: Path, settings: Settings, names: list[str], steps: int) -> repor
     return report.Result(
         case=case.name,
         machine=machine(settings.device),
-        versions=counts.versions() | {"python": platform.python_version()},
+        versions=counts.versions() | {"torch": torch.__version__, "python": platform.python_version()},
         command=shlex.join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
         dtype=settings.dtype,
         batch_size=settings.batch_size,

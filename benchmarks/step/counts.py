@@ -302,8 +302,14 @@ def known(name: str) -> dict[str, int]:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries whose operators are counted."""
-    return {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft", "transformers")}
+    """Of the libraries whose operators are counted; builds of one version count alike."""
+    names = ("torch", "diffusers", "peft", "transformers")
+    return {name: importlib.metadata.version(name).split("+")[0] for name in names}
+
+
+def known_versions() -> dict[str, str]:
+    """Those that the committed counts were made with."""
+    return json.loads(FILE.read_text())["versions"]
 
 
 def main() -> None:

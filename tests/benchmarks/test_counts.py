@@ -32,8 +32,10 @@ def slow_unless_quick(name: str):
 @pytest.mark.parametrize("name", [slow_unless_quick(name) for name in REAL])
 def test_a_step_costs_no_more_than_it_did(name):
     now, before = vars(counts.count_step(CASES[name])), counts.known(name)
+    # libraries of other versions may dispatch a few operators more
+    allowed = 1.001 if counts.versions() == counts.known_versions() else 1.05
     for cost in ("flops", "launches", "saved", "bytes"):
-        assert now[cost] <= 1.001 * before[cost], f"{cost} of {name}: {before[cost]} before, {now[cost]} now"
+        assert now[cost] <= allowed * before[cost], f"{cost} of {name}: {before[cost]} before, {now[cost]} now"
 
 
 @pytest.mark.parametrize("name", REAL)
