@@ -90,7 +90,9 @@ def profiled(step, device: str) -> Profile:
                 add(kernel.name, "optimizer" if optimizer else classify(kernel.name), kernel.duration / 1e6)
         elif event.name.startswith(("aten::", "mkldnn::", "dpo_fast::", "onednn::")) or "_fused_" in event.name:
             result.launches += _launches(event)
-            add(event.name, "optimizer" if optimizer else classify(event.name), event.self_cpu_time_total / 1e6)
+            kind = "optimizer" if optimizer else classify(event.name)
+            if kind != "elementwise" or not _NOT_WORK.match(event.name):  # views and the like are the host's time
+                add(event.name, kind, event.self_cpu_time_total / 1e6)
     if device == "cuda":
         result.host_syncs -= 1  # our own, above
     result.classes["host"] = max(0.0, seconds - sum(result.classes.values()))
