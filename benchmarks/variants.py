@@ -23,7 +23,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from dpo_fast.models import COMPUTE_DTYPES, add_lora, compile_unet
+from dpo_fast.models import COMPUTE_DTYPES, add_lora
 
 MODELS = {
     "sdxl": dict(
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64, help="channels of the first block")
     parser.add_argument("--size", type=int, default=32, help="side of the latents")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
-    parser.add_argument("--more", action="store_true", help="also resnets, and the whole UNet: minutes of compiling")
+    parser.add_argument("--more", action="store_true", help="also resnets: minutes of compiling")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     if arguments.device == "cpu":
@@ -63,9 +63,6 @@ def main() -> None:
         if name == "transformer blocks" or arguments.more:
             for order, original in (("contiguous", plain), ("channels_last", last)):
                 variants[f"{order}, {name}"] = compiled(copy.deepcopy(original), blocks)
-    if arguments.more:
-        variants["channels_last, whole"] = copy.deepcopy(last)
-        compile_unet(variants["channels_last, whole"], "full")
 
     given = inputs(plain, arguments)
     first = {name: clock(lambda u=u: step(u, given), arguments.device) for name, u in variants.items()}

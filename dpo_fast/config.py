@@ -165,9 +165,9 @@ class TrainConfig:
     gradient_checkpointing: Literal["none", "selective", "full"] = "none"
     """Compute activations again in the backward pass, to save memory. full (also the bare flag): about a third more
     time; selective: keep what products, convolutions and attention give, and compute only the rest again."""
-    compile: Literal["off", "regional", "full"] = "off"
-    """torch.compile of the UNet, in the first step: regional: transformer blocks, each kind once; full: the whole UNet
-    as one program, which takes many times longer to compile. The reference runs the same programs."""
+    compile: Literal["off", "regional"] = "off"
+    """torch.compile in the first step. regional: the UNet's transformer blocks, each kind once; the reference runs the
+    same programs. (The whole UNet as one program is not offered: see docs/performance.md.)"""
 
     # The pairs.
     dataset_name: str | None = None

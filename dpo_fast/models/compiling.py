@@ -24,20 +24,17 @@ PROGRAMS_AT_MOST = 64
 def compile_unet(unet: UNet2DConditionModel, mode: str) -> None:
     """Compile `unet` in place, at its first call; names of modules and parameters stay what they are.
 
-    "off": not at all. "regional": each transformer block on its own, so that equal blocks share a program. "full": the
-    whole UNet as one program. Shapes are static. Programs are kept between runs in `programs_folder()`.
+    "off": not at all. "regional": each transformer block on its own, so that equal blocks share a program. Shapes are
+    static. Programs are kept between runs in `programs_folder()`.
     """
-    assert mode in ("off", "regional", "full"), mode
+    assert mode in ("off", "regional"), mode
     if mode == "off":
         return
     import torch._dynamo  # a second that only compiling is worth
 
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(programs_folder()))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PROGRAMS_AT_MOST)
-    if mode == "regional":
-        unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
-    else:
-        unet.compile(fullgraph=True, dynamic=False)
+    unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
 
 def check_compiler(device: torch.device) -> None:
