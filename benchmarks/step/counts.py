@@ -153,8 +153,19 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
         patch.object(torch.nn.Module, "_apply", _convert),
         # PyTorch goes through lists tensor by tensor where it does not know their type
         patch.object(_foreach_utils, "_foreach_supported_types", [torch.Tensor, torch.nn.Parameter, FakeTensor]),
+        # PyTorch's own copies the storage of a fake parameter, which is not there
+        patch.object(FakeTensor, "__deepcopy__", _copied, create=True),
     ):
         yield mode
+
+
+@torch.no_grad()
+def _copied(tensor: FakeTensor, memo: dict) -> Tensor:
+    copy = tensor.clone()
+    if isinstance(tensor, torch.nn.Parameter):
+        copy = torch.nn.Parameter(copy, tensor.requires_grad)
+    memo[id(tensor)] = copy
+    return copy
 
 
 @torch.no_grad()
