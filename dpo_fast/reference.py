@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dpo_fast.data.batch import Batch
-from dpo_fast.models.compiling import compile_unet, is_compiled
+from dpo_fast.models.compiling import compile_unet
 from dpo_fast.models.family import Family
 from dpo_fast.models.lora import AdapterSwitch
 
@@ -29,16 +29,16 @@ class Reference(Protocol):
 
 
 class AdapterOff:
-    """LoRA: the policy itself with the adapters' scale at 0. Costs no memory."""
+    """LoRA: the policy itself without its adapters. Costs no memory."""
 
     def __init__(self, family: Family) -> None:
         self.family, self.unet = family, family.unet
-        self.compiled = is_compiled(self.unet)
         self.switch = AdapterSwitch(self.unet)
 
+    @torch.no_grad()
     def __call__(self, batch, noisy_latents, conditioning):
-        with self.switch.off(), _graph_as_policy(self.compiled):
-            return self.family.denoise(self.unet, noisy_latents, batch.timesteps, conditioning).detach()
+        with self.switch.off():
+            return self.family.denoise(self.unet, noisy_latents, batch.timesteps, conditioning)
 
 
 class FrozenCopy:
@@ -51,12 +51,11 @@ class FrozenCopy:
     def __init__(self, family: Family, mode: str = "off") -> None:
         self.family = family
         self.unet: nn.Module = copy.deepcopy(family.unet)  # a copy is not compiled, whatever the original is
-        self.compiled = mode != "off"
         compile_unet(self.unet, mode)
 
+    @torch.no_grad()
     def __call__(self, batch, noisy_latents, conditioning):
-        with _graph_as_policy(self.compiled):
-            return self.family.denoise(self.unet, noisy_latents, batch.timesteps, conditioning).detach()
+        return self.family.denoise(self.unet, noisy_latents, batch.timesteps, conditioning)
 
 
 class NoReference:
@@ -64,13 +63,3 @@ class NoReference:
 
     def __call__(self, batch, noisy_latents, conditioning):
         return None
-
-
-def _graph_as_policy(compiled: bool) -> torch.set_grad_enabled:
-    """No graph for the reference; compiled, one as the policy's, which is dropped with the prediction.
-
-    A program is compiled for calls with a graph or for calls without, and the two round differently: beside a policy
-    that is trained the reference must be called as the policy is. Its graph is gone before the policy's is made, so
-    the peak of memory stays that of the policy.
-    """
-    return torch.set_grad_enabled(compiled and torch.is_grad_enabled())

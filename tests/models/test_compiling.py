@@ -10,7 +10,7 @@ from torch import nn
 
 from dpo_fast.errors import BadInput
 from dpo_fast.models import Family, add_lora, compile_unet, compiling, load_family, not_compiled, programs_made
-from dpo_fast.models.compiling import check_compiler, is_compiled, programs_folder
+from dpo_fast.models.compiling import check_compiler, programs_folder
 from tests.helpers.pipelines import default_time_ids
 
 
@@ -19,6 +19,10 @@ def no_programs() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+def is_compiled(unet: nn.Module) -> bool:
+    return any(module._compiled_call_impl is not None for module in unet.modules())
 
 
 def make_family(path: Path, tuning: str, dtype: torch.dtype = torch.float32) -> Family:

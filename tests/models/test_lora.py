@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch._dynamo.testing import CompileCounter
+from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_fast.errors import BadInput
 from dpo_fast.models import AdapterSwitch, Family, add_lora, load_family, merge_lora, save_lora
@@ -145,13 +145,12 @@ def test_reference_stays_what_it_was(sdxl_path, dtype):
     assert (policy - before).abs().max() > 0.01
 
 
-def test_the_switch_changes_the_scale_only_and_ends_with_an_error(sd15_path):
+def test_the_switch_leaves_gradients_alone_and_ends_with_an_error(sd15_path):
     family = with_lora(sd15_path)
     train(family)
     policy, names = predict(family), trainable(family.unet).keys()
     with pytest.raises(KeyboardInterrupt), AdapterSwitch(family.unet).off():
         assert trainable(family.unet).keys() == names
-        assert not any(m.disable_adapters for m in family.unet.modules() if isinstance(m, BaseTunerLayer))
         raise KeyboardInterrupt
     assert trainable(family.unet).keys() == names
     assert torch.equal(predict(family), policy)
@@ -171,20 +170,16 @@ def test_gradients_are_those_without_a_reference_pass(sd15_path):
     assert all(gradient.any() for gradient in gradients[0].values())
 
 
-def test_policy_and_reference_compile_to_one_program(sd15_path):
-    family = with_lora(sd15_path)
-    train(family)
-    attention = family.unet.mid_block.attentions[0].transformer_blocks[0].attn1
-    counter = CompileCounter()
-    compiled = torch.compile(attention, backend=counter, fullgraph=True)
-    x = torch.randn(2, 16, 32)
-    policy = compiled(x)
-    with AdapterSwitch(family.unet).off():
-        reference = compiled(x)
-    assert counter.frame_count == 1
-    assert not torch.equal(policy, reference)
-    assert torch.equal(compiled(x), policy)
-    assert counter.frame_count == 1
+def test_adapters_that_are_off_are_not_run(sd15_path):
+    family = make_family(sd15_path)
+    with FlopCounterMode(display=False) as base:
+        predict(family)
+    add_lora(family.unet, RANK, ALPHA)
+    with FlopCounterMode(display=False) as policy:
+        predict(family)
+    with FlopCounterMode(display=False) as reference, AdapterSwitch(family.unet).off():
+        predict(family)
+    assert reference.get_total_flops() == base.get_total_flops() < policy.get_total_flops()
 
 
 # files
