@@ -3,10 +3,11 @@
     python benchmarks/variants.py [--model sdxl|sd15] [--tuning lora|full] [--width 64] [--size 32] [--dtype fp32]
 
 The UNet has the blocks of the real one at a fraction of its width and depth, every parameter random. `step` is a
-forward and a backward pass of two images, `reference` a forward pass as the reference runs it, `no graph` one without a
-graph (what a reference could take if the first margin need not be zero), `kept` what a forward pass keeps for the
-backward. Times are medians of rounds in which the variants take turns: on a CPU of processor time on one thread, which
-other programs disturb little; on a GPU of wall time. `compile` is what the first step takes beyond a later one.
+forward and a backward pass of two images, `reference` a forward pass as the reference runs it (without a graph and
+without adapters), `with both` one with graph and adapters, `kept` what a forward pass keeps for the backward. Times are
+medians of rounds in which the variants take turns: on a CPU of processor time on one thread, which other programs
+disturb little; on a GPU of wall time. `compile` is what the first step takes beyond a later one. "free rounding" lets
+Inductor keep in fp32 what it fuses; the others round where eager blocks do (dpo_fast/models/compiling.py).
 """
 
 import argparse
@@ -23,7 +24,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from dpo_fast.models import COMPUTE_DTYPES, add_lora
+from dpo_fast.models import COMPUTE_DTYPES, AdapterSwitch, add_lora
+from dpo_fast.models.compiling import OPTIONS
 
 MODELS = {
     "sdxl": dict(
@@ -62,23 +64,24 @@ def main() -> None:
     for name, blocks in BLOCKS.items():
         if name == "transformer blocks" or arguments.more:
             for order, original in (("contiguous", plain), ("channels_last", last)):
-                variants[f"{order}, {name}"] = compiled(copy.deepcopy(original), blocks)
+                variants[f"{order}, {name}"] = compiled(copy.deepcopy(original), blocks, OPTIONS)
+    variants["channels_last, free rounding"] = compiled(copy.deepcopy(last), BLOCKS["transformer blocks"], {})
 
     given = inputs(plain, arguments)
     first = {name: clock(lambda u=u: step(u, given), arguments.device) for name, u in variants.items()}
-    kinds: dict[str, Callable] = {"step": step, "reference": reference, "no graph": no_graph}
+    kinds: dict[str, Callable] = {"step": step, "reference": reference, "with both": with_both}
     times = {
         kind: interleaved({name: lambda u=u, f=f: f(u, given) for name, u in variants.items()}, arguments.device)
         for kind, f in kinds.items()
     }
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else "one CPU thread"
     print(f"{where}, torch {torch.__version__}, python {platform.python_version()}: {vars(arguments)}")
-    print(f"{'':36}{'step ms':>9}{'reference':>10}{'no graph':>9}{'kept MB':>9}{'compile s':>10}{'x first row':>12}")
+    print(f"{'':36}{'step ms':>9}{'reference':>10}{'with both':>10}{'kept MB':>9}{'compile s':>10}{'x first row':>12}")
     for name, u in variants.items():
         row = {kind: found[name] * 1e3 for kind, found in times.items()}
         speed = times["step"]["contiguous"] / times["step"][name]
         print(
-            f"{name:36}{row['step']:9.0f}{row['reference']:10.0f}{row['no graph']:9.0f}{kept(u, given) / 1e6:9.1f}"
+            f"{name:36}{row['step']:9.0f}{row['reference']:10.0f}{row['with both']:10.0f}{kept(u, given) / 1e6:9.1f}"
             f"{first[name] - times['step'][name]:10.1f}{speed:12.2f}",
             flush=True,
         )
@@ -113,10 +116,10 @@ def unet(arguments: argparse.Namespace) -> nn.Module:
     return made.to(arguments.device, DTYPES[arguments.dtype])
 
 
-def compiled(made: nn.Module, blocks: set[str]) -> nn.Module:
+def compiled(made: nn.Module, blocks: set[str], options: dict[str, object]) -> nn.Module:
     for module in made.modules():
         if type(module).__name__ in blocks:
-            module.compile(fullgraph=True, dynamic=False)
+            module.compile(fullgraph=True, dynamic=False, options=options)
     return made
 
 
@@ -143,16 +146,14 @@ def step(made: nn.Module, given: tuple[tuple, dict]) -> None:
     made.zero_grad(set_to_none=True)
 
 
+@torch.no_grad()
 def reference(made: nn.Module, given: tuple[tuple, dict]) -> None:
-    """As dpo_fast.reference: with a graph, which is dropped, where blocks are compiled."""
-    blocks = any(module._compiled_call_impl is not None for module in made.modules())
-    with torch.set_grad_enabled(blocks):
-        call(made, given).detach()
-
-
-def no_graph(made: nn.Module, given: tuple[tuple, dict]) -> None:
-    with torch.no_grad():
+    with AdapterSwitch(made).off():
         call(made, given)
+
+
+def with_both(made: nn.Module, given: tuple[tuple, dict]) -> None:
+    call(made, given).detach()
 
 
 def kept(made: nn.Module, given: tuple[tuple, dict]) -> int:

@@ -18,6 +18,7 @@ from dpo_fast.errors import BadInput
 
 # A program for each shape, for inputs with and without a gradient; PyTorch's own limit of 8 is below what SD1.5 has.
 PROGRAMS_AT_MOST = 64
+OPTIONS = {"emulate_precision_casts": True}  # round where an eager block does
 
 
 def compile_unet(unet: UNet2DConditionModel, mode: str) -> None:
@@ -33,7 +34,7 @@ def compile_unet(unet: UNet2DConditionModel, mode: str) -> None:
 
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(programs_folder()))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PROGRAMS_AT_MOST)
-    unet.compile_repeated_blocks(fullgraph=True, dynamic=False, options={"emulate_precision_casts": True})
+    unet.compile_repeated_blocks(fullgraph=True, dynamic=False, options=OPTIONS)
 
 
 def check_compiler(device: torch.device) -> None:
