@@ -2,9 +2,11 @@
 # Evidence from a GPU, without a network.
 #   benchmarks/gpu_report.sh OUT         build, GPU tests, memory checks, ceilings, kernels, the built-in model
 #   benchmarks/gpu_report.sh OUT CASE    the training step of one case, all providers, within ten minutes
+#   benchmarks/gpu_report.sh OUT choices attention kernels, memory order and compilation beside each other
 # The first leaves build.txt, env.txt, tests.txt, sanitizer.txt, ceilings.json, kernels.txt, kernels.json and shapes.txt
-# in OUT, the second step-CASE.txt, step-CASE.json and step-CASE.png. Cases: sdxl-1024-full, sdxl-1024-lora,
-# turbo-512-full, turbo-512-lora, sd15-512-full, sd15-512-lora, and mini-* of each.
+# in OUT, the second step-CASE.txt, step-CASE.json and step-CASE.png, the third attention.txt, attention.json and
+# variants.txt. Cases: sdxl-1024-full, sdxl-1024-lora, turbo-512-full, turbo-512-lora, sd15-512-full, sd15-512-lora, and
+# mini-* of each.
 set -uo pipefail
 out=${1:?"usage: benchmarks/gpu_report.sh OUT [CASE]"}
 mkdir -p "$out"
@@ -12,6 +14,16 @@ out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 failed=0
+
+if [ "${2:-}" = choices ]; then
+  python benchmarks/attention.py --json "$out/attention.json" 2>&1 | tee "$out/attention.txt" || failed=1
+  for model in sdxl sd15; do
+    for tuning in lora full; do
+      python benchmarks/variants.py --model "$model" --tuning "$tuning" --width 320 --size 64 --dtype bf16
+    done
+  done 2>&1 | tee "$out/variants.txt" || failed=1
+  exit $failed
+fi
 
 if [ $# -gt 1 ]; then
   timeout 590 python benchmarks/step_time.py --case "$2" --profile --json "$out/step-$2.json" --plot "$out/step-$2.png" \

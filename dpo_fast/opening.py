@@ -119,7 +119,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     if config.max_train_steps is None:
         config.max_train_steps = max(1, len(pairs.sets.train) * config.num_train_epochs // config.pairs_per_step)
     fingerprints = {"base model": fingerprint(family.unet), "pairs": pairs.identity}
-    masters, reference = _make_trainable(config, ranks, family)
+    masters, reference = make_trainable(config, ranks, family)
 
     step, kl = 0, torch.zeros((), device=ranks.device)
     if saved:
@@ -322,7 +322,7 @@ def _load_model(config: TrainConfig, ranks: Ranks) -> Family:
     return family
 
 
-def _make_trainable(config: TrainConfig, ranks: Ranks, family: Family) -> tuple[MasterOptimizer, Reference]:
+def make_trainable(config: TrainConfig, ranks: Ranks, family: Family) -> tuple[MasterOptimizer, Reference]:
     """Adapters or the whole UNet with fp32 masters, and the reference, in the order that makes the first margin 0."""
     unet = family.unet
     if config.tuning == "lora":

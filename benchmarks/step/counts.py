@@ -286,7 +286,7 @@ def _trainer(case: Case) -> Trainer:
     if case.model.family == "sdxl":
         conditioning["pooled_prompt_embeds"] = torch.zeros(1, pooled, dtype=torch.float16)
     family.empty_prompt = lambda: conditioning
-    masters, reference = opening._make_trainable(config, ranks, family)
+    masters, reference = opening.make_trainable(config, ranks, family)
     batch = Batch(
         pixels=None,
         captions=[""],

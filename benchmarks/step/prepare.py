@@ -28,7 +28,7 @@ from benchmarks.step import ours
 from benchmarks.step.cases import CASES, Case, scheduler_config
 from benchmarks.step.work import Settings
 from dpo_fast.kernels import noise_pair
-from tests.helpers.pipelines import _tokenizer
+from tests.helpers.pipelines import tokenizer
 
 ROWS_A_STEP = 4  # the data set holds the pairs of this many steps; after them its next epoch begins
 
@@ -102,7 +102,7 @@ def save_pipeline(case: Case, folder: Path, settings: Settings) -> None:
         unet=random(lambda: UNet2DConditionModel(**case.model.unet)),
         vae=vae,
         text_encoder=texts[0],
-        tokenizer=_tokenizer(pad_token="<|endoftext|>"),
+        tokenizer=tokenizer(pad_token="<|endoftext|>"),
         scheduler=EulerDiscreteScheduler(**scheduler_config(case)),
     )
     if case.model.family == "sd15":
@@ -111,7 +111,7 @@ def save_pipeline(case: Case, folder: Path, settings: Settings) -> None:
         )
     else:
         pipeline = StableDiffusionXLPipeline(
-            **parts, text_encoder_2=texts[1], tokenizer_2=_tokenizer(pad_token="!"), add_watermarker=False
+            **parts, text_encoder_2=texts[1], tokenizer_2=tokenizer(pad_token="!"), add_watermarker=False
         )
     pipeline.save_pretrained(folder)
 
