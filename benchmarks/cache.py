@@ -13,7 +13,6 @@ here: the range is from an assumed 1.0 million to none recurring.
 import argparse
 import contextlib
 import io
-import json
 import os
 import platform
 import sys
@@ -33,6 +32,7 @@ from dpo_fast.data.cache.reader import CachedItems, CachedTransform
 from dpo_fast.data.cache.recipe import Field, Recipe, caption_key
 from dpo_fast.data.cache.store import Store, Writer, begin_folder
 from dpo_fast.data.images import image_key
+from dpo_fast.files import write_json
 from tests.helpers import pipelines
 from tests.helpers.pairs import write_pickapic
 
@@ -86,7 +86,7 @@ def main() -> None:
     predicted = [predict(shape, row, hashing) for shape, row in zip(SHAPES, read, strict=True)]
     if arguments.json:
         result = {"machine": where, "command": sys.argv, "build": built, "read": read, "pickapic": predicted}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(arguments.json, result)
 
 
 def build_rows(folder: Path) -> list[dict]:

@@ -40,7 +40,7 @@ from dpo_fast.data.columns import Columns
 from dpo_fast.data.images import RULE, BadImage, crop_corner, decode, mirror, resize, to_pixels
 from dpo_fast.data.pairs import read_row, too_many_bad
 from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
-from dpo_fast.errors import BadInput
+from dpo_fast.errors import DISK_ERRORS, BadInput
 from dpo_fast.files import in_words
 from dpo_fast.models import Family, image_encoding, nonfinite_rows, text_encoding
 from dpo_fast.parallel import Ranks
@@ -51,7 +51,6 @@ R = TypeVar("R")
 PART_ROWS = 16384  # rows hashed between two writes of the manifest
 PROMPTS_A_CALL = 64  # captions a call of the text encoders on a GPU
 ROWS_AHEAD = 64  # read and hashed before they are needed
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 Images = tuple[bytes | BadImage, bytes | BadImage]  # of a row, in its order: bytes, or keys
 
@@ -147,8 +146,8 @@ def fill(
 
     `reopen` opens the stream that was not given, should its images be needed after all. `repair` encodes shards again
     whose files do not fit their index; otherwise they are refused. `waiting` is told that another process builds, which
-    is waited for; without it that is refused. Raises BadInput for a cache that cannot be used or
-    written, a disk that is too small, too many bad images, and an image whose latent is not finite.
+    is waited for; without it that is refused. Raises BadInput for a cache that cannot be used or written, a disk that
+    is too small, too many bad images, and an image whose latent is not finite.
     """
     work = _Work(config, ranks, source, manifest, wanted, family)
     if repair:
@@ -469,18 +468,13 @@ class _Work:
 
 
 def together(ranks: Ranks, stage: Callable[[], None], root: Path) -> None:
-    """Run a stage of the build on every rank; a problem of one ends it on all, so that none waits for ever."""
-    problem = None
-    try:
+    """Run a stage of the build on every rank; a problem of one ends it on all."""
+
+    def run() -> None:
         with said_in_one_line(root):
             stage()
-    except Exception as error:
-        problem = error
-    found = [other for other in ranks.gather(problem and str(problem)) if other]
-    if problem is not None:
-        raise problem
-    if found:
-        raise BadInput(found[0])
+
+    ranks.on_all(run)
 
 
 def knows(config: TrainConfig, manifest: Manifest, wanted: Wanted) -> bool:
@@ -560,7 +554,7 @@ def said_in_one_line(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in DISK_ERRORS:
             raise
         if error.errno in (errno.EROFS, errno.EACCES):
             raise not_writable(root, error) from error

@@ -22,13 +22,13 @@ from dpo_fast.files import atomic_folder, write_json
 PREFIX = "checkpoint-"
 
 # What may differ between a checkpoint and the run that resumes it: it changes where the run ends, what it shows, or at
-# most how sums are rounded (the batch split, the kernels; on a GPU also encoding for the cache or at each visit). Any
-# other difference is refused. Of the cached reference's draws the opening of a run judges.
+# most how sums are rounded (the batch split, the kernels, compilation; on a GPU also encoding for the cache or at each
+# visit). Any other difference is refused. Of the cached reference's draws the opening of a run judges.
 MAY_CHANGE = frozenset(
     "preset dataset_name max_train_steps num_train_epochs log_every report_to logging_dir tracker_name output_dir"
     " overwrite resume_from_checkpoint checkpointing_steps checkpoints_total_limit validation_steps push_to_hub"
     " hub_model_id cache_dir dataloader_num_workers vae_encode_batch_size max_skipped_updates train_batch_size"
-    " gradient_accumulation_steps backend cache latent_cache_dir cached_reference"
+    " gradient_accumulation_steps backend compile gradient_checkpointing cache latent_cache_dir cached_reference"
     " eval_scorers eval_prompts eval_images eval_batch_size".split()
 )
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import math
 import os
 import re
@@ -36,7 +37,6 @@ _PUBLISHED_FULL = dict(
     lr_scheduler="constant_with_warmup",
     max_train_steps=2000,
     mixed_precision="fp16",
-    gradient_checkpointing=True,
 )
 # The LoRA recipe of diffusers' README for SDXL and SDXL-Turbo.
 _PUBLISHED_LORA = dict(
@@ -51,7 +51,6 @@ _PUBLISHED_LORA = dict(
     lr_warmup_steps=0,
     max_train_steps=2000,
     mixed_precision="fp16",
-    gradient_checkpointing=True,
 )
 _SHAPES = Path(__file__).parent / "shapes"
 PRESETS: dict[str, dict[str, object]] = {
@@ -89,11 +88,18 @@ PRESETS: dict[str, dict[str, object]] = {
         _PUBLISHED_FULL,
         pretrained_model_name_or_path=SDXL_BASE,
         resolution=1024,
+        train_batch_size=1,  # 47 GiB without computing anything twice
         optimizer="adafactor",
         lr_warmup_steps=200,
         proportion_empty_prompts=0.2,
     ),
-    "sdxl-lora": dict(_PUBLISHED_LORA, pretrained_model_name_or_path=SDXL_BASE, resolution=1024),
+    "sdxl-lora": dict(
+        _PUBLISHED_LORA,
+        pretrained_model_name_or_path=SDXL_BASE,
+        resolution=1024,
+        train_batch_size=4,  # 47 GiB; the recipe's 16 pairs a step all the same
+        gradient_accumulation_steps=4,
+    ),
     "turbo": dict(
         _PUBLISHED_LORA,
         pretrained_model_name_or_path="stabilityai/sdxl-turbo",
@@ -136,8 +142,9 @@ class TrainConfig:
     """Train at no timestep below this one: where there is little noise, the errors say little about the scene."""
     max_timestep: int | None = None
     """Train at no timestep from this one on; None: no limit."""
-    attention: Literal["auto", "sdpa", "xformers"] = "auto"
-    """Attention of the UNet, the same for policy and reference; auto: PyTorch's scaled_dot_product_attention."""
+    attention: Literal["auto", "sdpa", "cudnn", "flash", "xformers"] = "auto"
+    """Attention of the UNet, the same for policy and reference; sdpa: PyTorch's own choice; cudnn, flash: that kernel
+    first, where it can be used (experimental); auto: sdpa, until another has been measured to be faster."""
     enable_xformers_memory_efficient_attention: bool = False
     """The name diffusers' scripts have for --attention xformers."""
     cache_dir: str | None = None
@@ -160,8 +167,12 @@ class TrainConfig:
     """Keep an exponential moving average of the trained weights; it is what is sampled and exported."""
     ema_decay: float = 0.9999
     """EMA decay an optimizer step, in [0, 1)."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Compute activations again in the backward pass, to save memory. full (also the bare flag): about a third more
+    time; selective: keep what products, convolutions and attention give, and compute only the rest again."""
+    compile: Literal["off", "regional"] = "off"
+    """torch.compile in the first step. regional: the UNet's transformer blocks, each kind once, rounding as eager ones
+    do. (The whole UNet as one program is not offered: see docs/performance.md.)"""
 
     # The pairs.
     dataset_name: str | None = None
@@ -323,8 +334,8 @@ def parse(argv: list[str]) -> tuple[TrainConfig, list[str]]:
 
     Raises BadInput for an unknown flag (naming the nearest), an unreadable recipe or a refused value.
     """
-    recipe = _early(argv).config
-    flags = [*(_recipe_flags(recipe) if recipe else []), *argv]
+    recipe = _early(_with_values(argv)).config
+    flags = _with_values([*(_recipe_flags(recipe) if recipe else []), *argv])
     early = _early(flags)
     preset = early.preset
     if preset is None and early.pretrained_model_name_or_path is None and early.dataset_name is None:
@@ -333,6 +344,20 @@ def parse(argv: list[str]) -> tuple[TrainConfig, list[str]]:
     with _one_line_errors():
         config = tyro.cli(TrainConfig, args=flags, default=defaults, prog="python -m dpo_fast.train")
     return resolve(config)
+
+
+def _with_values(flags: list[str]) -> list[str]:
+    """The flags with the values that the public scripts' bare --gradient_checkpointing stands for."""
+    given = []
+    for flag, following in itertools.pairwise([*flags, "--"]):
+        name = flag.replace("-", "_")
+        if name == "__no_gradient_checkpointing":
+            given += ["--gradient_checkpointing", "none"]
+        elif name == "__gradient_checkpointing" and following.startswith("--"):
+            given += [flag, "full"]
+        else:
+            given.append(flag)
+    return given
 
 
 @dataclass
@@ -400,7 +425,9 @@ def _recipe_flags(path: Path) -> list[str]:
             raise BadInput(f"--config {path}: unknown flag {key!r}{_did_you_mean(name)}")
         if name == "config":
             raise BadInput(f"--config {path} names a further config; put everything into one file")
-        if isinstance(value, bool):
+        if isinstance(value, bool) and name in ("compile", "zero_terminal_snr"):  # YAML's words for true and false
+            flags += [f"--{name}", "on" if value else "off"]
+        elif isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no_{name}")
         elif isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]

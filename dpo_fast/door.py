@@ -4,13 +4,12 @@ Exit status: 0 done, 2 input that cannot be used (one line on stderr), 130 inter
 traceback).
 """
 
-import errno
 import logging
 import os
 import sys
 from collections.abc import Callable
 
-from dpo_fast.errors import BadInput
+from dpo_fast.errors import DISK_ERRORS, BadInput
 
 
 def guarded(work: Callable[[], int], *, kept: str, go_on: str) -> int:
@@ -23,7 +22,7 @@ def guarded(work: Callable[[], int], *, kept: str, go_on: str) -> int:
     except BadInput as error:
         return refuse(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+        if error.errno not in DISK_ERRORS:
             raise
         where = f" ({error.filename})" if error.filename else ""
         return refuse(f"{error.strerror}{where}: nothing half-written is left; {go_on}")

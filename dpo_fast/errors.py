@@ -1,4 +1,9 @@
-"""The one exception that means "the user can mend this"; doors turn it into one line and exit status 2."""
+"""What the user can mend: one exception, and a disk's errors. Doors turn them into one line and exit status 2."""
+
+import errno
+
+# What a disk answers that is full or may not be written: for the user to mend, no fault of ours.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 class BadInput(ValueError):

@@ -27,7 +27,7 @@ def add_noise(
     """Noisy latents [2B,C,h,w] in the compute dtype and the fp32 target, drawn by (seed, pair id, draw)."""
     schedule = family.schedule
     return noise_pair(
-        latents,
+        latents.contiguous(memory_format=torch.channels_last),  # as the UNet's weights; the values are the same
         schedule.sqrt_alpha_bar[batch.timesteps],
         schedule.sqrt_one_minus_alpha_bar[batch.timesteps],
         seed,

@@ -39,8 +39,18 @@ from dpo_fast.data.opening import is_local
 from dpo_fast.data.stream import VALIDATION_DRAWS, WINDOW
 from dpo_fast.errors import BadInput
 from dpo_fast.kernels import dispatch
-from dpo_fast.models import COMPUTE_DTYPES, Family, load_family, prediction
-from dpo_fast.models.lora import add_lora, merge_lora
+from dpo_fast.models import (
+    COMPUTE_DTYPES,
+    Family,
+    add_lora,
+    check_compiler,
+    compile_unet,
+    load_family,
+    merge_lora,
+    not_compiled,
+    prediction,
+    recompute_activations,
+)
 from dpo_fast.objectives import OBJECTIVES
 from dpo_fast.optim import MasterOptimizer
 from dpo_fast.parallel import Ranks
@@ -97,6 +107,8 @@ def open_run(config: TrainConfig, ranks: Ranks) -> Run:
 def _open(config: TrainConfig, ranks: Ranks) -> Run:
     _check_backend(config, ranks)
     _check_scored(config)
+    if config.compile != "off":
+        check_compiler(ranks.device)
     files, saved = _saved_state(config)
     if saved:
         config.seed = saved["config"]["seed"] if config.seed is None else config.seed
@@ -114,7 +126,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
         config.max_train_steps = max(1, len(pairs.sets.train) * config.num_train_epochs // config.pairs_per_step)
     fingerprints = {"base model": fingerprint(family.unet), "pairs": pairs.identity}
     model = prediction(family) if config.cached_reference else None  # before adapters come
-    masters, reference = _make_trainable(config, ranks, family)
+    masters, reference = make_trainable(config, ranks, family)
 
     step, kl = 0, torch.zeros((), device=ranks.device)
     if saved:
@@ -126,7 +138,10 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
         cached = _fill_cache(config, ranks, pairs, _wanted(config, pairs), family, waiting=logger.warning)
     if cached and not config.run_validation:  # samples need them
         family.free_encoders(keep=config.tuning == "full")
-    scored = _score(config, ranks, pairs, cached, family, model) if model else None  # while the policy is the base
+    scored = None
+    if model:
+        with not_compiled():  # of other batch shapes than training's
+            scored = _score(config, ranks, pairs, cached, family, model)  # while the policy is the base
     if saved:
         _restore(masters, kl, files, saved)
     batches, sets, validation, prompts = _open_stream(config, ranks, pairs, cached, scored, family, step)
@@ -351,7 +366,7 @@ def _load_model(config: TrainConfig, ranks: Ranks) -> Family:
     return family
 
 
-def _make_trainable(config: TrainConfig, ranks: Ranks, family: Family) -> tuple[MasterOptimizer, Reference]:
+def make_trainable(config: TrainConfig, ranks: Ranks, family: Family) -> tuple[MasterOptimizer, Reference]:
     """Adapters or the whole UNet with fp32 masters, and the reference, in the order that makes the first margin 0."""
     unet = family.unet
     if config.tuning == "lora":
@@ -362,13 +377,13 @@ def _make_trainable(config: TrainConfig, ranks: Ranks, family: Family) -> tuple[
     ranks.broadcast_([parameter.detach() for parameter in trained.values()])
     lr = config.learning_rate * (config.pairs_per_step if config.scale_lr else 1)
     masters = MasterOptimizer(trained, family.dtype, config, lr=lr, steps=config.max_train_steps)
+    recompute_activations(unet, config.gradient_checkpointing)
+    compile_unet(unet, config.compile)
     reference: Reference = NoReference()
     if config.cached_reference:
         reference = CachedErrors()
     elif OBJECTIVES[config.objective].needs_reference:
-        reference = AdapterOff(family) if config.tuning == "lora" else FrozenCopy(family)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        reference = AdapterOff(family) if config.tuning == "lora" else FrozenCopy(family, config.compile)
     return masters, reference
 
 

@@ -2,7 +2,7 @@
 
 The module holds its trainable parameters in the compute dtype. Each has an fp32 master, which the optimizer updates and
 which is then rounded into the module. Gradients of the micro-batches are summed into the masters' in fp32. In fp32 a
-parameter is its own master, so nothing is copied.
+parameter is its own master, so nothing is copied (but for 8-bit Adam, which wants another memory order).
 """
 
 from collections.abc import Iterator
@@ -33,10 +33,12 @@ class MasterOptimizer:
         assert parameters and all(p.dtype == torch.float32 for p in parameters.values())
         self.names = list(parameters)
         self.parameters = list(parameters.values())
-        if dtype == torch.float32:
+        reordered = config.optimizer == "adamw8bit"  # bitsandbytes makes contiguous what it updates: a UNet is not
+        if dtype == torch.float32 and not reordered:
             self.masters = self.parameters
         else:
-            self.masters = [nn.Parameter(p.detach().clone()) for p in self.parameters]
+            layout = torch.contiguous_format if reordered else torch.preserve_format
+            self.masters = [nn.Parameter(p.detach().clone(memory_format=layout)) for p in self.parameters]
             for parameter in self.parameters:
                 parameter.data = parameter.data.to(dtype)
         device = self.masters[0].device
@@ -67,21 +69,24 @@ class MasterOptimizer:
         """The learning rate of optimizer step `step` (the first is 0)."""
         return self.base_lr * self._schedule(step)
 
+    @torch.no_grad()
     def accumulate(self) -> None:
         """Add the module's half-precision gradients to the masters' fp32 ones, and free them.
 
         Raises BadInput for a parameter that no gradient reaches (an adapter on a module that is not run).
         """
-        unused = [name for name, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
-        if unused:
+        half = [p.grad for p in self.parameters]
+        if any(grad is None for grad in half):
+            unused = [name for name, grad in zip(self.names, half, strict=True) if grad is None]
             raise BadInput(f"no gradient reaches {unused[0]} ({len(unused)} such in all); mend --lora_targets")
         if self.masters is self.parameters:
             return
         if self.masters[0].grad is None:
-            for parameter, master in zip(self.parameters, self.masters, strict=True):
-                master.grad = parameter.grad.float()
+            for master in self.masters:
+                master.grad = torch.empty_like(master)
+            torch._foreach_copy_(self.gradients(), half)
         else:
-            torch._foreach_add_(self.gradients(), [p.grad for p in self.parameters])
+            torch._foreach_add_(self.gradients(), half)
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -181,7 +186,11 @@ class MasterOptimizer:
             if not name:
                 getattr(self, entry).copy_(value)
                 continue
-            place = states.setdefault(position[name], {})
+            index = position[name]
+            if isinstance(value, torch.Tensor) and value.shape == self.masters[index].shape:
+                # in the memory order of the master: fused optimizers go through both as rows of numbers
+                value = torch.empty_like(self.masters[index], dtype=value.dtype, device=value.device).copy_(value)
+            place = states.setdefault(index, {})
             for part in path:
                 place = place.setdefault(part, {})
             place[entry] = value

@@ -91,6 +91,19 @@ class Ranks:
         if problem is not None:
             raise problem
 
+    def on_all(self, work: Callable[[], None]) -> None:
+        """Do `work` on every rank; where it fails on one, all raise: that one its error, the others BadInput of it."""
+        problem = None
+        try:
+            work()
+        except Exception as error:  # whatever it is, the others must not wait for ever
+            problem = error
+        found = [other for other in self.gather(problem and str(problem)) if other]
+        if problem is not None:
+            raise problem
+        if found:
+            raise BadInput(found[0])
+
     def start_trackers(self, folder: Path, project: str, config: dict[str, object]) -> None:
         """Start accelerate's trackers, writing into `folder`. Values that are no scalars are logged as text."""
         folder.mkdir(parents=True, exist_ok=True)

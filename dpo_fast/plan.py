@@ -3,6 +3,7 @@
 Counted on the meta device from the model's configuration alone: nothing is loaded and nothing is computed.
 """
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_fast.config import TrainConfig, to_yaml
@@ -17,6 +21,7 @@ from dpo_fast.files import in_words
 from dpo_fast.models.family import COMPUTE_DTYPES
 from dpo_fast.models.load import component_config
 from dpo_fast.models.lora import add_lora
+from dpo_fast.models.recompute import recompute_activations
 from dpo_fast.objectives import OBJECTIVES
 
 # Bytes of optimizer state a trained parameter: two fp32 moments; two 8-bit ones with their scales; factored moments.
@@ -30,8 +35,8 @@ class UNetCosts:
     parameters: int
     trained: int
     forward: float  # FLOPs, 2 a multiply-add
-    backward: float  # FLOPs, of what is trained
-    saved_bytes: int  # activations kept for the backward pass, without gradient checkpointing
+    backward: float  # FLOPs, of what is trained and of what is computed again
+    saved_bytes: int  # activations kept for the backward pass
 
 
 def plan(config: TrainConfig) -> str:
@@ -52,14 +57,14 @@ def plan(config: TrainConfig) -> str:
     width = COMPUTE_DTYPES[config.mixed_precision].itemsize
     pairs = config.pairs_per_step or config.train_batch_size * config.gradient_accumulation_steps
 
-    masters = costs.trained * (4 if width == 2 else 0)
+    separate = width == 2 or config.optimizer == "adamw8bit"  # masters beside the weights, not the weights themselves
     tokens = component_config(path, "text_encoder", **where).get("max_position_embeddings", 77)
     a_latent, a_prompt = record_bytes(unet_config, resolution // vae_scale, tokens)
 
     memory = {
         "UNet weights": costs.parameters * width,
-        "fp32 masters": masters,
-        "gradients": costs.trained * (4 + (width if width == 2 else 0)),
+        "fp32 masters": costs.trained * 4 * separate,
+        "gradients": costs.trained * (4 + width * separate),
         "optimizer state": costs.trained * STATE_BYTES[config.optimizer],
         "EMA": costs.trained * 4 * config.use_ema,
         "reference": costs.parameters * width * (needs_reference and config.tuning == "full"),
@@ -67,10 +72,10 @@ def plan(config: TrainConfig) -> str:
     activations = 2 * config.train_batch_size * costs.saved_bytes
     checkpoint = costs.trained * (4 + STATE_BYTES[config.optimizer] + 4 * config.use_ema)
     result = costs.trained * 4 if config.tuning == "lora" else costs.parameters * 4
-    forwards = 1 + needs_reference + config.gradient_checkpointing
+    forwards = 1 + needs_reference
     flops = 2 * pairs * (forwards * costs.forward + costs.backward)
     kept = f", {config.checkpoints_total_limit} kept" if config.checkpoints_total_limit else ""
-    recomputed = " (fewer: --gradient_checkpointing recomputes them)" if config.gradient_checkpointing else ""
+    recomputes = config.gradient_checkpointing != "none"
 
     lines = [
         to_yaml(config).rstrip(),
@@ -78,14 +83,14 @@ def plan(config: TrainConfig) -> str:
         f"parameters        {costs.parameters:,} in the UNet, {costs.trained:,} trained",
         f"a step            {pairs} pairs at {resolution} x {resolution}",
         *(f"memory            {in_words(value):>10}  {name}" for name, value in memory.items()),
-        f"memory            {in_words(activations):>10}  activations of {config.train_batch_size} pairs{recomputed}",
+        f"memory            {in_words(activations):>10}  activations of {config.train_batch_size} pairs",
         f"memory            {in_words(sum(memory.values()) + activations):>10}  in all, without VAE and text encoders",
         f"disk              {in_words(checkpoint):>10}  a checkpoint{kept}",
         f"disk              {in_words(result):>10}  the result",
         *_cache_lines(config, pairs, a_latent, a_prompt),
         f"UNet FLOPs a step {flops / 1e12:>10.3f}  TFLOP: policy forward and backward"
         + (", reference forward" if needs_reference else "")
-        + (", recomputation" if config.gradient_checkpointing else ""),
+        + (", recomputation" if recomputes else ""),
     ]
     return "\n".join(lines)
 
@@ -136,51 +141,45 @@ def unet_costs(unet_config: dict, config: TrainConfig, latent_size: int) -> UNet
                 "text_embeds": torch.zeros(1, pooled, dtype=dtype),
                 "time_ids": torch.zeros(1, 6, dtype=dtype),
             }
+        recompute_activations(unet, config.gradient_checkpointing)
         weights = {p.untyped_storage()._cdata for p in unet.parameters()}
-        saved: dict[int, int] = {}
-
-        def note(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
-                saved[storage._cdata] = storage.nbytes()
-            return tensor
-
-        counter = FlopCounterMode(display=False)
-        with counter, _counted_attention():
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        counter, made = FlopCounterMode(display=False), _Storages()
+        with counter, _flash_attention():
+            with made:
                 prediction = unet(noisy, **inputs).sample
-            forward = counter.get_total_flops()
+            saved, forward = made.alive(without=weights), counter.get_total_flops()
             prediction.backward(torch.ones_like(prediction))
         backward = counter.get_total_flops() - forward
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    return UNetCosts(parameters, trained, float(forward), float(backward), sum(saved.values()))
+    return UNetCosts(parameters, trained, float(forward), float(backward), saved)
 
 
-class _Attention(torch.autograd.Function):
-    """Attention as flash kernels cost it: the scores are never stored, the backward pass computes them again.
+class _Storages(TorchDispatchMode):
+    """The storages of what operators give within the block."""
 
-    (On meta tensors PyTorch's own falls back to the form that keeps them.) Only sizes are right, not values.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    @staticmethod
-    def forward(ctx, query, key, value):
-        out = query @ key.mT @ value
-        ctx.save_for_backward(query, key, value, out)
-        return out
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        given = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(given):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return given
 
-    @staticmethod
-    def backward(ctx, grad):
-        query, key, value, _ = ctx.saved_tensors
-        scores = query @ key.mT
-        grad_scores = grad @ value.mT
-        return grad_scores @ key, grad_scores.mT @ query, scores.mT @ grad
+    def alive(self, without: set[int]) -> int:
+        """Bytes of those that something still holds: after a forward pass, the backward pass."""
+        gc.collect()
+        return sum(size for name, (storage, size) in self.made.items() if name not in without and not storage.expired())
 
 
 @contextmanager
-def _counted_attention() -> Iterator[None]:
-    """Within the block, scaled_dot_product_attention is `_Attention`."""
-    torch_attention = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda query, key, value, **_: _Attention.apply(query, key, value)
+def _flash_attention() -> Iterator[None]:
+    """Within the block, attention is the kernel that never stores the scores: on meta tensors PyTorch takes another."""
+    torch_attention, flash = F.scaled_dot_product_attention, torch.ops.aten._scaled_dot_product_flash_attention
+    F.scaled_dot_product_attention = lambda query, key, value, **_: flash(query, key, value)[0]
     try:
         yield
     finally:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from dpo_fast.data.batch import Batch
+from dpo_fast.models.compiling import compile_unet
 from dpo_fast.models.family import Family
-from dpo_fast.models.lora import adapter_off
+from dpo_fast.models.lora import AdapterSwitch
 
 
 class Reference(Protocol):
@@ -28,27 +29,29 @@ class Reference(Protocol):
 
 
 class AdapterOff:
-    """LoRA: the policy itself with the adapters' scale at 0. Costs no memory."""
+    """LoRA: the policy itself without its adapters. Costs no memory."""
 
     def __init__(self, family: Family) -> None:
-        self.family = family
+        self.family, self.unet = family, family.unet
+        self.switch = AdapterSwitch(self.unet)
 
     @torch.no_grad()
     def __call__(self, batch, noisy_latents, conditioning):
-        with adapter_off(self.family.unet):
-            return self.family.denoise(self.family.unet, noisy_latents, batch.timesteps, conditioning)
+        with self.switch.off():
+            return self.family.denoise(self.unet, noisy_latents, batch.timesteps, conditioning)
 
 
 class FrozenCopy:
-    """Full fine-tuning: a copy of the UNet as it is now, never trained.
+    """Full fine-tuning: a copy of the UNet as it is now, never trained; compiled as `mode` says.
 
     Its parameters keep their requires_grad, though nothing here is differentiated: torch's matmul folds a batch into
     one product or not depending on it, and the two round differently.
     """
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: Family, mode: str = "off") -> None:
         self.family = family
-        self.unet: nn.Module = copy.deepcopy(family.unet)
+        self.unet: nn.Module = copy.deepcopy(family.unet)  # a copy is not compiled, whatever the original is
+        compile_unet(self.unet, mode)
 
     @torch.no_grad()
     def __call__(self, batch, noisy_latents, conditioning):

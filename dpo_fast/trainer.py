@@ -24,7 +24,7 @@ from dpo_fast.files import write_json, write_text
 from dpo_fast.inputs import add_noise, conditioning_of
 from dpo_fast.kernels import dispatch
 from dpo_fast.metrics import Clock, MetricsFile, PairSums, for_trackers, interval95, overoptimised
-from dpo_fast.models import Conditioning, nonfinite_rows, save_lora
+from dpo_fast.models import Conditioning, nonfinite_rows, not_compiled, programs_made, save_lora
 from dpo_fast.objectives import OBJECTIVES, Terms, evaluate
 from dpo_fast.opening import Run
 
@@ -50,6 +50,7 @@ class Trainer:
         self.last_line: dict[str, object] = {}
         self.bad_rows_met: list[BadRow] = []  # by this rank, since all ranks last told each other
         self.signs = 0  # of over-optimisation, in consecutive lines
+        self.programs: int | None = None  # compiled by the first step
         self.signal: str | None = None
         self.problem: BadInput | None = None
 
@@ -130,7 +131,8 @@ class Trainer:
         backend = dispatch.backend(config.backend) if config.backend != "auto" else nullcontext()
         with backend, self._watch_signals(), self._reporting():
             if config.run_validation:
-                self._sample_base()
+                with not_compiled():
+                    self._sample_base()
             self.clock.restart(run.step)
             while run.step < config.max_train_steps:
                 self.train_step()
@@ -143,12 +145,13 @@ class Trainer:
                 saving = run.step % config.checkpointing_steps == 0 or last
                 if validating or saving:
                     self._finish_queued_work()
-                with self.clock.paused():
+                with self.clock.paused(), not_compiled():
                     if validating:
                         self.validate()
                     if saving:
                         self.save()
-            self.finish()
+            with not_compiled():
+                self.finish()
 
     def log(self) -> None:
         """Read the device's sums and write a line: the points where the CPU waits for the device."""
@@ -172,6 +175,7 @@ class Trainer:
             # with cached errors it was measured at the start
             run.notes = {"loss_first": line["loss"], "initial_margin_rms": line["margin_rms"]} | run.notes
         self._check_health(line)
+        self._check_programs()
         self._tell_bad_rows()
         if self.ranks.is_main:
             self.metrics.write(line)
@@ -315,6 +319,19 @@ class Trainer:
                 f" (loss {line['loss']}, loss scale {self.masters.loss_scale.item():g}); lower --learning_rate,"
                 " or use --mixed_precision bf16 or no, and go on from an earlier checkpoint"
             )
+
+    def _check_programs(self) -> None:
+        """Tell once where something was compiled after the first step, which takes time and changes the rounding."""
+        if self.config.compile == "off":
+            return
+        made = programs_made()
+        if self.programs is not None and made > self.programs and "compiled_again_at" not in self.run_.notes:
+            self.run_.notes["compiled_again_at"] = self.run_.step
+            self._say(
+                f"step {self.run_.step}: {made - self.programs} more programs were compiled since the first step;"
+                " TORCH_LOGS=recompiles tells why"
+            )
+        self.programs = made
 
     def _stop_if_asked(self) -> None:
         """End the run after a signal or a problem on any rank; every rank does so at the same step."""

@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first importe
 os.environ["OMP_NUM_THREADS"] = "1"
 # Latents and embeddings are kept between tests, as between runs, but never beside the user's own.
 os.environ["DPO_FAST_CACHE"] = tempfile.mkdtemp(prefix="dpo_fast-cache-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="dpo_fast-compiled-")
 
 import pytest
 
@@ -18,7 +19,8 @@ from tests.helpers.pairs import write_pickapic
 
 
 def pytest_sessionfinish() -> None:
-    shutil.rmtree(os.environ["DPO_FAST_CACHE"], ignore_errors=True)
+    for name in ("DPO_FAST_CACHE", "TORCHINDUCTOR_CACHE_DIR"):
+        shutil.rmtree(os.environ[name], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

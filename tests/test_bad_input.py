@@ -12,6 +12,7 @@ import torch
 
 from dpo_fast import checkpoint
 from dpo_fast.train import main
+from tests.helpers import disks
 from tests.helpers.pairs import write_pickapic
 from tests.helpers.runs import command, environment, flags_for
 
@@ -157,13 +158,8 @@ def test_a_missing_package_names_its_extra(sdxl_path, pairs, tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 1200 KiB; needs the right to mount."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", disk], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"cannot mount a tmpfs here: {done.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+    with disks.small_disk(tmp_path / "disk", "1200k") as disk:
+        yield disk
 
 
 @pytest.mark.faults

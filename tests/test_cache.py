@@ -19,7 +19,7 @@ import pytest
 from dpo_fast.cache import main
 from dpo_fast.data.cache import store
 from dpo_fast.train import main as train_main
-from tests.helpers import slow_build
+from tests.helpers import disks, slow_build
 from tests.helpers.pairs import pickapic, write_pickapic, write_table
 from tests.helpers.runs import assert_same_state, environment, flags_for, train
 
@@ -177,13 +177,8 @@ def test_killed_again_and_again_it_ends_as_one_built_in_peace(sdxl_path, tmp_pat
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 512 KiB; needs the right to mount."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", disk], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"cannot mount a tmpfs here: {done.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+    with disks.small_disk(tmp_path / "disk", "512k") as disk:
+        yield disk
 
 
 @pytest.mark.faults

@@ -40,6 +40,31 @@ def test_names_of_the_public_scripts():
     assert len(notes) == 2 and all("does nothing" in note for note in notes)
 
 
+def test_gradient_checkpointing_with_and_without_a_value(tmp_path):
+    assert parsed().gradient_checkpointing == "none"
+    assert parsed("--gradient_checkpointing").gradient_checkpointing == "full"
+    assert parsed("--gradient-checkpointing", "--rank", "8").gradient_checkpointing == "full"
+    assert parsed("--gradient_checkpointing", "selective").gradient_checkpointing == "selective"
+    assert parsed("--gradient_checkpointing=selective").gradient_checkpointing == "selective"
+    assert parse(["--preset", "sdxl", "--no-gradient-checkpointing"])[0].gradient_checkpointing == "none"
+    with pytest.raises(BadInput, match="gradient"):
+        parsed("--gradient_checkpointing", "some")
+    for text, expected in (("true", "full"), ("false", "none"), ("selective", "selective")):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(f"gradient_checkpointing: {text}\n")
+        assert parsed("--config", str(recipe)).gradient_checkpointing == expected
+
+
+def test_off_in_a_recipe_is_a_word(tmp_path):
+    """YAML reads it as false."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("compile: off\nzero_terminal_snr: on\n")
+    config = parsed("--config", str(recipe))
+    assert (config.compile, config.zero_terminal_snr) == ("off", "on")
+    recipe.write_text("compile: regional\n")
+    assert parsed("--config", str(recipe)).compile == "regional"
+
+
 def test_a_preset_is_only_defaults():
     config = parse(["--preset", "sdxl", "--beta_dpo", "2000"])[0]
     assert config.beta_dpo == 2000 and config.learning_rate == 1e-8 and config.pairs_per_step == 2048

@@ -17,7 +17,7 @@ from dpo_fast.optim import INITIAL_LOSS_SCALE, MasterOptimizer
 OPTIMIZERS = get_args(get_type_hints(TrainConfig)["optimizer"])
 SCHEDULES = get_args(get_type_hints(TrainConfig)["lr_scheduler"])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = {"big": (80, 64), "small": (5, 3), "bias": (7,)}  # 8-bit states begin at 4096 elements
+SHAPES = {"big": (80, 64), "small": (5, 3), "bias": (7,), "conv": (32, 16, 3, 3)}  # 8-bit states begin at 4096 elements
 FINITE = torch.tensor(0.5)
 
 
@@ -27,6 +27,7 @@ def make(dtype=torch.float32, *, seed=0, lr=1e-3, steps=100, fill=None, **settin
         name: nn.Parameter(torch.randn(shape, generator=generator) if fill is None else torch.full(shape, fill))
         for name, shape in SHAPES.items()
     }
+    parameters["conv"].data = parameters["conv"].data.to(memory_format=torch.channels_last)  # as in the UNet
     return MasterOptimizer(parameters, dtype, TrainConfig(**settings), lr=lr, steps=steps)
 
 

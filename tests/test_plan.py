@@ -67,6 +67,19 @@ def test_the_costs_of_the_real_architectures(name):
     assert F.scaled_dot_product_attention is before
 
 
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_what_gradient_checkpointing_keeps(tuning):
+    """Selective drops what is cheap to compute again and repeats no product but a LoRA's; full keeps block inputs."""
+    unet = {**SD15, "block_out_channels": (64, 128, 256, 256), "attention_head_dim": 4}
+    modes = ("none", "selective", "full")
+    flags = ("--tuning", tuning, "--rank", 8)
+    none, selective, full = (unet_costs(unet, config(*flags, "--gradient_checkpointing", m), 32) for m in modes)
+    assert full.saved_bytes < 0.25 * none.saved_bytes < 0.9 * selective.saved_bytes
+    assert selective.saved_bytes < {"full": 0.75, "lora": 0.9}[tuning] * none.saved_bytes
+    assert none.forward == selective.forward == full.forward
+    assert none.backward <= selective.backward < 1.1 * none.backward < full.backward
+
+
 def lines(text: str, start: str) -> dict[str, str]:
     """The plan's lines that begin with `start`, as what they are of -> figure."""
     return {m[2]: m[1] for m in re.finditer(rf"^{start} +([\d.]+(?: [MG]iB)?)  (.*)$", text, re.MULTILINE)}
@@ -121,12 +134,19 @@ def tflop(text: str) -> float:
 
 def test_the_flops_of_a_step_count_every_pass(sd15_path):
     size = ["--resolution", 512, "--tuning", "full"]
-    parsed = parse(["--pretrained_model_name_or_path", str(sd15_path), "--dataset_name", "d", *map(str, size)])[0]
-    costs = unet_costs(UNet2DConditionModel.load_config(sd15_path, subfolder="unet"), parsed, 64)
+    unet = UNet2DConditionModel.load_config(sd15_path, subfolder="unet")
+
+    def costs_with(*flags: str):
+        named = ["--pretrained_model_name_or_path", str(sd15_path), "--dataset_name", "d", *map(str, size), *flags]
+        return unet_costs(unet, parse(named)[0], 64)
+
+    costs, again = costs_with(), costs_with("--gradient_checkpointing")
+    assert again.forward == costs.forward
+    assert 0.5 * costs.forward < again.backward - costs.backward < costs.forward  # the blocks, not what is around them
     passes = {
         (): 2 * costs.forward + costs.backward,
         ("--objective", "sft"): costs.forward + costs.backward,
-        ("--gradient_checkpointing",): 3 * costs.forward + costs.backward,
+        ("--gradient_checkpointing",): 2 * costs.forward + again.backward,
     }
     for flags, flops in passes.items():
         text = planned(sd15_path, *size, "--gradient_accumulation_steps", 32, *flags)

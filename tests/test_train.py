@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dpo_fast.kernels import reference as kernels
+from dpo_fast.models import AdapterSwitch
 from dpo_fast.train import main
 from dpo_fast.trainer import Trainer
 from tests.helpers.pairs import write_pickapic
@@ -115,6 +116,33 @@ def test_the_first_margin_is_exactly_zero(sdxl_path, pairs, tmp_path, tuning, pr
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_images_are_channels_last_from_noise_to_prediction(sdxl_path, pairs, tmp_path, tuning):
+    """Weights, masters, gradients, inputs and outputs of the UNet; files have the usual order."""
+    more = ["--tuning", tuning, "--lora_targets", "to_q", "conv1", "--mixed_precision", "bf16"]
+    trainer = Trainer(opened(flags_for(sdxl_path, pairs, tmp_path / "run", *more)), [])
+
+    def dense_last(tensors) -> list[bool]:
+        return [t.is_contiguous(memory_format=torch.channels_last) for t in tensors if t.dim() == 4]
+
+    seen = []
+    denoise = trainer.family.denoise
+
+    def look(unet, noisy, *rest):
+        seen.extend((noisy, prediction := denoise(unet, noisy, *rest)))
+        return prediction
+
+    trainer.family.denoise = look
+    trainer.train_step()
+    trainer.masters.step = lambda *_: seen.extend(trainer.masters.gradients())
+    trainer.train_step()
+    weights_of = [trainer.unet, *([trainer.reference.unet] if tuning == "full" else [])]
+    for tensors in (*(w.parameters() for w in weights_of), trainer.masters.masters, seen):
+        found = dense_last(tensors)
+        assert found and all(found)
+    assert len(dense_last(seen)) > 8  # noise and prediction of policy and reference, twice, and gradients
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_loss_and_gradients_equal_a_plain_float64_computation(sdxl_path, pairs, tmp_path, tuning):
     """The second step of a run, when the policy has left the reference, against the formulas written out in fp64."""
     flags = flags_for(sdxl_path, pairs, tmp_path / "run", "--tuning", tuning, "--learning_rate", 1e-4)
@@ -151,7 +179,7 @@ def plain_step(trainer: Trainer, batch, tuning: str) -> tuple[float, list[torch.
     references = {"lora": None, "full": getattr(trainer.reference, "unet", None)}
     if tuning == "full":
         references["full"].double()
-    losses = []
+    loss, gradients = 0.0, [torch.zeros_like(p) for p in parameters]
     for i, pair in enumerate(batch.pair_id.tolist()):
         noise = kernels.normal_noise(config.seed, torch.tensor([pair]), batch.draw[i : i + 1], *latents.shape[1:])
         noise = noise.double()
@@ -172,20 +200,20 @@ def plain_step(trainer: Trainer, batch, tuning: str) -> tuple[float, list[torch.
             with torch.no_grad():
                 if tuning == "full":
                     return error(references["full"], x0)
-                from dpo_fast.models import adapter_off
-
-                with adapter_off(unet):
+                with AdapterSwitch(unet).off():
                     return error(unet, x0)
 
         chosen, rejected = latents[i : i + 1], latents[len(batch.pair_id) + i :][:1]
-        difference = (error(unet, chosen) - ref_error(chosen)) - (error(unet, rejected) - ref_error(rejected))
-        losses.append(-torch.nn.functional.logsigmoid(-(config.beta_dpo / 2) * difference))
-    loss = torch.stack(losses).mean()
-    gradients = torch.autograd.grad(loss, parameters)
+        ref_w, ref_l = ref_error(chosen), ref_error(rejected)
+        difference = (error(unet, chosen) - ref_w) - (error(unet, rejected) - ref_l)
+        of_pair = -torch.nn.functional.logsigmoid(-(config.beta_dpo / 2) * difference) / len(batch.pair_id)
+        loss += of_pair.item()
+        for total, part in zip(gradients, torch.autograd.grad(of_pair, parameters), strict=True):
+            total += part
     unet.float()
     if tuning == "full":
         references["full"].float()
-    return loss.item(), list(gradients)
+    return loss, gradients
 
 
 # ---- around the steps ------------------------------------------------------------------------------------------
@@ -299,9 +327,10 @@ def test_what_a_stream_leaves_out_is_reported(sdxl_path, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("more", [["--gradient_checkpointing"], ["--compile", "regional"]])
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_a_step_on_a_gpu_starts_at_zero_and_waits_for_nothing(sdxl_path, pairs, tmp_path, tuning):
-    more = ["--tuning", tuning, "--mixed_precision", "fp16", "--gradient_checkpointing", "--dataloader_num_workers", 2]
+def test_a_step_on_a_gpu_starts_at_zero_and_waits_for_nothing(sdxl_path, pairs, tmp_path, tuning, more):
+    more = ["--tuning", tuning, "--mixed_precision", "fp16", "--dataloader_num_workers", 2, *more]
     trainer = Trainer(opened(flags_for(sdxl_path, pairs, tmp_path / "run", *more)), [])
     trainer.train_step()
     assert trainer.sums.read(trainer.ranks.sum_)["margin_rms"] == 0.0

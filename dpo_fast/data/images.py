@@ -14,6 +14,8 @@ from PIL import Image, ImageOps
 Image.init()
 FORMATS = [f for f in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000") if f in Image.OPEN]
 
+KEY_BYTES = 16  # of the name of an image, or of whatever else is named by a hash of its contents
+
 # How an encoded image becomes what the VAE sees, in words: part of what identifies a cached latent. A change of
 # `decode`, `resize` or `crop_corner` that changes pixels must change this line.
 RULE = "upright, over white; shorter side to the resolution, bilinear with antialiasing; mirrored before a centre crop"
@@ -32,8 +34,8 @@ class BadImage(ValueError):
 
 
 def image_key(data: bytes) -> bytes:
-    """The name of an image, whatever data set holds it: 16 bytes, a hash of its encoded bytes."""
-    return hashlib.blake2b(data, digest_size=16).digest()
+    """The name of an image, whatever data set holds it: KEY_BYTES, a hash of its encoded bytes."""
+    return hashlib.blake2b(data, digest_size=KEY_BYTES).digest()
 
 
 def decode(data: bytes) -> Image.Image:

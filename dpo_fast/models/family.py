@@ -27,6 +27,7 @@ COMPUTE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 class Family(ABC):
     """A loaded text-to-image model. Every component is on `device`, in eval mode and frozen (requires_grad False).
+    The weights of the UNet's convolutions are channels_last, which files never show.
 
     Made by `dpo_fast.models.load_family`. Besides the arguments of the constructor it has:
     schedule: NoiseSchedule on `device`; timesteps: int64 [n] on the CPU, those a pair may be trained at;
@@ -63,6 +64,7 @@ class Family(ABC):
         self._empty_prompt: Conditioning | None = None
         for module in self._modules().values():
             module.eval().requires_grad_(False).to(self.device)
+        self.unet.to(memory_format=torch.channels_last)
 
     @property
     def unet(self) -> UNet2DConditionModel:
@@ -250,5 +252,6 @@ def _float32_twin(module: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Mo
     with torch.device("meta"):
         config = copy.deepcopy(module.config)
         twin = type(module).from_config(config) if isinstance(module, ConfigMixin) else type(module)(config)
-    twin.load_state_dict({name: tensor.detach().float() for name, tensor in state.items()}, assign=True)
+    weights = {name: tensor.detach().float().contiguous() for name, tensor in state.items()}  # a file's memory order
+    twin.load_state_dict(weights, assign=True)
     return twin

@@ -49,27 +49,35 @@ def add_lora(
         layer.lora_B[_ADAPTER].float()
         a = layer.lora_A[_ADAPTER].weight
         a.copy_(torch.randn(a.shape, generator=generator) / rank)
-        # a tensor, because torch.compile makes a new program for every value of a Python number: the policy and the
-        # reference (scale 0) must be one program to agree bit for bit
-        layer.scaling[_ADAPTER] = torch.tensor(layer.scaling[_ADAPTER], dtype=torch.float32, device=a.device)
+    unet.to(memory_format=torch.channels_last)  # adapters of convolutions too
 
 
-@contextmanager
-def adapter_off(unet: nn.Module) -> Iterator[None]:
-    """Within the block the UNet is the one before `add_lora`: the adapters run with scale 0.
+class AdapterSwitch:
+    """Switches the adapters of `unet` off and on again, and nothing else.
 
-    Nothing but the scale changes (diffusers' disable_adapters() also flips requires_grad, which breaks FSDP2). Run the
-    reference before the policy's forward, not between forward and backward under activation checkpointing.
+    diffusers' disable_adapters() also flips requires_grad, which breaks FSDP2. An adapter that is off is not run: what
+    it would add at scale 0 is an exact zero, and costs two products for every layer that has one.
     """
-    scalings = [layer.scaling for layer in _lora_layers(unet)]
-    saved = [dict(scaling) for scaling in scalings]
-    try:
-        for scaling in scalings:  # a zero of its own each: torch.compile would make another program for shared ones
-            scaling.update({name: torch.zeros_like(scale) for name, scale in scaling.items()})
-        yield
-    finally:
-        for scaling, scales in zip(scalings, saved, strict=True):
-            scaling.update(scales)
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.layers = _lora_layers(unet)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within the block the UNet is the one before `add_lora`.
+
+        Run the reference before the policy's forward, not between forward and backward: a checkpointed block runs its
+        forward again in the backward pass.
+        """
+        self._switch(True)
+        try:
+            yield
+        finally:
+            self._switch(False)
+
+    def _switch(self, off: bool) -> None:
+        for layer in self.layers:
+            layer._disable_adapters = off  # what peft's own switch sets, beside requires_grad
 
 
 def save_lora(family: Family, folder: Path, state: Mapping[str, torch.Tensor]) -> None:

@@ -51,7 +51,7 @@ def make_sd15(
         unet=unet,
         vae=_vae(scaling_factor=0.18215),
         text_encoder=CLIPTextModel(_text_config(_TEXT_WIDTH, "quick_gelu")),
-        tokenizer=_tokenizer(pad_token=_END),
+        tokenizer=tokenizer(pad_token=_END),
         scheduler=PNDMScheduler(
             **_BETAS, steps_offset=1, skip_prk_steps=True, set_alpha_to_one=False, prediction_type=prediction_type
         ),
@@ -102,8 +102,8 @@ def _sdxl(scheduler, force_zeros: bool) -> StableDiffusionXLPipeline:
         vae=_vae(scaling_factor=0.13025),
         text_encoder=CLIPTextModel(_text_config(_TEXT_WIDTH, "quick_gelu")),
         text_encoder_2=CLIPTextModelWithProjection(_text_config(_TEXT_WIDTH_2, "gelu")),
-        tokenizer=_tokenizer(pad_token=_END),
-        tokenizer_2=_tokenizer(pad_token="!"),
+        tokenizer=tokenizer(pad_token=_END),
+        tokenizer_2=tokenizer(pad_token="!"),
         scheduler=scheduler,
         force_zeros_for_empty_prompt=force_zeros,
         add_watermarker=False,
@@ -137,7 +137,7 @@ def _text_config(width: int, hidden_act: str) -> CLIPTextConfig:
     )
 
 
-def _tokenizer(pad_token: str) -> CLIPTokenizer:
+def tokenizer(pad_token: str) -> CLIPTokenizer:
     """A byte-level CLIP tokenizer without merges: a token a letter, so prompts of more than 75 letters are cut."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     symbols = [chr(byte) for byte in printable]

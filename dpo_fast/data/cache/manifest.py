@@ -21,10 +21,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_fast.data.cache.recipe import KEY_BYTES
 from dpo_fast.data.cache.signed import digest, signed, unsigned
 from dpo_fast.data.columns import Columns
-from dpo_fast.data.images import BadImage, decode, image_key
+from dpo_fast.data.images import KEY_BYTES, BadImage, decode, image_key
 from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
 from dpo_fast.errors import BadInput
 from dpo_fast.files import atomic_file, remove_temporaries, write_text

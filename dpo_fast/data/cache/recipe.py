@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from dpo_fast.data.images import KEY_BYTES
+
 FORMAT = 1  # of shards and indices on disk
-KEY_BYTES = 16  # of dpo_fast.data.images.image_key too
 DTYPES = ("float16", "float32")
 
 
 def caption_key(caption: str) -> bytes:
-    """The name of a caption: 16 bytes."""
+    """The name of a caption: KEY_BYTES."""
     return hashlib.blake2b(caption.encode(), digest_size=KEY_BYTES).digest()
 
 

@@ -26,8 +26,9 @@ from typing import Any, BinaryIO, NamedTuple, TextIO
 import numpy as np
 import xxhash
 
-from dpo_fast.data.cache.recipe import KEY_BYTES, Recipe
+from dpo_fast.data.cache.recipe import Recipe
 from dpo_fast.data.cache.signed import signed, unsigned
+from dpo_fast.data.images import KEY_BYTES
 from dpo_fast.errors import BadInput
 from dpo_fast.files import remove_temporaries, write_json, write_text
 

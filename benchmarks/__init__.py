@@ -1,0 +1,1 @@
+"""What is measured: run the files as scripts; tests import parts of them."""

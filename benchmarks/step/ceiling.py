@@ -1,0 +1,72 @@
+"""What a matrix product and a copy reach here, on random data: the ceilings that measurements are a fraction of.
+
+python -m benchmarks.step.ceiling [--json FILE]
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+# Large enough to fill the machine, small enough to take moments.
+_SIDES = {"cuda": (4096, 8192), "cpu": (1024, 2048)}
+_SECONDS = 2.0
+
+
+def matmul_ceiling(device: str, dtype: torch.dtype) -> float:
+    """TFLOP/s of the best of several square products."""
+    best = 0.0
+    for side in _SIDES[device]:
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        out = a @ b
+        began = time.perf_counter()
+        while time.perf_counter() - began < _SECONDS / len(_SIDES[device]):
+            best = max(best, 2 * side**3 / _seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device) / 1e12)
+        del a, b, out
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the providers' processes need it
+    return best
+
+
+def _seconds(call, device: str, count: int = 3) -> float:
+    if device == "cpu":
+        started = time.perf_counter()
+        for _ in range(count):
+            call()
+        return (time.perf_counter() - started) / count
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / count
+
+
+def copy_ceiling(device: str) -> float:
+    """GB/s, read and written, of copying 256 MiB."""
+    source = torch.randn(1 << 26, device=device)
+    target = torch.empty_like(source)
+    best = min(_seconds(lambda: target.copy_(source), device) for _ in range(10))
+    return 2 * source.nbytes / best / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write them to this file")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result = {
+        f"{name}_tflops": matmul_ceiling(device, dtype)
+        for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16))
+    }
+    result["copy_gb_per_s"] = copy_ceiling(device)
+    print(", ".join(f"{name} {value:.4g}" for name, value in result.items()))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

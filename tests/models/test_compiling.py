@@ -1,0 +1,150 @@
+"""Compiled UNets: the results of eager ones, one program for policy and reference, nothing compiled twice."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dpo_fast.errors import BadInput
+from dpo_fast.models import Family, add_lora, compile_unet, compiling, load_family, not_compiled, programs_made
+from dpo_fast.models.compiling import check_compiler, programs_folder
+from tests.helpers.pipelines import default_time_ids
+
+
+@pytest.fixture(autouse=True)
+def no_programs() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def is_compiled(unet: nn.Module) -> bool:
+    return any(module._compiled_call_impl is not None for module in unet.modules())
+
+
+def make_family(path: Path, tuning: str, dtype: torch.dtype = torch.float32) -> Family:
+    """A family with something to train, no parameter of it at its start."""
+    family = load_family(path, dtype=dtype, unet_dtype=torch.float32, device="cpu")
+    if tuning == "full":
+        family.unet.requires_grad_(True)
+    else:
+        add_lora(family.unet, 4, 6.0)
+        generator = torch.Generator().manual_seed(3)
+        for name, parameter in family.unet.named_parameters():
+            if "lora_B" in name:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+    family.unet.to(dtype)
+    return family
+
+
+def inputs(family: Family, pairs: int = 2) -> tuple:
+    noisy = torch.randn(2 * pairs, 4, 8, 8, generator=torch.Generator().manual_seed(pairs)).to(family.dtype)
+    conditioning = family.encode_prompts(["a red fox", "a blue boat", "rain"][:pairs])
+    if family.needs_time_ids:
+        conditioning["time_ids"] = default_time_ids(64, pairs)
+    return noisy.contiguous(memory_format=torch.channels_last), torch.tensor([20, 800, 400][:pairs]), conditioning
+
+
+def results(family: Family, unet: nn.Module, given: tuple) -> dict[str, torch.Tensor]:
+    """The prediction and the gradient of every trained parameter, in float64."""
+    noisy, timesteps, conditioning = given
+    double = next(unet.parameters()).dtype == torch.float64
+    noisy = noisy.double() if double else noisy
+    prediction = family.denoise(unet, noisy, timesteps, conditioning)
+    weight = torch.randn(prediction.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    (prediction * weight.to(prediction.dtype)).sum().backward()
+    found = {name: p.grad.double() for name, p in unet.named_parameters() if p.requires_grad}
+    unet.zero_grad(set_to_none=True)
+    return {"prediction": prediction.detach().double(), **found}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_results_are_those_of_the_eager_unet(request, name, tuning):
+    """Forward and every gradient: against float64, at most a few times the error of the eager UNet."""
+    family = make_family(request.getfixturevalue(f"{name}_path"), tuning)
+    given = inputs(family)
+    eager = results(family, family.unet, given)
+    truth = results(family, copy.deepcopy(family.unet).double(), given)
+    compile_unet(family.unet, "regional")
+    assert is_compiled(family.unet)
+    before = programs_made()
+    compiled = results(family, family.unet, given)
+    assert programs_made() > before
+    assert eager.keys() == compiled.keys()
+    for key, expected in truth.items():
+        scale = expected.norm() + 1e-12
+        error, allowed = (compiled[key] - expected).norm() / scale, (eager[key] - expected).norm() / scale
+        assert error <= 4 * allowed + 1e-6, (key, error, allowed)
+
+
+def test_a_second_run_and_a_copy_compile_nothing(sdxl_path):
+    family = make_family(sdxl_path, "full")
+    twin = copy.deepcopy(family.unet)
+    assert not is_compiled(twin)
+    for unet in (family.unet, twin):
+        compile_unet(unet, "regional")
+    given = inputs(family)
+    results(family, family.unet, given)
+    made = programs_made()
+    for unet in (family.unet, twin, family.unet):
+        results(family, unet, given)
+    assert programs_made() == made
+
+
+def test_names_stay_what_they_are(sdxl_path):
+    family = make_family(sdxl_path, "full")
+    names = list(family.unet.state_dict())
+    compile_unet(family.unet, "regional")
+    assert list(family.unet.state_dict()) == names
+
+
+def test_not_compiled_runs_as_written(sdxl_path):
+    """Of shapes that the programs are not for, and without a graph: nothing is compiled for them."""
+    family = make_family(sdxl_path, "lora")
+    given = [inputs(family, pairs) for pairs in (1, 2, 3)]
+    with torch.no_grad():
+        eager = [family.denoise(family.unet, *g) for g in given]
+    compile_unet(family.unet, "regional")
+    made = programs_made()
+    with torch.no_grad(), not_compiled():
+        again = [family.denoise(family.unet, *g) for g in given]
+    assert programs_made() == made
+    assert all(torch.equal(a, b) for a, b in zip(eager, again, strict=True))
+
+
+def test_off_is_off(sd15_path):
+    family = make_family(sd15_path, "lora")
+    compile_unet(family.unet, "off")
+    assert not is_compiled(family.unet)
+
+
+def test_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))
+    assert programs_folder() == tmp_path / "own"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert programs_folder() == tmp_path / "dpo_fast-compiled"
+
+
+def test_without_a_compiler_the_flag_is_refused(monkeypatch):
+    check_compiler(torch.device("cpu"))
+    from torch._inductor import cpp_builder, exc
+
+    def none_found():
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none_found)
+    with pytest.raises(BadInput, match=r"--compile needs a C\+\+ compiler"):
+        check_compiler(torch.device("cpu"))
+
+    def no_triton(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(compiling.importlib, "import_module", no_triton)
+    with pytest.raises(BadInput, match="needs Triton"):
+        check_compiler(torch.device("cuda"))
