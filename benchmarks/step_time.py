@@ -3,6 +3,7 @@
     python benchmarks/step_time.py --case CASE [--json FILE] [--plot PNG] [--profile] [--providers ...] [--steps N]
 
 ours             dpo_fast's own Trainer.train_step, opened from flags as a user's run is, reading from its cache
+ours-cached      the same with --cached_reference: no reference is held or run
 tuned            what PyTorch and diffusers give an expert: cached latents, compiled blocks, channels_last, fused AdamW
 peer-diffusers   what diffusers' scripts do each step (LoRA cases)
 peer-salesforce  what the paper's authors' script does each step (full cases)
@@ -36,7 +37,10 @@ from benchmarks.step.proof import problems, weakness
 from benchmarks.step.work import PROOF_STEPS, Settings
 from benchmarks.step.worker import Failed, Worker
 
-FOR_TUNING = {"lora": ("ours", "tuned", "peer-diffusers"), "full": ("ours", "tuned", "peer-salesforce")}
+FOR_TUNING = {
+    "lora": ("ours", "ours-cached", "tuned", "peer-diffusers"),
+    "full": ("ours", "ours-cached", "tuned", "peer-salesforce"),
+}
 WARM_UP = 2  # steps after the proof's six
 PROFILED = 1
 
@@ -52,6 +56,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--batch_size", type=int, help="pairs a forward pass of ours and tuned; default: the case's")
+    parser.add_argument("--eager", action="store_true", help="leave the blocks of ours and tuned uncompiled")
     arguments = parser.parse_args()
     case = CASES[arguments.case]
     offered = FOR_TUNING[case.tuning]
@@ -71,6 +76,7 @@ def main() -> int:
         batch_size,
         PROOF_STEPS + WARM_UP + arguments.steps + PROFILED,
         case.learning_rate,
+        not arguments.eager,
     )
     try:
         with tempfile.TemporaryDirectory(prefix="step_time-") as folder:
@@ -200,6 +206,8 @@ def optimizer_of(provider: str, case: Case) -> str:
 def executed(provider: str, case: Case, needed: dict) -> float:
     """FLOPs a pair that a provider really computes: encoders in the step, forwards done again."""
     flops = needed["flops"]
+    if provider == "ours-cached":
+        flops -= needed["ref_flops"]
     if provider.startswith("peer-"):
         flops += 2 * needed["vae_flops"] + needed["text_flops"]
     if provider == "peer-diffusers" or (provider == "peer-salesforce" and case.model.family == "sdxl"):

@@ -1,6 +1,5 @@
 """Ours: the real training step, opened from flags as a user's run is, reading from the cache."""
 
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -9,14 +8,14 @@ from accelerate import Accelerator
 from benchmarks.step.cases import CASES, RANK
 from benchmarks.step.plain import Seen
 from benchmarks.step.work import BETA, Settings
-from dpo_fast.config import TrainConfig, parse
+from dpo_fast.config import parse
 from dpo_fast.opening import Run, open_run
 from dpo_fast.parallel import Ranks
 from dpo_fast.trainer import Trainer
 
 
-def flags(folder: Path, name: str, compiled: bool) -> list[str]:
-    """The command line of the run."""
+def flags(folder: Path, name: str, *, compiled: bool, cached_reference: bool = False) -> list[str]:
+    """The command line of the run; with `cached_reference` every visit of a pair is a draw of its own."""
     settings = Settings.read(folder)
     case = CASES[settings.case]
     values = {
@@ -34,17 +33,18 @@ def flags(folder: Path, name: str, compiled: bool) -> list[str]:
         "learning_rate": settings.learning_rate,
         "lr_scheduler": "constant",
         "beta_dpo": BETA,
+        "compile": "regional" if compiled else "off",
         "seed": 0,
     }
-    if "compile" in {field.name for field in fields(TrainConfig)}:
-        values["compile"] = "regional" if compiled else "off"
+    if cached_reference:
+        values["cached_reference"] = settings.steps
     words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
     return [*words, "--is_turbo"] if case.turbo else words
 
 
-def opened(folder: Path, name: str, *, compiled: bool) -> Run:
-    """The run as the command line opens it."""
-    config, _ = parse(flags(folder, name, compiled))
+def opened(folder: Path, argv: list[str]) -> Run:
+    """The run as the command line `argv` opens it."""
+    config, _ = parse(argv)
     device = torch.device(Settings.read(folder).device)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     return open_run(config, Ranks(accelerator, 0, 1, device, None))
@@ -53,8 +53,12 @@ def opened(folder: Path, name: str, *, compiled: bool) -> Run:
 class Ours:
     """`Trainer.train_step`, nothing added while it is timed."""
 
-    def __init__(self, folder: Path, *, compiled: bool = True, name: str = "ours") -> None:
-        self.trainer = Trainer(opened(folder, name, compiled=compiled), flags(folder, name, compiled))
+    cached_reference = False
+
+    def __init__(self, folder: Path, name: str = "ours") -> None:
+        compiled = Settings.read(folder).compiled
+        argv = flags(folder, name, compiled=compiled, cached_reference=self.cached_reference)
+        self.trainer = Trainer(opened(folder, argv), argv)
         self.clock = self.trainer.clock
 
     @property
@@ -80,3 +84,12 @@ class Ours:
         finally:
             del self.trainer.loss
         return Seen.joined([Seen(t.policy_error, t.ref_error, t.margin, self.trainer.grad_norm) for t in terms])
+
+
+class OursCached(Ours):
+    """The same without a reference, its errors having been computed while opening."""
+
+    cached_reference = True
+
+    def __init__(self, folder: Path, name: str = "ours-cached") -> None:
+        super().__init__(folder, name)

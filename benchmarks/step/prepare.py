@@ -39,7 +39,7 @@ def prepare(folder: Path, settings: Settings) -> None:
     settings.write(folder)
     save_pipeline(case, folder / "model", settings)
     write_pairs(folder / "pairs.parquet", ROWS_A_STEP * case.pairs, case.resolution)
-    run = ours.opened(folder, "prepare", compiled=False)
+    run = ours.opened(folder, ours.flags(folder, "prepare", compiled=False))
     if case.tuning == "lora":
         adapters = {n: p.detach().float().cpu() for n, p in run.family.unet.named_parameters() if p.requires_grad}
         save_file({name: tensor.contiguous().clone() for name, tensor in adapters.items()}, folder / "lora.safetensors")

@@ -158,7 +158,7 @@ def plot(result: Result, path: Path) -> None:
     for index, row in enumerate(result.rows):
         y = top + index * (bar + gap)
         mid, least, most = row.ms
-        colour = "#2a6fbb" if row.provider == "ours" else "#b0b7bf"
+        colour = "#2a6fbb" if row.provider.startswith("ours") else "#b0b7bf"
         draw.text((20, y + 10), row.provider, "black", font)
         draw.rectangle((left, y, left + mid * scale, y + bar), colour)
         draw.line((left + least * scale, y + bar // 2, left + most * scale, y + bar // 2), "black", 2)

@@ -27,8 +27,9 @@ class Tuned(Plain):
         else:
             self.trained = list(self.unet_.parameters())
             self.reference = self._fast(self.unet(self.dtype)).requires_grad_(False)
-        for unet in {self.unet_, self.reference}:
-            unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        if self.settings.compiled:
+            for unet in {self.unet_, self.reference}:
+                unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=self.settings.learning_rate, weight_decay=WEIGHT_DECAY, fused=True
         )

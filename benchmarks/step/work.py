@@ -29,6 +29,7 @@ class Settings:
     batch_size: int  # pairs a forward pass, of ours and tuned
     steps: int  # optimizer steps that there is data for
     learning_rate: float
+    compiled: bool = True  # the UNet's blocks, of ours and tuned
 
     @property
     def torch_dtype(self) -> torch.dtype:

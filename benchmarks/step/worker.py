@@ -17,6 +17,7 @@ from benchmarks.step.work import Settings
 
 PROVIDERS = {
     "ours": ("ours", "Ours"),
+    "ours-cached": ("ours", "OursCached"),
     "tuned": ("tuned", "Tuned"),
     "peer-diffusers": ("peer_diffusers", "PeerDiffusers"),
     "peer-salesforce": ("peer_salesforce", "PeerSalesforce"),

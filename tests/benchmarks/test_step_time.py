@@ -14,7 +14,7 @@ from PIL import Image
 import benchmarks.step
 from benchmarks.step import counts, report
 from benchmarks.step.cases import CASES, PROPORTION_TOLERANCE
-from benchmarks.step.ours import Ours
+from benchmarks.step.ours import Ours, OursCached
 from benchmarks.step.peer_diffusers import PeerDiffusers
 from benchmarks.step.peer_salesforce import PeerSalesforce
 from benchmarks.step.prepare import prepare
@@ -41,7 +41,7 @@ def prepared(tmp_path_factory):
             case = tiny.case(family, tuning)
             patch.setitem(CASES, case.name, case)
             folder = tmp_path_factory.mktemp(case.name)
-            prepare(folder, Settings(case.name, "cpu", "fp32", 2, PROOF_STEPS + 3, case.learning_rate))
+            prepare(folder, Settings(case.name, "cpu", "fp32", 2, PROOF_STEPS + 3, case.learning_rate, compiled=False))
             folders[family, tuning] = folder
         return folders[family, tuning]
 
@@ -49,10 +49,9 @@ def prepared(tmp_path_factory):
     patch.undo()
 
 
-def ours(folder: Path) -> Ours:
-    """Ours in eager mode, in an output folder that may have been used."""
-    name = f"ours-{time.monotonic_ns()}"
-    return Ours(folder, compiled=False, name=name)
+def ours(folder: Path, kind: type[Ours] = Ours) -> Ours:
+    """Ours in eager mode, in an output folder that nothing has used."""
+    return kind(folder, f"ours-{time.monotonic_ns()}")
 
 
 CASES_OF = [("sd15", "lora"), ("sdxl", "lora"), ("sd15", "full"), ("sdxl", "full")]
@@ -69,13 +68,19 @@ def test_ours_and_the_peer_do_the_work_of_the_truth(prepared, family, tuning):
     adafactor = peer is PeerSalesforce and family == "sdxl"
     assert problems(prove(peer(folder)), prove(Truth(folder, "adafactor")) if adafactor else truth, "fp32") == []
     assert mine.policy_error == mine.ref_error  # exactly, before the first update
+    assert problems(prove(ours(folder, OursCached)), truth, "fp32") == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_tuned_does_the_work_of_the_truth(prepared, tuning):
     folder = prepared("sdxl", tuning)
-    assert problems(prove(Tuned(folder)), prove(Truth(folder, "adamw")), "fp32") == []
+    settings = Settings.read(folder)
+    replace(settings, compiled=True).write(folder)
+    try:
+        assert problems(prove(Tuned(folder)), prove(Truth(folder, "adamw")), "fp32") == []
+    finally:
+        settings.write(folder)
 
 
 @pytest.mark.parametrize(
