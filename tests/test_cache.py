@@ -136,7 +136,7 @@ def test_killed_again_and_again_it_ends_as_one_built_in_peace(sdxl_path, tmp_pat
     more = ["--max_bad_fraction", "0.1", "--hflip", *(["--streaming", "--max_train_steps", 100] if streaming else [])]
 
     def build(cache: Path) -> multiprocessing.Process:
-        return slow_build.started(size, build_flags(sdxl_path, pairs, cache, *more))
+        return slow_build.started(size, ["build", *build_flags(sdxl_path, pairs, cache, *more)])
 
     def state(cache: Path) -> int:
         total = 0

@@ -6,9 +6,9 @@ import logging
 import os
 import random
 import shutil
-import subprocess
-import sys
+import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_fast import cache as cache_door
 from dpo_fast import scoring
+from dpo_fast.data.cache import store
 from dpo_fast.data.cache.errors import BLOCK
 from dpo_fast.data.cache.recipe import Recipe
 from dpo_fast.data.cache.store import Store, Writer, begin_folder
@@ -25,9 +26,9 @@ from dpo_fast.models import Family
 from dpo_fast.reference import CachedErrors, FrozenCopy
 from dpo_fast.train import main
 from dpo_fast.trainer import Trainer
-from tests.helpers import pipelines
+from tests.helpers import pipelines, slow_build
 from tests.helpers.pairs import pickapic, write_table
-from tests.helpers.runs import assert_same_state, environment, flags_for, lines, opened, start, train, weights
+from tests.helpers.runs import assert_same_state, flags_for, lines, opened, start, train, weights
 from tests.test_cache import contents, refused
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -240,36 +241,42 @@ def test_two_ranks_give_the_errors_and_the_weights_of_one(sdxl_path, pairs, tmp_
 
 @pytest.mark.slow
 @pytest.mark.faults
-def test_killed_again_and_again_it_ends_with_the_same_files(sdxl_path, pairs, tmp_path):
+def test_killed_again_and_again_it_ends_with_the_same_files(sdxl_path, pairs, tmp_path, monkeypatch, capfd):
     """kill -9 at random moments while it computes; then every file is compared."""
-    draws = 60
+    draws, size = 60, 8 * BLOCK * 7  # seven records a shard
 
     def command(cache: Path) -> list[str]:
         flags = flags_for(sdxl_path, pairs, tmp_path / "no-run", "--latent_cache_dir", cache)
-        slow = [sys.executable, "-m", "tests.helpers.slow_build", str(8 * BLOCK * 7)]  # seven records a shard
-        return [*slow, "reference", "--draws", str(draws), *flags]
+        return ["reference", "--draws", str(draws), *flags]
 
     def state(cache: Path) -> int:
-        return sum(path.stat().st_size for path in cache.rglob("reference-*/*.*") if path.is_file())
+        total = 0
+        for path in cache.rglob("reference-*/*.*"):
+            with suppress(FileNotFoundError):  # renamed since it was listed
+                total += path.stat().st_size
+        return total
 
-    subprocess.run(command(tmp_path / "peace"), env=environment(), check=True, capture_output=True)
+    peaceful = slow_build.started(size, command(tmp_path / "peace"))
+    peaceful.join()
+    assert peaceful.exitcode == 0
     cache, whole, grown = tmp_path / "killed", state(tmp_path / "peace"), []
     chance = random.Random()
     for _ in range(5):
         before = state(cache)
         target = before + chance.uniform(0.01, 0.15) * whole
-        process = subprocess.Popen(
-            command(cache), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while process.poll() is None and state(cache) <= target:
+        process = slow_build.started(size, command(cache))
+        while process.is_alive() and state(cache) <= target:
             time.sleep(0.001)
         process.kill()
-        assert process.wait() == -9, "it was done before it could be killed"
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it was done before it could be killed"
         grown.append(state(cache) - before)
     assert sum(growth > 0 for growth in grown) >= 3
-    done = subprocess.run(command(cache), env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0 and f" of {8 * draws} computed now" in done.stderr, done.stderr
-    assert f"{8 * draws} of {8 * draws} computed now" not in done.stderr
+    monkeypatch.setattr(store, "SHARD_BYTES", size)
+    capfd.readouterr()
+    assert cache_door.main(command(cache)) == 0
+    said = capfd.readouterr().err
+    assert f" of {8 * draws} computed now" in said and f"{8 * draws} of {8 * draws} computed now" not in said
     peace, killed = contents(tmp_path / "peace"), contents(cache)
     assert peace.keys() == killed.keys()
     assert [name for name in peace if peace[name] != killed[name]] == []

@@ -8,19 +8,19 @@ from dpo_fast import cache, caching
 from dpo_fast.data.cache import store
 
 
-def started(shard_bytes: int, flags: list[object]) -> multiprocessing.Process:
-    """A process that builds; its imports were done before by one that it is forked from."""
+def started(shard_bytes: int, argv: list[object]) -> multiprocessing.Process:
+    """A process in the door with `argv`; its imports were done before by one that it is forked from."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dpo_fast.opening", "diffusers", "transformers", "tests.helpers.slow_build"])
-    process = context.Process(target=_build, args=(shard_bytes, [str(flag) for flag in flags]))
+    context.set_forkserver_preload(["dpo_fast.scoring", "diffusers", "transformers", "tests.helpers.slow_build"])
+    process = context.Process(target=_build, args=(shard_bytes, [str(word) for word in argv]))
     process.start()
     return process
 
 
-def _build(shard_bytes: int, flags: list[str]) -> None:
+def _build(shard_bytes: int, argv: list[str]) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     store.SHARD_BYTES = shard_bytes
     caching.PART_ROWS = 3
-    sys.exit(cache.main(["build", *flags]))
+    sys.exit(cache.main(argv))
