@@ -149,7 +149,8 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     run.cached = cached and cached.counts
     if scored:
         run.scored, run.start = scored.train, scored.start
-        run.notes["initial_margin_rms"] = scored.start.initial_margin_rms
+        if config.compile == "off":  # compiled, the first step tells: scoring runs as written
+            run.notes["initial_margin_rms"] = scored.start.initial_margin_rms
     run.bad_rows = {bad.row: bad for bad in sets.bad}
     if saved:
         run.notes |= saved["notes"]

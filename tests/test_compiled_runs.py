@@ -80,3 +80,16 @@ def test_what_is_compiled_late_is_told_once(sdxl_path, pairs, tmp_path, monkeypa
     Trainer(run, flags).run()
     told = [line for line in capsys.readouterr().err.splitlines() if "compiled since the first step" in line]
     assert len(told) == 1 and "step 3: 2 more programs" in told[0]
+
+
+def test_with_cached_errors_the_first_margins_are_those_of_the_compiled_step(sdxl_path, pairs, tmp_path):
+    """Scoring runs as written and compiles nothing; margins are off by the rounding of fp32 errors times beta / 2."""
+    before = programs_made()
+    flags = flags_for(sdxl_path, pairs, tmp_path / "run", "--compile", "regional", "--cached_reference", 2)
+    run = opened(flags)
+    assert programs_made() == before
+    Trainer(run, flags).run()
+    first = lines(tmp_path / "run")[0]["margin_rms"]
+    assert 0 <= first < 5e-3
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["initial_margin_rms"] == first and "compiled_again_at" not in run.notes
