@@ -479,13 +479,14 @@ def _score(
         draws = min(draws, visits)
     transform = _transform(config, family)
     work = Scoring(config, ranks, family, model, cached, transform, rows, draws)
-    train, validation = work.fill(repair=repair), None
+    waiting = None if everything else logger.warning
+    train, validation = work.fill(repair=repair, waiting=waiting), None
     start = None if everything else work.check_start(train)
     if pairs.sets is not None and len(pairs.sets.validation) and config.run_validation:
         held_out = pairs.sets.validation
         rows = scoring.pairs_of_table(pairs.source, held_out, held_out.pair_id.tolist())
         work = Scoring(config, ranks, family, model, cached, _steady(transform), rows, VALIDATION_DRAWS)
-        validation = work.fill(repair=repair)
+        validation = work.fill(repair=repair, waiting=waiting)
     return _AllScored(train, validation, start)
 
 

@@ -138,11 +138,12 @@ class Scoring:
         """Pairs scored at once."""
         return min(BLOCK, SCORING_BATCHES * self.config.train_batch_size)
 
-    def fill(self, *, repair: bool = False) -> Scored:
+    def fill(self, *, repair: bool = False, waiting: Callable[[str], None] | None = None) -> Scored:
         """Compute what is missing and open the result.
 
-        `repair` computes shards again whose files do not fit their index; otherwise they are refused. Raises BadInput
-        for a cache that cannot be used or written, and for errors that are not finite.
+        `repair` computes shards again whose files do not fit their index; otherwise they are refused. `waiting` is told
+        that another process computes them, which is waited for; without it that is refused. Raises BadInput for a cache
+        that cannot be used or written, and for errors that are not finite.
         """
         if repair:
             self.ranks.on_main(lambda: drop_damaged(self.root, self.recipe))
@@ -152,7 +153,7 @@ class Scoring:
             if self.ranks.is_main:
                 self._tell_of_other_facts({unit.key for _, unit in missing})
             with ExitStack() as held:
-                self.ranks.on_main(lambda: self._begin(held))
+                self.ranks.on_main(lambda: self._begin(held, waiting))
                 together(self.ranks, self._take_up, self.root)
                 together(self.ranks, self._look_again, self.root)
                 together(self.ranks, self._score_missing, self.root)
@@ -200,8 +201,8 @@ class Scoring:
         """Of all records those that are not there, with their number among all."""
         return [(number, unit) for number, unit in enumerate(self.blocks.units) if unit.key not in there]
 
-    def _begin(self, held: ExitStack) -> None:
-        held.enter_context(locked(self.root / self.recipe.folder_name))
+    def _begin(self, held: ExitStack, waiting: Callable[[str], None] | None) -> None:
+        held.enter_context(locked(self.root / self.recipe.folder_name, waiting))
         with said_in_one_line(self.root):
             begin_folder(self.root, self.recipe)
             finish_orphans(self.root, self.recipe, self.ranks.world_size)

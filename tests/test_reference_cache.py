@@ -29,7 +29,7 @@ from dpo_fast.trainer import Trainer
 from tests.helpers import pipelines, slow_build
 from tests.helpers.pairs import pickapic, write_table
 from tests.helpers.runs import assert_same_state, flags_for, lines, opened, start, train, weights
-from tests.test_cache import contents, refused
+from tests.test_cache import contents, held, refused
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 TWICE = ["--max_train_steps", 12]  # of two pairs each: twelve pairs twice
@@ -196,6 +196,18 @@ def test_the_door_computes_ahead_what_a_run_then_finds(sdxl_path, pairs, tmp_pat
     train(sdxl_path, pairs, tmp_path / "run", *where, *TWICE, "--cached_reference", 2)
     assert "2 draws, 24 pairs in all, 0 computed now" in capfd.readouterr().err
     assert cache_door.main(["verify", "--latent_cache_dir", str(where[1])]) == 0
+
+
+@pytest.mark.faults
+def test_a_run_waits_for_another_that_scores(sdxl_path, pairs, tmp_path, where, caplog):
+    """It then computes what the other has not."""
+    train(sdxl_path, pairs, tmp_path / "one", *where, "--cached_reference", 1)
+    (folder,) = (tmp_path / "cache").glob("reference-*")
+    with held(folder, 3) as process:
+        train(sdxl_path, pairs, tmp_path / "two", *where, *TWICE, "--cached_reference", 2)
+        assert process.wait(timeout=10) == 0
+    (told,) = (record.message for record in caplog.records if "waiting" in record.message)
+    assert f"process {process.pid} on " in told
 
 
 def test_errors_stay_right_when_labels_change(sdxl_path, tmp_path, where):
