@@ -10,7 +10,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first importe
 os.environ["OMP_NUM_THREADS"] = "1"
 # Latents and embeddings are kept between tests, as between runs, but never beside the user's own.
 os.environ["DPO_FAST_CACHE"] = tempfile.mkdtemp(prefix="dpo_fast-cache-")
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="dpo_fast-compiled-")
+# Compiled programs are shared by all workers of pytest-xdist.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
+    os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    if "PYTEST_XDIST_WORKER" in os.environ
+    else tempfile.mkdtemp(prefix="dpo_fast-compiled-")
+)
 
 import pytest
 
@@ -19,8 +24,9 @@ from tests.helpers.pairs import write_pickapic
 
 
 def pytest_sessionfinish() -> None:
-    for name in ("DPO_FAST_CACHE", "TORCHINDUCTOR_CACHE_DIR"):
-        shutil.rmtree(os.environ[name], ignore_errors=True)
+    shutil.rmtree(os.environ["DPO_FAST_CACHE"], ignore_errors=True)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
