@@ -126,7 +126,7 @@ def test_wrong_commands_in_one_line(argv, said, capfd):
 @pytest.mark.faults
 @pytest.mark.parametrize("streaming", [False, True])
 def test_killed_again_and_again_it_ends_as_one_built_in_peace(sdxl_path, tmp_path, streaming):
-    """kill -9 at random moments, ten times each way, most of them while it encodes; then every file is compared."""
+    """kill -9 at random moments, six times each way, most of them while it encodes; then every file is compared."""
     n, size = 90, 2048  # shards of 4 latents, and of one or none prompts
     few = pickapic(n=25, seed=4)
     columns = pickapic(n=n, captions=[f"scene {i % 40}" for i in range(n)])
@@ -151,10 +151,10 @@ def test_killed_again_and_again_it_ends_as_one_built_in_peace(sdxl_path, tmp_pat
     cache, kills, grown = tmp_path / "killed", 0, []
     chance = random.Random()
     whole = state(tmp_path / "peace")
-    while kills < 10:
+    while kills < 6:
         process = build(cache)
         before = state(cache) if cache.exists() else 0
-        target = before + chance.uniform(0, 0.06) * whole
+        target = before + chance.uniform(0, 0.1) * whole
         while process.is_alive() and (not cache.exists() or state(cache) <= max(before, target)):
             time.sleep(0.001)
         process.kill()
@@ -162,7 +162,7 @@ def test_killed_again_and_again_it_ends_as_one_built_in_peace(sdxl_path, tmp_pat
         assert process.exitcode == -signal.SIGKILL, "it was done before it could be killed"
         kills += 1
         grown.append(state(cache) - before)
-    assert sum(growth > 0 for growth in grown) >= 5
+    assert sum(growth > 0 for growth in grown) >= 3
     last = build(cache)
     last.join()
     assert last.exitcode == 0

@@ -273,7 +273,7 @@ def test_killed_again_and_again_it_ends_with_the_same_files(sdxl_path, pairs, tm
     assert peaceful.exitcode == 0
     cache, whole, grown = tmp_path / "killed", state(tmp_path / "peace"), []
     chance = random.Random()
-    for _ in range(5):
+    for _ in range(4):
         before = state(cache)
         target = before + chance.uniform(0.01, 0.15) * whole
         process = slow_build.started(size, command(cache))
@@ -283,7 +283,7 @@ def test_killed_again_and_again_it_ends_with_the_same_files(sdxl_path, pairs, tm
         process.join()
         assert process.exitcode == -signal.SIGKILL, "it was done before it could be killed"
         grown.append(state(cache) - before)
-    assert sum(growth > 0 for growth in grown) >= 3
+    assert sum(growth > 0 for growth in grown) >= 2
     monkeypatch.setattr(store, "SHARD_BYTES", size)
     capfd.readouterr()
     assert cache_door.main(command(cache)) == 0
