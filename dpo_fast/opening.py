@@ -506,11 +506,12 @@ def _visits(config: TrainConfig, pairs: int, steps: int) -> int:
 
 
 def _advise_draws(draws: int, pairs: int, visits: int) -> None:
-    if draws < min(visits, 4) and pairs < 10_000:
+    enough = -(-visits // 2)  # measured: docs/reference_cache.md
+    if draws < enough and pairs < 10_000:
         logger.warning(
             "--cached_reference %d: %d pairs are visited up to %d times each, at the same noises and timesteps again"
-            " and again; so few pairs want at least 4 draws, and with %d no draw recurs",
-            *(draws, pairs, visits, visits),
+            " and again; so few pairs want at least %d draws, and with %d no draw recurs",
+            *(draws, pairs, visits, enough, visits),
         )
 
 

@@ -463,9 +463,10 @@ def test_the_door_wants_draws_and_a_seed(sdxl_path, pairs, tmp_path, capfd):
 
 
 def test_too_few_draws_for_few_pairs_are_told(sdxl_path, pairs, tmp_path, where, capfd):
-    train(sdxl_path, pairs, tmp_path / "few", *where, "--max_train_steps", 24, "--cached_reference", 2)
-    assert "--cached_reference 2: 12 pairs are visited up to 4 times each" in capfd.readouterr().err
-    train(sdxl_path, pairs, tmp_path / "enough", *where, "--max_train_steps", 24, "--cached_reference", 4)
+    train(sdxl_path, pairs, tmp_path / "few", *where, "--max_train_steps", 24, "--cached_reference", 1)
+    said = capfd.readouterr().err
+    assert "--cached_reference 1: 12 pairs are visited up to 4 times each" in said and "at least 2 draws" in said
+    train(sdxl_path, pairs, tmp_path / "enough", *where, "--max_train_steps", 24, "--cached_reference", 2)
     assert "are visited up to" not in capfd.readouterr().err
 
 
