@@ -11,7 +11,7 @@ from tests.benchmarks import tiny
 
 REAL = [name for name in CASES if not CASES[name].mini]
 COUNTED = [name for name in REAL if not CASES[name].turbo]  # turbo launches what sdxl launches, on smaller images
-QUICK = ("sd15-512-lora", "sdxl-1024-lora")
+QUICK = ("sd15-512-full", "sdxl-1024-lora")
 # TFLOP a latent by another count, made from the public configurations: the forward pass, and with LoRA of rank 8.
 FORWARD = {"sd15-512": (0.803, 0.806), "turbo-512": (1.589, 1.594), "sdxl-1024": (6.761, 6.782)}
 # The whole step a pair, TFLOP, and what its forward keeps, GB.
@@ -26,11 +26,11 @@ STEP = {
 VAE = {512: 1.12, 1024: 4.88}  # TFLOP an image
 
 
-def slow_unless_quick(name: str):
-    return pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+def exhaustive_unless_quick(name: str):
+    return pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive)
 
 
-@pytest.mark.parametrize("name", [slow_unless_quick(name) for name in COUNTED])
+@pytest.mark.parametrize("name", [exhaustive_unless_quick(name) for name in COUNTED])
 def test_a_step_costs_no_more_than_it_did(name):
     now, before = vars(counts.count_step(CASES[name])), counts.known(name)
     # libraries of other versions may dispatch a few operators more

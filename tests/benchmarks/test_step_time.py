@@ -215,7 +215,7 @@ def test_report_of_real_rows(prepared, tmp_path):
     assert {(0x2A, 0x6F, 0xBB), (0xB0, 0xB7, 0xBF), (0xC0, 0x39, 0x2B)} <= colours  # ours, the peer, the floor
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_command(tmp_path, monkeypatch, capsys):
     """One provider of a mini case, in processes of its own: exit status, JSON and picture."""
     files = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]

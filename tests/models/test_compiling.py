@@ -13,6 +13,8 @@ from dpo_fast.models import Family, add_lora, compile_unet, compiling, load_fami
 from dpo_fast.models.compiling import check_compiler, programs_folder
 from tests.helpers.pipelines import default_time_ids
 
+EXHAUSTIVE = [("sd15", "full"), ("sdxl", "lora")]
+
 
 @pytest.fixture(autouse=True)
 def no_programs() -> Iterator[None]:
@@ -62,8 +64,10 @@ def results(family: Family, unet: nn.Module, given: tuple) -> dict[str, torch.Te
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize(
+    ("name", "tuning"),
+    [("sd15", "lora"), ("sdxl", "full"), *(pytest.param(*p, marks=pytest.mark.exhaustive) for p in EXHAUSTIVE)],
+)
 def test_results_are_those_of_the_eager_unet(request, name, tuning):
     """Forward and every gradient: against float64, at most a few times the error of the eager UNet."""
     family = make_family(request.getfixturevalue(f"{name}_path"), tuning)
