@@ -19,7 +19,7 @@ if [ "${2:-}" = choices ]; then
   python benchmarks/attention.py --json "$out/attention.json" 2>&1 | tee "$out/attention.txt" || failed=1
   for model in sdxl sd15; do
     for tuning in lora full; do
-      python benchmarks/variants.py --model "$model" --tuning "$tuning" --width 320 --size 64 --dtype bf16
+      python benchmarks/variants.py --model "$model" --tuning "$tuning" --width 320 --size 64 --dtype bf16 || exit 1
     done
   done 2>&1 | tee "$out/variants.txt" || failed=1
   exit $failed

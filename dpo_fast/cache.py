@@ -15,6 +15,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from dpo_fast.config import parse
 from dpo_fast.door import guarded, say, show_log
@@ -53,49 +54,41 @@ def _run(argv: list[str]) -> int:
 
 
 def _build(argv: list[str]) -> int:
-    config, notes = parse([*argv, "--cache"])
-    for note in notes:
-        say(note)
-    from dpo_fast import parallel
-    from dpo_fast.opening import build_cache
-
-    show_log()
-    ranks = parallel.start("none")
-    started = time.perf_counter()
-    try:
-        counts = build_cache(config, ranks)
-    finally:
-        ranks.close()
+    counts, seconds = _on_ranks("build_cache", argv)
     say(
         f"images: {counts.image_uses} of {counts.image_uses // 2} pairs are {counts.images} different ones,"
         f" {counts.images_encoded} encoded now"
     )
     say(f"captions: {counts.captions} are {counts.prompts} different ones, {counts.prompts_encoded} encoded now")
-    say(f"the cache is complete, after {time.perf_counter() - started:.0f} s")
+    say(f"the cache is complete, after {seconds:.0f} s")
     return 0
 
 
 def _reference(argv: list[str]) -> int:
     draws = [f"--cached_reference{word.removeprefix('--draws')}" if _is_draws(word) else word for word in argv]
-    config, notes = parse([*draws, "--cache"])
+    scored, seconds = _on_ranks("build_reference", draws)
+    pairs = scored.pair_draws // scored.errors.draws
+    say(
+        f"reference errors: {pairs} pairs at {scored.errors.draws} draws, {scored.scored_now} of {scored.pair_draws}"
+        f" computed now, after {seconds:.0f} s"
+    )
+    return 0
+
+
+def _on_ranks(build: str, argv: list[str]) -> tuple[Any, float]:
+    """What that function of dpo_fast.opening makes of the run with the flags `argv`, and the seconds that it took."""
+    config, notes = parse([*argv, "--cache"])
     for note in notes:
         say(note)
-    from dpo_fast import parallel
-    from dpo_fast.opening import build_reference
+    from dpo_fast import opening, parallel  # seconds, which flags that cannot be used must not cost
 
     show_log()
     ranks = parallel.start("none")
     started = time.perf_counter()
     try:
-        scored = build_reference(config, ranks)
+        return getattr(opening, build)(config, ranks), time.perf_counter() - started
     finally:
         ranks.close()
-    pairs = scored.pair_draws // scored.errors.draws
-    say(
-        f"reference errors: {pairs} pairs at {scored.errors.draws} draws, {scored.scored_now} of {scored.pair_draws}"
-        f" computed now, after {time.perf_counter() - started:.0f} s"
-    )
-    return 0
 
 
 def _is_draws(word: str) -> bool:

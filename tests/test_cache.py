@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -138,30 +138,23 @@ def test_killed_again_and_again_it_ends_as_one_built_in_peace(sdxl_path, tmp_pat
     def build(cache: Path) -> multiprocessing.Process:
         return slow_build.started(size, ["build", *build_flags(sdxl_path, pairs, cache, *more)])
 
-    def state(cache: Path) -> int:
-        total = 0
-        for path in cache.rglob("*"):
-            with suppress(FileNotFoundError):  # deleted since it was listed
-                total += path.stat().st_size
-        return total
-
     peaceful = build(tmp_path / "peace")
     peaceful.join()
     assert peaceful.exitcode == 0
     cache, kills, grown = tmp_path / "killed", 0, []
     chance = random.Random()
-    whole = state(tmp_path / "peace")
+    whole = slow_build.written(tmp_path / "peace")
     while kills < 6:
         process = build(cache)
-        before = state(cache) if cache.exists() else 0
+        before = slow_build.written(cache) if cache.exists() else 0
         target = before + chance.uniform(0, 0.1) * whole
-        while process.is_alive() and (not cache.exists() or state(cache) <= max(before, target)):
+        while process.is_alive() and (not cache.exists() or slow_build.written(cache) <= max(before, target)):
             time.sleep(0.001)
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, "it was done before it could be killed"
         kills += 1
-        grown.append(state(cache) - before)
+        grown.append(slow_build.written(cache) - before)
     assert sum(growth > 0 for growth in grown) >= 3
     last = build(cache)
     last.join()

@@ -22,7 +22,11 @@ def no_programs() -> Iterator[None]:
 
 # fp32 with LoRA is below, in a run with everything
 @pytest.mark.parametrize(
-    ("tuning", "precision"), [("lora", "bf16"), ("full", "no"), ("full", "bf16"), ("full", "fp16")]
+    ("tuning", "precision"),
+    [
+        *(("lora", "bf16"), ("full", "no"), ("full", "bf16"), ("full", "fp16")),
+        pytest.param("lora", "fp16", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_the_first_margin_is_exactly_zero_and_later_steps_compile_nothing(
     sdxl_path, pairs, tmp_path, tuning, precision

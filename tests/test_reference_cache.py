@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -262,11 +261,7 @@ def test_killed_again_and_again_it_ends_with_the_same_files(sdxl_path, pairs, tm
         return ["reference", "--draws", str(draws), *flags]
 
     def state(cache: Path) -> int:
-        total = 0
-        for path in cache.rglob("reference-*/*.*"):
-            with suppress(FileNotFoundError):  # renamed since it was listed
-                total += path.stat().st_size
-        return total
+        return slow_build.written(cache, "reference-*/*.*")
 
     peaceful = slow_build.started(size, command(tmp_path / "peace"))
     peaceful.join()

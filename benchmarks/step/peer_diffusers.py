@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.step.plain import MAX_GRAD_NORM, WEIGHT_DECAY, Plain, Seen, dpo, errors, sdxl_prompt, tokenized
+from benchmarks.step.plain import MAX_GRAD_NORM, WEIGHT_DECAY, Plain, Seen, dpo, embedded, errors, tokenized
 from benchmarks.step.work import decoded
 
 VAE_BATCH = 8  # --vae_encode_batch_size
@@ -40,10 +40,7 @@ class PeerDiffusers(Plain):
         latents = torch.cat([self.vae_.encode(part).latent_dist.sample() for part in images.split(VAE_BATCH)])
         latents = (latents * self.vae_.config.scaling_factor).to(self.dtype)
         noise = torch.randn_like(latents).chunk(2)[0].repeat(2, 1, 1, 1)
-        tokens = [ids.to(self.device) for ids in tokens]
-        if len(tokens) == 2:
-            return latents, noise, *sdxl_prompt(self.encoders, tokens)
-        return latents, noise, self.encoders[0](tokens[0])[0]
+        return latents, noise, *embedded(self.encoders, tokens, self.device)
 
     def step(self) -> None:
         started = time.perf_counter()

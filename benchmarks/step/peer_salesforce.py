@@ -15,7 +15,7 @@ from accelerate import cpu_offload
 from torch.utils.data import DataLoader, Dataset
 from transformers.optimization import Adafactor
 
-from benchmarks.step.plain import MAX_GRAD_NORM, WEIGHT_DECAY, Plain, Seen, dpo, errors, sdxl_prompt, tokenized
+from benchmarks.step.plain import MAX_GRAD_NORM, WEIGHT_DECAY, Plain, Seen, dpo, embedded, errors, tokenized
 from benchmarks.step.work import Work, decoded
 
 WORKERS = 16  # of the launchers; no more than there are cores
@@ -69,10 +69,7 @@ class PeerSalesforce(Plain):
         images = torch.cat(pixels.to(self.device).chunk(2, dim=1)).to(self.dtype)
         latents = self.vae_.encode(images).latent_dist.sample() * self.vae_.config.scaling_factor
         noise = torch.randn_like(latents).chunk(2)[0].repeat(2, 1, 1, 1)
-        tokens = [ids.to(self.device) for ids in tokens]
-        if len(tokens) == 2:
-            return latents, noise, *sdxl_prompt(self.encoders, tokens)
-        return latents, noise, self.encoders[0](tokens[0])[0]
+        return latents, noise, *embedded(self.encoders, tokens, self.device)
 
     def step(self) -> None:
         parts, total = [], self.case.pairs

@@ -142,6 +142,12 @@ def dpo(policy_error: Tensor, ref_error: Tensor) -> tuple[Tensor, Tensor]:
     return -F.logsigmoid(margin).mean(), margin
 
 
+def embedded(encoders: list[torch.nn.Module], tokens: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """What the text encoders give: prompt_embeds [N,77,D], and for SDXL pooled [N,D2]."""
+    tokens = [ids.to(device) for ids in tokens]
+    return sdxl_prompt(encoders, tokens) if len(tokens) == 2 else (encoders[0](tokens[0])[0],)
+
+
 def sdxl_prompt(encoders: list[torch.nn.Module], tokens: list[Tensor]) -> tuple[Tensor, Tensor]:
     """prompt_embeds [N,77,D] and pooled [N,D2] of SDXL's two encoders."""
     hidden = []

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 from dpo_fast import cache, caching
 from dpo_fast.data.cache import store
@@ -15,6 +17,15 @@ def started(shard_bytes: int, argv: list[object]) -> multiprocessing.Process:
     process = context.Process(target=_build, args=(shard_bytes, [str(word) for word in argv]))
     process.start()
     return process
+
+
+def written(cache: Path, pattern: str = "*") -> int:
+    """Bytes of the files in `cache` that match."""
+    total = 0
+    for path in cache.rglob(pattern):
+        with suppress(FileNotFoundError):  # deleted or renamed since it was listed
+            total += path.stat().st_size
+    return total
 
 
 def _build(shard_bytes: int, argv: list[str]) -> None:
