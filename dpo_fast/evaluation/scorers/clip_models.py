@@ -22,7 +22,7 @@ class Clip:
         self.width: int = model.config.projection_dim  # of an embedding
         self.scale = model.logit_scale.exp().item()
         self._model = model.requires_grad_(False).eval().to(loading.device, loading.dtype)
-        self._tokenizer = tokenizer(tokenizer_of, loading)
+        self._tokenizer = tokenizer(tokenizer_of, model.config.text_config.vocab_size, loading)
         self._length = model.config.text_config.max_position_embeddings
 
     def of_images(self, pixels: Tensor) -> Tensor:  # fp32 [B,3,size,size], normalised

@@ -4,8 +4,8 @@ Wu et al., "Human Preference Score v2: A Solid Benchmark for Evaluating Human Pr
 2023, arXiv 2306.09341; https://github.com/tgxs002/HPSv2 (Apache-2.0). CLIP ViT-H/14 of open_clip, fine-tuned.
 
 The score is 100 x cosine, -100 to 100, larger is better: the unit of the published tables (the package returns the
-cosine), where Stable Diffusion models have means of 23.6 to 32.5. Scores of version 2 and of version 2.1 are not
-comparable, nor scores of different prompts.
+cosine), where Stable Diffusion models have means of 23.6 to 32.5 by version 2.1. Scores of version 2 and of version 2.1
+are not comparable, nor scores of different prompts.
 
 As in the published code the whole image is seen, resized as a tensor and padded, not cropped. torchvision before 0.17
 did that without antialiasing, which gives other scores. Of open_clip's cleaning of the text, entities and curly quotes

@@ -89,7 +89,7 @@ def load(name: str, loading: Loading) -> Scorer:
     model.vision.to(loading.device, loading.dtype)
     model.text.to(loading.device, loading.dtype)
     model.head.to(loading.device)  # fp32
-    bert = tokenizer(TOKENIZER, loading)
+    bert = tokenizer(TOKENIZER, text_config.vocab_size - 2, loading)  # BLIP's [DEC] and [ENC] are in no prompt
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
         tokens = bert(prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")

@@ -38,11 +38,14 @@ def file(name: str, file_name: str, loading: Loading) -> Path:
     return path
 
 
-def tokenizer(name: str, loading: Loading) -> PreTrainedTokenizerBase:
-    """The tokenizer of the repository OWNER/NAME."""
+def tokenizer(name: str, tokens: int, loading: Loading) -> PreTrainedTokenizerBase:
+    """The tokenizer of the repository OWNER/NAME, which has at least that many tokens."""
     source, hub = repository(name, loading)
     with bad_input(f"the tokenizer of {source} cannot be loaded", ADVICE):
-        return AutoTokenizer.from_pretrained(source, **hub)
+        found = AutoTokenizer.from_pretrained(source, **hub)
+    if len(found) < tokens:  # transformers makes an empty one where files are missing
+        raise BadInput(f"the tokenizer of {source} knows {len(found)} tokens of {tokens}: take the published files")
+    return found
 
 
 def fill(
