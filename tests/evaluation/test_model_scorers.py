@@ -18,6 +18,8 @@ from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.scorers import MODULE_OF, Scorer, aesthetic, batching, hpsv2, imagereward, load_scorer
 from dpo_fast.evaluation.scorers.clip_models import VIT_H, VIT_L
 from tests.helpers import scorer_files
+from tests.helpers.pipelines import randomise
+from tests.helpers.plain_models import OpenClip
 
 NAMES = [name for name, module in MODULE_OF.items() if module != "shapes"]
 PROMPTS = ["a cat", "", "A Dog, in the RAIN!", "x" * 100 + " y", "two hats & a \u2019coat\u2019 &amp;amp; caf\u00e9"]
@@ -32,7 +34,7 @@ def published(tmp_path_factory) -> tuple[Path, dict[str, torch.nn.Module]]:
 
 @pytest.fixture(autouse=True)
 def small_imagereward(monkeypatch):
-    monkeypatch.setattr(imagereward, "VISION", scorer_files.VISION_OF_IMAGEREWARD)
+    monkeypatch.setattr(imagereward, "VISION", scorer_files.small_vision())
 
 
 def images_for(prompts: list[str], height: int = 45, width: int = 37) -> torch.Tensor:
@@ -108,7 +110,7 @@ def expected_scores(published, name: str, images: torch.Tensor, prompts: list[st
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("shape", [(45, 37), (64, 64), (31, 29), (28, 28)], ids=str)
+@pytest.mark.parametrize("shape", [(45, 37), (64, 64), (31, 28), (28, 28)], ids=str)
 def test_scores_are_the_published_ones(published, name, shape):
     images = images_for(PROMPTS, *shape)
     scores = load(published, name).score(images, PROMPTS)

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -16,15 +17,6 @@ from tests.helpers.plain_models import OpenClip, PlainImageReward, plain_head
 SIZE, PATCH = 28, 7  # pixels, instead of 224 and 14 or 16
 EMBED = 24
 VISION, TEXT = (32, 2, 4), (514, 48, 2, 4)  # width, layers, heads; before them the vocabulary of the test tokenizer
-VISION_OF_IMAGEREWARD = BlipVisionConfig(
-    hidden_size=32,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    image_size=SIZE,
-    patch_size=PATCH,
-    layer_norm_eps=1e-6,
-)
 
 
 def clip_config(hidden_act: str) -> CLIPConfig:
@@ -53,6 +45,16 @@ def clip_config(hidden_act: str) -> CLIPConfig:
             "patch_size": PATCH,
         },
     )
+
+
+def small_vision() -> BlipVisionConfig:
+    """ImageReward's configuration of BLIP's ViT with smaller numbers."""
+    width, layers, heads = VISION
+    config = deepcopy(imagereward.VISION)
+    config.hidden_size, config.intermediate_size = width, 4 * width
+    config.num_hidden_layers, config.num_attention_heads = layers, heads
+    config.image_size, config.patch_size = SIZE, PATCH
+    return config
 
 
 def write_all(folder: Path) -> dict[str, nn.Module]:
@@ -85,6 +87,10 @@ def write_all(folder: Path) -> dict[str, nn.Module]:
     bert = bert_tokenizer()
     models["imagereward"] = PlainImageReward(SIZE, PATCH, VISION, (len(bert) + 2, *TEXT[1:]))
     randomise(models["imagereward"], 30)
+    with torch.no_grad():  # so little that the epsilon of the first norm counts
+        encoder = models["imagereward"].blip.visual_encoder
+        for parameter in (encoder.cls_token, encoder.pos_embed, *encoder.patch_embed.parameters()):
+            parameter.mul_(1e-3)
     (folder / imagereward.REPOSITORY).mkdir(parents=True)
     torch.save(models["imagereward"].state_dict(), folder / imagereward.REPOSITORY / "ImageReward.pt")
     config = {  # the keys of BLIP's configs/med_config.json
