@@ -90,7 +90,7 @@ def test_the_built_in_scorers_are_the_exact_scores():
         "right": torch.ones(6).double(),
         "appeal": score.appeal(images / 255),
     }
-    assert set(MODULE_OF) == set(expected)
+    assert {name for name, module in MODULE_OF.items() if module == "shapes"} == set(expected)
     for name, values in expected.items():
         assert torch.equal(load_scorer(name).score(images, captions), values)
 

@@ -150,7 +150,8 @@ def tokenizer(pad_token: str) -> CLIPTokenizer:
 
 
 @torch.no_grad()
-def _randomise(module: nn.Module, seed: int) -> None:
+def randomise(module: nn.Module, seed: int) -> None:
+    """Give every parameter another random value, norms and biases included."""
     generator = torch.Generator().manual_seed(seed)
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
@@ -169,7 +170,7 @@ def _randomise(module: nn.Module, seed: int) -> None:
 def _save(pipeline: DiffusionPipeline, folder: Path, dtype: torch.dtype, seed: int) -> Path:
     modules = [part for _, part in sorted(pipeline.components.items()) if isinstance(part, nn.Module)]
     for i, module in enumerate(modules):
-        _randomise(module, 1000 * seed + i)
+        randomise(module, 1000 * seed + i)
     vae = pipeline.vae  # a trained VAE's raw latents have a standard deviation of 1 / scaling_factor
     vae.quant_conv.weight /= vae.config.scaling_factor
     vae.post_quant_conv.weight *= vae.config.scaling_factor

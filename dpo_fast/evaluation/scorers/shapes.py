@@ -2,7 +2,7 @@
 
 import torch
 
-from dpo_fast.evaluation.scorers import Scorer
+from dpo_fast.evaluation.scorers import Loading, Scorer
 from dpo_fast.shapes import score
 from dpo_fast.shapes.render import RESOLUTION
 
@@ -13,7 +13,7 @@ _SCORES = {
 }
 
 
-def load(name: str, device: torch.device | str) -> Scorer:
+def load(name: str, loading: Loading) -> Scorer:
     """These run on the CPU, whatever the device: the images are 16 x 16 pixels."""
 
     def check(prompts: list[str]) -> None:

@@ -1,0 +1,68 @@
+"""Files of published models, from the hub or from a folder, read without running any code that is in them."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dpo_fast.errors import BadInput
+from dpo_fast.evaluation.scorers import Loading
+from dpo_fast.models.faults import bad_input
+
+ADVICE = "take the published files, or check the connection and the token"
+
+
+def repository(name: str, loading: Loading) -> tuple[str, dict[str, str | None]]:
+    """The first argument and the keywords of transformers' from_pretrained for the repository OWNER/NAME."""
+    if loading.where is None:
+        return name, {"cache_dir": loading.cache_dir, "token": loading.token}
+    folder = loading.where / name
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is no folder: hf download {name} --local-dir {folder}")
+    return str(folder), {}
+
+
+def file(name: str, file_name: str, loading: Loading) -> Path:
+    """One file of the repository OWNER/NAME."""
+    source, hub = repository(name, loading)
+    if loading.where is None:
+        with bad_input(f"{file_name} of {name} cannot be fetched", ADVICE):
+            return Path(hf_hub_download(source, file_name, **hub))
+    path = Path(source, file_name)
+    if not path.is_file():
+        raise BadInput(f"{path} is no file: hf download {name} {file_name} --local-dir {source}")
+    return path
+
+
+def tokenizer(name: str, tokens: int, loading: Loading) -> PreTrainedTokenizerBase:
+    """The tokenizer of the repository OWNER/NAME, which has at least that many tokens."""
+    source, hub = repository(name, loading)
+    with bad_input(f"the tokenizer of {source} cannot be loaded", ADVICE):
+        found = AutoTokenizer.from_pretrained(source, **hub)
+    if len(found) < tokens:  # transformers makes an empty one where files are missing
+        raise BadInput(f"the tokenizer of {source} knows {len(found)} tokens of {tokens}: take the published files")
+    return found
+
+
+def fill(
+    module: nn.Module, path: Path, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]], under: str | None = None
+) -> None:
+    """Give every parameter of `module` its value, from the tensors that torch.save wrote to `path`.
+
+    convert: from the file's names and tensors to the module's. under: the key of the file's dict that has them.
+
+    Raises BadInput where they are not exactly the module's. A pickle with code in it is refused, not run.
+    """
+    with bad_input(f"{path} is not the published file", "download it again"):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise BadInput(f"{path} holds more than weights and could run code: take the published file") from error
+        except EOFError as error:
+            raise ValueError("it ends too early") from error
+        state = content if under is None else content[under]
+        module.load_state_dict(convert(state))
