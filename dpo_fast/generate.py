@@ -59,9 +59,7 @@ def _run(config: GenerateConfig) -> int:
     )
     out = config.output_dir or Path("images", list(models)[-1])
     for name, model in models.items():
-        say(
-            f"{name}: {model}, {model.steps} steps, guidance {model.guidance:g}, {model.resolution} x {model.resolution}"
-        )
+        say(f"{name}: {model}, {model.steps} steps, guidance {model.guidance:g}, {model.resolution} pixels a side")
 
     show_log()
     ranks = parallel.start("none")

@@ -309,7 +309,7 @@ def _same_weights(out: Path, about: Mapping[str, str]) -> None:
     before = listing["weights"].setdefault(name, about["digest"])
     if before != about["digest"]:
         raise BadInput(
-            f"--output_dir {out}: the weights of {name} ({about['weights']}) are not those of the images that are there;"
+            f"--output_dir {out}: the weights of {name} ({about['weights']}) are not those that its images come from;"
             " name another folder"
         )
     write_json(out / LISTING, {**listing, "complete": False})
