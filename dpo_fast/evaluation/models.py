@@ -126,7 +126,6 @@ def named(
     A baseline of the policy's family is sampled as the policy is, and both compute in one dtype (fp16 without a run).
     """
     config = read_run(policy) if is_run(policy) else None
-
     given = {name: value for name, value in overriding.items() if value is not None}
     precision = config.mixed_precision if config else "fp16"
 
@@ -149,7 +148,7 @@ def named(
         other_name, other = _folder_name(baseline), source(baseline)
         if other.family() is aligned.family():
             other = replace(other, steps=aligned.steps, guidance=aligned.guidance, resolution=aligned.resolution)
-    if other_name == name:
+    if other_name.lower() == name.lower():
         other_name = f"baseline-{name}"
     return {other_name: other.settled(), name: aligned}
 
