@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from dpo_fast import __version__
 from dpo_fast.data.images import BadImage, crop_corner, decode, resize, to_pixels
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation.models import ModelSource, OneAtATime, compute_dtype
+from dpo_fast.evaluation.models import ModelSource, OneAtATime, align_weights, compute_dtype
 from dpo_fast.evaluation.prompts import Prompt
 from dpo_fast.files import remove_temporaries, write_json
 from dpo_fast.models.encoding import weights_digest
@@ -218,6 +218,7 @@ class _Share:
     def open(self, models: OneAtATime) -> None:
         """Load the model."""
         family, source = models.open(self.source), self.source
+        align_weights(family)
         self.about = {
             "model": self.name,
             "weights": str(source),

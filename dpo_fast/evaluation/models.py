@@ -13,6 +13,8 @@ from dpo_fast.models.faults import bad_input
 from dpo_fast.models.load import component_config, family_of
 from dpo_fast.models.lora import WEIGHT_NAME
 
+ALIGNMENT = 64  # bytes: of what PyTorch allocates on a CPU
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -193,6 +195,18 @@ class OneAtATime:
         if source.merged:
             merge_lora(family.pipeline, source.merged, cache_dir=source.cache_dir, token=source.token)
         return family
+
+
+def align_weights(family: Family) -> None:
+    """Move weights that lie askew in a CPU's memory to where PyTorch would have put them.
+
+    A library leaves them where it read them, at an address that differs from process to process, and the last bit of a
+    product depends on that.
+    """
+    for module in family.pipeline.components.values():
+        for tensor in (*module.parameters(), *module.buffers()) if isinstance(module, torch.nn.Module) else ():
+            if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+                tensor.data = tensor.data.clone()
 
 
 def compute_dtype(source: ModelSource, device: torch.device) -> torch.dtype:
