@@ -1,10 +1,15 @@
 """Sample images from the policy and from the base, and the picture that shows one above the other."""
 
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from dpo_fast.files import atomic_file
@@ -24,30 +29,60 @@ def sample(
     guidance: float | None = None,  # guidance_scale of the pipeline; None: the family's usual
     batch_size: int = 1,
     describe: str | None = None,  # title of a progress bar; None: no bar
+    layouts: torch.Tensor | None = None,  # uint8 [N, 3, resolution, resolution]: where to start from; None: from noise
+    strength: float = 1.0,  # of the noise on a layout, in (0, 1]: the share of the steps that is taken
 ) -> torch.Tensor:
     """One image a prompt: uint8 [N, 3, resolution, resolution] on the CPU.
 
-    The pipeline's own UNet is used with the weights it holds now. An image depends on its prompt and seed alone, up to
-    the rounding of another batch size.
+    The pipeline's own UNet is used with the weights it holds now. An image depends on its prompt, seed and layout
+    alone, up to the rounding of another batch size.
+
+    With layouts this is SDEdit (arXiv 2108.01073) as diffusers' image-to-image pipelines have it: of `steps` steps the
+    last int(steps * strength) are taken, at least one, from the layout with the noise of the first of these.
     """
     family.pipeline.set_progress_bar_config(disable=True)
     images = []
     bar = tqdm(total=len(prompts), desc=describe, unit=" images", disable=describe is None)
     for first in range(0, len(prompts), batch_size):
         rows = slice(first, first + batch_size)
-        latents = family.pipeline(
+        pipeline, start = family.pipeline, {"height": resolution, "width": resolution}
+        if layouts is not None:
+            latents = family.encode_images(layouts[rows], batch_size)
+            pipeline, start = _from_latents(family, latents), {"image": latents, "strength": strength}
+        latents = pipeline(
             prompts[rows],
             num_inference_steps=steps or family.sampling_steps,
             guidance_scale=family.sampling_guidance if guidance is None else guidance,
-            height=resolution,
-            width=resolution,
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]],
             output_type="latent",  # decoded by the family: the VAE may be fp32 beside a half-precision UNet
+            **start,
         ).images
         images.append(family.decode_latents(latents).cpu())
         bar.update(len(latents))
     bar.close()
     return torch.cat(images)
+
+
+def _from_latents(family: Family, latents: torch.Tensor):
+    """The image-to-image pipeline of the family's own components, which starts at `latents` [N,C,h,w].
+
+    It would encode images itself, in the UNet's dtype, and draw from the posterior before it draws the noise.
+    """
+    parts, scheduler = dict(family.pipeline.components), family.pipeline.scheduler
+    if family.needs_time_ids:
+        empty = family.pipeline.config.get("force_zeros_for_empty_prompt", True)
+        pipeline = StableDiffusionXLImg2ImgPipeline(**parts, force_zeros_for_empty_prompt=empty, add_watermarker=False)
+    else:
+        pipeline = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.image_processor = VaeImageProcessor(vae_latent_channels=latents.shape[1])  # passes latents on
+
+    def prepare_latents(image, timestep, batch_size, num_images_per_prompt, dtype, device, generator=None, *_):
+        noise = randn_tensor(latents.shape, generator=generator, device=device, dtype=dtype)
+        return scheduler.add_noise(latents.to(device, dtype), noise, timestep)
+
+    pipeline.prepare_latents = prepare_latents
+    return pipeline
 
 
 def to_picture(pixels: torch.Tensor) -> Image.Image:  # uint8 [3, H, W]
@@ -57,29 +92,43 @@ def to_picture(pixels: torch.Tensor) -> Image.Image:  # uint8 [3, H, W]
 
 def before_after(before: list[Image.Image], after: list[Image.Image], captions: list[str]) -> Image.Image:
     """A picture with one column a prompt: the base's image above the policy's, the caption under both."""
-    cell = max(before[0].width, 160)
+    return picture_grid({"before": before, "after": after}, captions)
+
+
+def picture_grid(
+    rows: Mapping[str, Sequence[Image.Image]],  # title -> an image a caption, all of one size
+    captions: Sequence[str],
+    largest: int | None = None,  # pixels a cell at most; None: as large as the images
+) -> Image.Image:
+    """A picture with one column a caption, which stands under the images of all rows."""
+    width = next(iter(rows.values()))[0].width
+    cell = max(min(width, largest or width), 160)
     # A tiny image stays what it is, squares of one colour; blurred, it would look like a bad photograph.
-    enlarge = Image.Resampling.NEAREST if before[0].width < cell / 2 else Image.Resampling.LANCZOS
+    enlarge = Image.Resampling.NEAREST if width < cell / 2 else Image.Resampling.LANCZOS
     font = ImageFont.load_default(FONT_SIZE)
     label = FONT_SIZE + 6
-    height = 2 * (cell + label) + CAPTION_LINES * (FONT_SIZE + 4) + 4 * MARGIN
+    bottom = len(rows) * (cell + label) + (len(rows) + 1) * MARGIN
+    height = bottom + CAPTION_LINES * (FONT_SIZE + 4) + MARGIN
     sheet = Image.new("RGB", (MARGIN + len(captions) * (cell + MARGIN), height), "white")
     draw = ImageDraw.Draw(sheet)
     for column, caption in enumerate(captions):
         x = MARGIN + column * (cell + MARGIN)
-        for row, (title, image) in enumerate((("before", before[column]), ("after", after[column]))):
+        for row, (title, images) in enumerate(rows.items()):
             y = MARGIN + row * (cell + label + MARGIN)
             draw.text((x, y), title, fill="gray", font=font)
-            sheet.paste(image.resize((cell, cell), enlarge), (x, y + label))
+            sheet.paste(images[column].resize((cell, cell), enlarge), (x, y + label))
         width = int(cell / (FONT_SIZE * 0.55))  # in characters
         lines = textwrap.wrap(caption, width, max_lines=CAPTION_LINES, placeholder=" ...")
         panel = Image.new("RGB", (cell, CAPTION_LINES * (FONT_SIZE + 4)), "white")  # wide letters end at its edge
         ImageDraw.Draw(panel).multiline_text((0, 0), "\n".join(lines), fill="black", font=font)
-        sheet.paste(panel, (x, 2 * (cell + label) + 3 * MARGIN))
+        sheet.paste(panel, (x, bottom))
     return sheet
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG atomically."""
+def save_png(image: Image.Image, path: Path, about: Mapping[str, str] | None = None) -> None:
+    """Write a PNG atomically, with the texts `about` it where there are any (`Image.open(path).text`)."""
+    texts = PngInfo()
+    for name, text in (about or {}).items():
+        texts.add_text(name, text)
     with atomic_file(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=texts)

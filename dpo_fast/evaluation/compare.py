@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from dpo_fast.config import TrainConfig
-from dpo_fast.errors import BadInput
+from dpo_fast.evaluation.models import OneAtATime, base_of, result_of
+from dpo_fast.evaluation.prompts import read_lines
 from dpo_fast.evaluation.scorers import load_scorer
 from dpo_fast.evaluation.statistics import WinRate, diversity, win_rate
 from dpo_fast.files import write_json
-from dpo_fast.models import COMPUTE_DTYPES, Family, load_family, merge_lora
+from dpo_fast.models import Family
 from dpo_fast.parallel import Ranks
 from dpo_fast.sampling import before_after, sample, save_png, to_picture
 
@@ -89,7 +90,7 @@ class Evaluation:
 
     def __init__(self, config: TrainConfig) -> None:
         self.scorers = {name: load_scorer(name) for name in config.eval_scorers}
-        lines = read_prompts(config.eval_prompts)
+        lines = read_lines(config.eval_prompts, "--eval_prompts")
         self.prompts = [lines[k % len(lines)] for k in range(config.eval_images or len(lines))]
         for scorer in self.scorers.values():
             scorer.check(lines)
@@ -101,16 +102,9 @@ class Evaluation:
         """
         started = time.perf_counter()
         mine = slice(ranks.rank, None, ranks.world_size)
-        family = _load(config, ranks, config.pretrained_model_name_or_path)
-        if config.init_lora:
-            merge_lora(family.pipeline, config.init_lora, cache_dir=config.cache_dir, token=config.hub_token)
-        base = self._generate(config, ranks, family, mine, "base")
-        if config.tuning == "lora":
-            family.pipeline.load_lora_weights(config.output_dir)
-        else:
-            del family
-            family = _load(config, ranks, config.output_dir)
-        policy = self._generate(config, ranks, family, mine, "policy")
+        models = OneAtATime(ranks.device)
+        base = self._generate(config, ranks, models.open(base_of(config)), mine, "base")
+        policy = self._generate(config, ranks, models.open(result_of(config, config.output_dir)), mine, "policy")
         if not ranks.is_main:
             return None
         scores = []
@@ -150,41 +144,8 @@ class Evaluation:
         return whole
 
 
-def read_prompts(path: Path) -> list[str]:
-    """A text file's lines, blank ones left out. Raises BadInput where there are none."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(
-            f"--eval_prompts {path} cannot be read ({error}); name a text file, one prompt a line"
-        ) from error
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise BadInput(f"--eval_prompts {path} holds no prompt; write one a line")
-    return prompts
-
-
 def add_to_summary(folder: Path, comparison: Comparison) -> dict[str, object]:
     """Add the findings to the run's summary.json and return it."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8")) | comparison.for_summary()
     write_json(folder / "summary.json", summary)
     return summary
-
-
-def _load(config: TrainConfig, ranks: Ranks, path: str | Path) -> Family:
-    """A pipeline as users sample from it: in the compute dtype on a GPU, in fp32 on a CPU, where half is slow."""
-    exported = path == config.output_dir
-    return load_family(
-        path,
-        turbo=config.is_turbo,
-        dtype=torch.float32 if ranks.device.type == "cpu" else COMPUTE_DTYPES[config.mixed_precision],
-        device=ranks.device,
-        revision=None if exported else config.revision,
-        variant=None if exported else config.variant,
-        vae_path=None if exported else config.pretrained_vae_model_name_or_path,
-        prediction_type=config.prediction_type,
-        attention=config.attention,
-        cache_dir=config.cache_dir,
-        token=config.hub_token,
-        single_file_config=config.single_file_config,
-    )

@@ -84,11 +84,8 @@ def load_family(
     if path.endswith(_PICKLES):
         raise BadInput(f"{path} is a pickle, which could run code: convert it to .safetensors or to a diffusers folder")
     hub = {"revision": revision, "cache_dir": cache_dir, "token": token}
-    is_file = path.endswith(".safetensors")
-    kind = _kind_of_file(path) if is_file else _kind_of_folder(path, hub)
-    if turbo and kind is not SDXL:
-        raise BadInput(f"turbo is for SDXL pipelines, but {path} is a {_PIPELINES[kind].__name__}: leave turbo out")
-    if is_file:
+    kind = _kind(path, turbo, hub)
+    if path.endswith(".safetensors"):
         config = None if single_file_config is None else str(single_file_config)
         pipeline = _load_file(path, kind, dtype, unet_dtype, {"config": config, "cache_dir": cache_dir, "token": token})
     else:
@@ -108,6 +105,19 @@ def load_family(
     )
     set_attention(family.unet, attention)
     return family
+
+
+def family_of(
+    path: str | Path,
+    *,
+    turbo: bool = False,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
+) -> type[Family]:
+    """The class that `load_family` would give an instance of, without loading any weights; the same errors."""
+    kind = _kind(str(path), turbo, {"revision": revision, "cache_dir": cache_dir, "token": token})
+    return Turbo if turbo else kind
 
 
 def component_config(
@@ -130,6 +140,14 @@ def component_config(
         _kind_of_folder(source, hub)
     with bad_input(f"the {component} configuration of {source} cannot be read", "name a whole diffusers pipeline"):
         return UNet2DConditionModel.load_config(source, subfolder=component, **hub)
+
+
+def _kind(path: str, turbo: bool, hub: dict) -> type[Family]:
+    """SD15 or SDXL."""
+    kind = _kind_of_file(path) if path.endswith(".safetensors") else _kind_of_folder(path, hub)
+    if turbo and kind is not SDXL:
+        raise BadInput(f"turbo is for SDXL pipelines, but {path} is a {_PIPELINES[kind].__name__}: leave turbo out")
+    return kind
 
 
 def _kind_of_folder(path: str, hub: dict) -> type[Family]:

@@ -7,9 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dpo_fast.errors import BadInput
 from dpo_fast.evaluation import compare
-from dpo_fast.evaluation.compare import Comparison, Judged, read_prompts
+from dpo_fast.evaluation.compare import Comparison, Judged
 from dpo_fast.evaluation.scorers import MODULE_OF, Scorer, load_scorer
 from dpo_fast.evaluation.statistics import WinRate
 from dpo_fast.shapes import score
@@ -72,14 +71,6 @@ def test_bad_input_is_found_before_anything_is_opened(tmp_path, capsys):
     assert "'a dog' is none of" in refused("--eval_scorers", "faithfulness", "--eval_prompts", prompts)
     assert "cannot be read" in refused("--eval_scorers", "right", "--eval_prompts", tmp_path / "nowhere")
     assert not (tmp_path / "run").exists()
-
-
-def test_prompts_are_lines(tmp_path):
-    (tmp_path / "p.txt").write_text("one\n\n  two  \n", encoding="utf-8")
-    assert read_prompts(tmp_path / "p.txt") == ["one", "two"]
-    (tmp_path / "p.txt").write_text(" \n")
-    with pytest.raises(BadInput, match="holds no prompt"):
-        read_prompts(tmp_path / "p.txt")
 
 
 def test_the_built_in_scorers_are_the_exact_scores():

@@ -1,0 +1,366 @@
+"""Prompts to images on disk for one model or several, from the same initial noise.
+
+    OUT/<model>/<prompt>-<seed>.png    with prompt, seed, model, steps, guidance, sampler ... as PNG texts
+    OUT/images.json                    the settings, and a row an image
+    OUT/grid.png                       a column a prompt, a row a model
+
+Images are made in batches that prompts and seeds alone decide, so that what is made again after an interruption, and
+what other ranks make, is the same to the bit.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from dpo_fast import __version__
+from dpo_fast.data.images import BadImage, crop_corner, decode, resize, to_pixels
+from dpo_fast.errors import BadInput
+from dpo_fast.evaluation.models import ModelSource, OneAtATime, align_weights, compute_dtype
+from dpo_fast.evaluation.prompts import Prompt
+from dpo_fast.files import remove_temporaries, write_json
+from dpo_fast.models.encoding import weights_digest
+from dpo_fast.parallel import Ranks
+from dpo_fast.sampling import picture_grid, sample, save_png, to_picture
+
+LISTING, GRID = "images.json", "grid.png"
+LONGEST_NAME = 80  # characters of a prompt in a file's name
+PACKAGES = ("torch", "diffusers")  # whose versions an image notes
+COLUMNS, LARGEST_CELL = 8, 384  # of grid.png; a cell in pixels
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An image to start from."""
+
+    path: Path
+    digest: str  # of the file
+
+    def pixels(self, resolution: int) -> torch.Tensor:
+        """uint8 [3, resolution, resolution]: the shorter side scaled to the resolution, then the centre."""
+        image = resize(decode(self.path.read_bytes()), resolution)
+        return to_pixels(image, *crop_corner(image.size, resolution, None), resolution)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to generate: every prompt with every seed from every model.
+
+    Raises BadInput where the strength leaves a model no step.
+    """
+
+    models: Mapping[str, ModelSource]  # name of its folder -> model, settled
+    prompts: Sequence[Prompt]
+    seeds: Sequence[int]
+    layouts: Mapping[str, Layout] | None = None  # prompt -> where to start from; None: from noise
+    strength: float | None = None  # with layouts: of the noise, in (0, 1]
+    batch_size: int = 8  # images generated at once by a rank
+
+    def __post_init__(self) -> None:
+        for name, model in self.models.items() if self.strength is not None else ():
+            if int(model.steps * self.strength) < 1:
+                raise BadInput(
+                    f"--strength ({self.strength}) of {model.steps} steps ({name}) is less than one step: raise it, or"
+                    " --sampling_steps"
+                )
+
+    def rows(self) -> list["ImageRow"]:
+        """A row an image, in the order of models, prompts and seeds. A prompt that recurs names its image again."""
+        return [
+            ImageRow(
+                name,
+                *prompt,
+                seed,
+                noise_seed(prompt.text, seed),
+                self.layouts[prompt.text].path.name if self.layouts else None,
+                f"{name}/{file_stem(prompt.text)}-{seed}.png",
+            )
+            for name in self.models
+            for prompt in self.prompts
+            for seed in self.seeds
+        ]
+
+
+class ImageRow(NamedTuple):
+    """One image of one prompt."""
+
+    model: str
+    prompt: str
+    source: str  # the prompt's set or file
+    category: str | None
+    challenge: str | None
+    seed: int
+    noise_seed: int  # torch.Generator("cpu").manual_seed(noise_seed) draws the initial noise
+    layout: str | None  # file name
+    file: str  # relative to the folder of images.json
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a folder of images holds."""
+
+    rows: list[ImageRow]
+    complete: bool  # False: interrupted, some files are not there yet
+    made: int = 0  # files made now
+
+    def of(self, model: str) -> list[ImageRow]:
+        """The images of a model, in an order that is the same for every model."""
+        return [row for row in self.rows if row.model == model]
+
+
+def generate_images(wanted: Wanted, out: Path, ranks: Ranks) -> Generated:
+    """Make what is missing of `wanted` in `out`, every rank its share. The listing comes back on every rank.
+
+    Raises BadInput, on every rank, where `out` holds something else, or images of other settings or weights.
+    """
+    rows = wanted.rows()
+    ranks.on_main(lambda: _claim(wanted, rows, out, ranks.device))
+    missing = set(ranks.share([file for file in {row.file: None for row in rows} if not (out / file).is_file()]))
+    models = OneAtATime(ranks.device)
+    for name in wanted.models:
+        if not any(row.file in missing for row in rows if row.model == name):
+            continue
+        mine = _batches([row for row in rows if row.model == name], wanted.batch_size)[ranks.rank :: ranks.world_size]
+        share = _Share(wanted, name, [b for b in mine if any(row.file in missing for row in b)], missing, out)
+        ranks.on_all(lambda share=share: share.open(models))
+        ranks.on_main(lambda share=share: _same_weights(out, share.about))
+        ranks.on_all(lambda share=share: share.make(models, show=ranks.is_main))
+    ranks.on_main(lambda: _finish(wanted, rows, out))
+    return Generated(rows, complete=True, made=len(missing))
+
+
+def read_images(out: Path) -> Generated:
+    """What images.json of a folder says. Raises BadInput where there is none."""
+    listing = _listing(out)
+    if listing is None:
+        raise BadInput(f"{out} holds no {LISTING}: name a folder that dpo_fast.generate wrote")
+    return Generated([ImageRow(**row) for row in listing["images"]], listing["complete"])
+
+
+def read_layouts(path: Path, prompts: Sequence[Prompt]) -> dict[str, Layout]:
+    """The layout of every prompt: the image at `path`, or one of the folder `path`.
+
+    Of a folder a prompt takes the image whose name is the prompt's (in letters and digits, whatever their case and
+    what stands between them); the k-th prompt without such an image takes the k-th of all in the order of their names,
+    starting again at the end. Raises BadInput for what is not there, and for an image that does not open.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_FILES)
+        if not files:
+            raise BadInput(f"--layout {path} holds no image ({', '.join(IMAGE_FILES)}); name an image or their folder")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise BadInput(f"--layout {path} does not exist; name an image or a folder of images")
+    by_name = {_plain(file.stem): file for file in reversed(files)} if path.is_dir() else {}
+    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+    unnamed = [text for text in texts if _plain(text) not in by_name]
+    chosen = {text: files[k % len(files)] for k, text in enumerate(unnamed)}
+    chosen |= {text: by_name[_plain(text)] for text in texts if text not in chosen}
+    opened = {file: _open_layout(file) for file in set(chosen.values())}
+    return {text: opened[chosen[text]] for text in texts}
+
+
+def file_stem(prompt: str) -> str:
+    """The prompt as the start of a file's name: its words, and a digest where these are not all of it."""
+    words = _plain(prompt)
+    if words.replace("-", " ") == prompt:
+        return words
+    return f"{words or 'prompt'}-{hashlib.blake2b(prompt.encode(), digest_size=4).hexdigest()}"
+
+
+def noise_seed(prompt: str, seed: int) -> int:
+    """The generator's seed for an image's initial noise, in [0, 2^63): the same for every model.
+
+    Other prompts start from other noise, so that they tell of the models independently of each other.
+    """
+    return int.from_bytes(hashlib.blake2b(f"{seed}\n{prompt}".encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:LONGEST_NAME].strip("-")
+
+
+def _open_layout(path: Path) -> Layout:
+    try:
+        data = path.read_bytes()
+        decode(data)
+    except (OSError, BadImage) as error:
+        raise BadInput(f"--layout {path} {error}; name an image that opens") from error
+    return Layout(path, hashlib.blake2b(data, digest_size=8).hexdigest())
+
+
+def _batches(rows: Sequence[ImageRow], size: int) -> list[list[ImageRow]]:
+    """One row a file, `size` at a time."""
+    each = list({row.file: row for row in reversed(rows)}.values())[::-1]
+    return [each[first : first + size] for first in range(0, len(each), size)]
+
+
+class _Share:
+    """The images of one model that this rank makes."""
+
+    def __init__(
+        self, wanted: Wanted, name: str, batches: Sequence[Sequence[ImageRow]], missing: set[str], out: Path
+    ) -> None:
+        self.wanted, self.name, self.source = wanted, name, wanted.models[name]
+        self.batches, self.missing, self.out = batches, missing, out
+        self.about: dict[str, str] = {}  # the texts that all images of the model have
+
+    def open(self, models: OneAtATime) -> None:
+        """Load the model."""
+        family, source = models.open(self.source), self.source
+        align_weights(family)
+        self.about = {
+            "model": self.name,
+            "weights": str(source),
+            "digest": weights_digest(family.unet),
+            "family": family.name,
+            "sampler": type(family.pipeline.scheduler).__name__,
+            "steps": str(source.steps),
+            "guidance": f"{source.guidance:g}",
+            "resolution": str(source.resolution),
+            "dtype": str(family.dtype).removeprefix("torch."),
+            "versions": ", ".join([f"dpo_fast {__version__}", *(f"{name} {version(name)}" for name in PACKAGES)]),
+        }
+
+    def make(self, models: OneAtATime, show: bool) -> None:
+        """Generate the batches and write those of their images that are missing; show: with a progress bar."""
+        family, wanted, source = models.open(self.source), self.wanted, self.source
+        number = sum(row.file in self.missing for batch in self.batches for row in batch)
+        with tqdm(total=number, desc=f"generating, {self.name}", unit=" images", disable=not show) as bar:
+            for batch in self.batches:
+                layouts = wanted.layouts and [wanted.layouts[row.prompt].pixels(source.resolution) for row in batch]
+                images = sample(
+                    family,
+                    [row.prompt for row in batch],
+                    [row.noise_seed for row in batch],
+                    resolution=source.resolution,
+                    steps=source.steps,
+                    guidance=source.guidance,
+                    batch_size=len(batch),
+                    layouts=torch.stack(layouts) if layouts else None,
+                    strength=wanted.strength or 1.0,
+                )
+                for row, image in zip(batch, images, strict=True):
+                    if row.file in self.missing:
+                        save_png(to_picture(image), self.out / row.file, _texts(row, wanted.strength) | self.about)
+                        bar.update()
+
+
+def _texts(row: ImageRow, strength: float | None) -> dict[str, str]:
+    values = {**row._asdict(), "strength": strength}
+    return {name: str(value) for name, value in values.items() if value is not None and name != "file"}
+
+
+# ---- the folder --------------------------------------------------------------------------------------------------
+
+
+def _settings(wanted: Wanted, device: torch.device) -> dict[str, object]:
+    """What decides the images, as JSON has it."""
+    models = {}
+    for name, source in wanted.models.items():
+        facts = asdict(source)
+        for passing in ("mixed_precision", "attention", "cache_dir", "token"):
+            del facts[passing]
+        models[name] = {**facts, "dtype": str(compute_dtype(source, device)).removeprefix("torch.")}
+    settings = {
+        "models": models,
+        "prompts": f"{len(wanted.prompts)} of digest {_digest(wanted.prompts)}",
+        "seeds": list(wanted.seeds),
+        "layouts": wanted.layouts and _digest({text: layout.digest for text, layout in wanted.layouts.items()}),
+        "strength": wanted.strength,
+    }
+    return json.loads(json.dumps(settings))
+
+
+def _digest(value: object) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
+
+
+def _claim(wanted: Wanted, rows: Sequence[ImageRow], out: Path, device: torch.device) -> None:
+    """Make `out` ours, or go on with it. Raises BadInput where it holds anything else."""
+    settings, listing = _settings(wanted, device), _listing(out)
+    if listing is None:
+        if out.exists() and not out.is_dir():
+            raise BadInput(f"--output_dir {out} is a file; name a folder")
+        if out.is_dir() and any(not entry.name.startswith(".tmp-") for entry in out.iterdir()):
+            raise BadInput(f"--output_dir {out} is not empty and holds no {LISTING}; name another folder")
+        _write(out, {"settings": settings, "weights": {}, "complete": False}, rows)
+    elif listing["settings"] != settings:
+        found = "; ".join(_differences(listing["settings"], settings))
+        raise BadInput(
+            f"--output_dir {out} holds images of other settings ({found}); give these or name another folder"
+        )
+    for folder in (out, *(out / name for name in wanted.models)):
+        remove_temporaries(folder)
+
+
+def _same_weights(out: Path, about: Mapping[str, str]) -> None:
+    """Note the weights that the images of a model come from. Raises BadInput where there are images from others."""
+    listing, name = _listing(out), about["model"]
+    before = listing["weights"].setdefault(name, about["digest"])
+    if before != about["digest"]:
+        raise BadInput(
+            f"--output_dir {out}: the weights of {name} ({about['weights']}) are not those that its images come from;"
+            " name another folder"
+        )
+    write_json(out / LISTING, {**listing, "complete": False})
+
+
+def _finish(wanted: Wanted, rows: Sequence[ImageRow], out: Path) -> None:
+    listing = _listing(out)
+    if not (listing["complete"] and (out / GRID).is_file()):
+        save_png(_grid(wanted, rows, out), out / GRID)
+        _write(out, {**listing, "complete": True}, rows)
+
+
+def _grid(wanted: Wanted, rows: Sequence[ImageRow], out: Path) -> Image.Image:
+    """Some prompts, evenly spread over the list, the first seed of each."""
+    texts = list(dict.fromkeys(prompt.text for prompt in wanted.prompts))
+    shown = [texts[k * len(texts) // min(COLUMNS, len(texts))] for k in range(min(COLUMNS, len(texts)))]
+    pictures: dict[str, list[Image.Image]] = {}
+    if wanted.layouts is not None:
+        side = max(model.resolution for model in wanted.models.values())
+        pictures["layout"] = [to_picture(wanted.layouts[text].pixels(side)) for text in shown]
+    for name in wanted.models:
+        files = [f"{name}/{file_stem(text)}-{wanted.seeds[0]}.png" for text in shown]
+        pictures[name] = [Image.open(out / file).convert("RGB") for file in files]
+    return picture_grid(pictures, shown, LARGEST_CELL)
+
+
+def _listing(out: Path) -> dict | None:
+    """images.json, or None where there is none."""
+    if not (out / LISTING).is_file():
+        return None
+    try:
+        listing = json.loads((out / LISTING).read_text(encoding="utf-8"))
+        listing["settings"], listing["weights"], listing["complete"], listing["images"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise BadInput(f"{out / LISTING} is no listing of dpo_fast.generate; name another folder") from error
+    return listing
+
+
+def _write(out: Path, listing: Mapping[str, object], rows: Sequence[ImageRow]) -> None:
+    write_json(out / LISTING, {**listing, "images": [row._asdict() for row in rows]})
+
+
+def _differences(before: object, now: object, name: str = "") -> list[str]:
+    """What differs between two settings, as `name: before, now`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = {**before, **now}
+        return [line for key in keys for line in _differences(before.get(key), now.get(key), f"{name} {key}".strip())]
+    return [] if before == now else [f"{name}: {_short(before)} before, {_short(now)} now"]
+
+
+def _short(value: object) -> str:
+    text = ", ".join(value) if isinstance(value, dict) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

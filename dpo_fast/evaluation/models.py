@@ -1,0 +1,225 @@
+"""Which weights to sample from: a run's result, its base, or any pipeline; one of them in memory at a time."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from dpo_fast.config import TrainConfig, parse
+from dpo_fast.errors import BadInput
+from dpo_fast.models import COMPUTE_DTYPES, Family, load_family, merge_lora
+from dpo_fast.models.faults import bad_input
+from dpo_fast.models.load import component_config, family_of
+from dpo_fast.models.lora import WEIGHT_NAME
+
+ALIGNMENT = 64  # bytes: of what PyTorch allocates on a CPU
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A pipeline, what is added to its weights, and how it is usually sampled. Equal sources are equal models."""
+
+    path: str  # hub id, diffusers folder or .safetensors file
+    merged: str | None = None  # a LoRA that is part of the weights
+    adapter: str | None = None  # a folder with a LoRA that is put on
+    turbo: bool = False
+    mixed_precision: str = "no"  # compute dtype on a GPU; on a CPU, where half is slow, it is fp32
+    steps: int | None = None  # None: the family's usual
+    guidance: float | None = None
+    resolution: int | None = None  # pixels; None: the model's own
+    revision: str | None = None
+    variant: str | None = None
+    vae_path: str | None = None
+    prediction_type: str | None = None
+    attention: str = "auto"
+    cache_dir: str | None = None
+    token: str | None = None
+    single_file_config: str | None = None
+
+    def __str__(self) -> str:
+        return " + LoRA ".join(filter(None, (self.path, self.merged, self.adapter)))
+
+    def family(self) -> type[Family]:
+        """Its family, from the model's index alone. Raises BadInput for a model that is not there."""
+        hub = {"revision": self.revision, "cache_dir": self.cache_dir, "token": self.token}
+        return family_of(self.path, turbo=self.turbo, **hub)
+
+    def settled(self) -> "ModelSource":
+        """The same with steps, guidance and resolution filled in, from the model's configuration alone.
+
+        Raises BadInput for a model that is not there and for a resolution that it cannot have.
+        """
+        family = self.family()
+        hub = {"revision": self.revision, "cache_dir": self.cache_dir, "token": self.token}
+        where = {**hub, "single_file_config": self.single_file_config}
+        unet, vae = (component_config(self.path, name, **where) for name in ("unet", "vae"))
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
+        resolution = self.resolution or unet["sample_size"] * factor
+        if resolution % multiple:
+            near = max(1, round(resolution / multiple)) * multiple
+            raise BadInput(
+                f"--resolution ({resolution}) must be a multiple of {multiple} for {self.path}, for example {near}"
+            )
+        return replace(
+            self,
+            steps=family.sampling_steps if self.steps is None else self.steps,
+            guidance=family.sampling_guidance if self.guidance is None else self.guidance,
+            resolution=resolution,
+        )
+
+
+def base_of(config: TrainConfig) -> ModelSource:
+    """What a run started from, `--init_lora` merged: its reference."""
+    return ModelSource(
+        path=config.pretrained_model_name_or_path,
+        merged=config.init_lora,
+        turbo=config.is_turbo,
+        mixed_precision=config.mixed_precision,
+        steps=config.sampling_steps,
+        guidance=config.sampling_guidance,
+        resolution=config.resolution,
+        revision=config.revision,
+        variant=config.variant,
+        vae_path=config.pretrained_vae_model_name_or_path,
+        prediction_type=config.prediction_type,
+        attention=config.attention,
+        cache_dir=config.cache_dir,
+        token=config.hub_token,
+        single_file_config=config.single_file_config,
+    )
+
+
+def result_of(config: TrainConfig, folder: Path) -> ModelSource:
+    """What a run of `config` wrote to `folder`: its LoRA on its base, or a pipeline."""
+    base = base_of(config)
+    if config.tuning == "lora":
+        return replace(base, adapter=str(folder))
+    return replace(base, path=str(folder), merged=None, revision=None, variant=None, vae_path=None)
+
+
+def is_run(path: str) -> bool:
+    """Whether `path` is an output folder of `python -m dpo_fast.train`."""
+    return Path(path, "config.yaml").is_file()
+
+
+def read_run(folder: str) -> TrainConfig:
+    """The configuration of a finished run. Raises BadInput where there is no result yet."""
+    config, _ = parse(["--config", str(Path(folder, "config.yaml"))])
+    result = Path(folder, WEIGHT_NAME if config.tuning == "lora" else "model_index.json")
+    if not result.is_file():
+        raise BadInput(f"the run {folder} has no result yet ({result.name}): let it finish, or name another")
+    return config
+
+
+def named(
+    policy: str,
+    baseline: str | None = None,
+    *,
+    turbo: bool = False,
+    **overriding: object,
+) -> dict[str, ModelSource]:
+    """Name -> model, settled: the baseline, where there is one, and then the policy.
+
+    policy: a run's folder, or a pipeline (folder, hub id, .safetensors). baseline: the same, or `base` (what the run
+    started from), or `none`; None: base for a run, else none. turbo: pipelines that are named so are SDXL-Turbo; a run
+    says it itself. overriding: fields of ModelSource, for both models; None: as the run has it, or the model's usual.
+    A baseline of the policy's family is sampled as the policy is, and both compute in one dtype (fp16 without a run).
+    """
+    config = read_run(policy) if is_run(policy) else None
+    given = {name: value for name, value in overriding.items() if value is not None}
+    precision = config.mixed_precision if config else "fp16"
+
+    def source(path: str) -> ModelSource:
+        if is_run(path):
+            found = result_of(config if path == policy else read_run(path), Path(_tidy(path)))
+            return replace(found, **{"mixed_precision": precision, **given})
+        return ModelSource(**{"path": _tidy(path), "turbo": turbo, "mixed_precision": precision, **given})
+
+    name, aligned = _folder_name(policy), source(policy).settled()
+    if baseline is None:
+        baseline = "none" if config is None else "base"
+    if baseline == "none":
+        return {name: aligned}
+    if baseline == "base" and config is None:
+        raise BadInput(f"--baseline base needs a run as --policy, but {policy} holds no config.yaml; name the baseline")
+    if baseline == "base":
+        other_name, other = "base", replace(base_of(config), **given)
+    else:
+        other_name, other = _folder_name(baseline), source(baseline)
+        if other.family() is aligned.family():
+            other = replace(other, steps=aligned.steps, guidance=aligned.guidance, resolution=aligned.resolution)
+    if other_name.lower() == name.lower():
+        other_name = f"baseline-{name}"
+    return {other_name: other.settled(), name: aligned}
+
+
+class OneAtATime:
+    """Loads models one after another and holds the last. A LoRA on the one that is held is only put on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._held: tuple[ModelSource, Family] | None = None
+
+    def open(self, source: ModelSource) -> Family:
+        """The family of `source`, as users sample from it. Keep no reference to it when you open another."""
+        if self._held is not None and self._held[0] == source:
+            return self._held[1]
+        bare = replace(source, adapter=None)
+        if self._held is None or self._held[0] != bare:
+            self._held = None  # its memory is wanted
+            self._held = bare, self._load(bare)
+        family = self._held[1]
+        if source.adapter is not None:
+            with bad_input(f"{source.adapter} cannot be loaded", "name the folder of a run on this base"):
+                family.pipeline.load_lora_weights(source.adapter, weight_name=WEIGHT_NAME, use_safetensors=True)
+            self._held = source, family
+        return family
+
+    def _load(self, source: ModelSource) -> Family:
+        family = load_family(
+            source.path,
+            turbo=source.turbo,
+            dtype=compute_dtype(source, self.device),
+            device=self.device,
+            revision=source.revision,
+            variant=source.variant,
+            vae_path=source.vae_path,
+            prediction_type=source.prediction_type,
+            attention=source.attention,
+            cache_dir=source.cache_dir,
+            token=source.token,
+            single_file_config=source.single_file_config,
+        )
+        if source.merged:
+            merge_lora(family.pipeline, source.merged, cache_dir=source.cache_dir, token=source.token)
+        return family
+
+
+def align_weights(family: Family) -> None:
+    """Move weights that lie askew in a CPU's memory to where PyTorch would have put them.
+
+    A library leaves them where it read them, at an address that differs from process to process, and the last bit of a
+    product depends on that.
+    """
+    for module in family.pipeline.components.values():
+        for tensor in (*module.parameters(), *module.buffers()) if isinstance(module, torch.nn.Module) else ():
+            if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+                tensor.data = tensor.data.clone()
+
+
+def compute_dtype(source: ModelSource, device: torch.device) -> torch.dtype:
+    """What a model is sampled in: its compute dtype on a GPU, fp32 on a CPU."""
+    return torch.float32 if device.type == "cpu" else COMPUTE_DTYPES[source.mixed_precision]
+
+
+def _tidy(path: str) -> str:
+    """A folder by one name, however it was written; a hub id as it is."""
+    return os.path.normpath(path) if Path(path).exists() else path
+
+
+def _folder_name(path: str) -> str:
+    """The last part of a path or hub id, in letters that every disk takes."""
+    last = Path(path).resolve().name if Path(path).exists() else path.rsplit("/", 1)[-1]
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in last.removesuffix(".safetensors")) or "model"

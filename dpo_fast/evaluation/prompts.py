@@ -1,0 +1,218 @@
+"""Prompts to generate from: texts, files, and the published sets with their categories.
+
+    partiprompts         the 1,632 PartiPrompts, category and challenge (hub: nateraw/parti-prompts)
+    hps                  HPSv2's benchmark, 4 x 800, category = style (hub: zhwang/HPDv2)
+    pickapic-validation  the 500 unique validation prompts of Pick-a-Pic v2 (hub: yuvalkirstain/pickapic_v2)
+    shapes               the captions of the built-in world that no pair has
+
+NAME=PATH reads a set from your own copy, in the files the hub has.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dpo_fast.errors import BadInput
+
+HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
+
+# Prompts about people, where a set does not say which these are: one of these words, whole.
+PEOPLE_WORDS = frozenset(
+    "adult adults baby babies boy boys bride brother brothers child children couple crowd daughter face family father"
+    " fathers friends gentleman gentlemen girl girls grandfather grandmother groom guy guys human humans husband kid"
+    " kids king ladies lady man men mother mothers parents people person persons portrait prince princess queen sister"
+    " sisters son soldier soldiers teenager teenagers toddler twins wife woman women".split()
+)
+
+
+class Prompt(NamedTuple):
+    """One prompt, where it is from, and what its set says of it."""
+
+    text: str
+    source: str  # the set's or the file's name; "text" for one that was given as it stands
+    category: str | None = None
+    challenge: str | None = None
+
+
+class Where(NamedTuple):
+    """How the hub is asked."""
+
+    cache_dir: str | None = None
+    token: str | None = None
+
+
+def read_prompts(
+    given: Sequence[str],  # a text of several words, a file, a set, NAME=PATH
+    *,
+    people: bool = False,
+    most: int | None = None,  # so many of them, evenly spread over the list; None: all
+    where: Where | None = None,
+) -> list[Prompt]:
+    """The prompts in the order given, those of a set in its own.
+
+    people: keep only those about people: the category People where a set has it, else a word of PEOPLE_WORDS.
+    Raises BadInput, in one line, for what is not known, cannot be read, or leaves no prompt.
+    """
+    if not given:
+        raise BadInput(f"no prompt is named: give --prompts a text, a file (one a line), or a set ({', '.join(SETS)})")
+    found = []
+    for one in given:
+        part = _read(one, where or Where())
+        found += [prompt for prompt in part if not people or _about_people(prompt, part)]
+    if not found:
+        raise BadInput("--slice people leaves no prompt: none has the category People or a word that names a person")
+    if most is not None and most < len(found):
+        found = [found[k * len(found) // most] for k in range(most)]
+    return found
+
+
+def read_lines(path: Path, flag: str) -> list[str]:
+    """A text file's lines, blank ones left out. Raises BadInput, naming the flag, where there are none."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{flag} {path} cannot be read ({error}); name a text file, one prompt a line") from error
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise BadInput(f"{flag} {path} holds no prompt; write one a line")
+    return prompts
+
+
+def _read(given: str, where: Where) -> list[Prompt]:
+    name, equals, copy = given.partition("=")
+    if name in SETS and (equals or given == name):
+        return SETS[name](Path(copy).expanduser() if equals else None, where)
+    path = Path(given).expanduser()
+    if _is_file(path):
+        if path.suffix == ".tsv":
+            return _parti_table(path, path.name)
+        return [Prompt(line, path.name) for line in read_lines(path, "--prompts")]
+    if len(given.split()) < 2 or path.suffix in (".txt", ".tsv"):
+        raise BadInput(
+            f"--prompts {given} is no set ({', '.join(SETS)}), no file and no text of several words; a prompt of one"
+            " word goes into a file"
+        )
+    return [Prompt(given.strip(), "text")]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a text too long for a file's name
+        return False
+
+
+def _about_people(prompt: Prompt, of_its_set: Sequence[Prompt]) -> bool:
+    if any(other.category == "People" for other in of_its_set):
+        return prompt.category == "People"
+    return not PEOPLE_WORDS.isdisjoint(re.findall(r"[a-z]+", prompt.text.lower()))
+
+
+# ---- the sets ----------------------------------------------------------------------------------------------------
+
+
+def _partiprompts(copy: Path | None, where: Where) -> list[Prompt]:
+    file = copy or _from_hub("partiprompts", "nateraw/parti-prompts", "PartiPrompts.tsv", where)
+    return _parti_table(file, "partiprompts")
+
+
+def _parti_table(path: Path, source: str) -> list[Prompt]:
+    """The columns Prompt, Category and, where there is one, Challenge. A quotation mark is a letter like any other."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BadInput(f"--prompts {path} cannot be read ({error}); name a tab-separated table") from error
+    if not rows or not {"Prompt", "Category"} <= set(rows[0]):
+        raise BadInput(
+            f"--prompts {path} is no table of prompts: its first line must name the columns Prompt, Category"
+        )
+    prompts = [
+        Prompt(row["Prompt"].strip(), source, row["Category"] or None, row.get("Challenge") or None)
+        for row in rows
+        if row["Prompt"] and row["Prompt"].strip()
+    ]
+    if not prompts:
+        raise BadInput(f"--prompts {path} holds no prompt; its column Prompt is empty")
+    return prompts
+
+
+def _hps(copy: Path | None, where: Where) -> list[Prompt]:
+    """A JSON list of prompts a style, in the folder `benchmark` of the hub's set."""
+    prompts = []
+    for style in HPS_STYLES:
+        if copy is None:
+            file = _from_hub("hps", "zhwang/HPDv2", f"benchmark/{style}.json", where)
+        else:
+            file = next(
+                (f for f in (copy / "benchmark" / f"{style}.json", copy / f"{style}.json") if f.is_file()), None
+            )
+        if file is None:
+            raise BadInput(f"--prompts hps={copy} holds no {style}.json: name the folder with {', '.join(HPS_STYLES)}")
+        try:
+            texts = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BadInput(f"--prompts hps: {file} cannot be read ({error}); copy it again") from error
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+            raise BadInput(f"--prompts hps: {file} is no list of texts; copy it again")
+        prompts += [Prompt(text.strip(), "hps", style) for text in texts]
+    return prompts
+
+
+def _pickapic(copy: Path | None, where: Where) -> list[Prompt]:
+    """The column `caption` of the split validation_unique; no image is fetched."""
+    import datasets
+
+    split = "validation_unique"
+    name, options = "yuvalkirstain/pickapic_v2", {"cache_dir": where.cache_dir, "token": where.token}
+    if copy is not None:
+        name = str(copy)
+        if not copy.exists():
+            raise BadInput(
+                f"--prompts pickapic-validation={copy} does not exist: name the set's folder or parquet file"
+            )
+        if copy.is_file():
+            name, options, split = "parquet", {"data_files": name}, "train"
+    try:
+        rows = datasets.load_dataset(name, split=split, streaming=True, columns=["caption"], **options)
+        captions = [row["caption"] for row in rows]
+    except Exception as error:  # the network and the file formats raise what they like
+        raise _unreachable("pickapic-validation", error) from error
+    texts = list(dict.fromkeys(text.strip() for text in captions if text and text.strip()))
+    if not texts:
+        raise BadInput(f"--prompts pickapic-validation: the column caption of {name} is empty; copy it again")
+    return [Prompt(text, "pickapic-validation") for text in texts]
+
+
+def _shapes(copy: Path | None, where: Where) -> list[Prompt]:
+    if copy is not None:
+        raise BadInput(f"--prompts shapes={copy}: this set is built in; give --prompts shapes, or {copy} alone")
+    file = Path(__file__).parents[1] / "shapes" / "held_out.txt"
+    return [Prompt(line, "shapes") for line in read_lines(file, "--prompts")]
+
+
+SETS: dict[str, Callable[[Path | None, Where], list[Prompt]]] = {
+    "partiprompts": _partiprompts,
+    "hps": _hps,
+    "pickapic-validation": _pickapic,
+    "shapes": _shapes,
+}
+
+
+def _from_hub(name: str, repository: str, file: str, where: Where) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(
+            hf_hub_download(repository, file, repo_type="dataset", cache_dir=where.cache_dir, token=where.token)
+        )
+    except Exception as error:  # the HTTP library under the hub's client raises its own
+        raise _unreachable(name, error) from error
+
+
+def _unreachable(name: str, error: Exception) -> BadInput:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return BadInput(f"--prompts {name} cannot be read ({reason}); name a copy of yours, --prompts {name}=PATH")
