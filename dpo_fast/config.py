@@ -341,7 +341,7 @@ def parse(argv: list[str]) -> tuple[TrainConfig, list[str]]:
     if preset is None and early.pretrained_model_name_or_path is None and early.dataset_name is None:
         preset, flags = "shapes", ["--preset", "shapes", *flags]
     defaults = TrainConfig(**PRESETS[preset]) if preset in PRESETS else TrainConfig()
-    with _one_line_errors():
+    with one_line_errors(TrainConfig):
         config = tyro.cli(TrainConfig, args=flags, default=defaults, prog="python -m dpo_fast.train")
     return resolve(config)
 
@@ -372,13 +372,16 @@ class _Early:
 
 def _early(flags: list[str]) -> _Early:
     wanted = [flag for flag in flags if flag not in ("-h", "--help")]
-    with _one_line_errors():
+    with one_line_errors(TrainConfig):
         return tyro.cli(_Early, args=wanted, return_unknown_args=True)[0]
 
 
 @contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Turn tyro's boxed error and exit into a BadInput of one line; `--help` prints and exits as usual."""
+def one_line_errors(flags: type) -> Iterator[None]:
+    """Turn tyro's boxed error and exit into a BadInput of one line; `--help` prints and exits as usual.
+
+    flags: the dataclass that is parsed, whose names are proposed for an unknown flag.
+    """
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -386,22 +389,22 @@ def _one_line_errors() -> Iterator[None]:
     except SystemExit as exit_:
         if exit_.code in (0, None):
             raise
-        raise BadInput(_one_line(captured.getvalue())) from None
+        raise BadInput(_one_line(captured.getvalue(), flags)) from None
 
 
-def _one_line(box: str) -> str:
+def _one_line(box: str, flags: type) -> str:
     """The message of tyro's error box, without its frame; of an unknown flag, with the nearest known one."""
     lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in box.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("╭", "╰"))]
     rule = next((i for i, line in enumerate(lines) if set(line) <= {"─", "-"}), len(lines))
     message = " ".join(lines[:rule])
     unknown = re.match(r"Unrecognized options: --([\w-]+)", message)
-    return message + (_did_you_mean(unknown[1]) if unknown else "") + "; --help lists every flag"
+    return message + (_did_you_mean(unknown[1], flags) if unknown else "") + "; --help lists every flag"
 
 
-def _did_you_mean(name: str) -> str:
+def _did_you_mean(name: str, flags: type) -> str:
     """A remark on the flags that are nearest to an unknown one: those that contain it, or the one spelt alike."""
-    name, names = name.replace("-", "_"), [field.name for field in dataclasses.fields(TrainConfig)]
+    name, names = name.replace("-", "_"), [field.name for field in dataclasses.fields(flags)]
     containing = sorted((known for known in names if name in known), key=len)
     near = containing[:2] or difflib.get_close_matches(name, names, n=1)
     return f" (did you mean {' or '.join(f'--{known}' for known in near)}?)" if near else ""
@@ -422,7 +425,7 @@ def _recipe_flags(path: Path) -> list[str]:
     for key, value in recipe.items():
         name = str(key).replace("-", "_")
         if name not in names:
-            raise BadInput(f"--config {path}: unknown flag {key!r}{_did_you_mean(name)}")
+            raise BadInput(f"--config {path}: unknown flag {key!r}{_did_you_mean(name, TrainConfig)}")
         if name == "config":
             raise BadInput(f"--config {path} names a further config; put everything into one file")
         if isinstance(value, bool) and name in ("compile", "zero_terminal_snr"):  # YAML's words for true and false

@@ -55,3 +55,32 @@ def diversity(images: Tensor, prompts: list[str]) -> float | None:  # uint8 [N,3
             flat = images[of_prompt].flatten(1).double() / 255
             means.append(torch.pdist(flat).mean() / flat.shape[1] ** 0.5)
     return torch.stack(means).mean().item() if means else None
+
+
+def binomial_interval(successes: int, trials: int) -> tuple[float, float]:
+    """The exact 95% interval of a share (Clopper and Pearson 1934): never covers less, however few the trials.
+
+    Its ends are the probabilities with which so many successes, or more, and so many, or fewer, have a chance of 2.5%.
+    """
+    assert 0 <= successes <= trials and trials > 0
+    count = torch.arange(trials + 1, dtype=torch.float64)
+    whole = torch.tensor(trials + 1, dtype=torch.float64)
+    ways = torch.lgamma(whole) - torch.lgamma(count + 1) - torch.lgamma(whole - count)  # log of trials choose count
+
+    def chance(rate: float, part: slice) -> float:
+        rate = torch.tensor(rate, dtype=torch.float64)
+        return (ways + count * rate.log() + (trials - count) * torch.log1p(-rate))[part].exp().sum().item()
+
+    def where(part: slice, rising: bool) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(50):  # bisection, to 1e-15
+            middle = (low + high) / 2
+            if (chance(middle, part) < 0.025) == rising:
+                low = middle
+            else:
+                high = middle
+        return (low + high) / 2
+
+    low = where(slice(successes, None), rising=True) if successes else 0.0
+    high = where(slice(0, successes + 1), rising=False) if successes < trials else 1.0
+    return low, high
