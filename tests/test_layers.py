@@ -21,7 +21,7 @@ LEVELS = [
     ["scoring"],
     ["opening"],
     ["trainer", "evaluation"],
-    ["train", "cache", "env", "sweep"],
+    ["train", "cache", "env", "relabel", "sweep"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(ROOT.rglob("*.py"))

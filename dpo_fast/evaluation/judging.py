@@ -3,15 +3,16 @@
     FOLDER/pairs.json                       which pairs these are
     FOLDER/<scorer>/rows-00000512.json      scores of the pairs among the rows 512 to 512 + PART_ROWS - 1
 
-A part has fixed rows and is scored by itself, in batches that follow from its rows alone, so that what is there is never
-scored again, and what another process or a later one scores is the same to the bit. An image that occurs twice in a
-part with one caption is scored once.
+A part has fixed rows and is scored by itself, in batches that follow from its rows alone, so that what is there is
+never scored again, and what another process or a later one scores is the same to the bit. An image that occurs twice in
+a part with one caption is scored once, so that a pair of equal images is a tie.
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from dpo_fast.caching import ahead
 from dpo_fast.data import BadImage, BadRow, PairIndex, Source
+from dpo_fast.data.cache.store import locked
 from dpo_fast.data.images import decode, image_key
 from dpo_fast.data.pairs import too_many_bad
 from dpo_fast.errors import BadInput
@@ -72,38 +74,37 @@ def score_pairs(
     batch_size: int,
     num_workers: int,
     max_bad_fraction: float,
+    waiting: Callable[[str], None],
 ) -> Scores | None:
     """Score what `folder` does not hold yet, each rank its share of the parts; the main rank gets all scores.
 
-    Raises BadInput, on every rank, where the folder holds scores of other pairs, where more than `max_bad_fraction` of
-    the rows do not decode, and for what a scorer cannot judge.
+    `waiting` is told that another process scores into the folder, which is waited for. Raises BadInput, on every rank,
+    where the folder holds scores of other pairs, where more than `max_bad_fraction` of the rows do not decode, and for
+    what a scorer cannot judge.
     """
-    ranks.on_main(lambda: _claim(folder, source))
     work = _Work(source, index, scorers, folder, batch_size, max_bad_fraction)
-    missing = [first for first in work.parts if work.missing(first)]
-    ranks.wait()  # every rank has seen the same parts before one of them writes
-    mine = missing[ranks.rank :: ranks.world_size]
-    counts = {"done": 0}
-
-    def score() -> None:
-        total = sum(len(work.parts[first]) for first in mine)
-        title = "Scoring pairs" if ranks.world_size == 1 else "Scoring pairs, this process's share"
-        bar = tqdm(total=total, desc=title, unit=" pairs", disable=not ranks.is_main or not mine)
-        pool = ThreadPoolExecutor(num_workers)
-        try:
-            for first in mine:
-                work.score(first, pool)
-                counts["done"] += len(work.parts[first])
-                bar.update(len(work.parts[first]))
-        finally:
-            bar.close()
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    ranks.on_all(score)
-    done = sum(ranks.gather(counts["done"]))
     found: list[Scores] = []
-    ranks.on_main(lambda: found.append(work.collect(done)))
+    with ExitStack() as held:
+
+        def begin() -> None:
+            held.enter_context(locked(folder, waiting, "--scores_dir"))
+            _claim(folder, source)
+
+        ranks.on_main(begin)
+        missing = [first for first in work.parts if work.missing(first)]
+        ranks.wait()  # every rank has seen the same parts before one of them writes
+        mine = missing[ranks.rank :: ranks.world_size]
+        ranks.on_all(lambda: work.score_all(mine, num_workers, _title(ranks)))
+        done = sum(ranks.gather(sum(len(work.parts[first]) for first in mine)))
+        ranks.on_main(lambda: found.append(work.collect(done)))
     return found[0] if found else None
+
+
+def _title(ranks: Ranks) -> str | None:
+    """Of the progress bar, which the main rank shows."""
+    if not ranks.is_main:
+        return None
+    return "Scoring pairs" if ranks.world_size == 1 else "Scoring pairs, this process's share"
 
 
 def _claim(folder: Path, source: Source) -> None:
@@ -165,6 +166,19 @@ class _Work:
         rows = [row for row in self.captions if row not in bad]
         arrays = {name: np.array([scores[row] for row in rows]).reshape(-1, 2) for name, scores in of.items()}
         return Scores(np.array(rows, dtype=np.int64), arrays, sorted(bad.values()), scored_now)
+
+    def score_all(self, parts: Sequence[int], num_workers: int, title: str | None) -> None:
+        """Score these parts and write each."""
+        total = sum(len(self.parts[first]) for first in parts)
+        bar = tqdm(total=total, desc=title, unit=" pairs", disable=not (title and parts))
+        pool = ThreadPoolExecutor(num_workers)
+        try:
+            for first in parts:
+                self.score(first, pool)
+                bar.update(len(self.parts[first]))
+        finally:
+            bar.close()
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def score(self, first: int, pool: ThreadPoolExecutor) -> None:
         """Score a part by the scorers that have not, and write it."""
