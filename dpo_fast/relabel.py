@@ -172,10 +172,8 @@ def _relabel(config: RelabelConfig, ranks: "Ranks", source: "Source", scorers: d
         write_json(config.output.with_suffix(".json"), found)
         print(as_text(found), flush=True)
         soft = " --soft_labels" if config.temperature is not None else ""
-        say(
-            f"{time.perf_counter() - started:.0f} s; train on it with --dataset_name {config.output}{soft}; bad rows"
-            f" are in {bad_report}, scores in {config.scores}"
-        )
+        say(f"{scores.scored_now} pairs scored now, {time.perf_counter() - started:.0f} s")
+        say(f"train on it with --dataset_name {config.output}{soft}; bad rows and scores are in {config.scores}")
 
     ranks.on_main(finish)
 

@@ -132,7 +132,6 @@ def report(scores: Scores, labels: Labels, rule: Rule, human: np.ndarray | None,
         "rows": rows,
         "bad_rows": bad,
         "scored": len(scores.rows),
-        "scored_now": scores.scored_now,
         "kept": int(kept.sum()),
         "dropped": int((~kept).sum()),
         "kept_fraction": float(kept.mean()),
@@ -151,9 +150,9 @@ def report(scores: Scores, labels: Labels, rule: Rule, human: np.ndarray | None,
 def as_text(found: dict) -> str:
     """A report for the eye."""
     lines = [
-        f"{found['rows']} rows, {found['bad_rows']} unusable, {found['scored']} pairs scored"
-        f" ({found['scored_now']} now); kept {found['kept']} ({found['kept_fraction']:.1%}), margins from"
-        f" {found['smallest_kept_margin']:.4g} on, dropped {found['dropped']}",
+        f"{found['rows']} rows, {found['bad_rows']} unusable, {found['scored']} pairs scored; kept {found['kept']}"
+        f" ({found['kept_fraction']:.1%}), margins from {found['smallest_kept_margin']:.4g} on; dropped"
+        f" {found['dropped']}",
         f"image 0 wins {found['first_wins']}, image 1 wins {found['second_wins']}, ties {found['ties']}",
     ]
     if found["agreement"] is not None:
@@ -195,9 +194,8 @@ def write_pairs(
     with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression=packing) as file:
         group: dict[str, list] = {name: [] for name, _ in columns}
         size = 0
-        for number, place in enumerate(
-            tqdm(places, desc="Writing pairs", unit=" pairs", disable=not progress), start=1
-        ):
+        bar = tqdm(places, desc="Writing pairs", unit=" pairs", disable=not progress)
+        for number, place in enumerate(bar, start=1):
             row = int(scores.rows[place])
             try:
                 images = source.image_bytes(row)
