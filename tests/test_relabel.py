@@ -40,7 +40,7 @@ def log(tmp_path, monkeypatch) -> Path:
     path.touch()
     monkeypatch.setattr(judging, "PART_ROWS", 4)
     monkeypatch.setattr(scorers, "MODULE_OF", {**scorers.MODULE_OF, **dict.fromkeys(fake_scorers.FORMULAS, "fake")})
-    monkeypatch.setattr(scorers, "load_scorer", lambda name, device: fake_scorers.load(name, device, path))
+    monkeypatch.setattr(scorers, "load_scorer", lambda name, device, **_: fake_scorers.load(name, path))
     return path
 
 

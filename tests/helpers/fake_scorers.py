@@ -24,17 +24,15 @@ FORMULAS = {
 }
 
 
-def load(name: str, device: object, log: Path | None = None, seconds: float = 0.0) -> scorers.Scorer:
+def load(name: str, log: Path, seconds: float = 0.0) -> scorers.Scorer:
     """A scorer of FORMULAS, which notes what it is given and takes its time."""
 
     def score(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3 and len(images) == len(prompts)
         arrays = images.permute(0, 2, 3, 1).double().numpy()
-        if log is not None:
-            with log.open("a") as file:
-                file.write(
-                    "".join(f"{name}\t{prompt}\t{int(a.sum())}\n" for a, prompt in zip(arrays, prompts, strict=True))
-                )
+        with log.open("a") as file:
+            for array, prompt in zip(arrays, prompts, strict=True):
+                file.write(f"{name}\t{prompt}\t{int(array.sum())}\n")
         time.sleep(seconds)
         values = [FORMULAS[name](array, prompt) for array, prompt in zip(arrays, prompts, strict=True)]
         return torch.tensor(np.array(values), dtype=torch.float64)
@@ -61,7 +59,7 @@ def _quietly(part_rows: int, log: Path, argv: list[str]) -> None:
 def _main(part_rows: int, log: Path, argv: list[str], seconds: float) -> int:
     judging.PART_ROWS = part_rows
     scorers.MODULE_OF |= dict.fromkeys(FORMULAS, "fake")
-    scorers.load_scorer = lambda name, device: load(name, device, log, seconds)
+    scorers.load_scorer = lambda name, device, **_: load(name, log, seconds)
     return relabel.main(argv)
 
 
