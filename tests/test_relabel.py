@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -20,6 +21,7 @@ from PIL import Image
 from dpo_fast import relabel, train
 from dpo_fast.config import PRESETS
 from dpo_fast.data import build_index, open_source
+from dpo_fast.data.cache.store import locked
 from dpo_fast.evaluation import judging, scorers
 from tests.helpers import fake_scorers
 from tests.helpers.pairs import as_image_feature, pickapic, preference, write_arrow_file, write_jsonl, write_table
@@ -209,6 +211,23 @@ def test_scores_of_other_pairs_are_not_taken(tmp_path, log, capfd):
     assert "out.scores holds scores of other pairs" in capfd.readouterr().err
     shutil.rmtree(tmp_path / "out.scores")
     assert relabel.main(flags(pairs, out, "--scorer", "red", "--overwrite")) == 0
+
+
+def test_a_second_process_waits_and_finds_the_scores_there(tmp_path, log, capfd):
+    pairs = write_table(tmp_path / "pairs.parquet", columns())
+    scores = ["--scorer", "red", "--scores_dir", tmp_path / "scores"]
+    assert relabel.main(flags(pairs, tmp_path / "one.parquet", *scores)) == 0
+    log.write_text("")
+    capfd.readouterr()
+    with ThreadPoolExecutor(1) as pool, locked(tmp_path / "scores"):
+        second = pool.submit(relabel.main, flags(pairs, tmp_path / "two.parquet", *scores))
+        said = ""
+        while "is being built by process" not in said:
+            time.sleep(0.01)
+            said += capfd.readouterr().err
+            assert not second.done(), said
+        assert "another --scores_dir" in said
+    assert second.result() == 0 and log.read_text() == ""
 
 
 @pytest.mark.faults
