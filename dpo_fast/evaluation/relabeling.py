@@ -100,9 +100,9 @@ def agreement(difference: np.ndarray, human: np.ndarray) -> Agreement:  # [n]; a
     scorer, people = np.sign(difference), np.sign(human - 0.5)
     decided = (scorer != 0) & (people != 0)
     agree, both = int((scorer == people)[decided].sum()), int(decided.sum())
-    low, high = binomial_interval(agree, both) if both else (None, None)
+    rate, low, high = binomial_interval(agree, both) if both else (None, None, None)
     return Agreement(
-        agree / both if both else None,
+        rate,
         low,
         high,
         agree,

@@ -1,11 +1,24 @@
 """How sure a comparison is: paired win rates with ties, and intervals by resampling prompts."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 RESAMPLES = 10_000
+CONFIDENCE = 0.95
+
+
+class Interval(NamedTuple):
+    """A value with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 class WinRate(NamedTuple):
@@ -57,30 +70,29 @@ def diversity(images: Tensor, prompts: list[str]) -> float | None:  # uint8 [N,3
     return torch.stack(means).mean().item() if means else None
 
 
-def binomial_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The exact 95% interval of a share (Clopper and Pearson 1934): never covers less, however few the trials.
+def binomial_interval(wins: int, trials: int) -> Interval:
+    """The exact 95% interval of a share (Clopper and Pearson 1934), of independent trials without ties.
 
-    Its ends are the probabilities with which so many successes, or more, and so many, or fewer, have a chance of 2.5%.
+    It holds the true share in at least 95% of experiments, whatever the share is. Without any trial it is [0, 1].
     """
-    assert 0 <= successes <= trials and trials > 0
-    count = torch.arange(trials + 1, dtype=torch.float64)
-    whole = torch.tensor(trials + 1, dtype=torch.float64)
-    ways = torch.lgamma(whole) - torch.lgamma(count + 1) - torch.lgamma(whole - count)  # log of trials choose count
+    assert 0 <= wins <= trials
+    if trials == 0:
+        return Interval(0.5, 0.0, 1.0)
+    tail = (1 - CONFIDENCE) / 2
+    successes = torch.arange(trials + 1, dtype=torch.float64)
+    ways = math.lgamma(trials + 1) - torch.lgamma(successes + 1) - torch.lgamma(trials - successes + 1)
 
-    def chance(rate: float, part: slice) -> float:
-        rate = torch.tensor(rate, dtype=torch.float64)
-        return (ways + count * rate.log() + (trials - count) * torch.log1p(-rate))[part].exp().sum().item()
-
-    def where(part: slice, rising: bool) -> float:
+    def share_with(chosen: slice, rising: bool) -> float:
+        """The p at which the numbers of successes in `chosen` have the probability `tail` together, by halving."""
         low, high = 0.0, 1.0
-        for _ in range(50):  # bisection, to 1e-15
-            middle = (low + high) / 2
-            if (chance(middle, part) < 0.025) == rising:
-                low = middle
+        while (p := (low + high) / 2) not in (low, high):
+            logs = ways + successes * math.log(p) + (trials - successes) * math.log1p(-p)
+            if (logs[chosen].logsumexp(0).exp().item() < tail) == rising:
+                low = p
             else:
-                high = middle
-        return (low + high) / 2
+                high = p
+        return p
 
-    low = where(slice(successes, None), rising=True) if successes else 0.0
-    high = where(slice(0, successes + 1), rising=False) if successes < trials else 1.0
-    return low, high
+    low = share_with(slice(wins, None), rising=True) if wins else 0.0
+    high = share_with(slice(None, wins + 1), rising=False) if wins < trials else 1.0
+    return Interval(wins / trials, low, high)
