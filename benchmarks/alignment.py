@@ -74,11 +74,14 @@ def main() -> None:
 
 def train(variant: str, seed: int, root: Path, more: list[str], jobs: int) -> dict[str, object]:
     """One run's summary.json, with the command's whole wall time."""
-    folder = root / f"{variant}-{seed}"
+    flags = VARIANTS[variant].format(random=random_labels(root, seed)).split()
+    return finished(root / f"{variant}-{seed}", [*more, *flags, "--seed", str(seed)], jobs)
+
+
+def finished(folder: Path, flags: list[str], jobs: int) -> dict[str, object]:
+    """The summary.json of a run of the built-in world, with the command's whole wall time."""
     if not (folder / "wall.json").exists():
-        flags = VARIANTS[variant].format(random=random_labels(root, seed)).split()
-        command = [sys.executable, "-m", "dpo_fast.train", "--preset", "shapes", *more, *flags]
-        command += ["--seed", str(seed), "--output_dir", folder]
+        command = [sys.executable, "-m", "dpo_fast.train", "--preset", "shapes", *flags, "--output_dir", folder]
         threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
         started = time.perf_counter()
         ran = subprocess.run([*map(str, command), "--overwrite"], env=os.environ | threads, capture_output=True)

@@ -21,7 +21,7 @@ LEVELS = [
     ["scoring"],
     ["opening"],
     ["trainer", "evaluation"],
-    ["train", "cache", "env", "generate", "sweep"],
+    ["train", "cache", "env", "evaluate", "generate", "relabel", "sweep"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -283,9 +283,13 @@ def not_writable(folder: Path, error: OSError) -> BadInput:
 
 
 @contextmanager
-def locked(folder: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold `folder` for building. Where another process has it: BadInput that names the holder, or, with `waiting`,
-    which is told of it once, as long as it takes.
+def locked(
+    folder: Path, waiting: Callable[[str], None] | None = None, flag: str = "--latent_cache_dir"
+) -> Iterator[None]:
+    """Hold `folder`, which `flag` names, for building.
+
+    Where another process has it: BadInput that names the holder, or, with `waiting`, which is told of it once, as long
+    as it takes.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -298,10 +302,9 @@ def locked(folder: Path, waiting: Callable[[str], None] | None = None) -> Iterat
             held = f"{folder} is being built by {file.read().strip() or 'another process'}"
             if waiting is None:
                 raise BadInput(
-                    f"{held}: wait until it is done (a second builder would do the same work), or name another"
-                    " --latent_cache_dir"
+                    f"{held}: wait until it is done (a second builder would do the same work), or name another {flag}"
                 )
-            waiting(f"{held}: waiting until it is done (Ctrl-C, and another --latent_cache_dir, if it never is)")
+            waiting(f"{held}: waiting until it is done (Ctrl-C, and another {flag}, if it never is)")
             while not _lock(file):
                 time.sleep(0.2)
         if not _is_there(folder / ".lock", file):
