@@ -10,6 +10,7 @@ import torch
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.scorers import load_scorer
+from dpo_fast.evaluation.signals import LESS_DIVERSE
 from dpo_fast.evaluation.statistics import WinRate, diversity, win_rate
 from dpo_fast.files import write_json
 from dpo_fast.models import COMPUTE_DTYPES, Family, load_family, merge_lora
@@ -18,7 +19,6 @@ from dpo_fast.sampling import before_after, sample, save_png, to_picture
 
 COLUMNS = 8  # of samples.png
 SEED_STRIDE = 1_000_003  # so that the images of neighbouring seeds of a run start from other noise
-LESS_DIVERSE = 0.8  # of the base's diversity: below, it is said
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What an evaluation found, as a record: for summary.json, for the terminal, and for the page."""
 
+import math
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -154,8 +155,7 @@ class Findings:
             _columns(
                 ["", "win rate [95%]", "won", "tied", "lost", "exact [95%]", "p", "base", "policy", "gain [95%]"],
                 [
-                    [v.scorer, str(v.interval), *map(str, v.won), str(v.exact), p_value(v.p_holm)]
-                    + [number(v.base_median.value), number(v.policy_median.value), difference(v.gain)]
+                    [v.scorer, str(v.interval), *map(str, v.won), str(v.exact), p_value(v.p_holm), *_scores(v)]
                     for v in self.overall
                 ],
             )
@@ -165,13 +165,7 @@ class Findings:
             rows = [[c, str(self.of(c)[0].prompts), *(str(v.interval) for v in self.of(c))] for c in self.categories]
             parts.append(_columns(["category", "prompts", *(v.scorer for v in self.overall)], rows))
         if self.signals:
-            rows = [
-                [s.name, "" if s.base is None else number(s.base), number(s.policy), difference(s.difference)]
-                if s.base is not None
-                else [s.name, "", number(s.policy), ""]
-                for s in self.signals
-            ]
-            parts.append(_columns(["signal", "base", "policy", "difference [95%]"], rows))
+            parts.append(_columns(["signal", "base", "policy", "difference [95%]"], [_signal(s) for s in self.signals]))
         parts.append("\n".join(self.notes()))
         if warnings := self.warnings():
             parts.append("\n".join(f"warning: {line}" for line in warnings))
@@ -242,14 +236,29 @@ def _corrected(verdicts: list[Verdict]) -> list[Verdict]:
     return [replace(v, p_holm=p) for v, p in zip(verdicts, holm([v.p for v in verdicts]), strict=True)]
 
 
-def number(value: float) -> str:
-    """Four significant digits, never in powers of ten where people would not write them."""
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+def decimals(*values: float, digits: int = 4) -> int:
+    """How many decimals show `digits` digits of the largest of the values, so that all may be written alike."""
+    largest = max(map(abs, values))
+    return min(max(digits - 1 - math.floor(math.log10(largest)), 0), 9) if largest > 0 else digits - 1
 
 
-def difference(of: Interval) -> str:
-    """A signed value with its interval."""
-    return f"{of.value:+.3g} [{of.low:+.3g}, {of.high:+.3g}]"
+def _scores(verdict: Verdict) -> list[str]:
+    """Both medians, and the gain with its interval."""
+    medians = verdict.base_median.value, verdict.policy_median.value
+    return [*(f"{median:.{decimals(*medians)}f}" for median in medians), _difference(verdict.gain)]
+
+
+def _signal(signal: Signal) -> list[str]:
+    if signal.base is None:
+        places, of = decimals(signal.policy), signal.difference
+        return [signal.name, "", f"{of.value:.{places}f}", f"[{of.low:.{places}f}, {of.high:.{places}f}]"]
+    places = decimals(signal.base, signal.policy)
+    return [signal.name, f"{signal.base:.{places}f}", f"{signal.policy:.{places}f}", _difference(signal.difference)]
+
+
+def _difference(of: Interval) -> str:
+    places = decimals(*of, digits=3)
+    return f"{of.value:+.{places}f} [{of.low:+.{places}f}, {of.high:+.{places}f}]"
 
 
 def p_value(p: float) -> str:
@@ -263,7 +272,8 @@ def _number(count: int, noun: str) -> str:
 def _columns(head: list[str], rows: list[list[str]]) -> str:
     """A plain table: the first column to the left, all others to the right, two blanks between."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in [head, *rows]
-    )
+    lines = []
+    for first, *others in [head, *rows]:
+        right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *right]))
+    return "\n".join(lines)

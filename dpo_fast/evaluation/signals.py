@@ -1,4 +1,4 @@
-"""Signs of over-optimisation that need no scorer: what happened to colours, edges, variety and distance from the base."""
+"""Signs of over-optimisation that need no scorer: what became of colours, edges, variety, and how far images moved."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

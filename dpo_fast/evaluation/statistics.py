@@ -1,4 +1,4 @@
-"""How sure a comparison is: paired win rates with ties, means and medians, exact tests, intervals by resampling prompts."""
+"""How sure a comparison is: paired win rates with ties, means, medians, exact tests, intervals by resampling prompts."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -109,7 +109,9 @@ def by_prompt(base: Tensor, policy: Tensor, prompts: Sequence[str]) -> Counts:  
     """
     number = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
     group = torch.tensor([number[prompt] for prompt in prompts])
-    lead = torch.zeros(len(number), dtype=torch.int64).index_add_(0, group, (policy > base).long() - (policy < base).long())
+    lead = torch.zeros(len(number), dtype=torch.int64).index_add_(
+        0, group, (policy > base).long() - (policy < base).long()
+    )
     return Counts(int((lead > 0).sum()), int((lead == 0).sum()), int((lead < 0).sum()))
 
 
