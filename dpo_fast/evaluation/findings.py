@@ -97,11 +97,11 @@ class Findings:
 
     def notes(self) -> list[str]:
         """How to read the numbers, a line each."""
-        what = "medians of a prompt's images" if self.medians_compared else "images"
+        what, how = ("medians of a prompt's images", "median") if self.medians_compared else ("images", "majority")
         lines = [
             f"win rate: share of {what} that the policy wins, ties counted half; 95% interval by the bootstrap over"
             f" prompts ({self.resamples} resamples)",
-            "won, tied, lost: prompts, by the majority of their images; exact: share won without ties, with its"
+            f"won, tied, lost: prompts, by the {how} of their images; exact: share won without ties, with its"
             " Clopper-Pearson 95% interval",
             f"p: two-sided sign test over prompts, Holm-corrected for {_number(len(self.overall), 'scorer')}"
             + (f", by category for {_number(len(self.by_category), 'comparison')}" if self.by_category else ""),
@@ -149,6 +149,7 @@ class Findings:
     def __str__(self) -> str:
         """The terminal's table."""
         about, first = self.about, self.overall[0]
+        over = "prompts" if self.medians_compared else "images"
         parts = [
             f"{about.policy} against {about.base}\n{about.prompt_set}: {_number(first.prompts, 'prompt')},"
             f" {_number(self.images, 'image')} of each",
@@ -159,7 +160,7 @@ class Findings:
                     for v in self.overall
                 ],
             )
-            + "\nbase, policy: medians over images; gain: mean of policy minus base",
+            + f"\nbase, policy: medians over {over}; gain: mean of policy minus base",
         ]
         if self.by_category:
             rows = [[c, str(self.of(c)[0].prompts), *(str(v.interval) for v in self.of(c))] for c in self.categories]

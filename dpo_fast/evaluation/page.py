@@ -68,12 +68,13 @@ def _head(findings: Findings) -> str:
     } | about.settings
     rows = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in facts.items())
     warnings = "".join(f"<li>{_text(line)}</li>" for line in findings.warnings())
+    doubt = "" if first.decided else ": it holds 50%, so nothing is shown either way"
     return (
-        f'<header>\n<p class="kind">Evaluation, {_text(about.date)}</p>\n<h1><span class="policy">{_text(about.policy)}'
-        f'</span> <small>against</small> <span class="base">{_text(about.base)}</span></h1>\n'
-        f'<p class="lead"><strong>{rate.value:.1%}</strong> <span>of {what} are won by the policy, ties counted half, as'
-        f" <b>{_text(first.scorer)}</b> judges. 95% interval {rate.low:.1%} to {rate.high:.1%}"
-        f"{'' if first.decided else ': it holds 50%, so nothing is shown either way'}.</span></p>\n"
+        f'<header>\n<p class="kind">Evaluation, {_text(about.date)}</p>\n'
+        f'<h1><span class="policy">{_text(about.policy)}</span> <small>against</small>'
+        f' <span class="base">{_text(about.base)}</span></h1>\n'
+        f'<p class="lead"><strong>{rate.value:.1%}</strong> <span>of {what} are won by the policy, ties counted half,'
+        f" as <b>{_text(first.scorer)}</b> judges. 95% interval {rate.low:.1%} to {rate.high:.1%}{doubt}.</span></p>\n"
         + (f'<ul class="warnings">{warnings}</ul>\n' if warnings else "")
         + f"<dl>{rows}</dl>\n</header>"
     )
@@ -81,7 +82,7 @@ def _head(findings: Findings) -> str:
 
 def _win_rates(findings: Findings) -> str:
     chart = bars([(v.scorer, _of_prompts(v), v) for v in findings.overall])
-    head = ("Scorer", "Prompts won, tied, lost", "Won, without ties", "p")
+    head = ("Scorer", "Won : tied : lost", "Won, without ties", "p")
     rows = [
         [_text(v.scorer), " : ".join(map(str, v.won)), _with_interval(v.exact, ".3f"), escape(p_value(v.p_holm))]
         for v in findings.overall
@@ -154,8 +155,8 @@ def _pairs(
     ]
     return (
         f'<p class="hint">{len(shown)} of {len(scored.prompts)} pairs, at most {size} pixels wide or high here. Best'
-        " and worst: the largest gain and loss of the policy's score over the base's on the same prompt and seed. Random:"
-        f" drawn with seed {seed}, whatever the scores.</p>{_toolbar(scorers, categories)}"
+        " and worst: the largest gain and loss of the policy's score over the base's on the same prompt and seed."
+        f" Random: drawn with seed {seed}, whatever the scores.</p>{_toolbar(scorers, categories)}"
         f'<div id="groups">{"".join(sections)}</div>'
     )
 
@@ -200,15 +201,16 @@ def _card(
     places = escape(json.dumps({key(role): place for role, place in one.roles.items()}))
     figures = "".join(
         f'<figure class="{name}"><img src="{image.uri}" width="{image.width}" height="{image.height}"'
-        f'{" class=tiny" if max(image[1:]) <= LOSSLESS else ""} alt="{name}: {_text(prompt)}"><figcaption>{name}</figcaption>'
-        "</figure>"
+        f' class="{"tiny" if max(image[1:]) <= LOSSLESS else "photo"}" alt="{name}: {_text(prompt)}">'
+        f"<figcaption>{name}</figcaption></figure>"
         for name, image in zip(("base", "policy"), both, strict=True)
     )
     category = f"<bdi>{_text(scored.categories[one.row])}</bdi> · " if scored.categories else ""
     rows = "".join(_card_row(scored, scorer, one.row) for scorer in scorers)
     return (
         f'<article data-places="{places}"><div class="frames">{figures}</div>'
-        f'<p class="prompt" dir="auto">{_text(prompt)}</p><p class="hint">{category}seed {scored.seeds[one.row]}</p><table class="mini">{rows}</table></article>'
+        f'<p class="prompt" dir="auto">{_text(prompt)}</p>'
+        f'<p class="hint">{category}seed {scored.seeds[one.row]}</p><table class="mini">{rows}</table></article>'
     )
 
 

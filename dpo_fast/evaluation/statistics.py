@@ -1,4 +1,4 @@
-"""How sure a comparison is: paired win rates with ties, means, medians, exact tests, intervals by resampling prompts."""
+"""How sure a comparison is: paired win rates with ties, means, medians, exact tests, intervals over prompts."""
 
 import math
 from collections.abc import Callable, Sequence
