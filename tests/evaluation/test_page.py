@@ -78,7 +78,8 @@ def test_the_page_is_whole_and_loads_nothing(categories):
     text = made(of)
     text.encode()  # no half of a surrogate pair
     tree = Tree(text)
-    assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"^\s*//.*$", "", text, flags=re.M))
+    without_data = re.sub(r"base64,[\w+/=]*|^// .*$", "", text, flags=re.M)  # and comments of the script
+    assert not re.search(r"https?:|//|@import|url\(", without_data)
     assert all(set(a) & {"href", "srcset", "action", "onclick", "onerror"} == set() for _, a in tree.elements)
     sources = [attributes["src"] for _, attributes in tree.elements if "src" in attributes]
     assert len(sources) == 2 * len(tree.of("article")) == 2 * len(of.prompts)
@@ -116,11 +117,11 @@ def test_charts_say_in_words_what_they_draw():
 
 
 def test_large_images_are_made_small_enough():
-    text = made(scored(8), side=300, thumbnail=200, max_bytes=60_000)
+    text = made(scored(8), side=300, thumbnail=200, max_bytes=150_000)
     tree = Tree(text)
     widths = {int(attributes["width"]) for attributes in tree.of("img")}
     assert len(widths) == 1 and 96 <= min(widths) < 200
-    assert sum(len(attributes["src"]) for attributes in tree.of("img")) <= 60_000
+    assert sum(len(attributes["src"]) for attributes in tree.of("img")) <= 150_000
     assert f"at most {min(widths)} pixels" in text
     assert {int(a["width"]) for a in Tree(made(scored(8), side=300, thumbnail=200)).of("img")} == {200}
 
