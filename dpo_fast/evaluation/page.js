@@ -35,11 +35,12 @@
   cards.forEach(({ element }) => addSlider(element));
 
   const update = () => {
-    const { show, scorer, category = "", view } = Object.fromEntries(new FormData(form));
-    const key = [show, show === "random" ? "" : scorer, category].join("/");
+    const { show, scorer, category, view } = form.elements;
+    const random = show.value === "random";
+    const key = [show.value, random ? "" : scorer.value, category ? category.value : ""].join(".");
     const chosen = cards.filter(({ places }) => key in places).sort((a, b) => a.places[key] - b.places[key]);
-    form.elements.scorer.disabled = show === "random";
-    grid.classList.toggle("sliding", view === "slider");
+    scorer.disabled = random;
+    grid.classList.toggle("sliding", view.value === "slider");
     grid.replaceChildren(...chosen.map(({ element }) => element));
     count.textContent = chosen.length === 1 ? "1 pair" : chosen.length ? `${chosen.length} pairs` : "no such pair";
   };

@@ -195,7 +195,7 @@ def _card(
     def key(role: Role) -> str:  # as page.js asks for it
         scorer = "" if role.scorer is None else scorers.index(role.scorer)
         category = "" if role.category is None else categories.index(role.category)
-        return f"{role.kind}/{scorer}/{category}"
+        return f"{role.kind}.{scorer}.{category}"
 
     prompt = scored.prompts[one.row]
     places = escape(json.dumps({key(role): place for role, place in one.roles.items()}))

@@ -82,7 +82,7 @@ def test_the_page_is_whole_and_loads_nothing(categories):
     assert not re.search(r"https?:|//|@import|url\(", without_data)
     assert all(set(a) & {"href", "srcset", "action", "onclick", "onerror"} == set() for _, a in tree.elements)
     sources = [attributes["src"] for _, attributes in tree.elements if "src" in attributes]
-    assert len(sources) == 2 * len(tree.of("article")) == 2 * len(of.prompts)
+    assert len(sources) == 2 * len(tree.of("article")) > 16 and f"{len(sources) // 2} of 24 pairs" in text
     for attributes in tree.of("img"):
         kind, data = attributes["src"].split(",")
         assert kind == "data:image/webp;base64" and attributes["alt"]
@@ -94,7 +94,7 @@ def test_the_page_is_whole_and_loads_nothing(categories):
 
 
 def test_what_prompts_hold_is_text():
-    of = scored()
+    of = scored(len(ODD))  # so few that all are shown
     tree = Tree(made(of))
     shown = tree.texts["p"]
     for prompt in ODD[:3] + ODD[4:]:
@@ -133,7 +133,7 @@ def test_the_script_finds_each_list():
     for attributes in tree.of("article"):
         for key, place in json.loads(attributes["data-places"]).items():
             found.setdefault(key, []).append(place)
-    assert {"best/0/", "worst/1/", "random//", "best/1/0", "random//1"} <= set(found)
+    assert {"best.0.", "worst.1.", "random..", "best.1.0", "random..1"} <= set(found)
     assert all(sorted(places) == list(range(len(places))) for places in found.values())
 
 
