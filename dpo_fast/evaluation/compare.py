@@ -11,6 +11,7 @@ from dpo_fast.config import TrainConfig
 from dpo_fast.evaluation.models import OneAtATime, base_of, result_of
 from dpo_fast.evaluation.prompts import read_lines
 from dpo_fast.evaluation.scorers import load_scorer
+from dpo_fast.evaluation.signals import LESS_DIVERSE
 from dpo_fast.evaluation.statistics import WinRate, diversity, win_rate
 from dpo_fast.files import write_json
 from dpo_fast.models import Family
@@ -19,7 +20,6 @@ from dpo_fast.sampling import before_after, sample, save_png, to_picture
 
 COLUMNS = 8  # of samples.png
 SEED_STRIDE = 1_000_003  # so that the images of neighbouring seeds of a run start from other noise
-LESS_DIVERSE = 0.8  # of the base's diversity: below, it is said
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,21 @@
-"""Win rates with ties, their intervals, and diversity."""
+"""Win rates with ties, exact tests, intervals and how often they hold the truth, and diversity."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
-from dpo_fast.evaluation.statistics import diversity, win_rate
+from dpo_fast.evaluation.statistics import (
+    Bootstrap,
+    binomial_interval,
+    by_prompt,
+    diversity,
+    holm,
+    median_of_prompt,
+    sign_test,
+    win_rate,
+)
 
 
 def test_ties_count_half():
@@ -42,3 +54,118 @@ def test_diversity_is_between_images_of_one_prompt():
     assert diversity(images, ["a", "a", "b", "b"]) == pytest.approx(0.5)
     assert diversity(images, ["a", "b", "c", "d"]) is None
     assert diversity(images[[0, 1, 1]], ["a", "a", "a"]) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("wins", "trials", "low", "high"),
+    [  # R's binom.test
+        (7, 10, 0.3475471, 0.9332605),
+        (0, 10, 0.0, 0.3084971),
+        (10, 10, 0.6915029, 1.0),
+        (1, 1, 0.025, 1.0),
+        (50, 100, 0.3983211, 0.6016789),
+        (0, 0, 0.0, 1.0),
+    ],
+)
+def test_the_exact_interval_is_that_of_tables(wins, trials, low, high):
+    assert binomial_interval(wins, trials)[1:] == pytest.approx((low, high), abs=1e-7)
+
+
+def test_the_exact_interval_leaves_a_fortieth_on_each_side():
+    """Of 3200 trials; the tails are added up in whole numbers, at ends rounded to 2^-24."""
+
+    def tail(p: float, wins: range) -> float:
+        share = round(p * 2**24)
+        term, total = math.comb(3200, wins[0]) * share ** wins[0] * (2**24 - share) ** (3200 - wins[0]), 0
+        for k in wins:
+            total += term
+            term = term * (3200 - k) * share // ((k + 1) * (2**24 - share))
+        return total / 2 ** (24 * 3200)
+
+    of = binomial_interval(2070, 3200)
+    assert tail(of.low, range(2070, 2400)) == pytest.approx(0.025, rel=1e-4)
+    assert tail(of.high, range(1800, 2071)) == pytest.approx(0.025, rel=1e-4)
+
+
+def test_the_exact_interval_holds_the_share_in_95_of_100_at_least():
+    """Coverage summed over all outcomes, not simulated."""
+    for trials in (5, 23, 60):
+        intervals = [binomial_interval(wins, trials) for wins in range(trials + 1)]
+        for p in torch.rand(200, dtype=torch.float64).tolist():
+            chance = [math.comb(trials, k) * p**k * (1 - p) ** (trials - k) for k in range(trials + 1)]
+            held = sum(c for c, of in zip(chance, intervals, strict=True) if of.low <= p <= of.high)
+            assert held >= 0.95, (trials, p)
+
+
+def test_the_sign_test_counts_outcomes():
+    assert sign_test(7, 3) == sign_test(3, 7) == pytest.approx(0.34375)  # R's binom.test(7, 10)
+    assert sign_test(0, 0) == sign_test(5, 5) == sign_test(5, 4) == 1.0
+    assert sign_test(0, 12) == 2 / 2**12
+    assert 0 <= sign_test(3000, 200) < 1e-300
+    for wins, losses in torch.randint(0, 9, (20, 2)).tolist():
+        trials = wins + losses
+        as_far = [k for k in range(trials + 1) if abs(2 * k - trials) >= abs(wins - losses)]
+        assert sign_test(wins, losses) == pytest.approx(sum(math.comb(trials, k) for k in as_far) / 2**trials)
+
+
+def test_holm_corrects_the_smallest_most():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # R's p.adjust
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([0.2]) == [0.2] and holm([]) == []
+
+
+def test_prompts_are_won_by_the_majority_of_their_images():
+    base, policy = torch.zeros(7), torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0, 0.0, -1.0])
+    assert by_prompt(base, policy, ["a", "a", "a", "b", "b", "c", "d"]) == (1, 2, 1)
+
+
+def test_medians_of_prompts():
+    values = torch.tensor([1.0, 5.0, 2.0, 7.0, 4.0])
+    assert median_of_prompt(values, ["b", "a", "b", "b", "a"]).tolist() == [2.0, 4.5]
+
+
+def test_means_and_medians_are_resampled_as_said():
+    """Against resamples drawn in the plain way: the same prompts, all their images, numpy's median."""
+    prompts = [f"p{k}" for k in torch.randint(0, 15, (40,)).tolist()]
+    values = torch.randn(40, dtype=torch.float64)
+    bootstrap = Bootstrap(prompts, resamples=300)
+    distinct = list(dict.fromkeys(prompts))
+    drawn = torch.randint(len(distinct), (300, len(distinct)), generator=torch.Generator().manual_seed(0)).tolist()
+    picked = [
+        [v for k in one for v, p in zip(values.tolist(), prompts, strict=True) if p == distinct[k]] for one in drawn
+    ]
+    for found, statistic in ((bootstrap.mean(values), np.mean), (bootstrap.median(values), np.median)):
+        ends = np.quantile([statistic(one) for one in picked], [0.025, 0.975])
+        assert found == pytest.approx((statistic(values.numpy()), *ends), abs=1e-12)
+
+
+def test_intervals_hold_the_truth_in_95_of_100():
+    """2000 data sets of 80 prompts, 3 images each that are alike within a prompt, a fifth of the comparisons ties."""
+    sets, prompts, images = 2000, 80, 3
+    generator = torch.Generator().manual_seed(2)
+    liked = 0.35 + 0.5 * torch.randn(sets, prompts, 1, generator=generator)  # how well the policy does on a prompt
+    gains = liked + torch.randn(sets, prompts, images, generator=generator)
+    gains[gains.abs() < 0.25] = 0
+    many = 0.35 + 0.5 * torch.randn(2_000_000, generator=generator) + torch.randn(2_000_000, generator=generator)
+    rate = (many >= 0.25).double().mean() + 0.5 * (many.abs() < 0.25).double().mean()
+    truth = {"rate": rate.item(), "mean": torch.where(many.abs() < 0.25, 0, many).double().mean().item()}
+    names = [str(prompt) for prompt in range(prompts) for _ in range(images)]
+    bootstrap = Bootstrap(names, resamples=1000)
+    base, held = torch.zeros(prompts * images), dict.fromkeys(("rate", "mean"), 0)
+    for gain in gains.flatten(1):
+        of = win_rate(base, gain, names, bootstrap)
+        held["rate"] += of.low <= truth["rate"] <= of.high
+        of = bootstrap.mean(gain)
+        held["mean"] += of.low <= truth["mean"] <= of.high
+    for name, times in held.items():
+        assert 0.93 <= times / sets <= 0.97, (name, times / sets)
+
+
+def test_intervals_of_medians_hold_the_truth_in_95_of_100():
+    """The same of continuous scores, where the median of the population is known: 0.35."""
+    sets, prompts, images = 1500, 80, 3
+    generator = torch.Generator().manual_seed(3)
+    scores = 0.35 + 0.5 * torch.randn(sets, prompts, 1, generator=generator)
+    scores = (scores + torch.randn(sets, prompts, images, generator=generator)).flatten(1)
+    bootstrap = Bootstrap([str(prompt) for prompt in range(prompts) for _ in range(images)], resamples=400)
+    held = sum(of.low <= 0.35 <= of.high for of in map(bootstrap.median, scores))
+    assert 0.93 <= held / sets <= 0.97, held / sets

@@ -1,0 +1,280 @@
+"""What an evaluation found, as a record: for summary.json, for the terminal, and for the page."""
+
+import math
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from dpo_fast.evaluation.scored import Scored
+from dpo_fast.evaluation.signals import Signal
+from dpo_fast.evaluation.statistics import (
+    RESAMPLES,
+    Bootstrap,
+    Counts,
+    Interval,
+    WinRate,
+    binomial_interval,
+    by_prompt,
+    holm,
+    median_of_prompt,
+    sign_test,
+    win_rate,
+)
+
+FEW = 20  # prompts: below, resampling them gives intervals that are too narrow
+
+
+@dataclass(frozen=True)
+class About:
+    """What was compared, in the words of the caller."""
+
+    base: str
+    policy: str
+    prompt_set: str
+    date: str
+    settings: dict[str, str]  # sampler, steps, guidance, versions ...: name -> value, in this order
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One scorer's verdict on the images of all prompts, or of those of one category."""
+
+    scorer: str
+    category: str | None  # None: all
+    prompts: int  # distinct
+    compared: int  # pairs of images, or prompts where the medians of their images are compared
+    win_rate: WinRate  # of `compared`
+    won: Counts  # prompts
+    exact: Interval  # share of won prompts among those that are no ties, Clopper-Pearson
+    p: float  # two-sided sign test of the same
+    p_holm: float  # corrected for all scorers; within categories for all scorers and categories
+    base_median: Interval
+    policy_median: Interval
+    base_mean: Interval
+    policy_mean: Interval
+    gain: Interval  # mean of policy minus base
+
+    @property
+    def interval(self) -> Interval:
+        """The win rate with the interval to show: where all was won or all was lost resampling finds no doubt, and the
+        exact interval takes its place."""
+        rate = self.win_rate
+        ends = self.exact if rate.rate in (0, 1) else rate
+        return Interval(rate.rate, ends.low, ends.high)
+
+    @property
+    def decided(self) -> bool:
+        """Whether the interval leaves out one half."""
+        return not self.interval.low <= 0.5 <= self.interval.high
+
+    def for_summary(self) -> dict[str, object]:
+        """As JSON has it; `base` and `policy` are the means, as at the end of a training run."""
+        found = {key: value._asdict() if hasattr(value, "_asdict") else value for key, value in vars(self).items()}
+        found |= {"name": found.pop("scorer"), "base": self.base_mean.value, "policy": self.policy_mean.value}
+        if self.category is None:
+            del found["category"]
+        return found
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All of it. `overall` is in the order in which the scorers were given: the first is the one that leads."""
+
+    about: About
+    overall: list[Verdict]
+    by_category: list[Verdict]  # category by category, each in the order of the scorers; empty without categories
+    signals: list[Signal]
+    images: int  # pairs of them
+    medians_compared: bool  # of the images of a prompt, in place of image by image
+    resamples: int
+
+    @property
+    def categories(self) -> list[str]:
+        return list(dict.fromkeys(v.category for v in self.by_category))
+
+    def of(self, category: str) -> list[Verdict]:
+        return [verdict for verdict in self.by_category if verdict.category == category]
+
+    def notes(self) -> list[str]:
+        """How to read the numbers, a line each."""
+        what, how = ("medians of a prompt's images", "median") if self.medians_compared else ("images", "majority")
+        lines = [
+            f"win rate: share of {what} that the policy wins, ties counted half; 95% interval by the bootstrap over"
+            f" prompts ({self.resamples} resamples)",
+            f"won, tied, lost: prompts, by the {how} of their images; exact: share won without ties, with its"
+            " Clopper-Pearson 95% interval",
+            f"p: two-sided sign test over prompts, Holm-corrected for {_number(len(self.overall), 'scorer')}"
+            + (f", by category for {_number(len(self.by_category), 'comparison')}" if self.by_category else ""),
+        ]
+        few = [c for c in self.categories if self.of(c)[0].prompts < FEW]
+        if self.overall[0].prompts < FEW:
+            lines.append(f"there are only {_number(self.overall[0].prompts, 'prompt')}: intervals are rough")
+        elif few:
+            lines.append(f"fewer than {FEW} prompts, so intervals are rough: {', '.join(few)}")
+        if any(verdict.win_rate.rate in (0, 1) for verdict in self.overall + self.by_category):
+            lines.append("where all was won or all was lost the interval shown is the exact one")
+        return lines
+
+    def warnings(self) -> list[str]:
+        """Signs that the policy was spoilt rather than aligned, a line each."""
+        lost = [v for v in self.overall if v.interval.high < 0.5]
+        return [f"the policy loses on {v.scorer}: win rate {v.interval}" for v in lost] + [
+            warning for signal in self.signals if (warning := signal.warning())
+        ]
+
+    def for_summary(self) -> dict[str, object]:
+        """The content of summary.json; the keys that an evaluation in training gives mean the same here."""
+        first = self.overall[0]
+        diversity = next((s for s in self.signals if s.name == "diversity"), None)
+        return {
+            "about": asdict(self.about),
+            "scorer": first.scorer,
+            "win_rate": first.win_rate.rate,
+            "win_rate_ci95": [first.interval.low, first.interval.high],
+            "score_base": first.base_mean.value,
+            "score_policy": first.policy_mean.value,
+            "prompts": first.prompts,
+            "images": self.images,
+            "medians_compared": self.medians_compared,
+            "resamples": self.resamples,
+            "diversity_base": diversity.base if diversity else None,
+            "diversity_policy": diversity.policy if diversity else None,
+            "scores": {verdict.scorer: verdict.for_summary() for verdict in self.overall},
+            "categories": {c: {v.scorer: v.for_summary() for v in self.of(c)} for c in self.categories},
+            "signals": {s.name: asdict(s) | {"difference": s.difference._asdict()} for s in self.signals},
+            "notes": self.notes(),
+            "warnings": self.warnings(),
+        }
+
+    def __str__(self) -> str:
+        """The terminal's table."""
+        about, first = self.about, self.overall[0]
+        over = "prompts" if self.medians_compared else "images"
+        parts = [
+            f"{about.policy} against {about.base}\n{about.prompt_set}: {_number(first.prompts, 'prompt')},"
+            f" {_number(self.images, 'image')} of each",
+            _columns(
+                ["", "win rate [95%]", "won", "tied", "lost", "exact [95%]", "p", "base", "policy", "gain [95%]"],
+                [
+                    [v.scorer, str(v.interval), *map(str, v.won), str(v.exact), p_value(v.p_holm), *_scores(v)]
+                    for v in self.overall
+                ],
+            )
+            + f"\nbase, policy: medians over {over}; gain: mean of policy minus base",
+        ]
+        if self.by_category:
+            rows = [[c, str(self.of(c)[0].prompts), *(str(v.interval) for v in self.of(c))] for c in self.categories]
+            parts.append(_columns(["category", "prompts", *(v.scorer for v in self.overall)], rows))
+        if self.signals:
+            parts.append(_columns(["signal", "base", "policy", "difference [95%]"], [_signal(s) for s in self.signals]))
+        parts.append("\n".join(self.notes()))
+        if warnings := self.warnings():
+            parts.append("\n".join(f"warning: {line}" for line in warnings))
+        return "\n\n".join(parts)
+
+
+def judge(
+    scored: Scored,
+    signals: list[Signal],
+    about: About,
+    *,
+    compare_medians: bool = False,  # of the images of each prompt (the published way with several), not image by image
+    resamples: int = RESAMPLES,
+) -> Findings:
+    """Compare all scores, overall and by category."""
+    overall = _verdicts(scored, None, compare_medians, resamples)
+    by_category = []
+    for category in dict.fromkeys(scored.categories or []):
+        rows = [row for row, of_row in enumerate(scored.categories) if of_row == category]
+        by_category += _verdicts(_rows(scored, rows), category, compare_medians, resamples)
+    return Findings(
+        about, _corrected(overall), _corrected(by_category), signals, len(scored.prompts), compare_medians, resamples
+    )
+
+
+def _verdicts(scored: Scored, category: str | None, compare_medians: bool, resamples: int) -> list[Verdict]:
+    distinct = list(dict.fromkeys(scored.prompts))
+    prompts = distinct if compare_medians else scored.prompts
+    bootstrap, found = Bootstrap(prompts, resamples), []
+    for scorer in scored.scorers:
+        base, policy = scored.base[scorer].double(), scored.policy[scorer].double()
+        if compare_medians:
+            base, policy = (median_of_prompt(values, scored.prompts) for values in (base, policy))
+        won = by_prompt(base, policy, prompts)
+        p = sign_test(won.wins, won.losses)
+        found.append(
+            Verdict(
+                scorer,
+                category,
+                prompts=len(distinct),
+                compared=len(prompts),
+                win_rate=win_rate(base, policy, prompts, bootstrap),
+                won=won,
+                exact=binomial_interval(won.wins, won.wins + won.losses),
+                p=p,
+                p_holm=p,
+                base_median=bootstrap.median(base),
+                policy_median=bootstrap.median(policy),
+                base_mean=bootstrap.mean(base),
+                policy_mean=bootstrap.mean(policy),
+                gain=bootstrap.mean(policy - base),
+            )
+        )
+    return found
+
+
+def _rows(scored: Scored, rows: list[int]) -> Scored:
+    picked = torch.tensor(rows)
+    return Scored(
+        [scored.prompts[row] for row in rows],
+        [scored.seeds[row] for row in rows],
+        {scorer: values[picked] for scorer, values in scored.base.items()},
+        {scorer: values[picked] for scorer, values in scored.policy.items()},
+    )
+
+
+def _corrected(verdicts: list[Verdict]) -> list[Verdict]:
+    return [replace(v, p_holm=p) for v, p in zip(verdicts, holm([v.p for v in verdicts]), strict=True)]
+
+
+def decimals(*values: float, digits: int = 4) -> int:
+    """How many decimals show `digits` digits of the largest of the values, so that all may be written alike."""
+    largest = max(map(abs, values))
+    return min(max(digits - 1 - math.floor(math.log10(largest)), 0), 9) if largest > 0 else digits - 1
+
+
+def _scores(verdict: Verdict) -> list[str]:
+    """Both medians, and the gain with its interval."""
+    medians = verdict.base_median.value, verdict.policy_median.value
+    return [*(f"{median:.{decimals(*medians)}f}" for median in medians), _difference(verdict.gain)]
+
+
+def _signal(signal: Signal) -> list[str]:
+    if signal.base is None:
+        places, of = decimals(signal.policy), signal.difference
+        return [signal.name, "", f"{of.value:.{places}f}", f"[{of.low:.{places}f}, {of.high:.{places}f}]"]
+    places = decimals(signal.base, signal.policy)
+    return [signal.name, f"{signal.base:.{places}f}", f"{signal.policy:.{places}f}", _difference(signal.difference)]
+
+
+def _difference(of: Interval) -> str:
+    places = decimals(*of, digits=3)
+    return f"{of.value:+.{places}f} [{of.low:+.{places}f}, {of.high:+.{places}f}]"
+
+
+def p_value(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def _columns(head: list[str], rows: list[list[str]]) -> str:
+    """A plain table: the first column to the left, all others to the right, two blanks between."""
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    lines = []
+    for first, *others in [head, *rows]:
+        right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *right]))
+    return "\n".join(lines)

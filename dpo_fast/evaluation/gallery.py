@@ -1,0 +1,121 @@
+"""Which pairs of images a page shows, and how small they are made."""
+
+import base64
+import io
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dpo_fast.evaluation.scored import Scored
+from dpo_fast.evaluation.signals import Images
+
+DEEP = 8  # pairs of a list over all prompts
+DEEP_IN_CATEGORY = 4
+QUALITY = 82  # of WebP
+LOSSLESS = 64  # pixels: images no larger are kept as they are
+SMALLEST = 96  # pixels: thumbnails are not made smaller than this
+
+
+class Role(NamedTuple):
+    """Why a pair is shown: one of the best or worst of a scorer, or drawn at random; of all or of a category."""
+
+    kind: str  # best, worst, random
+    scorer: str | None  # None: random
+    category: str | None
+
+
+@dataclass
+class Shown:
+    """A row of the scores, and its place (from 0) in each list that it belongs to."""
+
+    row: int
+    roles: dict[Role, int] = field(default_factory=dict)
+
+
+def choose(scored: Scored, max_pairs: int, seed: int = 0) -> list[Shown]:
+    """At most `max_pairs` pairs, and the lists that each belongs to, in the order of the lists.
+
+    Of each scorer the best (the largest gain of the policy over the base) and the worst, and some drawn at random with
+    `seed`; then the same of each category, as far as there is room. A prompt comes once in a list.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(scored.prompts), generator=generator).tolist()
+    orders: dict[tuple[str, str | None], list[int]] = {}
+    for scorer in scored.scorers:
+        gain = scored.gain(scorer)
+        falling = gain.argsort(descending=True, stable=True).tolist()
+        rising = gain.argsort(stable=True).tolist()
+        orders["best", scorer] = [row for row in falling if gain[row] > 0]
+        orders["worst", scorer] = [row for row in rising if gain[row] < 0]
+    orders["random", None] = shuffled
+    lists: list[tuple[Role, list[int]]] = []
+    for category in [None, *dict.fromkeys(scored.categories or [])]:
+        for (kind, scorer), rows in orders.items():
+            inside = [row for row in rows if category is None or scored.categories[row] == category]
+            lists.append((Role(kind, scorer, category), _one_a_prompt(inside, scored.prompts)))
+    shown: dict[int, Shown] = {}
+    full: set[Role] = set()  # no later pair of a list is shown where an earlier one is not
+    for role, place, row in _in_turn(lists):
+        if role not in full and (row in shown or len(shown) < max_pairs):
+            shown.setdefault(row, Shown(row)).roles[role] = place
+        else:
+            full.add(role)
+    rank = {role: number for number, (role, _) in enumerate(lists)}
+    for one in shown.values():
+        one.roles = dict(sorted(one.roles.items(), key=lambda item: rank[item[0]]))
+    return sorted(shown.values(), key=lambda one: [(rank[role], place) for role, place in one.roles.items()])
+
+
+def _in_turn(lists: list[tuple[Role, list[int]]]) -> Iterator[tuple[Role, int, int]]:
+    """Role, place and row: the first of every list, then the second ...; half of what is wanted over all prompts, half
+    of that of the categories, and then the other halves."""
+    everywhere = [one for one in lists if one[0].category is None], DEEP
+    inside = [one for one in lists if one[0].category is not None], DEEP_IN_CATEGORY
+    for half in (0, 1):
+        for some, deep in (everywhere, inside):
+            for place in range(half * deep // 2, (half + 1) * deep // 2):
+                for role, rows in some:
+                    if place < len(rows):
+                        yield role, place, rows[place]
+
+
+def _one_a_prompt(rows: Sequence[int], prompts: Sequence[str]) -> list[int]:
+    first: dict[str, int] = {}
+    for row in rows:
+        first.setdefault(prompts[row], row)
+    return list(first.values())
+
+
+class Thumbnail(NamedTuple):
+    uri: str  # data:
+    width: int  # pixels
+    height: int
+
+
+def thumbnails(
+    base: Images, policy: Images, rows: Sequence[int], *, size: int, max_bytes: int
+) -> tuple[dict[int, tuple[Thumbnail, Thumbnail]], int]:
+    """Both images of each row, and the longest side they have, in pixels.
+
+    At most `size`, and less where all together would take more than `max_bytes` in the page.
+    """
+    while True:
+        made = {row: (_thumbnail(base[row], size), _thumbnail(policy[row], size)) for row in rows}
+        total = sum(len(one.uri) for both in made.values() for one in both)
+        if total <= max_bytes or size <= SMALLEST:
+            return made, max((max(one[1:]) for both in made.values() for one in both), default=size)
+        size = max(SMALLEST, int(size * 0.95 * math.sqrt(max_bytes / total)))
+
+
+def _thumbnail(pixels: Tensor, size: int) -> Thumbnail:  # uint8 [3,H,W]
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    lossless = max(image.size) <= LOSSLESS
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", lossless=lossless, quality=QUALITY)
+    return Thumbnail("data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(), *image.size)

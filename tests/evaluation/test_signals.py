@@ -1,0 +1,68 @@
+"""Measures of images without a scorer: against plain definitions, and what they say of a spoilt policy."""
+
+import colorsys
+
+import pytest
+import torch
+
+from dpo_fast.evaluation.signals import coarse_distance, distance, measure, saturation, sharpness
+from dpo_fast.evaluation.statistics import diversity
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+def test_saturation_is_that_of_hsv():
+    image = noise(3, 9, 7)
+    image[:, 0, :2] = torch.tensor([[0, 255], [0, 255], [0, 255]], dtype=torch.uint8)  # black and white
+    expected = [colorsys.rgb_to_hsv(*(pixel / 255).tolist())[1] for pixel in image.flatten(1).T.double()]
+    assert saturation(image) == pytest.approx(sum(expected) / len(expected))
+
+
+def test_sharpness_is_the_variance_of_the_laplacian():
+    image = noise(3, 8, 11)
+    luma = (0.299 * image[0].double() + 0.587 * image[1].double() + 0.114 * image[2].double()).tolist()
+    values = torch.tensor(
+        [
+            luma[y - 1][x] + luma[y + 1][x] + luma[y][x - 1] + luma[y][x + 1] - 4 * luma[y][x]
+            for y in range(1, 7)
+            for x in range(1, 10)
+        ]
+    )
+    assert sharpness(image) == pytest.approx(values.var(correction=0).item(), rel=1e-5)
+    assert sharpness(torch.full((3, 5, 5), 77, dtype=torch.uint8)) == pytest.approx(0, abs=1e-18)
+
+
+def test_distances_are_root_mean_squares():
+    black, white = torch.zeros(3, 16, 24, dtype=torch.uint8), torch.full((3, 16, 24), 255, dtype=torch.uint8)
+    assert distance(black, white) == coarse_distance(black, white) == 1
+    checked = black.clone()
+    checked[:, ::2, ::2] = checked[:, 1::2, 1::2] = 255  # half of the pixels, grey from afar
+    assert distance(black, checked) == pytest.approx(0.5**0.5)
+    assert coarse_distance(black, checked) == pytest.approx(0.5)
+    assert coarse_distance(noise(3, 16, 16), white) > 0  # of other sizes
+
+
+def test_a_model_against_itself_did_not_move():
+    images, prompts = noise(6, 3, 16, 16), ["a", "a", "b", "b", "c", "c"]
+    found = {signal.name: signal for signal in measure(images, images, prompts)}
+    assert set(found) == {"saturation", "sharpness", "diversity", "distance", "coarse distance"}
+    for signal in found.values():
+        assert tuple(signal.difference) == (0, 0, 0) and signal.warning() is None
+    assert found["diversity"].base == pytest.approx(diversity(images, prompts))
+
+
+def test_what_over_optimisation_does_is_said():
+    prompts = [str(k // 2) for k in range(12)]
+    base = noise(12, 3, 16, 16) // 4 + 96  # pale and soft
+    policy = noise(6, 3, 16, 16).repeat_interleave(2, 0)  # colourful, sharp, and twice the same
+    warnings = [signal.warning() for signal in measure(base, policy, prompts)]
+    assert "saturation is" in warnings[0] and "sharpness is" in warnings[1]
+    assert warnings[2:] == ["diversity is 0% of the base's", None, None]
+    assert [s.warning() for s in measure(policy, base, prompts)] == [None] * 5
+
+
+def test_what_cannot_be_measured_is_left_out():
+    names = [s.name for s in measure([noise(3, 16, 16)] * 2, [noise(3, 24, 24)] * 2, ["a", "b"])]
+    assert names == ["saturation", "sharpness", "coarse distance"]
