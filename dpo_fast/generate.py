@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from dpo_fast.door import guarded, refuse, say, show_log
-from dpo_fast.evaluation.options import STRENGTH, GenerateConfig, parse, seeds_of
+from dpo_fast.evaluation.generate_options import STRENGTH, GenerateConfig, parse, seeds_of
 from dpo_fast.evaluation.prompts import Where, read_prompts
 
 
