@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from dpo_fast.door import guarded, refuse, say, show_log
-from dpo_fast.evaluation.generate_options import STRENGTH, GenerateConfig, parse, seeds_of
+from dpo_fast.evaluation.generate_options import GenerateConfig, parse, seeds_of
 from dpo_fast.evaluation.prompts import Where, read_prompts
 
 
@@ -34,29 +34,12 @@ def _run(config: GenerateConfig) -> int:
     import torch
 
     from dpo_fast import parallel
-    from dpo_fast.evaluation.generating import GRID, LISTING, Wanted, generate_images, read_layouts
-    from dpo_fast.evaluation.models import named
+    from dpo_fast.evaluation.generating import GRID, LISTING, generate_images, wanted_of
+    from dpo_fast.evaluation.models import models_of
 
     started = time.perf_counter()
-    models = named(
-        config.policy,
-        config.baseline,
-        turbo=config.is_turbo,
-        mixed_precision=config.mixed_precision,
-        steps=config.sampling_steps,
-        guidance=config.sampling_guidance,
-        resolution=config.resolution,
-        cache_dir=config.cache_dir,
-        token=config.hub_token,
-    )
-    wanted = Wanted(
-        models,
-        prompts,
-        seeds_of(config.seeds),
-        layouts=None if config.layout is None else read_layouts(config.layout.expanduser(), prompts),
-        strength=None if config.layout is None else config.strength or STRENGTH,
-        batch_size=config.batch_size,
-    )
+    models = models_of(config, config.policy, config.baseline)
+    wanted = wanted_of(config, models, prompts, seeds_of(config.seeds))
     out = config.output_dir or Path("images", list(models)[-1])
     for name, model in models.items():
         say(f"{name}: {model}, {model.steps} steps, guidance {model.guidance:g}, {model.resolution} pixels a side")

@@ -1,7 +1,7 @@
 """What an evaluation found, as a record: for summary.json, for the terminal, and for the page."""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
@@ -33,6 +33,7 @@ class About:
     prompt_set: str
     date: str
     settings: dict[str, str]  # sampler, steps, guidance, versions ...: name -> value, in this order
+    remarks: list[str] = field(default_factory=list)  # on what was compared, a line each, to be told with the notes
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Findings:
             lines.append(f"fewer than {FEW} prompts, so intervals are rough: {', '.join(few)}")
         if any(verdict.win_rate.rate in (0, 1) for verdict in self.overall + self.by_category):
             lines.append("where all was won or all was lost the interval shown is the exact one")
-        return lines
+        return lines + self.about.remarks
 
     def warnings(self) -> list[str]:
         """Signs that the policy was spoilt rather than aligned, a line each."""

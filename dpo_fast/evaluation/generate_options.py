@@ -58,7 +58,7 @@ class GenerateConfig:
 def parse(argv: list[str]) -> GenerateConfig:
     """Parse a command line. Raises BadInput for an unknown flag and for a value that nothing can be made with."""
     with one_line_errors(GenerateConfig):
-        config = tyro.cli(GenerateConfig, args=_gathered(argv, "prompts"), prog="python -m dpo_fast.generate")
+        config = tyro.cli(GenerateConfig, args=gathered(argv, "prompts"), prog="python -m dpo_fast.generate")
     check(config)
     return config
 
@@ -80,7 +80,8 @@ def check(config: GenerateConfig) -> None:
         raise BadInput(f"--strength ({config.strength}) must be in (0, 1]; the paper's is {STRENGTH}")
     if config.strength is not None and config.layout is None:
         raise BadInput(f"--strength ({config.strength}) is of the noise on a layout: add --layout IMAGE_OR_FOLDER")
-    seeds_of(config.seeds)
+    if config.seeds is not None:
+        seeds_of(config.seeds)
 
 
 def seeds_of(given: str) -> tuple[int, ...]:
@@ -98,7 +99,7 @@ def seeds_of(given: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _gathered(argv: list[str], name: str) -> list[str]:
+def gathered(argv: list[str], name: str) -> list[str]:
     """The words with all values of a repeated flag at its first place: of other flags the last one wins."""
     values: list[str] = []
     rest: list[str] = []

@@ -10,7 +10,6 @@ what other ranks make, is the same to the bit.
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -24,7 +23,9 @@ from tqdm.auto import tqdm
 from dpo_fast import __version__
 from dpo_fast.data.images import BadImage, crop_corner, decode, resize, to_pixels
 from dpo_fast.errors import BadInput
+from dpo_fast.evaluation.generate_options import STRENGTH, GenerateConfig
 from dpo_fast.evaluation.models import ModelSource, OneAtATime, align_weights, compute_dtype
+from dpo_fast.evaluation.naming import IMAGE_FILES, file_stem, image_files, images_of
 from dpo_fast.evaluation.prompts import Prompt
 from dpo_fast.files import remove_temporaries, write_json
 from dpo_fast.models.encoding import weights_digest
@@ -32,10 +33,8 @@ from dpo_fast.parallel import Ranks
 from dpo_fast.sampling import picture_grid, sample, save_png, to_picture
 
 LISTING, GRID = "images.json", "grid.png"
-LONGEST_NAME = 80  # characters of a prompt in a file's name
 PACKAGES = ("torch", "diffusers")  # whose versions an image notes
 COLUMNS, LARGEST_CELL = 8, 384  # of grid.png; a cell in pixels
-IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,21 @@ class Wanted:
             for prompt in self.prompts
             for seed in self.seeds
         ]
+
+
+def wanted_of(
+    config: GenerateConfig, models: Mapping[str, ModelSource], prompts: Sequence[Prompt], seeds: Sequence[int]
+) -> Wanted:
+    """What the flags of generation ask of some models. Raises BadInput for layouts that are not there."""
+    of_layouts = config.layout is not None
+    return Wanted(
+        models,
+        prompts,
+        seeds,
+        layouts=read_layouts(config.layout.expanduser(), prompts) if of_layouts else None,
+        strength=(config.strength or STRENGTH) if of_layouts else None,
+        batch_size=config.batch_size,
+    )
 
 
 class ImageRow(NamedTuple):
@@ -146,36 +160,34 @@ def read_images(out: Path) -> Generated:
     return Generated([ImageRow(**row) for row in listing["images"]], listing["complete"])
 
 
+def is_complete(out: Path) -> bool:
+    """Whether all images that were wanted last in `out` are there."""
+    listing = _listing(out)
+    return listing is not None and listing["complete"]
+
+
 def read_layouts(path: Path, prompts: Sequence[Prompt]) -> dict[str, Layout]:
     """The layout of every prompt: the image at `path`, or one of the folder `path`.
 
-    Of a folder a prompt takes the image whose name is the prompt's (in letters and digits, whatever their case and
-    what stands between them); the k-th prompt without such an image takes the k-th of all in the order of their names,
-    starting again at the end. Raises BadInput for what is not there, and for an image that does not open.
+    Of a folder a prompt takes the image that is named like it (`images_of`); the k-th prompt without one takes the k-th
+    of all in the order of their names, starting again at the end. Raises BadInput for what is not there, and for an
+    image that does not open.
     """
+    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+    chosen: dict[str, Path] = {}
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_FILES)
+        files = image_files(path)
         if not files:
             raise BadInput(f"--layout {path} holds no image ({', '.join(IMAGE_FILES)}); name an image or their folder")
+        chosen = {text: images[0] for text, images in images_of(path, texts).images.items()}
     elif path.is_file():
         files = [path]
     else:
         raise BadInput(f"--layout {path} does not exist; name an image or a folder of images")
-    by_name = {_plain(file.stem): file for file in reversed(files)} if path.is_dir() else {}
-    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
-    unnamed = [text for text in texts if _plain(text) not in by_name]
-    chosen = {text: files[k % len(files)] for k, text in enumerate(unnamed)}
-    chosen |= {text: by_name[_plain(text)] for text in texts if text not in chosen}
+    unnamed = [text for text in texts if text not in chosen]
+    chosen |= {text: files[k % len(files)] for k, text in enumerate(unnamed)}
     opened = {file: _open_layout(file) for file in set(chosen.values())}
     return {text: opened[chosen[text]] for text in texts}
-
-
-def file_stem(prompt: str) -> str:
-    """The prompt as the start of a file's name: its words, and a digest where these are not all of it."""
-    words = _plain(prompt)
-    if words.replace("-", " ") == prompt:
-        return words
-    return f"{words or 'prompt'}-{hashlib.blake2b(prompt.encode(), digest_size=4).hexdigest()}"
 
 
 def noise_seed(prompt: str, seed: int) -> int:
@@ -184,10 +196,6 @@ def noise_seed(prompt: str, seed: int) -> int:
     Other prompts start from other noise, so that they tell of the models independently of each other.
     """
     return int.from_bytes(hashlib.blake2b(f"{seed}\n{prompt}".encode(), digest_size=8).digest(), "little") >> 1
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:LONGEST_NAME].strip("-")
 
 
 def _open_layout(path: Path) -> Layout:
@@ -296,7 +304,7 @@ def _claim(wanted: Wanted, rows: Sequence[ImageRow], out: Path, device: torch.de
             raise BadInput(f"--output_dir {out} is not empty and holds no {LISTING}; name another folder")
         _write(out, {"settings": settings, "weights": {}, "complete": False}, rows)
     elif listing["settings"] != settings:
-        found = "; ".join(_differences(listing["settings"], settings))
+        found = "; ".join(differences(listing["settings"], settings))
         raise BadInput(
             f"--output_dir {out} holds images of other settings ({found}); give these or name another folder"
         )
@@ -353,11 +361,11 @@ def _write(out: Path, listing: Mapping[str, object], rows: Sequence[ImageRow]) -
     write_json(out / LISTING, {**listing, "images": [row._asdict() for row in rows]})
 
 
-def _differences(before: object, now: object, name: str = "") -> list[str]:
+def differences(before: object, now: object, name: str = "") -> list[str]:
     """What differs between two settings, as `name: before, now`."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = {**before, **now}
-        return [line for key in keys for line in _differences(before.get(key), now.get(key), f"{name} {key}".strip())]
+        return [line for key in keys for line in differences(before.get(key), now.get(key), f"{name} {key}".strip())]
     return [] if before == now else [f"{name}: {_short(before)} before, {_short(now)} now"]
 
 

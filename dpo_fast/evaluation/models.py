@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +13,9 @@ from dpo_fast.models import COMPUTE_DTYPES, Family, load_family, merge_lora
 from dpo_fast.models.faults import bad_input
 from dpo_fast.models.load import component_config, family_of
 from dpo_fast.models.lora import WEIGHT_NAME
+
+if TYPE_CHECKING:
+    from dpo_fast.evaluation.generate_options import GenerateConfig
 
 ALIGNMENT = 64  # bytes: of what PyTorch allocates on a CPU
 
@@ -153,6 +157,21 @@ def named(
     if other_name.lower() == name.lower():
         other_name = f"baseline-{name}"
     return {other_name: other.settled(), name: aligned}
+
+
+def models_of(config: "GenerateConfig", policy: str, baseline: str | None) -> dict[str, ModelSource]:
+    """`named` with the flags of generation."""
+    return named(
+        policy,
+        baseline,
+        turbo=config.is_turbo,
+        mixed_precision=config.mixed_precision,
+        steps=config.sampling_steps,
+        guidance=config.sampling_guidance,
+        resolution=config.resolution,
+        cache_dir=config.cache_dir,
+        token=config.hub_token,
+    )
 
 
 class OneAtATime:

@@ -1,15 +1,21 @@
 """Signs of over-optimisation that need no scorer: what became of colours, edges, variety, and how far images moved."""
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, conv2d
+from tqdm import tqdm
 
+from dpo_fast.caching import ahead
 from dpo_fast.evaluation.statistics import Bootstrap, Interval, spread
 
+THREADS = min(8, os.cpu_count() or 1)  # a prompt's images each
 CELLS = 8  # a coarse picture has 8 x 8 cells
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 LAPLACIAN = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
@@ -69,36 +75,61 @@ def coarse_distance(base: Tensor, policy: Tensor) -> float:  # uint8 [3,H,W] eac
     return (small[1] - small[0]).square().mean().sqrt().item()
 
 
-def measure(base: Images, policy: Images, prompts: Sequence[str]) -> list[Signal]:
-    """All signals of images that are row by row a pair; only the images of one prompt are held at a time.
+def measure(base: Images, policy: Images, prompts: Sequence[str], show: bool = False) -> list[Signal]:
+    """All signals of images that are row by row a pair; the images of a few prompts are held at a time.
 
-    Left out: diversity where no prompt has two images, the distance of pixels where images of a pair differ in size.
+    show: with a progress bar. Left out: diversity where no prompt has two images, the distance of pixels where images
+    of a pair differ in size.
     """
     rows: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
         rows.setdefault(prompt, []).append(row)
-    of_image: dict[str, list[float | None]] = {name: [None] * len(prompts) for name in MEANING}
+    of_image: dict[str, list[tuple[float, float] | float | None]] = {name: [None] * len(prompts) for name in MEANING}
     of_prompt: dict[str, tuple[float, float]] = {}
-    for prompt, places in rows.items():
-        sides = [[images[row] for row in places] for images in (base, policy)]
-        for row, before, after in zip(places, *sides, strict=True):
-            of_image["saturation"][row] = saturation(before), saturation(after)
-            of_image["sharpness"][row] = sharpness(before), sharpness(after)
-            of_image["coarse distance"][row] = coarse_distance(before, after)
-            if before.shape == after.shape:
-                of_image["distance"][row] = distance(before, after)
-        if len(places) > 1 and all(len({image.shape for image in side}) == 1 for side in sides):
-            of_prompt[prompt] = spread(torch.stack(sides[0])).item(), spread(torch.stack(sides[1])).item()
-    bootstrap, found = Bootstrap(prompts), []
+    bar = tqdm(total=len(prompts), desc="measuring", unit=" pairs", disable=not show)
+    with ThreadPoolExecutor(THREADS) as pool, bar:
+        plans = (partial(_of_prompt, base, policy, places) for places in rows.values())
+        for (prompt, places), found in zip(rows.items(), ahead(pool, plans, THREADS), strict=True):
+            for name, values in found.of_image.items():
+                for row, value in zip(places, values, strict=True):
+                    of_image[name][row] = value
+            if found.diversity is not None:
+                of_prompt[prompt] = found.diversity
+            bar.update(len(places))
+    bootstrap, signals = Bootstrap(prompts), []
     for name in ("saturation", "sharpness"):
-        found.append(_paired(name, of_image[name], bootstrap))
+        signals.append(_paired(name, of_image[name], bootstrap))
     if of_prompt:
-        found.append(_paired("diversity", list(of_prompt.values()), Bootstrap(list(of_prompt))))
+        signals.append(_paired("diversity", list(of_prompt.values()), Bootstrap(list(of_prompt))))
     for name in ("distance", "coarse distance"):
         if None not in of_image[name]:
             mean = bootstrap.mean(torch.tensor(of_image[name], dtype=torch.float64))
-            found.append(Signal(name, MEANING[name], None, mean.value, mean))
-    return found
+            signals.append(Signal(name, MEANING[name], None, mean.value, mean))
+    return signals
+
+
+class _Measured(NamedTuple):
+    """The signals of one prompt's images."""
+
+    of_image: dict[str, list[tuple[float, float] | float | None]]  # an image each: base and policy, or between them
+    diversity: tuple[float, float] | None
+
+
+def _of_prompt(base: Images, policy: Images, rows: Sequence[int]) -> _Measured:
+    sides = [[images[row] for row in rows] for images in (base, policy)]
+    pairs = list(zip(*sides, strict=True))
+    of_image = {
+        "saturation": [(saturation(before), saturation(after)) for before, after in pairs],
+        "sharpness": [(sharpness(before), sharpness(after)) for before, after in pairs],
+        "coarse distance": [coarse_distance(before, after) for before, after in pairs],
+        "distance": [
+            distance(before, after) if before.shape == after.shape else None  # pixels that do not meet
+            for before, after in pairs
+        ],
+    }
+    of_one_size = all(len({image.shape for image in side}) == 1 for side in sides)
+    both = [spread(torch.stack(side)).item() for side in sides] if len(rows) > 1 and of_one_size else None
+    return _Measured(of_image, both and (both[0], both[1]))
 
 
 MEANING = {

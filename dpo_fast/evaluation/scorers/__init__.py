@@ -1,6 +1,6 @@
 """Scorers: each is a module of this folder with a function `load(name, loading)`; a new one is a file and a row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -42,6 +42,18 @@ MODULE_OF = {
 }
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raise BadInput for a scorer that there is not."""
+    for name in names:
+        if name not in MODULE_OF:
+            raise BadInput(f"there is no scorer {name!r}; choose from {', '.join(MODULE_OF)}")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What models compute in where nothing is said."""
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
 def load_scorer(
     name: str,
     device: torch.device | str = "cpu",
@@ -60,9 +72,8 @@ def load_scorer(
 
     Raises BadInput, in one line, for an unknown name and for files that cannot be found, read or trusted.
     """
-    if name not in MODULE_OF:
-        raise BadInput(f"there is no scorer {name!r}; choose from {', '.join(MODULE_OF)}")
+    check_names([name])
     device = torch.device(device)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
+    dtype = dtype or default_dtype(device)
     loading = Loading(device, dtype, None if where is None else Path(where), cache_dir, token)
     return import_module(f"{__name__}.{MODULE_OF[name]}").load(name, loading)

@@ -1,0 +1,96 @@
+"""The flags of evaluation, each with its unit, and what is refused before anything is loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from dpo_fast.config import one_line_errors
+from dpo_fast.errors import BadInput
+from dpo_fast.evaluation import generate_options
+from dpo_fast.evaluation.generate_options import GenerateConfig, gathered
+
+
+@dataclass
+class EvaluateConfig(GenerateConfig):
+    """Compare a policy with a baseline: images of the same prompts and noise, scores, win rates, a page to look at.
+
+    OUTPUT_DIR gets report.html, summary.json, scores.parquet and the images. Of a run that was evaluated in training
+    (--eval_scorers) `--policy RUN` is enough. With --dataset_name the implicit-reward accuracy on those pairs is
+    measured, for which nothing is generated; without --prompts that is all.
+    """
+
+    prompts: tuple[str, ...] = ()
+    """Texts, files (.txt: one prompt a line; .tsv: columns Prompt and Category) or sets: partiprompts, hps,
+    pickapic-validation, shapes; NAME=PATH: a set from your own copy. May be given more than once. None: what the run
+    was evaluated on in training."""
+    policy: str | None = None
+    """An output folder of dpo_fast.train, a pipeline (hub id, diffusers folder, .safetensors file), or a folder of
+    images named by their prompts."""
+    baseline: str | None = None
+    """base: what the run started from; else a run, a pipeline or a folder of images. None: base for a run."""
+    seeds: str | None = None
+    """Images a prompt: N takes the seeds 0 to N-1; a list with commas takes those (the single seed 7: `7,`). None: as
+    many as the run had of a prompt in training where --prompts is its own, else 1; of two folders of images all."""
+    output_dir: Path | None = None
+    """None: evaluations/<policy>-against-<baseline>. The same command goes on with what is missing there."""
+
+    scorers: tuple[str, ...] = ()
+    """Names (README: Scorers), the one that leads first. None: those of the run's evaluation in training."""
+    scorers_dir: Path | None = None
+    """Folder that holds the scorers' repositories as OWNER/NAME; None: the hub."""
+    compare: Literal["images", "medians"] = "images"
+    """images: seed by seed. medians: prompt by prompt, the median score of its images (the published way with
+    several)."""
+
+    dataset_name: str | None = None
+    """Held-out preference pairs for the implicit-reward accuracy: a hub id, a folder or a parquet / arrow / JSONL
+    file, as for training. The reference is what the run started from; of a policy that is no run, the baseline."""
+    dataset_config_name: str | None = None
+    """Configuration name of a hub data set."""
+    dataset_split_name: str | None = None
+    """Split; None: train, else the only one there is."""
+    image_columns: tuple[str, str] | None = None
+    """The two image columns, in the label's order; None: jpg_0 jpg_1, or chosen rejected."""
+    label_column: str | None = None
+    """Column with the label: 1 (first image wins), 0 (second wins), 0.5 (tie: left out); None: label_0."""
+    caption_column: str | None = None
+    """Column with the prompt; None: caption or prompt."""
+    max_pairs: int | None = None
+    """Use only the first N rows."""
+    max_bad_fraction: float = 0.01
+    """Stop when more than this fraction of the rows is unusable (undecodable image, empty caption, missing file)."""
+    draws: int = 8
+    """Noises and timesteps a pair, spread over the timesteps; its implicit reward is the mean over them."""
+    dataloader_num_workers: int = 2
+    """Processes that read and decode pairs."""
+
+
+def parse(argv: list[str]) -> EvaluateConfig:
+    """Parse a command line. Raises BadInput for an unknown flag and for a value that nothing can be compared with."""
+    words = gathered(gathered(argv, "prompts"), "scorers")
+    with one_line_errors(EvaluateConfig):
+        config = tyro.cli(EvaluateConfig, args=words, prog="python -m dpo_fast.evaluate")
+    check(config)
+    return config
+
+
+def check(config: EvaluateConfig) -> None:
+    """Raise BadInput, naming flag, value and remedy, for values that nothing can be compared with."""
+    generate_options.check(config)
+    if config.baseline == "none":
+        raise BadInput("--baseline none leaves nothing to compare with: name a run, a pipeline or a folder of images")
+    for name in ("max_pairs", "draws"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise BadInput(f"--{name} ({value}) must be at least 1")
+    if not 0 <= config.max_bad_fraction <= 1:
+        raise BadInput(f"--max_bad_fraction ({config.max_bad_fraction}) must be in [0, 1]")
+    if config.dataloader_num_workers < 0:
+        raise BadInput(f"--dataloader_num_workers ({config.dataloader_num_workers}) must be 0 or more")
+    if config.dataset_name is None:
+        of_pairs = ("dataset_config_name", "dataset_split_name", "image_columns", "label_column", "caption_column")
+        for name in (*of_pairs, "max_pairs"):
+            if getattr(config, name) is not None:
+                raise BadInput(f"--{name} is of preference pairs: add --dataset_name, or leave it out")

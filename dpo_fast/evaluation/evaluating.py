@@ -1,0 +1,204 @@
+"""A policy against a baseline, from prompts to the page: generate, pair up, score, judge, write.
+
+OUT/evaluation.json   what is compared
+OUT/images/           what was generated (`generating`)
+OUT/scores/           what was scored (`image_scores`)
+OUT/scores.parquet    OUT/summary.json    OUT/report.html
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+
+from dpo_fast import __version__
+from dpo_fast.errors import BadInput
+from dpo_fast.evaluation.findings import About, Findings, judge
+from dpo_fast.evaluation.generating import Wanted, differences, generate_images, is_complete
+from dpo_fast.evaluation.image_scores import score_images
+from dpo_fast.evaluation.naming import image_files, images_of
+from dpo_fast.evaluation.page import page
+from dpo_fast.evaluation.pairing import Files, Pairs, pair_up
+from dpo_fast.evaluation.scored import Scored, write_scores
+from dpo_fast.evaluation.scorers import default_dtype, load_scorer
+from dpo_fast.evaluation.signals import measure
+from dpo_fast.files import remove_temporaries, write_json, write_text
+from dpo_fast.parallel import Ranks
+
+if TYPE_CHECKING:
+    from dpo_fast.evaluation.implicit import ImplicitAccuracy
+
+RECORD, SUMMARY, SCORES, REPORT = "evaluation.json", "summary.json", "scores.parquet", "report.html"
+SHOWN = ("family", "weights", "sampler", "steps", "guidance", "resolution", "dtype", "strength", "versions")
+SAMPLING = ("family", "sampler", "steps", "guidance", "resolution")  # where these differ, more than weights is compared
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two that are compared: a model whose images are generated, or a folder of images."""
+
+    name: str
+    folder: Path | None = None  # None: generated
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, by what."""
+
+    base: Side
+    policy: Side
+    wanted: Wanted  # prompts, seeds, and the models that are to be generated from
+    all_images: bool  # of two folders: as many as both have of a prompt; else as many as there are seeds
+    prompt_set: str  # in words
+    scorers: Sequence[str]
+    scoring: Mapping[str, object]  # keywords of load_scorer: where its files are
+    compare_medians: bool
+
+
+def is_images(path: str) -> bool:
+    """Whether `path` is a folder of images, and neither run nor pipeline. Raises BadInput where it has several."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir() or any((folder / name).is_file() for name in ("config.yaml", "model_index.json")):
+        return False
+    if (folder / "images.json").is_file():
+        raise BadInput(f"{path} holds the images of several models: name one of the folders in it")
+    return bool(image_files(folder))
+
+
+def claim(out: Path, settings: Mapping[str, object]) -> None:
+    """Make `out` the folder of this evaluation, or go on with it. Raises BadInput where it is of another, or not ours."""
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"--output_dir {out} is a file; name a folder")
+    record = out / RECORD
+    if not record.is_file():
+        if out.is_dir() and any(not entry.name.startswith(".tmp-") for entry in out.iterdir()):
+            raise BadInput(f"--output_dir {out} is not empty and holds no {RECORD}; name another folder")
+        write_json(record, settings)
+    before = json.loads(record.read_text(encoding="utf-8"))
+    if found := differences(before, json.loads(json.dumps(settings))):
+        raise BadInput(f"--output_dir {out} is of another evaluation ({'; '.join(found)}); name another folder")
+    remove_temporaries(out)
+
+
+def compare(comparison: Comparison, out: Path, ranks: Ranks) -> tuple[Findings, Scored, Pairs] | None:
+    """Generate and score what is missing, and judge. The main rank gets the findings."""
+    images, wanted = out / "images", comparison.wanted
+    if wanted.models:
+        if not is_complete(images):
+            ranks.on_main(lambda: _prove(comparison))  # before hours of generation
+        generate_images(wanted, images, ranks)
+    pairs = ranks.share(_pairs(comparison, out) if ranks.is_main else None)
+    number, both = len(pairs.prompts), Files([*pairs.base.paths, *pairs.policy.paths])
+    about = {
+        "dtype": _dtype(ranks.device),
+        "files": str(comparison.scoring["where"] or "hub"),
+        "dpo_fast": __version__,
+    }
+    scorers = {
+        name: ({"scorer": name, **about}, partial(load_scorer, name, ranks.device, **comparison.scoring))
+        for name in comparison.scorers
+    }
+    scores = score_images(both, pairs.prompts * 2, scorers, out / "scores", ranks)
+    if not ranks.is_main:
+        return None
+    scored = Scored(
+        pairs.prompts,
+        pairs.seeds,
+        {name: of[:number] for name, of in scores.items()},
+        {name: of[number:] for name, of in scores.items()},
+        pairs.categories,
+    )
+    signals = measure(pairs.base, pairs.policy, pairs.prompts, show=True)
+    settings, remarks = _settings(comparison, pairs, ranks.device)
+    about = About(
+        comparison.base.name,
+        comparison.policy.name,
+        comparison.prompt_set,
+        _today(),
+        settings,
+        [*pairs.remarks, *remarks],
+    )
+    return judge(scored, signals, about, compare_medians=comparison.compare_medians), scored, pairs
+
+
+def write(out: Path, findings: Findings, scored: Scored, pairs: Pairs, implicit: "ImplicitAccuracy | None") -> None:
+    """The results of `compare`, each file at once or not at all."""
+    write_scores(out / SCORES, scored)
+    add_to_summary(out, findings.for_summary())
+    write_text(out / REPORT, page(findings, scored, pairs.base, pairs.policy, implicit=implicit))
+
+
+def _prove(comparison: Comparison) -> None:
+    """Raise BadInput where a scorer's files cannot be had, or it cannot judge these prompts."""
+    texts = [prompt.text for prompt in comparison.wanted.prompts]
+    for name in comparison.scorers:
+        load_scorer(name, **comparison.scoring).check(texts)
+
+
+def add_to_summary(out: Path, found: Mapping[str, object]) -> None:
+    """Write these keys of summary.json, and leave the others that are there as they are."""
+    file = out / SUMMARY
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    write_json(file, before | found)
+
+
+def _pairs(comparison: Comparison, out: Path) -> Pairs:
+    wanted = comparison.wanted
+    texts = [prompt.text for prompt in wanted.prompts]
+    images, remarks = [], []
+    for side in (comparison.base, comparison.policy):
+        if side.folder is None:
+            rows: dict[str, dict[int, Path]] = {}
+            for row in wanted.rows():
+                if row.model == side.name:
+                    rows.setdefault(row.prompt, {})[row.seed] = out / "images" / row.file
+            images.append({prompt: [*files.values()] for prompt, files in rows.items()})
+        else:
+            found = images_of(side.folder, texts)
+            images.append(found.images)
+            if found.unused:
+                remarks.append(f"{found.unused} images in {side.name} are of none of these prompts")
+    seeds = None if comparison.all_images else wanted.seeds
+    paired = pair_up(wanted.prompts, seeds, *images, (comparison.base.name, comparison.policy.name))
+    paired.remarks.extend(remarks)
+    return paired
+
+
+def _settings(comparison: Comparison, pairs: Pairs, device: torch.device) -> tuple[dict[str, str], list[str]]:
+    """How the images were made, as their files say it, and a remark where that differs in more than weights."""
+    texts = [_texts(files.paths[0]) for files in (pairs.base, pairs.policy)]
+    settings = {"Seeds": ", ".join(map(str, dict.fromkeys(pairs.seeds)))} if not comparison.all_images else {}
+    for name in SHOWN:
+        base, policy = (of.get(name) for of in texts)
+        if base or policy:
+            both = base if base == policy else f"{base or 'not known'} (base), {policy or 'not known'} (policy)"
+            settings[name.capitalize()] = both
+    settings["Scored in"] = f"{_dtype(device)} on {device.type}"
+    unknown = [s.name for s, of in zip((comparison.base, comparison.policy), texts, strict=True) if not of]
+    if unknown:
+        return settings, [f"how the images of {name} were made is not known" for name in unknown]
+    differing = [name for name in SAMPLING if texts[0].get(name) != texts[1].get(name)]
+    remarks = [f"the two were not made alike ({', '.join(differing)}): not only weights are compared"] * bool(differing)
+    return settings, remarks
+
+
+def _dtype(device: torch.device) -> str:
+    return str(default_dtype(device)).removeprefix("torch.")
+
+
+def _texts(file: Path) -> dict[str, str]:
+    """What dpo_fast.generate notes in an image; of other images nothing."""
+    with Image.open(file) as image:
+        found = image.info
+    return {name: found[name] for name in SHOWN if isinstance(found.get(name), str)} if "noise_seed" in found else {}
+
+
+def _today() -> str:
+    today = date.today()
+    return f"{today.day} {today:%B %Y}"

@@ -1,0 +1,104 @@
+"""Prompts as names of files, and back: which image of a folder is of which prompt."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from dpo_fast.errors import BadInput
+
+LONGEST_NAME = 80  # characters of a prompt in a file's name
+LEAST_CUT = 40  # characters from which on the start of a prompt may stand for it: many tools cut names
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff")
+
+
+class Found(NamedTuple):
+    """What a folder holds of some prompts."""
+
+    images: dict[str, list[Path]]  # prompt -> its images, in the order of their numbers; prompts without any left out
+    unused: int  # images of no prompt
+
+
+def plain(text: str) -> str:
+    """Letters and digits of any script in lower case, with one dash for whatever stands between them."""
+    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")
+
+
+def file_stem(prompt: str) -> str:
+    """The prompt as the start of a file's name: its words in plain letters, and a digest where these are not all."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:LONGEST_NAME].strip("-")
+    if words.replace("-", " ") == prompt:
+        return words
+    return f"{words or 'prompt'}-{hashlib.blake2b(prompt.encode(), digest_size=4).hexdigest()}"
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All images in a folder and the folders in it, by name."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_FILES and _is_shown(file, folder))
+
+
+def images_of(folder: Path, prompts: Sequence[str]) -> Found:
+    """The images of a folder by their prompts.
+
+    An image is of the prompt that its PNG text `prompt` is; else of the prompt that its name is, or the name without a
+    number at its end (`a red fox-2.png`, `A red fox (2).jpg`), or, where the name is only a number, its folder's name
+    (`a red fox/0002.png`). Of names letters and digits count; one of LEAST_CUT characters or more may be only the
+    start of the prompt. Raises BadInput where that leaves several prompts.
+    """
+    names: dict[str, list[str]] = {}
+    for prompt in dict.fromkeys(prompts):
+        for name in {plain(prompt), plain(file_stem(prompt))} - {""}:
+            names.setdefault(name, []).append(prompt)
+    whole = set(prompts)
+    found: dict[str, list[tuple[int, str, Path]]] = {}
+    unused = 0
+    for file in image_files(folder):
+        stem = file.relative_to(folder).with_suffix("").as_posix().rsplit("/", 1)
+        bare, number = _without_number(stem[-1])
+        prompt = _text_in(file)
+        if prompt not in whole:
+            candidates = [stem[-1], bare] if plain(bare) else [stem[-1], *stem[:-1]]
+            prompt = next((p for name in candidates if (p := _prompt_named(name, names, file)) is not None), None)
+        if prompt is None:
+            unused += 1
+        else:
+            found.setdefault(prompt, []).append((number, file.name, file))
+    return Found(
+        {prompt: [file for *_, file in sorted(found[prompt])] for prompt in prompts if prompt in found}, unused
+    )
+
+
+def _is_shown(file: Path, folder: Path) -> bool:
+    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _without_number(stem: str) -> tuple[str, int]:
+    """`a fox-2`, `a fox (2)`, `a fox_#2` or `2` -> what stands before the number, and the number (0: none)."""
+    match = re.fullmatch(r"(.*?)[\s_\-#(\[]*(\d{1,18})[)\]]?", stem)
+    return (match[1].rstrip(" _-#(["), int(match[2])) if match else (stem, 0)
+
+
+def _text_in(file: Path) -> str | None:
+    if file.suffix.lower() != ".png":
+        return None
+    try:
+        with Image.open(file) as image:
+            return image.info.get("prompt")
+    except OSError:
+        return None  # whoever reads its pixels says what is wrong
+
+
+def _prompt_named(name: str, names: dict[str, list[str]], file: Path) -> str | None:
+    words = plain(name)
+    prompts = names.get(words, [])
+    if not prompts and len(words) >= LEAST_CUT:
+        prompts = list(dict.fromkeys(p for known, of in names.items() if known.startswith(words) for p in of))
+    if len(prompts) > 1:
+        raise BadInput(
+            f"{file} could be of {prompts[0]!r} or of {prompts[1]!r}: name it {file_stem(prompts[0])} or"
+            f" {file_stem(prompts[1])}"
+        )
+    return prompts[0] if prompts else None
