@@ -1,8 +1,8 @@
 """`python -m dpo_fast.evaluate`: did it work? A policy against its base, another model or anybody's images.
 
     python -m dpo_fast.evaluate --policy RUN --prompts partiprompts --scorers pickscore hpsv2.1 aesthetic
-    python -m dpo_fast.evaluate --policy RUN --dataset_name PAIRS          the implicit-reward accuracy; no image is made
-    accelerate launch --num_processes 8 -m dpo_fast.evaluate ...           every process its share
+    python -m dpo_fast.evaluate --policy RUN --dataset_name PAIRS    the implicit-reward accuracy; no image is made
+    accelerate launch --num_processes 8 -m dpo_fast.evaluate ...     every process its share
 
 Into OUTPUT_DIR: report.html, summary.json, scores.parquet, and what was generated and scored: the same command goes on
 from there. Exit status: 0 done, 2 bad input, 130 interrupted, 1 a fault of ours.
@@ -211,3 +211,7 @@ def _settings(
         title: {"name": side.name, "of": str(models[side.name] if side.folder is None else side.folder)}
         for title, side in zip(("baseline", "policy"), sides, strict=True)
     }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

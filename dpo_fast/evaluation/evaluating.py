@@ -72,7 +72,7 @@ def is_images(path: str) -> bool:
 
 
 def claim(out: Path, settings: Mapping[str, object]) -> None:
-    """Make `out` the folder of this evaluation, or go on with it. Raises BadInput where it is of another, or not ours."""
+    """Make `out` the folder of this evaluation, or go on with it. Raises BadInput where it is something else's."""
     if out.exists() and not out.is_dir():
         raise BadInput(f"--output_dir {out} is a file; name a folder")
     record = out / RECORD
@@ -131,7 +131,10 @@ def write(out: Path, findings: Findings, scored: Scored, pairs: Pairs, implicit:
     """The results of `compare`, each file at once or not at all."""
     write_scores(out / SCORES, scored)
     add_to_summary(out, findings.for_summary())
-    write_text(out / REPORT, page(findings, scored, pairs.base, pairs.policy, implicit=implicit))
+    write_text(
+        out / REPORT,
+        page(findings, scored, pairs.base, pairs.policy, **({} if implicit is None else {"implicit": implicit})),
+    )
 
 
 def _prove(comparison: Comparison) -> None:

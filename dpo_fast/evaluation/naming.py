@@ -56,11 +56,10 @@ def images_of(folder: Path, prompts: Sequence[str]) -> Found:
     found: dict[str, list[tuple[int, str, Path]]] = {}
     unused = 0
     for file in image_files(folder):
-        stem = file.relative_to(folder).with_suffix("").as_posix().rsplit("/", 1)
-        bare, number = _without_number(stem[-1])
+        bare, number = _without_number(file.stem)
         prompt = _text_in(file)
         if prompt not in whole:
-            candidates = [stem[-1], bare] if plain(bare) else [stem[-1], *stem[:-1]]
+            candidates = [file.stem, bare or (file.parent.name if file.parent != folder else "")]
             prompt = next((p for name in candidates if (p := _prompt_named(name, names, file)) is not None), None)
         if prompt is None:
             unused += 1

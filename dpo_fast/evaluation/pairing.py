@@ -68,8 +68,8 @@ def pair_up(
     texts = [text for text in first if text in base and text in policy]
     if not texts:
         raise BadInput(
-            f"no prompt has an image in both {names[0]} and {names[1]} ({'; '.join(remarks)}): images are found by their"
-            " names, which must be the prompts (letters and digits count)"
+            f"no prompt has an image in both {names[0]} and {names[1]} ({'; '.join(remarks)}): images are found by"
+            " their names, which must be the prompts (letters and digits count)"
         )
     rows = []
     for text in texts:

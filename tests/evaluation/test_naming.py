@@ -1,0 +1,83 @@
+"""Which image of a folder is of which prompt, however people name files."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from dpo_fast.errors import BadInput
+from dpo_fast.evaluation.naming import LEAST_CUT, file_stem, images_of
+
+PROMPTS = ["a red fox", "Two cats & a dog!", "room 101", "雪の中の猫", "a" + " very" * 30 + " long road"]
+
+
+def put(folder: Path, name: str, text: str | None = None) -> Path:
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    about = PngInfo()
+    if text is not None:
+        about.add_text("prompt", text)
+    Image.new("RGB", (4, 4)).save(file, **({"pnginfo": about} if file.suffix == ".png" else {}))
+    return file
+
+
+@pytest.mark.parametrize(
+    "name, prompt",
+    [
+        ("a red fox.png", 0),
+        ("A_Red-Fox.jpg", 0),
+        ("a red fox-3.webp", 0),
+        ("a red fox (12).png", 0),
+        ("a red fox/0003.png", 0),
+        ("set/a-red-fox/7.png", 0),
+        ("animals/a red fox.png", 0),
+        ("two-cats-a-dog.png", 1),
+        (f"{file_stem(PROMPTS[1])}-5.png", 1),
+        ("room 101.png", 2),
+        ("room 101-2.png", 2),
+        ("雪の中の猫.png", 3),
+        (f"{file_stem(PROMPTS[3])}-0.png", 3),
+        (f"{PROMPTS[4][: LEAST_CUT + 9]}.png", 4),
+        (f"{file_stem(PROMPTS[4])}-0.png", 4),
+        (f"{PROMPTS[4][: LEAST_CUT - 3]}.png", None),
+        ("a red foxes.png", None),
+        ("room.png", None),
+        ("0003.png", None),
+        ("notes.txt", None),
+        (".hidden/a red fox.png", None),
+    ],
+)
+def test_a_name_stands_for_a_prompt(tmp_path, name, prompt):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    file = put(tmp_path, name) if not name.endswith(".txt") else tmp_path / name
+    file.touch()
+    expected = {} if prompt is None else {PROMPTS[prompt]: [file]}
+    assert images_of(tmp_path, PROMPTS).images == expected
+
+
+def test_images_come_in_the_order_of_their_numbers(tmp_path):
+    names = ["a red fox-10.png", "a red fox-9.png", "a red fox.png", "room 101 (2).png", "room 101 (1).png", "x.png"]
+    files = {name: put(tmp_path, name) for name in names}
+    found = images_of(tmp_path, PROMPTS)
+    assert found.images["a red fox"] == [files[name] for name in (names[2], names[1], names[0])]
+    assert found.images["room 101"] == [files[names[4]], files[names[3]]]
+    assert found.unused == 1 and list(found.images) == ["a red fox", "room 101"]
+
+
+def test_what_a_png_says_of_its_prompt_counts_before_its_name(tmp_path):
+    file = put(tmp_path, "a red fox.png", "room 101")
+    other = put(tmp_path, "whatever.png", PROMPTS[1])
+    workflow = put(tmp_path, "a red fox-2.png", '{"3": {"class_type": "KSampler"}}')  # as ComfyUI has it
+    found = images_of(tmp_path, PROMPTS)
+    assert found.images == {"a red fox": [workflow], PROMPTS[1]: [other], "room 101": [file]}
+
+
+def test_a_name_of_two_prompts_is_refused_with_both(tmp_path):
+    prompts = ["A red fox!", "a red fox?"]
+    file = put(tmp_path, "a red fox.png")
+    with pytest.raises(BadInput, match="could be of 'A red fox!' or of 'a red fox\\?'") as refused:
+        images_of(tmp_path, prompts)
+    file.rename(file.with_stem(file_stem(prompts[1])))
+    assert file_stem(prompts[1]) in str(refused.value)
+    assert list(images_of(tmp_path, prompts).images) == [prompts[1]]
