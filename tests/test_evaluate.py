@@ -1,0 +1,237 @@
+"""The evaluation door: from a run, a pipeline or anybody's images to scores, win rates and a page."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from dpo_fast.evaluate import main
+from dpo_fast.evaluation.naming import file_stem
+from dpo_fast.evaluation.prompts import read_prompts
+from dpo_fast.generate import main as generate
+from dpo_fast.shapes import base as shapes_base
+from tests.helpers import scorer_files
+from tests.helpers.runs import start, train
+from tests.test_distributed import TORCHRUN
+
+TABLE = "Prompt\tCategory\na cat on a mat\tAnimals\na <b>Dog</b>!\tAnimals\na red hat\tArtifacts\n"
+TEXTS = ("a cat on a mat", "a <b>Dog</b>!", "a red hat")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("published")
+    scorer_files.write_all(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def moved(sdxl_path, pairs, tmp_path_factory) -> Path:
+    return train(sdxl_path, pairs, tmp_path_factory.mktemp("runs") / "moved", "--learning_rate", 1e-2)
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    (tmp_path / "prompts.tsv").write_text(TABLE)
+    return tmp_path / "prompts.tsv"
+
+
+@pytest.fixture
+def evaluate(tmp_path, published, prompts):
+    """Run the door into `tmp_path/out`, or the folder named; the folder."""
+
+    def run(policy: Path, *flags: object, out: str = "out", scorers=("pickscore", "clip"), status: int = 0) -> Path:
+        argv = ["--policy", policy, "--scorers", *scorers, "--scorers_dir", published, "--output_dir", tmp_path / out]
+        argv += [] if "--prompts" in flags else ["--prompts", prompts]
+        argv += ["--sampling_steps", 2, "--resolution", 64]
+        assert main([str(word) for word in (*argv, *flags)]) == status
+        return tmp_path / out
+
+    return run
+
+
+def summary(out: Path) -> dict:
+    return json.loads((out / "summary.json").read_text())
+
+
+def images_for(texts: tuple[str, ...], folder: Path, number: int = 1, side: int = 48) -> Path:
+    random = np.random.default_rng()
+    folder.mkdir(parents=True)
+    for text in texts:
+        for k in range(number):
+            pixels = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{file_stem(text)}-{k}.jpg")
+    return folder
+
+
+def test_from_a_run_to_the_page(moved, tmp_path, evaluate, capfd):
+    out = evaluate(moved, "--seeds", 2)
+    said = capfd.readouterr().out
+    assert sorted(p.name for p in out.iterdir()) == [
+        "evaluation.json", "images", "report.html", "scores", "scores.parquet", "summary.json"
+    ]  # fmt: skip
+    found, table = summary(out), pq.read_table(out / "scores.parquet").to_pydict()
+    assert (found["scorer"], found["prompts"], found["images"]) == ("pickscore", 3, 6)
+    assert list(found["scores"]) == ["pickscore", "clip"] and list(found["categories"]) == ["Animals", "Artifacts"]
+    low, high = found["win_rate_ci95"]
+    assert 0 <= low <= found["win_rate"] <= high <= 1
+    assert table["model"] == ["base"] * 6 + ["policy"] * 6 and table["seed"] == [0, 1] * 6
+    assert table["prompt"][:6] == [text for text in TEXTS for _ in range(2)]
+    wins = [p > b for b, p in zip(table["pickscore"][:6], table["pickscore"][6:], strict=True)]
+    assert found["win_rate"] == pytest.approx(np.mean(wins))
+    page = (out / "report.html").read_text()
+    assert "a &lt;b&gt;Dog&lt;/b&gt;!" in page and "<b>Dog</b>!" not in page and "Animals" in page
+    assert "moved against base\nprompts.tsv: 3 prompts, 6 images of each" in said and "pickscore" in said
+    assert f"{out / 'report.html'}" in said
+
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in (out / "images").rglob("*.png")}
+    before |= {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in (out / "scores").rglob("*.json")}
+    evaluate(moved, "--seeds", 2, scorers=("clip", "hpsv2.1"))  # a scorer more: nothing else is done again
+    assert all((file.stat().st_mtime_ns, file.read_bytes()) == was for file, was in before.items())
+    again = summary(out)
+    assert (
+        list(again["scores"]) == ["clip", "hpsv2.1"]
+        and again["scores"]["clip"]["win_rate"] == found["scores"]["clip"]["win_rate"]
+    )
+
+
+def test_medians_of_several_images(moved, evaluate):
+    out = evaluate(moved, "--seeds", 3, "--compare", "medians", scorers=("clip",))
+    table, found = pq.read_table(out / "scores.parquet").to_pydict(), summary(out)
+    base, policy = np.reshape(table["clip"], (2, 3, 3))
+    wins = np.median(policy, 1) > np.median(base, 1)
+    assert found["win_rate"] == pytest.approx(wins.mean()) and found["medians_compared"]
+
+
+def test_anybodys_images_are_a_baseline(moved, tmp_path, evaluate, capfd):
+    theirs = images_for(TEXTS[:2], tmp_path / "theirs", number=1)
+    (theirs / "a boat.png").write_bytes((theirs / f"{file_stem(TEXTS[0])}-0.jpg").read_bytes())
+    out = evaluate(moved, "--seeds", 2, "--baseline", theirs, scorers=("clip",))
+    found, said = summary(out), capfd.readouterr().out
+    assert (found["prompts"], found["images"]) == (2, 4) and found["about"]["base"] == "theirs"
+    for line in (
+        "1 of 3 prompts have no image in theirs and are left out",
+        "2 prompts have fewer images in theirs than seeds",
+        "1 images in theirs are of none of these prompts",
+        "how the images of theirs were made is not known",
+    ):
+        assert line in said
+    assert not (out / "images" / "theirs").exists()
+
+
+def test_images_against_themselves_have_exactly_one_half(tmp_path, evaluate):
+    one = images_for(TEXTS, tmp_path / "one", number=2)
+    shutil.copytree(one, tmp_path / "two")
+    out = evaluate(one, "--baseline", tmp_path / "two", scorers=("pickscore", "hpsv2", "clip", "aesthetic"))
+    for of in summary(out)["scores"].values():
+        assert [of["win_rate"][key] for key in ("rate", "low", "high", "ties")] == [0.5, 0.5, 0.5, 6]
+
+
+def test_a_model_against_its_copy_with_other_seeds(tmp_path):
+    """The built-in base: whatever its images score, it is no better than itself."""
+    model = Path(shapes_base.__file__).parent / "pipeline"
+    made = ["--policy", model, "--baseline", "none", "--prompts", "shapes", "--sampling_steps", 10, "--batch_size", 64]
+    for name, seeds in (("one", "0,1"), ("two", "2,3")):
+        argv = [*made, "--sampling_guidance", 3, "--seeds", seeds, "--output_dir", tmp_path / name]
+        assert generate([str(word) for word in argv]) == 0
+    argv = ["--policy", tmp_path / "one" / "pipeline", "--baseline", tmp_path / "two" / "pipeline"]
+    argv += ["--prompts", "shapes", "--scorers", "faithfulness", "--output_dir", tmp_path / "out"]
+    assert main([str(word) for word in argv]) == 0
+    (of,) = summary(tmp_path / "out")["scores"].values()
+    assert of["compared"] == 2 * len(read_prompts(["shapes"])) and of["win_rate"]["ties"] < of["compared"]
+    assert of["win_rate"]["low"] < 0.5 < of["win_rate"]["high"]
+
+
+def test_a_run_knows_its_own_evaluation(moved, prompts, published, tmp_path):
+    """Prompts, scorers and the number of images are those of the training; the run's folder is enough."""
+    run = shutil.copytree(moved, tmp_path / "run")
+    file = run / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    (tmp_path / "own.txt").write_text("\n".join(TEXTS))
+    config |= {"eval_scorers": ["clip", "aesthetic"], "eval_prompts": str(tmp_path / "own.txt"), "eval_images": 7}
+    file.write_text(yaml.safe_dump(config))
+    flags = ["--policy", run, "--scorers_dir", published, "--sampling_steps", 2, "--output_dir", tmp_path / "out"]
+    assert main([str(word) for word in flags]) == 0
+    found = summary(tmp_path / "out")
+    assert list(found["scores"]) == ["clip", "aesthetic"] and found["about"]["prompt_set"] == "own.txt"
+    assert (found["prompts"], found["images"]) == (3, 6)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--baseline", "none"], "--baseline none leaves nothing to compare with"),
+        (["--scorers", "beauty"], "there is no scorer 'beauty'; choose from"),
+        (["--scorers", "faithfulness"], "is none of the shapes world's"),
+        (["--label_column", "x"], "--label_column is of preference pairs: add --dataset_name"),
+        (["--draws", "0"], r"--draws (0) must be at least 1"),
+        (["--seeds", "1,1"], "--seeds (1,1) must name each seed once"),
+        (["--scorers_dir", "/nowhere"], "/nowhere/yuvalkirstain/PickScore_v1 is no folder"),
+        (["--baseline", "{none}"], "empty"),
+        (["--compare", "means"], "--compare"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_in_a_line(moved, tmp_path, evaluate, capfd, flags, message):
+    (tmp_path / "empty").mkdir()
+    flags = [str(tmp_path / "empty") if flag == "{none}" else flag for flag in flags]
+    out = evaluate(moved, *flags, status=2, scorers=() if "--scorers" in flags else ("pickscore",))
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "error: " in line]
+    assert message in line
+    assert not list(out.rglob("*.png"))
+
+
+def test_sides_that_are_refused(moved, tmp_path, evaluate, capfd):
+    theirs = images_for(TEXTS, tmp_path / "theirs")
+    several = tmp_path / "several"
+    assert (
+        generate(["--policy", str(moved), "--prompts", *TEXTS, "--sampling_steps", "1", "--output_dir", str(several)])
+        == 0
+    )
+    cases = (
+        ([theirs], "is a folder of images, so its base is not known: name a --baseline"),
+        ([theirs, "--baseline", "base"], "is a folder of images, so its base is not known"),
+        ([moved, "--baseline", several], "holds the images of several models: name one of the folders in it"),
+        ([theirs, "--baseline", moved, "--dataset_name", "pairs.parquet"], "has no implicit reward"),
+    )
+    for flags, message in cases:
+        capfd.readouterr()
+        evaluate(*flags, status=2)
+        assert message in capfd.readouterr().err
+
+
+def test_a_folder_of_something_else_is_left_alone(moved, tmp_path, evaluate, capfd):
+    before = {file: file.read_bytes() for file in moved.rglob("*") if file.is_file()}
+    evaluate(moved, out=str(moved), status=2)
+    assert "is not empty and holds no evaluation.json" in capfd.readouterr().err
+    assert {file: file.read_bytes() for file in moved.rglob("*") if file.is_file()} == before
+    theirs = images_for(TEXTS, tmp_path / "theirs")
+    evaluate(moved, "--baseline", theirs, scorers=("clip",))
+    evaluate(moved, scorers=("clip",), status=2)
+    assert "is of another evaluation (baseline name: theirs before, base now" in capfd.readouterr().err
+
+
+def test_the_implicit_reward_needs_no_images(moved, pairs, tmp_path, capfd):
+    argv = ["--policy", moved, "--dataset_name", pairs, "--draws", 2, "--output_dir", tmp_path / "out"]
+    assert main([str(word) for word in argv]) == 0
+    found = summary(tmp_path / "out")["implicit"]
+    assert found["pairs"] == 12 and found["draws"] == 2 and 0 <= found["accuracy"] <= 1
+    assert not (tmp_path / "out" / "images").exists()
+    assert f"{found['accuracy']:.3f}" in capfd.readouterr().out
+
+
+@pytest.mark.exhaustive
+def test_two_processes_find_what_one_finds(moved, tmp_path, prompts, published, evaluate):
+    alone = evaluate(moved, "--seeds", 2)
+    flags = ["--policy", moved, "--prompts", prompts, "--scorers", "pickscore", "clip", "--scorers_dir", published]
+    flags += ["--sampling_steps", 2, "--resolution", 64, "--seeds", 2, "--output_dir", tmp_path / "both"]
+    process = start(*flags, launcher=TORCHRUN, door="evaluate")
+    said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    tables = [pq.read_table(folder / "scores.parquet") for folder in (alone, tmp_path / "both")]
+    assert tables[0].equals(tables[1])
+    assert {**summary(alone), "about": None} == {**summary(tmp_path / "both"), "about": None}
