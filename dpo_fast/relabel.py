@@ -45,8 +45,7 @@ def _run(config: RelabelConfig) -> int:
     from dpo_fast.run_folder import release
 
     for name in config.weights:
-        if name not in scorers.MODULE_OF:
-            raise BadInput(f"there is no scorer {name!r}; choose from {', '.join(scorers.MODULE_OF)}")
+        scorers.check_name(name)
     existing = note_of(config.output) if config.output.is_file() else None
     if config.output.is_file() and existing is None and not config.overwrite:
         raise BadInput(f"--output {config.output} exists: name another file, or replace it with --overwrite")

@@ -178,6 +178,11 @@ def file_stem(prompt: str) -> str:
     return f"{words or 'prompt'}-{hashlib.blake2b(prompt.encode(), digest_size=4).hexdigest()}"
 
 
+def versions() -> str:
+    """Of what images follow from."""
+    return ", ".join([f"dpo_fast {__version__}", *(f"{name} {version(name)}" for name in PACKAGES)])
+
+
 def noise_seed(prompt: str, seed: int) -> int:
     """The generator's seed for an image's initial noise, in [0, 2^63): the same for every model.
 
@@ -229,7 +234,7 @@ class _Share:
             "guidance": f"{source.guidance:g}",
             "resolution": str(source.resolution),
             "dtype": str(family.dtype).removeprefix("torch."),
-            "versions": ", ".join([f"dpo_fast {__version__}", *(f"{name} {version(name)}" for name in PACKAGES)]),
+            "versions": versions(),
         }
 
     def make(self, models: OneAtATime, show: bool) -> None:

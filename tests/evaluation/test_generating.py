@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from dpo_fast.errors import BadInput
+from dpo_fast.evaluation.generate_options import seeds_of
 from dpo_fast.evaluation.generating import (
     file_stem,
     noise_seed,
@@ -17,7 +18,6 @@ from dpo_fast.evaluation.generating import (
     read_layouts,
 )
 from dpo_fast.evaluation.models import OneAtATime, base_of, named, read_run, result_of
-from dpo_fast.evaluation.generate_options import seeds_of
 from dpo_fast.evaluation.prompts import Prompt
 from dpo_fast.generate import main
 from dpo_fast.models import load_family, merge_lora

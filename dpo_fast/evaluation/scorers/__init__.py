@@ -42,6 +42,12 @@ MODULE_OF = {
 }
 
 
+def check_name(name: str) -> None:
+    """Raise BadInput for a scorer that there is not, before anything is loaded."""
+    if name not in MODULE_OF:
+        raise BadInput(f"there is no scorer {name!r}; choose from {', '.join(MODULE_OF)}")
+
+
 def load_scorer(
     name: str,
     device: torch.device | str = "cpu",
@@ -60,8 +66,7 @@ def load_scorer(
 
     Raises BadInput, in one line, for an unknown name and for files that cannot be found, read or trusted.
     """
-    if name not in MODULE_OF:
-        raise BadInput(f"there is no scorer {name!r}; choose from {', '.join(MODULE_OF)}")
+    check_name(name)
     device = torch.device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
     loading = Loading(device, dtype, None if where is None else Path(where), cache_dir, token)
