@@ -78,6 +78,11 @@ def test_what_a_run_keeps_of_its_comparison(sd15_path, pairs, tmp_path):
     assert summary["evaluation_seconds"] > 0 and {"saturation", "distance"} <= set(summary["signals"])
     assert "about" not in summary and isinstance(summary["warnings"], list)
 
+    still = [*flags, "--eval_images", "7", "--learning_rate", "1e-30", "--output_dir", str(tmp_path / "still")]
+    assert main(still) == 0  # what did not move says which side is the base's
+    unmoved = pq.read_table(tmp_path / "still" / "scores.parquet").to_pylist()
+    assert [row["red"] for row in unmoved] == 2 * [row["red"] for row in of["base"]]
+
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "a cat" in page and "ein Hündchen" in page and "a &lt;b&gt;hat&lt;/b&gt; &amp; &quot;more&quot;" in page
     assert "<b>hat" not in page and f"{summary['win_rate']:.1%}" in page and str(sd15_path) in page
