@@ -309,8 +309,8 @@ class TrainConfig:
     sampling_guidance: float | None = None
     """Classifier-free guidance scale of both; None: the model's usual (SD1.5 7.5, SDXL 5, Turbo 0)."""
     eval_scorers: tuple[str, ...] = ()
-    """After training, compare base and result by these scorers on the same prompts and seeds (win rates in
-    summary.json, samples.png). The first is what was trained towards. The shapes have faithfulness, right, appeal."""
+    """After training, compare base and result by these scorers on the same prompts and seeds (report.html,
+    summary.json, scores.parquet, samples.png). The first is what was trained towards. Names: see the README."""
     eval_prompts: Path | None = None
     """Prompts of that comparison: a text file, one a line."""
     eval_images: int | None = None

@@ -1,6 +1,7 @@
 """The output folder of a run: claimed at the start, filled atomically, never overwritten by accident.
 
 config.yaml  metrics.jsonl  summary.json  bad_rows.jsonl  samples/  checkpoint-N/  README.md (the model card)
+with an evaluation: report.html  scores.parquet  samples.png
 and the result: pytorch_lora_weights.safetensors, or a diffusers pipeline
 """
 

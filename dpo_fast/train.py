@@ -5,6 +5,7 @@ of ours (with a traceback).
 """
 
 import sys
+import time
 from typing import TYPE_CHECKING
 
 from dpo_fast.config import TrainConfig, parse
@@ -48,12 +49,12 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
 
     show_log()
     evaluation = None
-    if config.eval_scorers:
-        from dpo_fast.evaluation.compare import Evaluation
-
-        evaluation = Evaluation(config)  # scorers and prompts are checked before the training
     ranks = parallel.start(config.report_to)
     try:
+        if config.eval_scorers:
+            from dpo_fast.evaluation.compare import Evaluation
+
+            evaluation = Evaluation(config, ranks)  # scorers and prompts are checked before the training
         run = open_run(config, ranks)
         Trainer(run, argv).run()
         if evaluation is not None:
@@ -78,16 +79,16 @@ def _evaluate(evaluation: "Evaluation", config: TrainConfig, ranks: "Ranks") -> 
     """Compare the result with its base and print what came of the run."""
     from dpo_fast.evaluation.compare import add_to_summary
 
-    comparison = evaluation.compare(config, ranks)
-    if comparison is None:  # not the main rank
+    started = time.perf_counter()
+    findings = evaluation.compare(config, ranks)
+    if findings is None:  # not the main rank
         return
-    summary = add_to_summary(config.output_dir, comparison)
+    summary = add_to_summary(config.output_dir, findings, time.perf_counter() - started)
     print(
-        f"\n{comparison.images} images of {comparison.prompts} prompts, the same seeds for base and policy:\n"
-        f"{comparison}\n"
+        f"\n{findings}\n\n"
         f"loss {summary['loss_first']:.4f} -> {summary['loss_last']:.4f}, implicit accuracy {_or_none(summary)},"
-        f" training {summary['seconds']:.0f} s, evaluation {comparison.seconds:.0f} s\n"
-        f"before over after: {config.output_dir / 'samples.png'}",
+        f" training {summary['seconds']:.0f} s, evaluation {summary['evaluation_seconds']:.0f} s\n"
+        f"before over after: {config.output_dir / 'samples.png'}\nreport: {config.output_dir / 'report.html'}",
         flush=True,
     )
 

@@ -120,7 +120,7 @@ def compare(comparison: Comparison, out: Path, ranks: Ranks) -> tuple[Findings, 
         comparison.base.name,
         comparison.policy.name,
         comparison.prompt_set,
-        _today(),
+        date.today().isoformat(),
         settings,
         [*pairs.remarks, *remarks],
     )
@@ -200,8 +200,3 @@ def _texts(file: Path) -> dict[str, str]:
     with Image.open(file) as image:
         found = image.info
     return {name: found[name] for name in SHOWN if isinstance(found.get(name), str)} if "noise_seed" in found else {}
-
-
-def _today() -> str:
-    today = date.today()
-    return f"{today.day} {today:%B %Y}"

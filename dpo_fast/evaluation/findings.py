@@ -1,6 +1,7 @@
 """What an evaluation found, as a record: for summary.json, for the terminal, and for the page."""
 
 import math
+import textwrap
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -22,6 +23,7 @@ from dpo_fast.evaluation.statistics import (
 )
 
 FEW = 20  # prompts: below, resampling them gives intervals that are too narrow
+WIDTH = 110  # columns of the terminal that notes are broken to
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class About:
     date: str
     settings: dict[str, str]  # sampler, steps, guidance, versions ...: name -> value, in this order
     remarks: list[str] = field(default_factory=list)  # on what was compared, a line each, to be told with the notes
+    trained_towards_the_first: bool = False  # the policy comes from this base, and the first scorer from its labels
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,10 @@ class Findings:
         """How to read the numbers, a line each."""
         what, how = ("medians of a prompt's images", "median") if self.medians_compared else ("images", "majority")
         lines = [
-            f"win rate: share of {what} that the policy wins, ties counted half; 95% interval by the bootstrap over"
-            f" prompts ({self.resamples} resamples)",
-            f"won, tied, lost: prompts, by the {how} of their images; exact: share won without ties, with its"
-            " Clopper-Pearson 95% interval",
-            f"p: two-sided sign test over prompts, Holm-corrected for {_number(len(self.overall), 'scorer')}"
+            f"win rate: share of {what} won by the policy, ties half; intervals: bootstrap over prompts"
+            f" ({self.resamples} resamples)",
+            f"won, tied, lost: prompts, by the {how} of their images",
+            f"p: two-sided sign test of won against lost, Holm-corrected for {_number(len(self.overall), 'scorer')}"
             + (f", by category for {_number(len(self.by_category), 'comparison')}" if self.by_category else ""),
         ]
         few = [c for c in self.categories if self.of(c)[0].prompts < FEW]
@@ -113,22 +115,35 @@ class Findings:
         elif few:
             lines.append(f"fewer than {FEW} prompts, so intervals are rough: {', '.join(few)}")
         if any(verdict.win_rate.rate in (0, 1) for verdict in self.overall + self.by_category):
-            lines.append("where all was won or all was lost the interval shown is the exact one")
+            lines.append("where all was won or all was lost the interval shown is the exact one, of won prompts")
         return lines + self.about.remarks
 
     def warnings(self) -> list[str]:
         """Signs that the policy was spoilt rather than aligned, a line each."""
-        lost = [v for v in self.overall if v.interval.high < 0.5]
-        return [f"the policy loses on {v.scorer}: win rate {v.interval}" for v in lost] + [
-            warning for signal in self.signals if (warning := signal.warning())
+        found = [
+            f"the policy loses on {v.scorer}: win rate {v.interval}" for v in self.overall if v.interval.high < 0.5
         ]
+        if self.about.trained_towards_the_first and self.overall[0].interval.high < 0.5:
+            found[0] = (
+                f"over-optimisation: {found[0]}, though it was trained towards it; raise --beta_dpo, lower"
+                " --learning_rate, take fewer steps"
+            )
+        return found + [warning for signal in self.signals if (warning := signal.warning())]
 
     def for_summary(self) -> dict[str, object]:
-        """The content of summary.json; the keys that an evaluation in training gives mean the same here."""
+        """The content of an evaluation's own summary.json."""
+        return {
+            "about": asdict(self.about),
+            **self.numbers(),
+            "categories": {c: {v.scorer: v.for_summary() for v in self.of(c)} for c in self.categories},
+            "notes": self.notes(),
+        }
+
+    def numbers(self) -> dict[str, object]:
+        """What of it a training run adds to its summary.json, where the same keys mean the same."""
         first = self.overall[0]
         diversity = next((s for s in self.signals if s.name == "diversity"), None)
         return {
-            "about": asdict(self.about),
             "scorer": first.scorer,
             "win_rate": first.win_rate.rate,
             "win_rate_ci95": [first.interval.low, first.interval.high],
@@ -141,34 +156,29 @@ class Findings:
             "diversity_base": diversity.base if diversity else None,
             "diversity_policy": diversity.policy if diversity else None,
             "scores": {verdict.scorer: verdict.for_summary() for verdict in self.overall},
-            "categories": {c: {v.scorer: v.for_summary() for v in self.of(c)} for c in self.categories},
             "signals": {s.name: asdict(s) | {"difference": s.difference._asdict()} for s in self.signals},
-            "notes": self.notes(),
             "warnings": self.warnings(),
         }
 
     def __str__(self) -> str:
-        """The terminal's table."""
+        """For the terminal; the exact intervals and the medians are in the page and in summary.json."""
         about, first = self.about, self.overall[0]
-        over = "prompts" if self.medians_compared else "images"
         parts = [
             f"{about.policy} against {about.base}\n{about.prompt_set}: {_number(first.prompts, 'prompt')},"
             f" {_number(self.images, 'image')} of each",
             _columns(
-                ["", "win rate [95%]", "won", "tied", "lost", "exact [95%]", "p", "base", "policy", "gain [95%]"],
-                [
-                    [v.scorer, str(v.interval), *map(str, v.won), str(v.exact), p_value(v.p_holm), *_scores(v)]
-                    for v in self.overall
-                ],
-            )
-            + f"\nbase, policy: medians over {over}; gain: mean of policy minus base",
+                ["scorer", "win rate [95%]", "won", "tied", "lost", "p", "base", "policy", "gain [95%]"],
+                [[v.scorer, str(v.interval), *map(str, v.won), p_value(v.p_holm), *_scores(v)] for v in self.overall],
+            ),
         ]
         if self.by_category:
             rows = [[c, str(self.of(c)[0].prompts), *(str(v.interval) for v in self.of(c))] for c in self.categories]
             parts.append(_columns(["category", "prompts", *(v.scorer for v in self.overall)], rows))
         if self.signals:
             parts.append(_columns(["signal", "base", "policy", "difference [95%]"], [_signal(s) for s in self.signals]))
-        parts.append("\n".join(self.notes()))
+        over = "medians of prompts" if self.medians_compared else "images"
+        notes = [*self.notes(), f"base, policy: means over {over}; gain: policy minus base"]
+        parts.append("\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in notes))
         if warnings := self.warnings():
             parts.append("\n".join(f"warning: {line}" for line in warnings))
         return "\n\n".join(parts)
@@ -245,9 +255,9 @@ def decimals(*values: float, digits: int = 4) -> int:
 
 
 def _scores(verdict: Verdict) -> list[str]:
-    """Both medians, and the gain with its interval."""
-    medians = verdict.base_median.value, verdict.policy_median.value
-    return [*(f"{median:.{decimals(*medians)}f}" for median in medians), _difference(verdict.gain)]
+    """Both means, and the gain with its interval."""
+    means = verdict.base_mean.value, verdict.policy_mean.value
+    return [*(f"{mean:.{decimals(*means)}f}" for mean in means), _difference(verdict.gain)]
 
 
 def _signal(signal: Signal) -> list[str]:

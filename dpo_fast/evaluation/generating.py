@@ -190,6 +190,11 @@ def read_layouts(path: Path, prompts: Sequence[Prompt]) -> dict[str, Layout]:
     return {text: opened[chosen[text]] for text in texts}
 
 
+def versions() -> str:
+    """Of what images follow from."""
+    return ", ".join([f"dpo_fast {__version__}", *(f"{name} {version(name)}" for name in PACKAGES)])
+
+
 def noise_seed(prompt: str, seed: int) -> int:
     """The generator's seed for an image's initial noise, in [0, 2^63): the same for every model.
 
@@ -237,7 +242,7 @@ class _Share:
             "guidance": f"{source.guidance:g}",
             "resolution": str(source.resolution),
             "dtype": str(family.dtype).removeprefix("torch."),
-            "versions": ", ".join([f"dpo_fast {__version__}", *(f"{name} {version(name)}" for name in PACKAGES)]),
+            "versions": versions(),
         }
 
     def make(self, models: OneAtATime, show: bool) -> None:

@@ -87,7 +87,8 @@ def _win_rates(findings: Findings) -> str:
         [_text(v.scorer), " : ".join(map(str, v.won)), _with_interval(v.exact, ".3f"), escape(p_value(v.p_holm))]
         for v in findings.overall
     ]
-    notes = "".join(f"<li>{_text(line)}</li>" for line in findings.notes())
+    notes = [*findings.notes(), "won, without ties: share of prompts, with its exact 95% interval (Clopper-Pearson)"]
+    notes = "".join(f"<li>{_text(line)}</li>" for line in notes)
     return f'{_legend()}{chart}{_table(head, rows)}<ul class="notes">{notes}</ul>'
 
 

@@ -173,21 +173,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def diversity(images: Tensor, prompts: list[str]) -> float | None:  # uint8 [N,3,H,W]
-    """How much images of one prompt differ: the root mean square distance of pixels in [0, 1], of every two of them.
-
-    The mean over prompts that have at least two images; None where there is no such prompt.
-    """
-    rows: dict[str, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        rows.setdefault(prompt, []).append(row)
-    means = []
-    for of_prompt in rows.values():
-        if len(of_prompt) > 1:
-            means.append(spread(images[of_prompt]))
-    return torch.stack(means).mean().item() if means else None
-
-
 def spread(images: Tensor) -> Tensor:  # uint8 [N,3,H,W], at least two -> fp64 []
     """The root mean square distance of pixels in [0, 1], the mean over every two of the images."""
     flat = images.flatten(1).double() / 255

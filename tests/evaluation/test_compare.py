@@ -1,16 +1,17 @@
-"""A whole run that is compared with its base at the end: the numbers, the picture, what is refused."""
+"""A whole run that is compared with its base at the end: numbers, picture, page, scores, what is refused."""
 
 import json
+import re
+import weakref
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from dpo_fast.evaluation import compare
-from dpo_fast.evaluation.compare import Comparison, Judged
 from dpo_fast.evaluation.scorers import MODULE_OF, Scorer, load_scorer
-from dpo_fast.evaluation.statistics import WinRate
 from dpo_fast.shapes import score
 from dpo_fast.shapes.render import SCENES, render
 from dpo_fast.train import main
@@ -24,13 +25,14 @@ def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
 @pytest.fixture
 def red(monkeypatch):
     """A scorer that knows any prompt, in the place of all."""
-    monkeypatch.setattr(compare, "load_scorer", lambda name: Scorer(redness))
+    monkeypatch.setattr(compare, "check_name", lambda name: None)
+    monkeypatch.setattr(compare, "load_scorer", lambda name, device, **_: Scorer(redness))
 
 
 @pytest.mark.usefixtures("red")
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_a_run_is_compared_with_its_base(sd15_path, pairs, tmp_path, tuning, capsys):
-    (tmp_path / "prompts.txt").write_text("a cat\n\n a dog \na hat\n")
+    (tmp_path / "prompts.txt").write_text("a cat\n\n a dog \na <b>hat</b>\n")
     flags = flags_for(sd15_path, pairs, tmp_path / "run", "--tuning", tuning, "--learning_rate", 1e-2)
     flags += ["--eval_scorers", "red", "--eval_prompts", str(tmp_path / "prompts.txt"), "--eval_images", "5"]
     flags += ["--eval_batch_size", "2", "--sampling_steps", "2"]
@@ -43,7 +45,82 @@ def test_a_run_is_compared_with_its_base(sd15_path, pairs, tmp_path, tuning, cap
     picture = np.asarray(Image.open(tmp_path / "run" / "samples.png"))
     assert picture.shape[2] == 3 and np.ptp(picture) > 50
     out = capsys.readouterr().out
-    assert "5 images of 3 prompts" in out and f"{summary['win_rate']:.3f} [" in out and "samples.png" in out
+    assert "run against its base\nprompts.txt: 3 prompts, 5 images of each" in out
+    assert f"{summary['win_rate']:.3f} [" in out and "samples.png" in out and "report.html" in out
+    assert max(map(len, out.split("loss ")[0].splitlines())) <= 110
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"report.html", "scores.parquet", "samples.png"} <= written and not any(".tmp" in name for name in written)
+
+
+@pytest.mark.usefixtures("red")
+def test_what_a_run_keeps_of_its_comparison(sd15_path, pairs, tmp_path):
+    texts = ["a cat", 'a <b>hat</b> & "more"', "ein Hündchen"]
+    (tmp_path / "prompts.txt").write_text("\n".join(texts), encoding="utf-8")
+    flags = flags_for(sd15_path, pairs, tmp_path / "run", "--learning_rate", 1e-2, "--sampling_steps", 2, "--seed", 3)
+    flags += ["--eval_scorers", "red", "blue", "red", "--eval_prompts", str(tmp_path / "prompts.txt")]
+    assert main([*flags, "--eval_images", "7"]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+
+    rows = pq.read_table(tmp_path / "run" / "scores.parquet").to_pylist()
+    of = {model: [row for row in rows if row["model"] == model] for model in ("base", "policy")}
+    assert len(rows) == 2 * 7 and len(of["base"]) == 7
+    for side in of.values():
+        assert [row["prompt"] for row in side] == [texts[k % 3] for k in range(7)]
+        assert [row["seed"] for row in side] == [3 * compare.SEED_STRIDE + k for k in range(7)]
+    won = [(b["red"] < p["red"]) + (b["red"] == p["red"]) / 2 for b, p in zip(of["base"], of["policy"], strict=True)]
+    assert summary["win_rate"] == pytest.approx(sum(won) / 7)
+    for model, side in of.items():
+        mean = sum(row["red"] for row in side) / 7
+        assert summary[f"score_{model}"] == summary["scores"]["red"][model] == pytest.approx(mean)
+    assert list(summary["scores"]) == ["red", "blue"] and list(summary["scores"]["red"]["win_rate"]) == [
+        *("rate", "low", "high", "wins", "ties", "losses")
+    ]
+    assert summary["evaluation_seconds"] > 0 and {"saturation", "distance"} <= set(summary["signals"])
+    assert "about" not in summary and isinstance(summary["warnings"], list)
+
+    still = [*flags, "--eval_images", "7", "--learning_rate", "1e-30", "--output_dir", str(tmp_path / "still")]
+    assert main(still) == 0  # what did not move says which side is the base's
+    unmoved = pq.read_table(tmp_path / "still" / "scores.parquet").to_pylist()
+    assert [row["red"] for row in unmoved] == 2 * [row["red"] for row in of["base"]]
+
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "a cat" in page and "ein Hündchen" in page and "a &lt;b&gt;hat&lt;/b&gt; &amp; &quot;more&quot;" in page
+    assert "<b>hat" not in page and f"{summary['win_rate']:.1%}" in page and str(sd15_path) in page
+    loaded = re.findall(r"""(?:src|href)\s*=\s*["']([^"']{0,20})|url\(([^)]{0,20})""", page)
+    assert loaded and all("".join(one).startswith("data:image/") for one in loaded)
+
+
+def test_scorers_are_opened_before_training_and_held_one_at_a_time(sd15_path, pairs, tmp_path, monkeypatch):
+    loaded, events = [], []
+
+    def load(name: str, device: object, **where: object) -> Scorer:
+        assert [one() for one in loaded] == [None] * len(loaded), "an earlier scorer is still held"
+        events.append((name, torch.device(device).type, where, (tmp_path / "run" / "summary.json").exists()))
+        scorer = Scorer(redness, lambda prompts: events.append((name, prompts)))
+        loaded.append(weakref.ref(scorer))
+        return scorer
+
+    monkeypatch.setattr(compare, "load_scorer", load)
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    where = {"cache_dir": str(tmp_path / "hub"), "token": "secret"}
+    flags = flags_for(sd15_path, pairs, tmp_path / "run", "--sampling_steps", 2, "--eval_images", 3)
+    flags += ["--cache_dir", where["cache_dir"], "--hub_token", where["token"]]
+    flags += ["--eval_scorers", "clip", "pickscore", "--eval_prompts", str(tmp_path / "prompts.txt")]
+    assert main(flags) == 0
+    lines, late = ["a cat", "a dog"], "cuda" if torch.cuda.is_available() else "cpu"
+    for name in ("clip", "pickscore"):
+        assert [events.pop(0) for _ in range(2)] == [(name, "cpu", where, False), (name, lines)]
+    assert events == [(name, late, where, True) for name in ("clip", "pickscore")]
+
+
+def test_a_scorer_without_its_files_is_told_before_training(tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.txt").write_text("a dog\n")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    flags = flags_for(tmp_path / "none", tmp_path / "none", tmp_path / "run", "--cache_dir", tmp_path / "empty")
+    assert main([*flags, "--eval_scorers", "clip", "--eval_prompts", str(tmp_path / "prompts.txt")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "openai/clip-vit-large-patch14" in error and "\n" not in error
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("red")
@@ -54,6 +131,8 @@ def test_a_policy_that_did_not_move_ties(sd15_path, pairs, tmp_path):
     assert main(flags) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["win_rate"] == 0.5 and summary["scores"]["red"]["win_rate"]["ties"] == 3
+    assert summary["win_rate_ci95"] == [0.5, 0.5] and summary["warnings"] == []
+    assert summary["signals"]["distance"]["policy"] == 0
     assert summary["diversity_base"] == summary["diversity_policy"] > 0
 
 
@@ -84,18 +163,3 @@ def test_the_built_in_scorers_are_the_exact_scores():
     assert {name for name, module in MODULE_OF.items() if module == "shapes"} == set(expected)
     for name, values in expected.items():
         assert torch.equal(load_scorer(name).score(images, captions), values)
-
-
-def _judged(name: str, low: float, high: float) -> Judged:
-    return Judged(name, 0.5, 0.5, WinRate((low + high) / 2, low, high, 1, 0, 1))
-
-
-def test_over_optimisation_is_not_hidden():
-    fine, lost = _judged("a", 0.5, 0.7), _judged("b", 0.2, 0.4)
-    rest = dict(images=9, prompts=3, seconds=1.0)
-    assert Comparison([fine, _judged("b", 0.4, 0.6)], 0.2, 0.19, **rest).warnings() == []
-    (paid,) = Comparison([fine, lost], 0.2, 0.2, **rest).warnings()
-    assert "paid for with b" in paid
-    over, narrow = Comparison([lost, fine], 0.2, 0.1, **rest).warnings()
-    assert over.startswith("over-optimisation: the policy loses on b") and "50%" in narrow
-    assert "diversity" not in str(Comparison([fine], None, None, **rest))

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from dpo_fast.evaluation.signals import coarse_distance, distance, measure, saturation, sharpness
-from dpo_fast.evaluation.statistics import diversity
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -50,7 +49,20 @@ def test_a_model_against_itself_did_not_move():
     assert set(found) == {"saturation", "sharpness", "diversity", "distance", "coarse distance"}
     for signal in found.values():
         assert tuple(signal.difference) == (0, 0, 0) and signal.warning() is None
-    assert found["diversity"].base == pytest.approx(diversity(images, prompts))
+    expected = [distance(images[k], images[k + 1]) for k in (0, 2, 4)]
+    assert found["diversity"].base == pytest.approx(sum(expected) / 3)
+
+
+def test_diversity_is_between_images_of_one_prompt():
+    black, white = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.full((3, 4, 4), 255, dtype=torch.uint8)
+    images = torch.stack([black, white, black, black])
+
+    def diversity(images: torch.Tensor, prompts: list[str]) -> list[float]:
+        return [signal.base for signal in measure(images, images, prompts) if signal.name == "diversity"]
+
+    assert diversity(images, ["a", "a", "b", "b"]) == [pytest.approx(0.5)]
+    assert diversity(images, ["a", "b", "c", "d"]) == []
+    assert diversity(images[[0, 1, 1]], ["a", "a", "a"]) == [pytest.approx(2 / 3)]
 
 
 def test_what_over_optimisation_does_is_said():

@@ -10,7 +10,6 @@ from dpo_fast.evaluation.statistics import (
     Bootstrap,
     binomial_interval,
     by_prompt,
-    diversity,
     holm,
     median_of_prompt,
     sign_test,
@@ -46,14 +45,6 @@ def test_images_of_one_prompt_are_not_independent():
     few = win_rate(torch.zeros(40), won, prompts)
     many = win_rate(torch.zeros(400), won.repeat_interleave(10), [p for p in prompts for _ in range(10)])
     assert many.high - many.low == pytest.approx(few.high - few.low, rel=0.05)
-
-
-def test_diversity_is_between_images_of_one_prompt():
-    black, white = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.full((3, 4, 4), 255, dtype=torch.uint8)
-    images = torch.stack([black, white, black, black])
-    assert diversity(images, ["a", "a", "b", "b"]) == pytest.approx(0.5)
-    assert diversity(images, ["a", "b", "c", "d"]) is None
-    assert diversity(images[[0, 1, 1]], ["a", "a", "a"]) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(

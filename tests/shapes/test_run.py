@@ -29,7 +29,7 @@ def test_the_bare_command_trains_and_compares(tmp_path):
     assert summary["steps"] == 3 and summary["scorer"] == "faithfulness" and summary["images"] == 80
     assert lines(folder)[0]["loss"] == summary["loss_first"] == np.float32(np.log(2))
     assert 0.3 < summary["score_base"] < 1 and set(summary["scores"]) == {"faithfulness", "right", "appeal"}
-    assert "faithfulness" in ran.stdout and "win rate [95% interval]" in ran.stdout and "diversity" in ran.stdout
+    assert "faithfulness" in ran.stdout and "win rate [95%]" in ran.stdout and "diversity" in ran.stdout
     picture = np.asarray(Image.open(folder / "samples.png"))
     assert picture.shape[1] > picture.shape[0] > 100 and np.ptp(picture) > 200
 

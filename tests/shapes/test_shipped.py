@@ -13,7 +13,7 @@ from PIL import Image
 
 from dpo_fast import shapes
 from dpo_fast.config import PRESETS
-from dpo_fast.evaluation.compare import read_prompts
+from dpo_fast.evaluation.prompts import read_lines
 from dpo_fast.shapes import pairs, pretrain
 from dpo_fast.shapes.render import SCENES
 
@@ -58,7 +58,7 @@ def test_the_base_follows_captions_as_often_as_it_says(base):
 
 def test_no_pair_has_a_held_out_caption(table):
     train, held_out = pairs.split()
-    assert read_prompts(FOLDER / "held_out.txt") == held_out and len(held_out) == pairs.HELD_OUT
+    assert read_lines(FOLDER / "held_out.txt", "--eval_prompts") == held_out and len(held_out) == pairs.HELD_OUT
     assert set(table["caption"]) == set(train) and not set(train) & set(held_out)
     assert len(train) + len(held_out) == len(SCENES)
 
