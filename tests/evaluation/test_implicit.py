@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,16 +16,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dpo_fast import draws, parallel
-from dpo_fast.data import PairIndex, build_index, open_source
+from dpo_fast.data import VALIDATION_DRAWS, PairIndex, build_index, open_source
 from dpo_fast.data.images import crop_corner, scaled, to_pixels
 from dpo_fast.errors import BadInput
+from dpo_fast.evaluation import models
 from dpo_fast.evaluation.charts import bars
-from dpo_fast.evaluation.implicit import ImplicitRewards, accuracy, implicit_rewards
+from dpo_fast.evaluation.implicit import ImplicitAccuracy, ImplicitRewards, accuracy, implicit_rewards
 from dpo_fast.evaluation.models import ModelSource, OneAtATime, base_of, named, read_run
 from dpo_fast.kernels.reference import normal_noise
-from dpo_fast.models import load_family
 from tests.helpers import pipelines
-from tests.helpers.pairs import as_file, pickapic, write_table
+from tests.helpers.pairs import pickapic, write_table
 from tests.helpers.runs import environment, train
 from tests.test_distributed import TORCHRUN
 
@@ -32,11 +33,20 @@ CPU = torch.device("cpu")
 SEED = int(torch.randint(2**31, ()))
 
 
-def measured(policy: ModelSource, reference: ModelSource, pairs: Path, **more) -> ImplicitRewards | None:
+def measured(
+    policy: ModelSource,
+    reference: ModelSource,
+    pairs: Path,
+    *,
+    ranks: parallel.Ranks | None = None,  # None: one process
+    index: PairIndex | None = None,  # None: all pairs
+    **more,
+) -> ImplicitRewards | None:
     source = open_source(str(pairs))
-    index = more.pop("index", None) or build_index(source, seed=0, progress=False).train
+    index = index or build_index(source, seed=0, progress=False).train
+    ranks = ranks or parallel.start("none")
     given = dict(draws=4, seed=SEED, batch_size=3, num_workers=0, beta=2000.0, max_bad_fraction=0.01)
-    return implicit_rewards(policy, reference, source, index, parallel.start("none"), **given | more)
+    return implicit_rewards(policy, reference, source, index, ranks, **given | more)
 
 
 def first_pairs(pairs: Path, n: int) -> PairIndex:
@@ -144,8 +154,9 @@ def test_v_prediction_and_the_runs_schedule(tmp_path, pairs):
     assert not torch.allclose(other.error_delta, rewards.error_delta)
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_a_policy_that_did_not_move_is_even_to_the_bit(sdxl_path, pairs, tmp_path, tuning):
+@pytest.mark.parametrize("tuning, dtype", [("lora", torch.float32), ("lora", torch.bfloat16), ("full", torch.float32)])
+def test_a_policy_that_did_not_move_is_even_to_the_bit(sdxl_path, pairs, tmp_path, monkeypatch, tuning, dtype):
+    monkeypatch.setattr(models, "compute_dtype", lambda *_: dtype)
     if tuning == "lora":
         run = train(sdxl_path, pairs, tmp_path / "run", "--learning_rate", 1e-30, "--max_train_steps", 1)
         file = run / "pytorch_lora_weights.safetensors"
@@ -192,7 +203,6 @@ def test_the_batch_changes_rounding_only(moved, pairs):
     one, many = (measured(policy, base, pairs, batch_size=size) for size in (1, 7))
     assert torch.equal(one.timesteps, many.timesteps) and one.captions == many.captions
     torch.testing.assert_close(one.error_delta, many.error_delta, rtol=1e-4, atol=1e-6)
-    assert torch.equal(one.error_delta, measured(policy, base, pairs, batch_size=1, num_workers=1).error_delta)
 
 
 def test_the_draws_are_trainings_and_fall_in_every_quarter(moved, pairs):
@@ -211,14 +221,23 @@ def test_real_time_ids_are_those_of_the_images(moved, pairs):
     assert not torch.allclose(fixed.error_delta, real.error_delta)  # the images are 72 pixels wide
 
 
-def test_training_makes_a_reward_model_of_its_own_pairs(sd15_path, pairs, tmp_path):
-    run = train(sd15_path, pairs, tmp_path / "run", "--learning_rate", 1e-3, "--max_train_steps", 60,
-                "--train_batch_size", 12, "--beta_dpo", 100)  # fmt: skip
+def test_training_makes_a_reward_model_and_counts_as_this_does(sd15_path, pairs, tmp_path):
+    flags = ["--learning_rate", 1e-3, "--max_train_steps", 80, "--train_batch_size", 6, "--beta_dpo", 100]
+    flags += ["--run_validation", "--validation_fraction", 0.4, "--sampling_steps", 1, "--validation_steps", 80]
+    run = train(sd15_path, pairs, tmp_path / "run", *flags)
     config = read_run(str(run))
+    sets = build_index(open_source(str(pairs)), seed=config.seed, validation_fraction=0.4, progress=False)
     base, policy = named(str(run)).values()
     assert base == base_of(config).settled()
-    found = accuracy(measured(policy, base, pairs, seed=0, draws=8, beta=config.beta_dpo))
-    assert found.interval.value >= 0.9 and found.decided and found.margin.low > 0
+
+    def found(index: PairIndex, draws: int) -> ImplicitAccuracy:
+        return accuracy(measured(policy, base, pairs, index=index, seed=config.seed, draws=draws, beta=config.beta_dpo))
+
+    trained = found(sets.train, 8)
+    assert trained.interval.value >= 0.9 and trained.margin.low > 0
+    held_out = found(sets.validation, VALIDATION_DRAWS)
+    said = json.loads((run / "summary.json").read_text())["validation_accuracy"]
+    assert held_out.one_draw.value == pytest.approx(said) and held_out.pairs > 1
 
 
 # ---- what is left out and refused --------------------------------------------------------------------------------
@@ -275,6 +294,38 @@ def test_errors_that_are_not_finite_name_the_row(sd15_path, pairs, tmp_path):
         measured(good, bad, pairs)
 
 
+class OneByOne(parallel.Ranks):
+    """Ranks that come one after another in this process, the main one last."""
+
+    gathered: ClassVar[list[object]] = []
+
+    def on_all(self, work):
+        work()
+
+    def gather(self, value):
+        self.gathered.insert(0, value)
+        return self.gathered
+
+
+def test_the_shares_of_ranks_are_the_whole(moved, pairs, monkeypatch):
+    base, policy = named(str(moved)).values()
+    alone = measured(policy, base, pairs, batch_size=2, index=first_pairs(pairs, 9))
+    monkeypatch.setattr(OneByOne, "gathered", [])
+    for rank in (2, 1, 0):
+        ranks = OneByOne(**vars(parallel.start("none")) | {"rank": rank, "world_size": 3})
+        together = measured(policy, base, pairs, batch_size=2, index=first_pairs(pairs, 9), ranks=ranks)
+        assert (together is None) == (rank > 0)
+    assert [sum(map(len, part.pair_id)) for part in OneByOne.gathered] == [4, 3, 2]
+    assert_equal(together, alone)
+
+
+def assert_equal(one: ImplicitRewards, other: ImplicitRewards) -> None:
+    for name, value in vars(one).items():
+        same = torch.equal(value, vars(other)[name]) if isinstance(value, torch.Tensor) else value == vars(other)[name]
+        assert same, name
+
+
+@pytest.mark.exhaustive
 def test_two_processes_measure_what_one_does(moved, pairs, tmp_path):
     base, policy = named(str(moved)).values()
     alone = measured(policy, base, pairs, batch_size=2)
@@ -287,16 +338,13 @@ def test_two_processes_measure_what_one_does(moved, pairs, tmp_path):
         "base, policy = t.named(sys.argv[1]).values()\n"
         "rewards = t.measured(policy, base, Path(sys.argv[2]), batch_size=2)\n"
         "if rewards is not None:\n"
-        "    torch.save(vars(rewards), sys.argv[3])\n"
+        "    torch.save(rewards, sys.argv[3])\n"
     )
     out = tmp_path / "rewards.pt"
     command = [sys.executable, *TORCHRUN, str(script), str(moved), str(pairs), str(out)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
-    together = torch.load(out, weights_only=False)
-    for name, value in vars(alone).items():
-        same = torch.equal(value, together[name]) if isinstance(value, torch.Tensor) else value == together[name]
-        assert same, name
+    assert_equal(torch.load(out, weights_only=False), alone)
 
 
 # ---- what is made of them ------------------------------------------------------------------------------------------
@@ -377,7 +425,7 @@ def test_what_is_said_and_kept():
     assert lines[0].startswith("implicit accuracy") and str(found.interval) in lines[0] and "4 draws" in lines[0]
     assert "at beta 2" in str(found) and all(len(line) <= 150 for line in lines)
     unknown = accuracy(rewards_of(margins, [str(k) for k in range(30)], times, beta=None))
-    assert unknown.margin is None and unknown.interval == found.interval and "margin " not in str(unknown)
+    assert unknown.margin is None and unknown.interval == found.interval and "at beta" not in str(unknown)
     assert unknown.for_summary()["margin"] is None and unknown.for_summary()["margin_ci95"] is None
 
 
