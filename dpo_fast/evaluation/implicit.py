@@ -70,8 +70,9 @@ def implicit_rewards(
     """Measure the pairs of `index`, every rank its share; the main rank gets the result, the others None.
 
     Images are cut as held-out pairs are in training: the centre, no flips, no dropped captions. Diffusion-DPO trains
-    the UNet alone, so the VAE, the text encoders and the schedule are the reference's for both; resolution, precision
-    and attention are the policy's for both. A LoRA on the reference is loaded with it and switched off for it.
+    the UNet alone, so the VAE, the text encoders and the schedule are the reference's for both; resolution, precision,
+    attention and zero_terminal_snr, which a run says of itself, are the policy's for both. A LoRA on the reference is
+    loaded with it and switched off for it.
 
     Raises BadInput, on every rank, for models that do not go together, where more than `max_bad_fraction` of the pairs
     do not decode, and for errors that are not finite.
