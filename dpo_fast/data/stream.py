@@ -211,21 +211,22 @@ def validation_loader(
     dataset: PairDataset,
     *,
     batch_size: int,
+    draws: int = VALIDATION_DRAWS,
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Every pair at draws 0 to VALIDATION_DRAWS - 1, each exactly once over the ranks.
+    """Every pair at draws 0 to `draws` - 1, each exactly once over the ranks.
 
     One draw says little of a pair, for its margin depends on the timestep above all. The draws are the same at every
     pass, so two passes differ by the model only. The last batch may be short, and a rank may have one batch fewer than
     another.
     """
     # The draws of a pair stand together: its caption is then encoded once a batch.
-    total = len(dataset) * VALIDATION_DRAWS
+    total = len(dataset) * draws
     starts = range(rank * batch_size, total, world_size * batch_size)
-    batches = ([divmod(k, VALIDATION_DRAWS) for k in range(i, min(i + batch_size, total))] for i in starts)
+    batches = ([divmod(k, draws) for k in range(i, min(i + batch_size, total))] for i in starts)
     return _load(dataset, batches, num_workers, pin_memory)
 
 

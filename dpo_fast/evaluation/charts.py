@@ -1,8 +1,10 @@
 """Win rates as bars with intervals: inline SVG in HTML lists, lengths in percent, so that they fit any width."""
 
+from collections.abc import Sequence
 from html import escape
+from typing import Protocol
 
-from dpo_fast.evaluation.findings import Verdict
+from dpo_fast.evaluation.statistics import Interval
 
 EVEN = 0.5
 MIDDLE = 15  # of a bar's height, pixels
@@ -15,20 +17,33 @@ AXIS = (
 )
 
 
-def bars(rows: list[tuple[str, str, Verdict]]) -> str:  # name and what stands beneath it, both plain text; the verdict
-    """A bar from one half to each win rate, its interval over it."""
-    items = "".join(_item(*row) for row in rows)
+class Shown(Protocol):
+    """A share that one half is the middle of."""
+
+    @property
+    def interval(self) -> Interval: ...
+
+    @property
+    def decided(self) -> bool: ...  # whether the interval leaves out one half
+
+
+def bars(
+    rows: Sequence[tuple[str, str, Shown]],  # name and what stands beneath it, both plain text; the share
+    measure: str = "win rate",  # what is shared, as it is read out
+) -> str:
+    """A bar from one half to each share, its interval over it."""
+    items = "".join(_item(*row, measure) for row in rows)
     lines = "".join(f'<line x1="{x:.0%}" x2="{x:.0%}" y1="0" y2="5"/>' for x, _, _ in AXIS)
     texts = "".join(f'<text x="{x:.0%}" y="19" text-anchor="{anchor}">{text}</text>' for x, text, anchor in AXIS)
     axis = f'<li class="axis" aria-hidden="true"><svg height="24">{lines}{texts}</svg></li>'
     return f'<ul class="bars">{items}{axis}</ul>'
 
 
-def _item(name: str, beneath: str, verdict: Verdict) -> str:
-    of = verdict.interval
+def _item(name: str, beneath: str, shown: Shown, measure: str) -> str:
+    of = shown.interval
     left, width = min(of.value, EVEN), abs(of.value - EVEN)
-    kind = ("win" if of.value > EVEN else "loss") + ("" if verdict.decided else " open")
-    spoken = f"{name}: win rate {of.value:.3f}, 95% interval {of.low:.3f} to {of.high:.3f}"
+    kind = ("win" if of.value > EVEN else "loss") + ("" if shown.decided else " open")
+    spoken = f"{name}: {measure} {of.value:.3f}, 95% interval {of.low:.3f} to {of.high:.3f}"
     ends = "".join(
         f'<line class="whisker" x1="{x:.2%}" x2="{x:.2%}" y1="{MIDDLE - 5}" y2="{MIDDLE + 5}"/>' for x in of[1:]
     )

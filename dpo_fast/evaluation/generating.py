@@ -282,7 +282,7 @@ def _settings(wanted: Wanted, device: torch.device) -> dict[str, object]:
     models = {}
     for name, source in wanted.models.items():
         facts = asdict(source)
-        for passing in ("mixed_precision", "attention", "cache_dir", "token"):
+        for passing in ("mixed_precision", "zero_terminal_snr", "attention", "cache_dir", "token"):
             del facts[passing]
         models[name] = {**facts, "dtype": str(compute_dtype(source, device)).removeprefix("torch.")}
     settings = {

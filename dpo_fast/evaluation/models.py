@@ -36,6 +36,7 @@ class ModelSource:
     variant: str | None = None
     vae_path: str | None = None
     prediction_type: str | None = None
+    zero_terminal_snr: str = "auto"  # of the schedule it was trained with, which sampling does not ask for
     attention: str = "auto"
     cache_dir: str | None = None
     token: str | None = None
@@ -43,6 +44,10 @@ class ModelSource:
 
     def __str__(self) -> str:
         return " + LoRA ".join(filter(None, (self.path, self.merged, self.adapter)))
+
+    def weights(self) -> "ModelSource":
+        """The same without how it is usually sampled."""
+        return replace(self, steps=None, guidance=None, resolution=None)
 
     def family(self) -> type[Family]:
         """Its family, from the model's index alone. Raises BadInput for a model that is not there."""
@@ -88,6 +93,7 @@ def base_of(config: TrainConfig) -> ModelSource:
         variant=config.variant,
         vae_path=config.pretrained_vae_model_name_or_path,
         prediction_type=config.prediction_type,
+        zero_terminal_snr=config.zero_terminal_snr,
         attention=config.attention,
         cache_dir=config.cache_dir,
         token=config.hub_token,
@@ -206,6 +212,7 @@ class OneAtATime:
             variant=source.variant,
             vae_path=source.vae_path,
             prediction_type=source.prediction_type,
+            zero_terminal_snr=source.zero_terminal_snr,
             attention=source.attention,
             cache_dir=source.cache_dir,
             token=source.token,

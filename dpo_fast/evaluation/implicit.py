@@ -1,0 +1,418 @@
+"""How well a policy ranks people's choices by itself: the accuracy of its implicit reward on held-out pairs.
+
+A model trained by Diffusion-DPO is a reward model (arXiv 2311.12908): of a pair at one noise and timestep
+
+    margin = -(beta/2) error_delta,    error_delta = (e_w - eref_w) - (e_l - eref_l)
+
+and a pair is ranked rightly where its mean margin over several draws is positive. Nothing is generated: an image and a
+caption are encoded once, and each draw is one forward pass of either model.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dpo_fast.data import BadRow, Batch, PairDataset, PairIndex, PairTransform, Source, validation_loader
+from dpo_fast.data.pairs import too_many_bad
+from dpo_fast.draws import timesteps
+from dpo_fast.errors import BadInput
+from dpo_fast.evaluation.findings import FEW
+from dpo_fast.evaluation.models import ModelSource, OneAtATime, align_weights
+from dpo_fast.evaluation.statistics import Bootstrap, Interval, binomial_interval
+from dpo_fast.inputs import add_noise, conditioning_of
+from dpo_fast.kernels import pair_errors
+from dpo_fast.models import AdapterSwitch, Family, nonfinite_rows
+from dpo_fast.models.load import component_config
+from dpo_fast.parallel import Ranks
+
+QUARTERS = 4  # noise levels, where timesteps are not a grid of few
+
+
+@dataclass(frozen=True, eq=False)
+class ImplicitRewards:
+    """What policy and reference made of n pairs, in the order of the source, at the same draws of each."""
+
+    pair_id: Tensor  # int64 [n]: row in the source
+    captions: list[str]  # n
+    timesteps: Tensor  # int64 [n, draws]
+    chosen_delta: Tensor  # fp64 [n, draws]: policy minus reference error, of the chosen image
+    rejected_delta: Tensor  # the same of the rejected one
+    levels: list[tuple[int, int]]  # first and last timestep of each noise level
+    beta: float | None  # of the policy's training; None: not known
+    bad: list[BadRow]  # pairs of which an image does not decode: they are not among the n
+
+    @property
+    def error_delta(self) -> Tensor:
+        """fp64 [n, draws]: the margin is -(beta/2) times this."""
+        return self.chosen_delta - self.rejected_delta
+
+
+def implicit_rewards(
+    policy: ModelSource,
+    reference: ModelSource,
+    source: Source,
+    index: PairIndex,  # without ties, as `build_index` gives it unless it is asked for soft labels
+    ranks: Ranks,
+    *,
+    draws: int,  # of noise and timestep, for each pair: 0 to draws - 1
+    seed: int,
+    batch_size: int,  # pairs
+    num_workers: int,
+    beta: float | None,
+    max_bad_fraction: float,
+    time_ids: str = "fixed",  # SDXL's, as in training: "fixed" or "real"
+) -> ImplicitRewards | None:
+    """Measure the pairs of `index`, every rank its share; the main rank gets the result, the others None.
+
+    Images are cut as held-out pairs are in training: the centre, no flips, no dropped captions. Diffusion-DPO trains
+    the UNet alone, so the VAE, the text encoders and the schedule are the reference's for both; resolution, precision,
+    attention and zero_terminal_snr, which a run says of itself, are the policy's for both. A LoRA on the reference is
+    loaded with it and switched off for it.
+
+    Raises BadInput, on every rank, for models that do not go together, where more than `max_bad_fraction` of the pairs
+    do not decode, and for errors that are not finite.
+    """
+    assert draws >= 1 and batch_size >= 1 and len(index) > 0
+    assert bool((index.label > 0.5).all()), "a tie has no better image"
+    found: list[tuple[_Measured, list[tuple[int, int]]]] = []
+
+    def work() -> None:
+        models = _Models(policy, reference, ranks.device)
+        transform = PairTransform(
+            resolution=models.resolution,
+            seed=seed,
+            timesteps=models.family.timesteps,
+            grid=models.family.timestep_grid,
+            time_ids=time_ids,
+        )
+        loader = validation_loader(
+            PairDataset(source, index, transform),
+            batch_size=batch_size,
+            draws=1,  # the first; the others differ in noise and timestep only
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            num_workers=num_workers,
+            pin_memory=ranks.device.type == "cuda",
+        )
+        measured = _Measured([], [], [], [])
+        with tqdm(total=len(index), desc="Implicit rewards", unit=" pairs", disable=not ranks.is_main) as bar:
+            for batch in loader:
+                measured.add(batch, *models.measure(batch, transform, draws))
+                if len(measured.bad) > max_bad_fraction * len(index):
+                    raise too_many_bad(measured.bad, len(index), max_bad_fraction, None)
+                bar.update(min(ranks.world_size * batch_size, len(index) - bar.n))  # the others keep pace
+        found.append((measured, noise_levels(models.family)))
+
+    ranks.on_all(work)
+    measured, levels = found[0]
+    parts = ranks.gather(measured)
+    bad = sorted(row for part in parts for row in part.bad)
+    if len(bad) > max_bad_fraction * len(index):
+        raise too_many_bad(bad, len(index), max_bad_fraction, None)
+    if len(bad) == len(index):
+        raise BadInput(f"{source.description}: none of its {len(bad)} held-out pairs decodes; name others")
+    if not ranks.is_main:
+        return None
+    pair_id = torch.cat([ids for part in parts for ids in part.pair_id])
+    order = pair_id.argsort()
+    pair_id = pair_id[order]
+    caption_of = dict(zip(index.pair_id.tolist(), index.captions, strict=True))
+    deltas = torch.cat([values for part in parts for values in part.deltas])[order]
+    return ImplicitRewards(
+        pair_id=pair_id,
+        captions=[caption_of[row] for row in pair_id.tolist()],
+        timesteps=torch.cat([values for part in parts for values in part.timesteps])[order],
+        chosen_delta=deltas[..., 0],
+        rejected_delta=deltas[..., 1],
+        levels=levels,
+        beta=beta,
+        bad=bad,
+    )
+
+
+def noise_levels(family: Family) -> list[tuple[int, int]]:
+    """First and last timestep of each noise level: the timesteps of a grid one by one, else quarters of all."""
+    if family.timestep_grid:
+        return [(t, t) for t in family.timesteps.tolist()]
+    total = family.schedule.num_train_timesteps
+    edges = [total * k // QUARTERS for k in range(QUARTERS + 1)]
+    return [(first, after - 1) for first, after in pairwise(edges)]
+
+
+# ---- what was found ----------------------------------------------------------------------------------------------
+
+
+class _Share:
+    """A share with an interval, of which one half is chance."""
+
+    interval: Interval
+
+    @property
+    def decided(self) -> bool:
+        """Whether the interval leaves out one half."""
+        return not self.interval.low <= 0.5 <= self.interval.high
+
+
+@dataclass(frozen=True)
+class LevelAccuracy(_Share):
+    """The accuracy at one noise level, by the mean margin of a pair's draws there."""
+
+    first: int  # timestep
+    last: int
+    pairs: int  # that have a draw there
+    interval: Interval
+
+    @property
+    def name(self) -> str:
+        return f"timestep {self.first}" if self.first == self.last else f"timesteps {self.first} to {self.last}"
+
+
+@dataclass(frozen=True)
+class ImplicitAccuracy(_Share):
+    """Shares of pairs whose chosen image has the higher implicit reward, ties counted half, with 95% intervals by the
+    bootstrap over captions (exact ones, Clopper-Pearson, where all pairs are right or all wrong)."""
+
+    interval: Interval  # by a pair's mean margin over its draws
+    one_draw: Interval  # by the margin of one draw, the mean over draws: what training logs as implicit_accuracy
+    levels: list[LevelAccuracy]  # those that a draw fell into
+    margin: Interval | None  # the mean of all; None: beta is not known
+    chosen_delta: Interval  # mean policy minus reference error of the chosen images; below 0 the policy is better
+    rejected_delta: Interval  # of the rejected images
+    beta: float | None
+    pairs: int
+    captions: int  # distinct
+    draws: int
+    ties: int  # pairs whose mean margin is exactly 0
+    bad: int  # pairs left out, since an image does not decode
+
+    def for_summary(self) -> dict[str, object]:
+        """As JSON has it."""
+        return {
+            **_with_interval("implicit_accuracy", self.interval),
+            **_with_interval("implicit_accuracy_one_draw", self.one_draw),
+            "implicit_accuracy_by_noise": [
+                {"timesteps": [level.first, level.last], "pairs": level.pairs}
+                | _with_interval("implicit_accuracy", level.interval)
+                for level in self.levels
+            ],
+            **_with_interval("margin", self.margin),
+            **_with_interval("chosen_error_delta", self.chosen_delta),
+            **_with_interval("rejected_error_delta", self.rejected_delta),
+            "beta": self.beta,
+            "pairs": self.pairs,
+            "captions": self.captions,
+            "draws": self.draws,
+            "ties": self.ties,
+            "bad_rows": self.bad,
+        }
+
+    def __str__(self) -> str:
+        rows = [("implicit accuracy", self.interval, f"by a pair's mean margin over {_number(self.draws, 'draw')}")]
+        rows.append(("at one draw", self.one_draw, "the same by one margin; what training logs"))
+        few = {level.pairs for level in self.levels} != {self.pairs}
+        rows += [(level.name, level.interval, f"{level.pairs} pairs" if few else "") for level in self.levels]
+        width = max(len(name) for name, _, _ in rows)
+        lines = [f"{name:{width}}  {interval}  {said}".rstrip() for name, interval, said in rows]
+        if self.margin is not None:
+            lines.append(f"{'mean margin':{width}}  {_short(self.margin)}  at beta {self.beta:g}")
+        for name, delta in (("chosen", self.chosen_delta), ("rejected", self.rejected_delta)):
+            lines.append(f"{name + ' error':{width}}  {_short(delta)}  policy minus reference")
+        left_out = f", {self.bad} left out: images do not decode" if self.bad else ""
+        of = f"{_number(self.pairs, 'pair')} of {_number(self.captions, 'caption')}"
+        lines.append(
+            f"share of {of} whose chosen image the policy prefers [95% interval over captions]; 0.5 is chance;"
+            f" {_number(self.ties, 'tie')}{left_out}"
+        )
+        if self.captions < FEW:
+            lines.append(f"there are only {_number(self.captions, 'caption')}: intervals are rough")
+        return "\n".join(lines)
+
+
+def accuracy(rewards: ImplicitRewards) -> ImplicitAccuracy:
+    """The accuracy of the rewards, over all draws, at one, and by noise level."""
+    captions, delta = rewards.captions, rewards.error_delta
+    bootstrap = Bootstrap(captions)
+    levels = []
+    for first, last in rewards.levels:
+        here = (rewards.timesteps >= first) & (rewards.timesteps <= last)
+        pairs = here.any(1)
+        if not pairs.any():
+            continue
+        # the mean has the sign of the sum, and a sum of zeros is a zero
+        right = _right(delta.where(here, 0.0).sum(1)[pairs])
+        whole = bool(pairs.all())
+        some = captions if whole else [captions[row] for row in pairs.nonzero().flatten().tolist()]
+        interval = _interval(right, some, bootstrap if whole else Bootstrap(some))
+        levels.append(LevelAccuracy(first, last, len(some), interval))
+    mean_delta = delta.mean(1)
+    beta = rewards.beta
+    return ImplicitAccuracy(
+        interval=_interval(_right(mean_delta), captions, bootstrap),
+        one_draw=_interval(_right(delta).mean(1), captions, bootstrap),
+        levels=levels,
+        margin=None if beta is None else bootstrap.mean((beta / 2) * (0 - mean_delta)),
+        chosen_delta=bootstrap.mean(rewards.chosen_delta.mean(1)),
+        rejected_delta=bootstrap.mean(rewards.rejected_delta.mean(1)),
+        beta=beta,
+        pairs=len(captions),
+        captions=len(set(captions)),
+        draws=delta.shape[1],
+        ties=int((mean_delta == 0).sum()),
+        bad=len(rewards.bad),
+    )
+
+
+def _right(delta: Tensor) -> Tensor:
+    """1 where the chosen image has the higher reward, 1/2 in a tie, else 0: fp64."""
+    return (delta < 0).double() + 0.5 * (delta == 0).double()
+
+
+def _interval(right: Tensor, captions: Sequence[str], bootstrap: Bootstrap) -> Interval:
+    """The mean; where all is right or all is wrong resampling finds no doubt, and captions are counted instead."""
+    interval = bootstrap.mean(right)
+    if interval.value in (0, 1):
+        number = len(set(captions))
+        return binomial_interval(number if interval.value else 0, number)
+    return interval
+
+
+def _with_interval(name: str, of: Interval | None) -> dict[str, object]:
+    return {name: of and of.value, f"{name}_ci95": of and [of.low, of.high]}
+
+
+def _short(of: Interval) -> str:
+    return f"{of.value:.3g} [{of.low:.3g}, {of.high:.3g}]"
+
+
+def _number(n: int, what: str) -> str:
+    return f"{n} {what}" + ("" if n == 1 else "s")
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Measured:
+    """What one rank has measured, batch by batch."""
+
+    pair_id: list[Tensor]  # int64 [B]
+    timesteps: list[Tensor]  # int64 [B, draws]
+    deltas: list[Tensor]  # fp64 [B, draws, 2], chosen and rejected
+    bad: list[BadRow]
+
+    def add(self, batch: Batch, drawn: Tensor, deltas: Tensor) -> None:
+        kept = batch.weight > 0
+        self.pair_id.append(batch.pair_id[kept])
+        self.timesteps.append(drawn[kept])
+        self.deltas.append(deltas[kept])
+        self.bad += [BadRow(row, "", reason) for row, reason in batch.bad]
+
+
+class _Models:
+    """Policy and reference on one device: both UNets, and the rest of the reference."""
+
+    def __init__(self, policy: ModelSource, reference: ModelSource, device: torch.device) -> None:
+        reference = replace(
+            reference,
+            mixed_precision=policy.mixed_precision,
+            attention=policy.attention,
+            zero_terminal_snr=policy.zero_terminal_snr,
+        )
+        _check_fit(policy, reference)
+        self.resolution = policy.settled().resolution
+        self.device, self.off = device, nullcontext
+        if replace(policy, adapter=None).weights() == reference.weights():
+            self.family = _open(policy, device)
+            self.policy_unet = self.family.unet
+            self.off = AdapterSwitch(self.policy_unet).off
+        else:
+            other = _open(policy, device)
+            predicts, self.policy_unet = other.schedule.prediction_type, other.unet
+            del other  # the rest of it is not needed
+            self.family = _open(reference, device)
+            if self.family.schedule.prediction_type != predicts:
+                raise BadInput(
+                    f"the policy {policy} predicts {predicts} and {reference}, which it is measured against,"
+                    f" {self.family.schedule.prediction_type}: name the model that the policy was trained from"
+                )
+
+    @torch.no_grad()
+    def measure(self, batch: Batch, transform: PairTransform, draws: int) -> tuple[Tensor, Tensor]:
+        """Timesteps int64 [B, draws] and policy minus reference errors fp64 [B, draws, 2], on the CPU."""
+        family = self.family
+        drawn = [
+            timesteps(
+                transform.seed,
+                batch.pair_id,
+                torch.full_like(batch.pair_id, k),
+                transform.timesteps,
+                grid=transform.grid,
+            )
+            for k in range(draws)
+        ]
+        there = batch.to(self.device, non_blocking=True)
+        latents = family.encode_images(there.pixels)
+        overflown = nonfinite_rows(latents).view(2, -1).any(0).cpu()
+        if overflown.any():
+            raise family.not_finite(int(batch.pair_id[overflown][0]))
+        conditioning = conditioning_of(family, there, family.encode_prompts(there.captions))
+        found = []
+        for k, of_draw in enumerate(drawn):
+            visit = replace(there, draw=torch.full_like(there.draw, k), timesteps=of_draw.to(self.device))
+            noisy, target = add_noise(family, latents, visit, transform.seed)
+            with self.off():
+                expected = family.denoise(family.unet, noisy, visit.timesteps, conditioning)
+            predicted = family.denoise(self.policy_unet, noisy, visit.timesteps, conditioning)
+            errors = pair_errors(predicted, expected, target)
+            found.append(torch.stack([errors.error_delta, errors.ref_error]).view(2, 2, -1))
+        delta, ref_error = torch.stack(found).double().cpu().permute(1, 3, 0, 2)  # [B, draws, 2] each
+        self._check_finite(batch, delta, ref_error)
+        return torch.stack(drawn, 1), delta
+
+    def _check_finite(self, batch: Batch, delta: Tensor, ref_error: Tensor) -> None:
+        spoilt = ~(delta.isfinite() & ref_error.isfinite()).flatten(1).all(1)
+        if not spoilt.any():
+            return
+        place = int(spoilt.nonzero()[0])
+        whose = "policy" if ref_error[place].isfinite().all() else "reference"
+        remedy = {
+            torch.float16: "use --mixed_precision bf16 or no",
+            torch.bfloat16: "use --mixed_precision no",
+            torch.float32: "its weights are spoilt, name an earlier checkpoint or another model",
+        }[self.family.dtype]
+        dtype = str(self.family.dtype).removeprefix("torch.")
+        raise BadInput(f"row {int(batch.pair_id[place])}: the {whose}'s error is not finite in {dtype}; {remedy}")
+
+
+def _open(source: ModelSource, device: torch.device) -> Family:
+    family = OneAtATime(device).open(source)
+    align_weights(family)  # equal weights then give equal predictions
+    return family
+
+
+def _check_fit(policy: ModelSource, reference: ModelSource) -> None:
+    """Refuse, from the models' configurations alone, UNets that cannot be given the same inputs."""
+    against = f"{reference}, which the policy {policy} is measured against,"
+    kinds = [source.family() for source in (policy, reference)]
+    if kinds[0] is not kinds[1]:
+        raise BadInput(f"{against} is a {kinds[1].name} model and the policy {kinds[0].name}: name one of its family")
+    unets = [
+        component_config(
+            source.path,
+            "unet",
+            revision=source.revision,
+            cache_dir=source.cache_dir,
+            token=source.token,
+            single_file_config=source.single_file_config,
+        )
+        for source in (policy, reference)
+    ]
+    for name, what in (("in_channels", "latent channels"), ("cross_attention_dim", "numbers a token of text")):
+        ours, theirs = (unet.get(name) for unet in unets)
+        if ours != theirs:
+            raise BadInput(f"{against} takes {theirs} {what} and the policy {ours}: name the model it was trained from")
