@@ -219,9 +219,9 @@ def test_the_implicit_reward_needs_no_images(moved, pairs, tmp_path, capfd):
     argv = ["--policy", moved, "--dataset_name", pairs, "--draws", 2, "--output_dir", tmp_path / "out"]
     assert main([str(word) for word in argv]) == 0
     found = summary(tmp_path / "out")["implicit"]
-    assert found["pairs"] == 12 and found["draws"] == 2 and 0 <= found["accuracy"] <= 1
+    assert found["pairs"] == 12 and found["draws"] == 2 and 0 <= found["implicit_accuracy"] <= 1
     assert not (tmp_path / "out" / "images").exists()
-    assert f"{found['accuracy']:.3f}" in capfd.readouterr().out
+    assert f"implicit accuracy  {found['implicit_accuracy']:.3f} [" in capfd.readouterr().out
 
 
 @pytest.mark.exhaustive

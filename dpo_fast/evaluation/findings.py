@@ -120,14 +120,19 @@ class Findings:
 
     def warnings(self) -> list[str]:
         """Signs that the policy was spoilt rather than aligned, a line each."""
-        found = [
-            f"the policy loses on {v.scorer}: win rate {v.interval}" for v in self.overall if v.interval.high < 0.5
-        ]
-        if self.about.trained_towards_the_first and self.overall[0].interval.high < 0.5:
-            found[0] = (
-                f"over-optimisation: {found[0]}, though it was trained towards it; raise --beta_dpo, lower"
-                " --learning_rate, take fewer steps"
-            )
+        first, trained, found = self.overall[0], self.about.trained_towards_the_first, []
+        for v in self.overall:
+            if v.interval.high >= 0.5:
+                continue
+            lost = f"the policy loses on {v.scorer}: win rate {v.interval}"
+            if trained and v is first:
+                lost = (
+                    f"over-optimisation: {lost}, though it was trained towards it; raise --beta_dpo, lower"
+                    " --learning_rate, take fewer steps"
+                )
+            elif trained and first.interval.high >= 0.5:
+                lost = f"paid for with {v.scorer}: the policy wins only {v.interval}"
+            found.append(lost)
         return found + [warning for signal in self.signals if (warning := signal.warning())]
 
     def for_summary(self) -> dict[str, object]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from dpo_fast.evaluation.charts import bars
 from dpo_fast.evaluation.findings import Findings, Verdict, decimals, p_value
 from dpo_fast.evaluation.gallery import LOSSLESS, Role, Shown, Thumbnail, choose, thumbnails
+from dpo_fast.evaluation.implicit import ImplicitAccuracy
 from dpo_fast.evaluation.scored import Scored
 from dpo_fast.evaluation.signals import Images, Signal
 from dpo_fast.evaluation.statistics import Interval
@@ -24,6 +25,7 @@ def page(
     base: Images,
     policy: Images,
     *,
+    implicit: ImplicitAccuracy | None = None,  # where it was measured
     max_pairs: int = 96,
     thumbnail: int = 448,  # longest side of an image, pixels; smaller where the page would pass `max_bytes`
     max_bytes: int = MAX_BYTES,
@@ -42,6 +44,7 @@ def page(
         _section("Scores", _scores(findings.overall)),
         _section("By category", _by_category(findings)) if findings.by_category else "",
         _section("Signs of over-optimisation", _signals(findings.signals)) if findings.signals else "",
+        _section("Implicit reward", _implicit(implicit)) if implicit else "",
         _section("Pairs", _pairs(findings, scored, shown, images, size, seed), "pairs") if shown else "",
         f"<footer><p>Made by dpo_fast, {_text(about.date)}. The scores of all pairs are in scores.parquet, all numbers"
         " in summary.json.</p></footer>",
@@ -120,7 +123,7 @@ def _by_category(findings: Findings) -> str:
 
 
 def _of_prompts(verdict: Verdict) -> str:
-    return f"{verdict.prompts} prompt" + ("" if verdict.prompts == 1 else "s")
+    return _count(verdict.prompts, "prompt")
 
 
 def _signals(signals: list[Signal]) -> str:
@@ -133,6 +136,35 @@ def _signals(signals: list[Signal]) -> str:
             levels = [f"{of:.{decimals(s.base, s.policy)}f}" for of in (s.base, s.policy)]
             rows.append([name, *levels, _with_interval(s.difference, f"+.{decimals(*s.difference, digits=3)}f")])
     return _table(("Measure", "Base", "Policy", "Difference"), rows)
+
+
+def _implicit(found: ImplicitAccuracy) -> str:
+    """How well the policy ranks people's choices by itself."""
+    chart = bars(
+        [
+            ("all draws", f"the mean margin of {found.draws}", found),
+            *((level.name, _count(level.pairs, "pair"), level) for level in found.levels),
+        ]
+    )
+    rows = [
+        ["At one draw<small>what training logs as implicit_accuracy</small>", _with_interval(found.one_draw, ".3f")],
+        *(
+            [f"{side} image<small>policy minus reference error</small>", _with_interval(delta, "+.3g")]
+            for side, delta in (("Chosen", found.chosen_delta), ("Rejected", found.rejected_delta))
+        ),
+    ]
+    if found.margin is not None:
+        rows.append([f"Margin<small>mean, at beta {found.beta:g}</small>", _with_interval(found.margin, "+.3g")])
+    of = f"{_count(found.pairs, 'held-out pair')} of {_count(found.captions, 'caption')}"
+    return (
+        f'<p class="hint">The share of {of} whose chosen image has the higher implicit reward, ties counted half'
+        f" ({_count(found.ties, 'tie')}); 0.5 is chance. 95% intervals by the bootstrap over captions.</p>"
+        f"{chart}{_table(('', 'Mean'), rows)}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _pairs(

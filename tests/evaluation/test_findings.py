@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -69,25 +70,26 @@ def test_the_summary_has_the_keys_of_training(tmp_path):
     assert summary["categories"]["animals"]["truth"]["exact"] == {"value": 0.5, "low": 0, "high": 1}
     assert summary["diversity_base"] == summary["diversity_policy"] == summary["signals"]["diversity"]["base"] > 0
     assert summary["about"]["settings"] == {"Steps": "50"}
-    assert summary["warnings"][0].startswith("over-optimisation: the policy loses on beauty")
+    assert summary["warnings"][0].startswith("the policy loses on beauty: win rate 0.")
     assert found.numbers().items() <= found.for_summary().items()
 
 
 def test_over_optimisation_is_not_hidden():
     """The first scorer is what was trained towards; each of the others is a price that may have been paid."""
 
-    def warnings(**won: float) -> list[str]:
+    def warnings(trained: bool = True, **won: float) -> list[str]:
         base = {scorer: torch.zeros(100) for scorer in won}
         policy = {scorer: torch.ones(100) * (torch.arange(100) < 100 * share) * 2 - 1 for scorer, share in won.items()}
         of = Scored([f"p{k}" for k in range(100)], [*range(100)], base, policy)
-        return judge(of, [], ABOUT, resamples=500).warnings()
+        return judge(of, [], replace(ABOUT, trained_towards_the_first=trained), resamples=500).warnings()
 
     assert warnings(a=0.8, b=0.5) == warnings(a=0.5, b=1) == []
     (paid,) = warnings(a=0.8, b=0.2, c=0.5)
     assert paid.startswith("paid for with b: the policy wins only 0.200 [0.")
     over, other = warnings(a=0.2, b=0.1)
     assert over.startswith("over-optimisation: the policy loses on a, ") and "raise --beta_dpo" in over
-    assert other.startswith("lost on b too: 0.100 [")
+    assert other.startswith("the policy loses on b: win rate 0.100 [")
+    assert [line[:25] for line in warnings(False, a=0.2, b=0.1)] == [f"the policy loses on {s}: win"[:25] for s in "ab"]
 
 
 def test_the_table_of_the_terminal():
