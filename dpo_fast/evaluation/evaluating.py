@@ -131,10 +131,7 @@ def write(out: Path, findings: Findings, scored: Scored, pairs: Pairs, implicit:
     """The results of `compare`, each file at once or not at all."""
     write_scores(out / SCORES, scored)
     add_to_summary(out, findings.for_summary())
-    write_text(
-        out / REPORT,
-        page(findings, scored, pairs.base, pairs.policy, **({} if implicit is None else {"implicit": implicit})),
-    )
+    write_text(out / REPORT, page(findings, scored, pairs.base, pairs.policy, implicit=implicit))
 
 
 def _prove(comparison: Comparison) -> None:

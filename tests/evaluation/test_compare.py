@@ -25,7 +25,7 @@ def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
 @pytest.fixture
 def red(monkeypatch):
     """A scorer that knows any prompt, in the place of all."""
-    monkeypatch.setattr(compare, "check_name", lambda name: None)
+    monkeypatch.setattr(compare, "check_names", lambda names: None)
     monkeypatch.setattr(compare, "load_scorer", lambda name, device, **_: Scorer(redness))
 
 
