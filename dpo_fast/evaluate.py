@@ -135,7 +135,7 @@ def _comparison(
         prompt_set=_in_words(config, prompts),
         scorers=scorers,
         scoring={
-            "where": config.scorers_dir and config.scorers_dir.expanduser(),
+            "where": config.scorer_models and config.scorer_models.expanduser(),
             "cache_dir": config.cache_dir,
             "token": config.hub_token,
         },

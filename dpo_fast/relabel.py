@@ -67,7 +67,8 @@ def _run(config: RelabelConfig) -> int:
         if existing is not None and not config.overwrite:
             ranks.on_main(lambda: _already_there(config, source, existing))
             return 0
-        loaded = {name: scorers.load_scorer(name, ranks.device) for name in config.weights}
+        scoring = {"where": config.scorer_models, "cache_dir": config.cache_dir, "token": config.hub_token}
+        loaded = {name: scorers.load_scorer(name, ranks.device, **scoring) for name in config.weights}
         _relabel(config, ranks, source, loaded)
     except torch.OutOfMemoryError as error:
         return refuse(f"out of GPU memory ({str(error).split('.')[0]}); lower --batch_size", any_rank=True)

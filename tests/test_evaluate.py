@@ -47,7 +47,7 @@ def evaluate(tmp_path, published, prompts):
     """Run the door into `tmp_path/out`, or the folder named; the folder."""
 
     def run(policy: Path, *flags: object, out: str = "out", scorers=("pickscore", "clip"), status: int = 0) -> Path:
-        argv = ["--policy", policy, "--scorers", *scorers, "--scorers_dir", published, "--output_dir", tmp_path / out]
+        argv = ["--policy", policy, "--scorers", *scorers, "--scorer_models", published, "--output_dir", tmp_path / out]
         argv += [] if "--prompts" in flags else ["--prompts", prompts]
         argv += ["--sampling_steps", 2, "--resolution", 64]
         assert main([str(word) for word in (*argv, *flags)]) == status
@@ -156,7 +156,7 @@ def test_a_run_knows_its_own_evaluation(moved, prompts, published, tmp_path):
     (tmp_path / "own.txt").write_text("\n".join(TEXTS))
     config |= {"eval_scorers": ["clip", "aesthetic"], "eval_prompts": str(tmp_path / "own.txt"), "eval_images": 7}
     file.write_text(yaml.safe_dump(config))
-    flags = ["--policy", run, "--scorers_dir", published, "--sampling_steps", 2, "--output_dir", tmp_path / "out"]
+    flags = ["--policy", run, "--scorer_models", published, "--sampling_steps", 2, "--output_dir", tmp_path / "out"]
     assert main([str(word) for word in flags]) == 0
     found = summary(tmp_path / "out")
     assert list(found["scores"]) == ["clip", "aesthetic"] and found["about"]["prompt_set"] == "own.txt"
@@ -172,7 +172,7 @@ def test_a_run_knows_its_own_evaluation(moved, prompts, published, tmp_path):
         (["--label_column", "x"], "--label_column is of preference pairs: add --dataset_name"),
         (["--draws", "0"], r"--draws (0) must be at least 1"),
         (["--seeds", "1,1"], "--seeds (1,1) must name each seed once"),
-        (["--scorers_dir", "/nowhere"], "/nowhere/yuvalkirstain/PickScore_v1 is no folder"),
+        (["--scorer_models", "/nowhere"], "/nowhere/yuvalkirstain/PickScore_v1 is no folder"),
         (["--baseline", "{none}"], "empty"),
         (["--compare", "means"], "--compare"),
     ],
@@ -229,7 +229,7 @@ def test_the_implicit_reward_needs_no_images(moved, pairs, tmp_path, capfd):
 @pytest.mark.exhaustive
 def test_two_processes_find_what_one_finds(moved, tmp_path, prompts, published, evaluate):
     alone = evaluate(moved, "--seeds", 2)
-    flags = ["--policy", moved, "--prompts", prompts, "--scorers", "pickscore", "clip", "--scorers_dir", published]
+    flags = ["--policy", moved, "--prompts", prompts, "--scorers", "pickscore", "clip", "--scorer_models", published]
     flags += ["--sampling_steps", 2, "--resolution", 64, "--seeds", 2, "--output_dir", tmp_path / "both"]
     process = start(*flags, launcher=TORCHRUN, door="evaluate")
     said = process.communicate(timeout=300)

@@ -38,8 +38,8 @@ class EvaluateConfig(GenerateConfig):
 
     scorers: tuple[str, ...] = ()
     """Names (README: Scorers), the one that leads first. None: those of the run's evaluation in training."""
-    scorers_dir: Path | None = None
-    """Folder that holds the scorers' repositories as OWNER/NAME; None: the hub."""
+    scorer_models: Path | None = None
+    """Folder that holds the scorers' models as OWNER/NAME; None: the hub."""
     compare: Literal["images", "medians"] = "images"
     """images: seed by seed. medians: prompt by prompt, the median score of its images (the published way with
     several)."""

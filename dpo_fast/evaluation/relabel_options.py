@@ -54,6 +54,8 @@ class RelabelConfig:
     """Images handed to a scorer at once, all of one size."""
     dataloader_num_workers: int = 2
     """Threads that read and decode images."""
+    scorer_models: Path | None = None
+    """Folder that holds the scorers' models as OWNER/NAME; None: the hub."""
     scores_dir: Path | None = None
     """Folder of the scores, written as they come and kept: the same command goes on from them, and other weights,
     temperatures or filters take no scoring. Outputs of one set may share it. None: OUTPUT's name with .scores."""
@@ -104,8 +106,9 @@ def parse(argv: list[str]) -> RelabelConfig:
     with one_line_errors(RelabelConfig):
         config = tyro.cli(RelabelConfig, args=argv, prog="python -m dpo_fast.relabel")
     check(config)
-    if config.output is not None:
-        config.output = config.output.expanduser()
+    for name in ("output", "scorer_models"):
+        if getattr(config, name) is not None:
+            setattr(config, name, getattr(config, name).expanduser())
     return config
 
 
