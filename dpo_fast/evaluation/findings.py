@@ -110,8 +110,11 @@ class Findings:
             + (f", by category for {_number(len(self.by_category), 'comparison')}" if self.by_category else ""),
         ]
         few = [c for c in self.categories if self.of(c)[0].prompts < FEW]
-        if self.overall[0].prompts < FEW:
-            lines.append(f"there are only {_number(self.overall[0].prompts, 'prompt')}: intervals are rough")
+        prompts = self.overall[0].prompts
+        if prompts == 1:
+            lines.append("only 1 prompt: intervals are over its images, and say nothing of other prompts")
+        elif prompts < FEW:
+            lines.append(f"only {prompts} prompts: intervals are rough")
         elif few:
             lines.append(f"fewer than {FEW} prompts, so intervals are rough: {', '.join(few)}")
         if any(verdict.win_rate.rate in (0, 1) for verdict in self.overall + self.by_category):

@@ -228,8 +228,10 @@ class ImplicitAccuracy(_Share):
             f"share of {of} whose chosen image the policy prefers [95% interval over captions]; 0.5 is chance;"
             f" {_number(self.ties, 'tie')}{left_out}"
         )
-        if self.captions < FEW:
-            lines.append(f"there are only {_number(self.captions, 'caption')}: intervals are rough")
+        if self.captions == 1:
+            lines.append("only 1 caption: intervals are over its pairs, and say nothing of other captions")
+        elif self.captions < FEW:
+            lines.append(f"only {self.captions} captions: intervals are rough")
         return "\n".join(lines)
 
 

@@ -48,16 +48,20 @@ class Counts(NamedTuple):
 class Bootstrap:
     """Intervals by resampling prompts (Efron and Tibshirani 1993, chapter 13: the percentile interval).
 
-    Images of one prompt come and go together, since they are alike. From a fixed seed, so that the same scores give the
-    same interval, and every value of one evaluation is resampled with the same prompts.
+    Images of one prompt come and go together, since they are alike; where there is only one prompt its images are
+    resampled, and the interval says nothing of others. From a fixed seed, so that the same scores give the same
+    interval, and every value of one evaluation is resampled with the same prompts.
     """
 
     def __init__(self, prompts: Sequence[str], resamples: int = RESAMPLES) -> None:
         assert len(prompts) > 0 and resamples > 0
         number = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         self.group = torch.tensor([number[prompt] for prompt in prompts])  # int64 [N]: the prompt of each row
+        if len(number) == 1:
+            self.group = torch.arange(len(prompts))
         generator = torch.Generator().manual_seed(0)
-        drawn = torch.randint(len(number), (resamples, len(number)), generator=generator)
+        groups = int(self.group.max()) + 1
+        drawn = torch.randint(groups, (resamples, groups), generator=generator)
         self.counts = torch.zeros(drawn.shape, dtype=torch.int16)  # how often a resample holds each prompt
         self.counts.scatter_add_(1, drawn, torch.ones((), dtype=torch.int16).expand(drawn.shape))
 

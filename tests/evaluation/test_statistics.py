@@ -47,6 +47,14 @@ def test_images_of_one_prompt_are_not_independent():
     assert many.high - many.low == pytest.approx(few.high - few.low, rel=0.05)
 
 
+def test_the_images_of_a_single_prompt_are_resampled_themselves():
+    """Its one prompt come again and again would leave no doubt at all."""
+    won = (torch.rand(50) < 0.5).double() * 2 - 1
+    alone = win_rate(torch.zeros(50), won, ["one"] * 50)
+    assert alone == win_rate(torch.zeros(50), won, [str(k) for k in range(50)])
+    assert alone.high - alone.low > 0.2 and Bootstrap(["one"] * 50).median(won).low < 1
+
+
 @pytest.mark.parametrize(
     ("wins", "trials", "low", "high"),
     [  # R's binom.test
