@@ -8,6 +8,7 @@ and a pair is ranked rightly where its mean margin over several draws is positiv
 caption are encoded once, and each draw is one forward pass of either model.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -66,6 +67,8 @@ def implicit_rewards(
     beta: float | None,
     max_bad_fraction: float,
     time_ids: str = "fixed",  # SDXL's, as in training: "fixed" or "real"
+    min_timestep: int = 0,  # draw none below this one, as in training
+    max_timestep: int | None = None,  # none from this one on; None: no limit
 ) -> ImplicitRewards | None:
     """Measure the pairs of `index`, every rank its share; the main rank gets the result, the others None.
 
@@ -83,10 +86,11 @@ def implicit_rewards(
 
     def work() -> None:
         models = _Models(policy, reference, ranks.device)
+        allowed = _within(models.family.timesteps, min_timestep, max_timestep)
         transform = PairTransform(
             resolution=models.resolution,
             seed=seed,
-            timesteps=models.family.timesteps,
+            timesteps=allowed,
             grid=models.family.timestep_grid,
             time_ids=time_ids,
         )
@@ -106,7 +110,7 @@ def implicit_rewards(
                 if len(measured.bad) > max_bad_fraction * len(index):
                     raise too_many_bad(measured.bad, len(index), max_bad_fraction, None)
                 bar.update(min(ranks.world_size * batch_size, len(index) - bar.n))  # the others keep pace
-        found.append((measured, noise_levels(models.family)))
+        found.append((measured, noise_levels(allowed, grid=models.family.timestep_grid)))
 
     ranks.on_all(work)
     measured, levels = found[0]
@@ -135,13 +139,23 @@ def implicit_rewards(
     )
 
 
-def noise_levels(family: Family) -> list[tuple[int, int]]:
-    """First and last timestep of each noise level: the timesteps of a grid one by one, else quarters of all."""
-    if family.timestep_grid:
-        return [(t, t) for t in family.timesteps.tolist()]
-    total = family.schedule.num_train_timesteps
-    edges = [total * k // QUARTERS for k in range(QUARTERS + 1)]
-    return [(first, after - 1) for first, after in pairwise(edges)]
+def noise_levels(timesteps: Tensor, *, grid: bool) -> list[tuple[int, int]]:
+    """First and last timestep of each noise level: quarters of those allowed (int64 [n], ascending); of a grid, or of
+    no more than four, each by itself."""
+    n = len(timesteps)
+    parts = n if grid else min(n, QUARTERS)
+    edges = [n * k // parts for k in range(parts + 1)]
+    return [(int(timesteps[first]), int(timesteps[after - 1])) for first, after in pairwise(edges)]
+
+
+def _within(timesteps: Tensor, first: int, after: int | None) -> Tensor:
+    wanted = timesteps[(timesteps >= first) & (timesteps < (math.inf if after is None else after))]
+    if len(wanted) == 0:
+        raise BadInput(
+            f"--min_timestep ({first}) and --max_timestep ({after}) leave none of the model's timesteps,"
+            f" {int(timesteps[0])} to {int(timesteps[-1])}; widen them"
+        )
+    return wanted
 
 
 # ---- what was found ----------------------------------------------------------------------------------------------

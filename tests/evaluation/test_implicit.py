@@ -21,7 +21,7 @@ from dpo_fast.data.images import crop_corner, scaled, to_pixels
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation import models
 from dpo_fast.evaluation.charts import bars
-from dpo_fast.evaluation.implicit import ImplicitAccuracy, ImplicitRewards, accuracy, implicit_rewards
+from dpo_fast.evaluation.implicit import ImplicitAccuracy, ImplicitRewards, accuracy, implicit_rewards, noise_levels
 from dpo_fast.evaluation.models import ModelSource, OneAtATime, base_of, named, read_run
 from dpo_fast.kernels.reference import normal_noise
 from tests.helpers import pipelines
@@ -215,6 +215,27 @@ def test_the_draws_are_trainings_and_fall_in_every_quarter(moved, pairs):
     assert not torch.equal(other.timesteps, fewer.timesteps)
 
 
+def test_noise_levels_are_quarters_or_single_timesteps():
+    def levels(first: int, after: int, grid: bool = False) -> list[tuple[int, int]]:
+        return noise_levels(torch.arange(first, after), grid=grid)
+
+    assert levels(0, 1000) == [(0, 249), (250, 499), (500, 749), (750, 999)]
+    assert levels(200, 1000) == [(200, 399), (400, 599), (600, 799), (800, 999)]
+    assert levels(0, 999) == [(0, 248), (249, 498), (499, 748), (749, 998)]
+    assert levels(300, 303) == [(300, 300), (301, 301), (302, 302)]
+    assert len(levels(0, 6, grid=True)) == 6
+    everything = levels(3, 3 + int(torch.randint(4, 900, ())))
+    assert [last for _, last in everything][:-1] == [first - 1 for first, _ in everything][1:]
+
+
+def test_timesteps_are_limited_as_asked(moved, pairs):
+    base, policy = named(str(moved)).values()
+    rewards = measured(policy, base, pairs, draws=2, min_timestep=300, max_timestep=302)
+    assert set(rewards.timesteps.flatten().tolist()) == {300, 301} and rewards.levels == [(300, 300), (301, 301)]
+    with pytest.raises(BadInput, match=r"--min_timestep \(1000\).* 0 to 999; widen"):
+        measured(policy, base, pairs, min_timestep=1000)
+
+
 def test_real_time_ids_are_those_of_the_images(moved, pairs):
     base, policy = named(str(moved)).values()
     fixed, real = (measured(policy, base, pairs, draws=1, time_ids=kind) for kind in ("fixed", "real"))
@@ -223,15 +244,30 @@ def test_real_time_ids_are_those_of_the_images(moved, pairs):
 
 def test_training_makes_a_reward_model_and_counts_as_this_does(sd15_path, pairs, tmp_path):
     flags = ["--learning_rate", 1e-3, "--max_train_steps", 80, "--train_batch_size", 6, "--beta_dpo", 100]
-    flags += ["--run_validation", "--validation_fraction", 0.4, "--sampling_steps", 1, "--validation_steps", 80]
+    flags += [
+        "--min_timestep",
+        100,
+        "--max_timestep",
+        900,
+        "--run_validation",
+        "--validation_fraction",
+        0.4,
+        "--sampling_steps",
+        1,
+        "--validation_steps",
+        80,
+    ]
     run = train(sd15_path, pairs, tmp_path / "run", *flags)
     config = read_run(str(run))
+    limits = {"min_timestep": config.min_timestep, "max_timestep": config.max_timestep}
     sets = build_index(open_source(str(pairs)), seed=config.seed, validation_fraction=0.4, progress=False)
     base, policy = named(str(run)).values()
     assert base == base_of(config).settled()
 
     def found(index: PairIndex, draws: int) -> ImplicitAccuracy:
-        return accuracy(measured(policy, base, pairs, index=index, seed=config.seed, draws=draws, beta=config.beta_dpo))
+        return accuracy(
+            measured(policy, base, pairs, index=index, seed=config.seed, draws=draws, beta=config.beta_dpo, **limits)
+        )
 
     trained = found(sets.train, 8)
     assert trained.interval.value >= 0.9 and trained.margin.low > 0
