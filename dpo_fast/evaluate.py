@@ -185,6 +185,9 @@ def _implicit(
         max_rows=config.max_pairs,
     )
     sets = build_index(source, seed=0, max_bad_fraction=config.max_bad_fraction, progress=ranks.is_main)
+    as_trained = {}
+    if run is not None:
+        as_trained = {name: getattr(run, name) for name in ("time_ids", "min_timestep", "max_timestep")}
     say(f"{source.description}: {len(sets.train)} pairs, {sets.ties_dropped} ties left out, {sets.bad_rows} bad rows")
     rewards = implicit_rewards(
         policy,
@@ -198,7 +201,7 @@ def _implicit(
         num_workers=config.dataloader_num_workers,
         beta=None if run is None else run.beta_dpo,
         max_bad_fraction=config.max_bad_fraction,
-        time_ids="fixed" if run is None else run.time_ids,
+        **as_trained,
     )
     return None if rewards is None else accuracy(rewards)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from dpo_fast.config import TrainConfig
 from dpo_fast.evaluation.findings import About, Findings, judge
 from dpo_fast.evaluation.generating import versions
-from dpo_fast.evaluation.models import ModelSource, OneAtATime, align_weights, base_of, result_of
+from dpo_fast.evaluation.models import ModelSource, OneAtATime, base_of, result_of
 from dpo_fast.evaluation.page import page
 from dpo_fast.evaluation.prompts import read_lines
 from dpo_fast.evaluation.scored import Scored, write_scores
@@ -82,7 +82,6 @@ class Evaluation:
     ) -> Tensor:
         """All images uint8 [N,3,H,W] on the main rank."""
         family, mine = models.open(source), slice(ranks.rank, None, ranks.world_size)
-        align_weights(family)
         images = sample(
             family,
             self.prompts[mine],

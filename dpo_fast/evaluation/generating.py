@@ -24,7 +24,7 @@ from dpo_fast import __version__
 from dpo_fast.data.images import BadImage, crop_corner, decode, resize, to_pixels
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.generate_options import STRENGTH, GenerateConfig
-from dpo_fast.evaluation.models import ModelSource, OneAtATime, align_weights, compute_dtype
+from dpo_fast.evaluation.models import ModelSource, OneAtATime, compute_dtype
 from dpo_fast.evaluation.naming import IMAGE_FILES, file_stem, image_files, images_of
 from dpo_fast.evaluation.prompts import Prompt
 from dpo_fast.files import remove_temporaries, write_json
@@ -231,7 +231,6 @@ class _Share:
     def open(self, models: OneAtATime) -> None:
         """Load the model."""
         family, source = models.open(self.source), self.source
-        align_weights(family)
         self.about = {
             "model": self.name,
             "weights": str(source),

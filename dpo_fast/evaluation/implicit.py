@@ -23,11 +23,11 @@ from dpo_fast.data.pairs import too_many_bad
 from dpo_fast.draws import timesteps
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.findings import FEW
-from dpo_fast.evaluation.models import ModelSource, OneAtATime, align_weights
+from dpo_fast.evaluation.models import ModelSource, OneAtATime
 from dpo_fast.evaluation.statistics import Bootstrap, Interval, binomial_interval
 from dpo_fast.inputs import add_noise, conditioning_of
 from dpo_fast.kernels import pair_errors
-from dpo_fast.models import AdapterSwitch, Family, nonfinite_rows
+from dpo_fast.models import AdapterSwitch, nonfinite_rows
 from dpo_fast.models.load import component_config
 from dpo_fast.parallel import Ranks
 
@@ -343,14 +343,14 @@ class _Models:
         self.resolution = policy.settled().resolution
         self.device, self.off = device, nullcontext
         if replace(policy, adapter=None).weights() == reference.weights():
-            self.family = _open(policy, device)
+            self.family = OneAtATime(device).open(policy)
             self.policy_unet = self.family.unet
             self.off = AdapterSwitch(self.policy_unet).off
         else:
-            other = _open(policy, device)
+            other = OneAtATime(device).open(policy)
             predicts, self.policy_unet = other.schedule.prediction_type, other.unet
             del other  # the rest of it is not needed
-            self.family = _open(reference, device)
+            self.family = OneAtATime(device).open(reference)
             if self.family.schedule.prediction_type != predicts:
                 raise BadInput(
                     f"the policy {policy} predicts {predicts} and {reference}, which it is measured against,"
@@ -403,12 +403,6 @@ class _Models:
         }[self.family.dtype]
         dtype = str(self.family.dtype).removeprefix("torch.")
         raise BadInput(f"row {int(batch.pair_id[place])}: the {whose}'s error is not finite in {dtype}; {remedy}")
-
-
-def _open(source: ModelSource, device: torch.device) -> Family:
-    family = OneAtATime(device).open(source)
-    align_weights(family)  # equal weights then give equal predictions
-    return family
 
 
 def _check_fit(policy: ModelSource, reference: ModelSource) -> None:

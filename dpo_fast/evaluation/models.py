@@ -11,13 +11,11 @@ from dpo_fast.config import TrainConfig, parse
 from dpo_fast.errors import BadInput
 from dpo_fast.models import COMPUTE_DTYPES, Family, load_family, merge_lora
 from dpo_fast.models.faults import bad_input
-from dpo_fast.models.load import component_config, family_of
+from dpo_fast.models.load import align_weights, component_config, family_of
 from dpo_fast.models.lora import WEIGHT_NAME
 
 if TYPE_CHECKING:
     from dpo_fast.evaluation.generate_options import GenerateConfig
-
-ALIGNMENT = 64  # bytes: of what PyTorch allocates on a CPU
 
 
 @dataclass(frozen=True)
@@ -199,6 +197,7 @@ class OneAtATime:
         if source.adapter is not None:
             with bad_input(f"{source.adapter} cannot be loaded", "name the folder of a run on this base"):
                 family.pipeline.load_lora_weights(source.adapter, weight_name=WEIGHT_NAME, use_safetensors=True)
+            align_weights(family.pipeline)
             self._held = source, family
         return family
 
@@ -221,18 +220,6 @@ class OneAtATime:
         if source.merged:
             merge_lora(family.pipeline, source.merged, cache_dir=source.cache_dir, token=source.token)
         return family
-
-
-def align_weights(family: Family) -> None:
-    """Move weights that lie askew in a CPU's memory to where PyTorch would have put them.
-
-    A library leaves them where it read them, at an address that differs from process to process, and the last bit of a
-    product depends on that.
-    """
-    for module in family.pipeline.components.values():
-        for tensor in (*module.parameters(), *module.buffers()) if isinstance(module, torch.nn.Module) else ():
-            if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
-                tensor.data = tensor.data.clone()
 
 
 def compute_dtype(source: ModelSource, device: torch.device) -> torch.dtype:

@@ -140,12 +140,8 @@ def _signals(signals: list[Signal]) -> str:
 
 def _implicit(found: ImplicitAccuracy) -> str:
     """How well the policy ranks people's choices by itself."""
-    chart = bars(
-        [
-            ("all draws", f"the mean margin of {found.draws}", found),
-            *((level.name, _count(level.pairs, "pair"), level) for level in found.levels),
-        ]
-    )
+    levels = [(level.name, _count(level.pairs, "pair"), level) for level in found.levels]
+    chart = bars([("all draws", f"the mean margin of {found.draws}", found), *levels], "accuracy")
     rows = [
         ["At one draw<small>what training logs as implicit_accuracy</small>", _with_interval(found.one_draw, ".3f")],
         *(

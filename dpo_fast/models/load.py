@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
 )
 from packaging.version import Version
 from safetensors import safe_open
+from torch import nn
 
 from dpo_fast.errors import BadInput
 from dpo_fast.models.attention import set_attention
@@ -45,6 +46,7 @@ _UNUSED_PARTS = {SD15: {**_UNUSED, "safety_checker": None, "requires_safety_chec
 _PICKLED = "check its files; pickled weights are not loaded, convert them with save_pretrained(folder)"
 # Where the configuration of a single file comes from when none is given.
 _USUAL = {SD15: "stable-diffusion-v1-5/stable-diffusion-v1-5", SDXL: "stabilityai/stable-diffusion-xl-base-1.0"}
+ALIGNMENT = 64  # bytes: of what PyTorch allocates on a CPU
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"  # the argument's name
 
@@ -104,7 +106,20 @@ def load_family(
         zero_terminal_snr=zero_terminal_snr,
     )
     set_attention(family.unet, attention)
+    align_weights(pipeline)
     return family
+
+
+def align_weights(pipeline: DiffusionPipeline) -> None:
+    """Move weights that lie askew in a CPU's memory to where PyTorch would have put them.
+
+    A library leaves them where it read them, at an address that differs from process to process, and the last bit of a
+    product depends on that.
+    """
+    for module in pipeline.components.values():
+        for tensor in (*module.parameters(), *module.buffers()) if isinstance(module, nn.Module) else ():
+            if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+                tensor.data = tensor.data.clone()
 
 
 def family_of(
