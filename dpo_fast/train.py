@@ -49,6 +49,10 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
 
     show_log()
     evaluation = None
+    remedy = (
+        "lower --train_batch_size (with --pairs_per_step the result stays the same), or add --gradient_checkpointing, or"
+        " --mixed_precision bf16, or --tuning lora"
+    )
     ranks = parallel.start(config.report_to)
     try:
         if config.eval_scorers:
@@ -60,16 +64,13 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
         if evaluation is not None:
             config = run.config
             del run  # its memory is wanted
+            remedy = f"the run is done: `python -m dpo_fast.evaluate --policy {config.output_dir} --batch_size 1`"
             _evaluate(evaluation, config, ranks)
     except Interrupted as stop:
         say(str(stop))
         return 130
     except torch.OutOfMemoryError as error:
-        return refuse(
-            f"out of GPU memory ({str(error).split('.')[0]}); lower --train_batch_size (with --pairs_per_step the"
-            " result stays the same), or add --gradient_checkpointing, or --mixed_precision bf16, or --tuning lora",
-            any_rank=True,
-        )
+        return refuse(f"out of GPU memory ({str(error).split('.')[0]}); {remedy}", any_rank=True)
     finally:
         ranks.close()
     return 0

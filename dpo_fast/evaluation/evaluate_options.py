@@ -37,7 +37,7 @@ class EvaluateConfig(GenerateConfig):
     """None: evaluations/<policy>-against-<baseline>. The same command goes on with what is missing there."""
 
     scorers: tuple[str, ...] = ()
-    """Names (README: Scorers), the one that leads first. None: those of the run's evaluation in training."""
+    """Names (docs/evaluation.md), the one that leads first. None: those of the run's evaluation in training."""
     scorer_models: Path | None = None
     """Folder that holds the scorers' models as OWNER/NAME; None: the hub."""
     compare: Literal["images", "medians"] = "images"
