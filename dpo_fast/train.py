@@ -50,8 +50,8 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
     show_log()
     evaluation = None
     remedy = (
-        "lower --train_batch_size (with --pairs_per_step the result stays the same), or add --gradient_checkpointing, or"
-        " --mixed_precision bf16, or --tuning lora"
+        "lower --train_batch_size (with --pairs_per_step the result stays the same), or add --gradient_checkpointing,"
+        " or --mixed_precision bf16, or --tuning lora"
     )
     ranks = parallel.start(config.report_to)
     try:
