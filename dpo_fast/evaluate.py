@@ -8,6 +8,8 @@ Into OUTPUT_DIR: report.html, summary.json, scores.parquet, and what was generat
 from there. Exit status: 0 done, 2 bad input, 130 interrupted, 1 a fault of ours.
 """
 
+import hashlib
+import json
 import sys
 import time
 from pathlib import Path
@@ -15,16 +17,22 @@ from typing import TYPE_CHECKING
 
 from dpo_fast.door import guarded, refuse, say, show_log
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation.evaluate_options import EvaluateConfig, parse
+from dpo_fast.evaluation.evaluate_options import OF_GENERATION, EvaluateConfig, parse, refuse_idle
 from dpo_fast.evaluation.generate_options import seeds_of
 from dpo_fast.evaluation.prompts import Prompt, Where, read_prompts
 
 if TYPE_CHECKING:
     from dpo_fast.config import TrainConfig
+    from dpo_fast.data import PairIndex, Source
     from dpo_fast.evaluation.evaluating import Comparison, Side
+    from dpo_fast.evaluation.findings import Findings
     from dpo_fast.evaluation.implicit import ImplicitAccuracy
     from dpo_fast.evaluation.models import ModelSource
+    from dpo_fast.evaluation.pairing import Pairs
+    from dpo_fast.evaluation.scored import Scored
     from dpo_fast.parallel import Ranks
+
+DRAWS, WORKERS, MAX_BAD_FRACTION = 8, 2, 0.01  # where the flags say nothing
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,34 +60,50 @@ def _run(config: EvaluateConfig) -> int:
     if config.prompts or config.dataset_name is None:
         comparison = _comparison(config, run, models, sides)
     reference = None if config.dataset_name is None else _reference(config, run, models, sides)
-    names = [side.name for side in sides]
-    out = config.output_dir or Path("evaluations", f"{names[1]}-against-{names[0]}")
+    out = config.output_dir or Path("evaluations", _folder_name(config, sides))
     for name, model in models.items():
         say(f"{name}: {model}, {model.steps} steps, guidance {model.guidance:g}, {model.resolution} pixels a side")
 
     show_log()
     ranks = parallel.start("none")
     try:
-        ranks.on_main(lambda: evaluating.claim(out, _settings(config, sides, models)))
-        implicit = None
-        if reference is not None:
-            implicit = _implicit(config, run, models[names[1]], reference, ranks)
-            if implicit is not None:
-                evaluating.add_to_summary(out, {"implicit": implicit.for_summary()})
-                print(f"\n{implicit}", flush=True)
+        # everything that may be refused comes before everything that takes long
+        held_out = None if reference is None else _open_pairs(config, ranks)
+        ranks.on_main(lambda: evaluating.claim(out, _settings(config, sides, models, comparison)))
+        pairs = result = implicit = None
         if comparison is not None:
-            result = evaluating.compare(comparison, out, ranks)
-            if result is not None:
-                evaluating.write(out, *result, implicit)
-                print(f"\n{result[0]}", flush=True)
+            comparison, pairs = evaluating.prepare(comparison, out, ranks)
+            result = evaluating.compare(comparison, pairs, out, ranks, config.batch_size)
+        if reference is not None:
+            implicit = _implicit(config, run, models[sides[1].name], reference, held_out, ranks)
         if ranks.is_main:
-            wrote = evaluating.REPORT if comparison is not None else evaluating.SUMMARY
-            print(f"\n{time.perf_counter() - started:.0f} s: {out / wrote}", flush=True)
+            _tell(out, result, pairs, implicit)
+            print(f"\n{time.perf_counter() - started:.0f} s: {out}", flush=True)
     except torch.OutOfMemoryError as error:
         return refuse(f"out of GPU memory ({str(error).split('.')[0]}); lower --batch_size", any_rank=True)
     finally:
         ranks.close()
     return 0
+
+
+def _tell(
+    out: Path,
+    result: "tuple[Findings, Scored] | None",
+    pairs: "Pairs | None",
+    implicit: "ImplicitAccuracy | None",
+) -> None:
+    """Write and print what was found."""
+    from dpo_fast.evaluation import evaluating
+    from dpo_fast.files import write_json
+
+    if result is None:
+        write_json(out / evaluating.SUMMARY, {"implicit": implicit.for_summary()})
+        print(f"\n{implicit}", flush=True)
+        return
+    findings, scored = result
+    evaluating.write(out, findings, scored, pairs, implicit)
+    print("", findings, *([implicit] if implicit is not None else []), sep="\n\n", flush=True)
+    print(f"\nreport: {out / evaluating.REPORT}", flush=True)
 
 
 def _sides(config: EvaluateConfig) -> "tuple[dict[str, ModelSource], tuple[Side, Side]]":
@@ -93,14 +117,22 @@ def _sides(config: EvaluateConfig) -> "tuple[dict[str, ModelSource], tuple[Side,
         raise BadInput(f"--policy {policy} {what}, so its base is not known: name a --baseline to compare it with")
     folders = [path for path in (baseline, policy) if path not in (None, "base") and is_images(path)]
     named = [path for path in (policy, baseline) if path not in folders]
+    if not named:
+        refuse_idle(
+            config,
+            (*OF_GENERATION, "resolution", "is_turbo", "mixed_precision"),
+            "is of generated images: leave it out",
+        )
     models = {} if not named else models_of(config, named[0], named[1] if len(named) > 1 else "none")
-    left = list(models)
-    sides = [
-        Side(Path(path).expanduser().resolve().name, Path(path).expanduser()) if path in folders else Side(left.pop(0))
-        for path in (baseline, policy)
-    ]
-    if sides[0].name == sides[1].name:
-        sides[0] = Side(f"baseline-{sides[0].name}", sides[0].folder)
+    left, sides = list(models), []
+    for path in (baseline, policy):
+        if path in folders:
+            folder = Path(path).expanduser()
+            name = folder.resolve().name
+            taken = name in models or (sides and name == sides[0].name)
+            sides.append(Side(f"{name}-images" if taken else name, folder))
+        else:
+            sides.append(Side(left.pop(0)))
     return models, tuple(sides)
 
 
@@ -127,7 +159,7 @@ def _comparison(
     check_names(scorers)
     seeds = (0,) if config.seeds is None else seeds_of(config.seeds)
     if config.seeds is None and run is not None and not config.prompts and run.eval_images:
-        seeds = tuple(range(max(1, run.eval_images // len(prompts))))
+        seeds = tuple(range(max(1, run.eval_images // len(read_prompts(given)))))
     return Comparison(
         *sides,
         wanted_of(config, models, prompts, seeds),
@@ -160,60 +192,97 @@ def _reference(
     if policy.folder is not None:
         raise BadInput(f"--dataset_name: {config.policy} is a folder of images, which has no implicit reward")
     if run is not None:
-        return models_of(config, config.policy, "base")["base"]
+        return next(iter(models_of(config, config.policy, "base").values()))
     if base.folder is not None:
         raise BadInput(f"--dataset_name: the reference of {config.policy} is not known: name it with --baseline")
     return models[base.name]
 
 
+def _folder_name(config: EvaluateConfig, sides: "tuple[Side, Side]") -> str:
+    base, policy = (side.name for side in sides)
+    if config.dataset_name is not None and not config.prompts:
+        return f"{policy}-on-{Path(config.dataset_name).stem}"
+    return f"{policy}-against-{base}"
+
+
+def _open_pairs(config: EvaluateConfig, ranks: "Ranks") -> "tuple[Source, PairIndex]":
+    """The held-out pairs, on every rank."""
+    from dpo_fast.data import build_index, open_source
+
+    found: list[tuple[Source, PairIndex]] = []
+
+    def work() -> None:
+        source = open_source(
+            config.dataset_name,
+            config_name=config.dataset_config_name,
+            split=config.dataset_split_name,
+            image_columns=config.image_columns,
+            label_column=config.label_column,
+            caption_column=config.caption_column,
+            cache_dir=config.cache_dir,
+            token=config.hub_token,
+            max_rows=config.max_pairs,
+        )
+        sets = build_index(source, seed=0, max_bad_fraction=_bad_fraction(config), progress=ranks.is_main)
+        found.append((source, sets.train))
+        say(f"{source.description}: {len(sets.train)} pairs, {sets.ties_dropped} ties left out, {sets.bad_rows} bad")
+
+    ranks.on_all(work)
+    return found[0]
+
+
 def _implicit(
-    config: EvaluateConfig, run: "TrainConfig | None", policy: "ModelSource", reference: "ModelSource", ranks: "Ranks"
+    config: EvaluateConfig,
+    run: "TrainConfig | None",
+    policy: "ModelSource",
+    reference: "ModelSource",
+    held_out: "tuple[Source, PairIndex]",
+    ranks: "Ranks",
 ) -> "ImplicitAccuracy | None":
     """The implicit-reward accuracy, on the main rank."""
-    from dpo_fast.data import build_index, open_source
     from dpo_fast.evaluation.implicit import accuracy, implicit_rewards
 
-    source = open_source(
-        config.dataset_name,
-        config_name=config.dataset_config_name,
-        split=config.dataset_split_name,
-        image_columns=config.image_columns,
-        label_column=config.label_column,
-        caption_column=config.caption_column,
-        cache_dir=config.cache_dir,
-        token=config.hub_token,
-        max_rows=config.max_pairs,
-    )
-    sets = build_index(source, seed=0, max_bad_fraction=config.max_bad_fraction, progress=ranks.is_main)
     as_trained = {}
     if run is not None:
         as_trained = {name: getattr(run, name) for name in ("time_ids", "min_timestep", "max_timestep")}
-    say(f"{source.description}: {len(sets.train)} pairs, {sets.ties_dropped} ties left out, {sets.bad_rows} bad rows")
     rewards = implicit_rewards(
         policy,
         reference,
-        source,
-        sets.train,
+        *held_out,
         ranks,
-        draws=config.draws,
+        draws=config.draws or DRAWS,
         seed=0,
         batch_size=max(1, config.batch_size // 2),
-        num_workers=config.dataloader_num_workers,
+        num_workers=WORKERS if config.dataloader_num_workers is None else config.dataloader_num_workers,
         beta=None if run is None else run.beta_dpo,
-        max_bad_fraction=config.max_bad_fraction,
+        max_bad_fraction=_bad_fraction(config),
         **as_trained,
     )
     return None if rewards is None else accuracy(rewards)
 
 
+def _bad_fraction(config: EvaluateConfig) -> float:
+    return MAX_BAD_FRACTION if config.max_bad_fraction is None else config.max_bad_fraction
+
+
 def _settings(
-    config: EvaluateConfig, sides: "tuple[Side, Side]", models: "dict[str, ModelSource]"
-) -> dict[str, dict[str, str]]:
+    config: EvaluateConfig,
+    sides: "tuple[Side, Side]",
+    models: "dict[str, ModelSource]",
+    comparison: "Comparison | None",
+) -> dict[str, object]:
     """What an evaluation's folder is of."""
-    return {
+    settings: dict[str, object] = {
         title: {"name": side.name, "of": str(models[side.name] if side.folder is None else side.folder)}
         for title, side in zip(("baseline", "policy"), sides, strict=True)
     }
+    if comparison is not None:
+        texts = [prompt.text for prompt in comparison.wanted.prompts]
+        digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=8).hexdigest()
+        settings["prompts"] = f"{comparison.prompt_set}: {len(texts)} of digest {digest}"
+        settings["seeds"] = "all" if comparison.all_images else list(comparison.wanted.seeds)
+    settings["held_out"] = config.dataset_name
+    return settings
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def _run(config: GenerateConfig) -> int:
     show_log()
     ranks = parallel.start("none")
     try:
-        result = generate_images(wanted, out, ranks)
+        made = generate_images(wanted, out, ranks)
     except torch.OutOfMemoryError as error:
         return refuse(f"out of GPU memory ({str(error).split('.')[0]}); lower --batch_size", any_rank=True)
     finally:
@@ -55,7 +55,7 @@ def _run(config: GenerateConfig) -> int:
     distinct = len({prompt.text for prompt in prompts})
     if ranks.is_main:
         print(
-            f"{len({row.file for row in result.rows})} images of {distinct} prompts, {result.made} made now,"
+            f"{len({row.file for row in wanted.rows()})} images of {distinct} prompts, {made} made now,"
             f" {time.perf_counter() - started:.0f} s: {out / LISTING}, {out / GRID}",
             flush=True,
         )

@@ -46,10 +46,17 @@ def prompts(tmp_path) -> Path:
 def evaluate(tmp_path, published, prompts):
     """Run the door into `tmp_path/out`, or the folder named; the folder."""
 
-    def run(policy: Path, *flags: object, out: str = "out", scorers=("pickscore", "clip"), status: int = 0) -> Path:
+    def run(
+        policy: Path,
+        *flags: object,
+        out: str = "out",
+        scorers=("pickscore", "clip"),
+        status: int = 0,
+        generated: bool = True,
+    ) -> Path:
         argv = ["--policy", policy, "--scorers", *scorers, "--scorer_models", published, "--output_dir", tmp_path / out]
         argv += [] if "--prompts" in flags else ["--prompts", prompts]
-        argv += ["--sampling_steps", 2, "--resolution", 64]
+        argv += ["--sampling_steps", 2, "--resolution", 64] if generated else []
         assert main([str(word) for word in (*argv, *flags)]) == status
         return tmp_path / out
 
@@ -128,7 +135,9 @@ def test_anybodys_images_are_a_baseline(moved, tmp_path, evaluate, capfd):
 def test_images_against_themselves_have_exactly_one_half(tmp_path, evaluate):
     one = images_for(TEXTS, tmp_path / "one", number=2)
     shutil.copytree(one, tmp_path / "two")
-    out = evaluate(one, "--baseline", tmp_path / "two", scorers=("pickscore", "hpsv2", "clip", "aesthetic"))
+    out = evaluate(
+        one, "--baseline", tmp_path / "two", scorers=("pickscore", "hpsv2", "clip", "aesthetic"), generated=False
+    )
     for of in summary(out)["scores"].values():
         assert [of["win_rate"][key] for key in ("rate", "low", "high", "ties")] == [0.5, 0.5, 0.5, 6]
 
@@ -161,6 +170,42 @@ def test_a_run_knows_its_own_evaluation(moved, prompts, published, tmp_path):
     found = summary(tmp_path / "out")
     assert list(found["scores"]) == ["clip", "aesthetic"] and found["about"]["prompt_set"] == "own.txt"
     assert (found["prompts"], found["images"]) == (3, 6)
+    more = ["--policy", run, "--scorer_models", published, "--sampling_steps", 2, "--max_prompts", 1]
+    assert main([str(word) for word in (*more, "--output_dir", tmp_path / "one")]) == 0
+    assert summary(tmp_path / "one")["images"] == 2  # as many of a prompt as before
+
+
+def test_a_name_that_both_sides_have(moved, tmp_path, evaluate, pairs):
+    theirs = images_for(TEXTS, tmp_path / "theirs" / "moved")
+    for side in (["--policy", theirs, "--baseline", moved], ["--policy", moved, "--baseline", theirs]):
+        out = evaluate(side[1], *side[2:], out=f"out-{side[1].parent.name}", scorers=("clip",))
+        about = summary(out)["about"]
+        assert {about["base"], about["policy"]} == {"moved", "moved-images"}
+    base = shutil.copytree(moved, tmp_path / "base")  # a run in a folder of this name
+    argv = ["--policy", base, "--dataset_name", pairs, "--draws", 2, "--output_dir", tmp_path / "implicit"]
+    assert main([str(word) for word in argv]) == 0
+    assert summary(tmp_path / "implicit")["implicit"]["ties"] == 0
+
+
+def test_what_would_be_refused_later_is_refused_at_once(moved, pairs, tmp_path, evaluate, capfd):
+    theirs = images_for(TEXTS[:2], tmp_path / "theirs")
+    next(theirs.glob("a-cat*")).write_bytes(b"no image")
+    others = images_for(("a boat",), tmp_path / "others")
+    held_out = ["--dataset_name", pairs, "--draws", 1]
+    for flags, message in (
+        (["--baseline", theirs], "cannot be decoded"),
+        (["--baseline", others], "no prompt has an image in both others and moved"),
+        (["--scorer_models", "/nowhere", *held_out], "/nowhere/"),
+    ):
+        out = evaluate(moved, *flags, status=2, out=f"out-{message[:2]}")
+        said = capfd.readouterr().err
+        assert message in said and "Implicit rewards" not in said and not list(out.rglob("*.png"))
+
+
+def test_only_prompts_that_their_images_are_of_are_generated(moved, tmp_path, evaluate):
+    theirs = images_for(TEXTS[1:], tmp_path / "theirs")
+    out = evaluate(moved, "--baseline", theirs, scorers=("clip",))
+    assert len(list((out / "images" / "moved").iterdir())) == 2
 
 
 @pytest.mark.parametrize(
@@ -170,6 +215,8 @@ def test_a_run_knows_its_own_evaluation(moved, prompts, published, tmp_path):
         (["--scorers", "beauty"], "there is no scorer 'beauty'; choose from"),
         (["--scorers", "faithfulness"], "is none of the shapes world's"),
         (["--label_column", "x"], "--label_column is of preference pairs: add --dataset_name"),
+        (["--draws", "3"], "--draws is of preference pairs: add --dataset_name"),
+        (["--seeds", "20000"], "--seeds (20000) must be 1 to 10000"),
         (["--draws", "0"], r"--draws (0) must be at least 1"),
         (["--seeds", "1,1"], "--seeds (1,1) must name each seed once"),
         (["--scorer_models", "/nowhere"], "/nowhere/yuvalkirstain/PickScore_v1 is no folder"),
@@ -198,6 +245,7 @@ def test_sides_that_are_refused(moved, tmp_path, evaluate, capfd):
         ([theirs, "--baseline", "base"], "is a folder of images, so its base is not known"),
         ([moved, "--baseline", several], "holds the images of several models: name one of the folders in it"),
         ([theirs, "--baseline", moved, "--dataset_name", "pairs.parquet"], "has no implicit reward"),
+        ([theirs, "--baseline", theirs], "--sampling_steps is of generated images: leave it out"),
     )
     for flags, message in cases:
         capfd.readouterr()
@@ -222,6 +270,9 @@ def test_the_implicit_reward_needs_no_images(moved, pairs, tmp_path, capfd):
     found = summary(tmp_path / "out")["implicit"]
     assert found["pairs"] == 12 and found["draws"] == 2 and 0 <= found["implicit_accuracy"] <= 1
     assert not (tmp_path / "out" / "images").exists()
+    assert main([str(word) for word in (*argv, "--scorers", "clip")]) == 2
+    assert "--scorers is of images, and none are compared: add --prompts" in capfd.readouterr().err
+    assert main([str(word) for word in argv]) == 0
     said = capfd.readouterr().out
     assert re.search(rf"implicit accuracy +{found['implicit_accuracy']:.3f} \[", said)
 

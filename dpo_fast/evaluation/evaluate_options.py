@@ -1,5 +1,6 @@
 """The flags of evaluation, each with its unit, and what is refused before anything is loaded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,20 @@ from dpo_fast.config import one_line_errors
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation import generate_options
 from dpo_fast.evaluation.generate_options import GenerateConfig, gathered
+
+OF_PAIRS = (
+    "dataset_config_name",
+    "dataset_split_name",
+    "image_columns",
+    "label_column",
+    "caption_column",
+    "max_pairs",
+    "max_bad_fraction",
+    "draws",
+    "dataloader_num_workers",
+)
+OF_GENERATION = ("sampling_steps", "sampling_guidance", "layout", "strength")
+OF_IMAGES = (*OF_GENERATION, "seeds", "slice", "max_prompts", "scorers", "scorer_models", "compare")
 
 
 @dataclass
@@ -40,9 +55,9 @@ class EvaluateConfig(GenerateConfig):
     """Names (docs/evaluation.md), the one that leads first. None: those of the run's evaluation in training."""
     scorer_models: Path | None = None
     """Folder that holds the scorers' models as OWNER/NAME; None: the hub."""
-    compare: Literal["images", "medians"] = "images"
+    compare: Literal["images", "medians"] | None = None
     """images: seed by seed. medians: prompt by prompt, the median score of its images (the published way with
-    several)."""
+    several). None: images."""
 
     dataset_name: str | None = None
     """Held-out preference pairs for the implicit-reward accuracy: a hub id, a folder or a parquet / arrow / JSONL
@@ -59,12 +74,13 @@ class EvaluateConfig(GenerateConfig):
     """Column with the prompt; None: caption or prompt."""
     max_pairs: int | None = None
     """Use only the first N rows."""
-    max_bad_fraction: float = 0.01
-    """Stop when more than this fraction of the rows is unusable (undecodable image, empty caption, missing file)."""
-    draws: int = 8
-    """Noises and timesteps a pair, spread over the timesteps; its implicit reward is the mean over them."""
-    dataloader_num_workers: int = 2
-    """Processes that read and decode pairs."""
+    max_bad_fraction: float | None = None
+    """Stop when more than this fraction of the rows is unusable (undecodable image, empty caption, missing file).
+    None: 0.01."""
+    draws: int | None = None
+    """Noises and timesteps a pair, spread over the timesteps; its implicit reward is the mean over them. None: 8."""
+    dataloader_num_workers: int | None = None
+    """Processes that read and decode pairs. None: 2."""
 
 
 def parse(argv: list[str]) -> EvaluateConfig:
@@ -73,6 +89,7 @@ def parse(argv: list[str]) -> EvaluateConfig:
     with one_line_errors(EvaluateConfig):
         config = tyro.cli(EvaluateConfig, args=words, prog="python -m dpo_fast.evaluate")
     check(config)
+    generate_options.expand(config)
     return config
 
 
@@ -85,12 +102,18 @@ def check(config: EvaluateConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise BadInput(f"--{name} ({value}) must be at least 1")
-    if not 0 <= config.max_bad_fraction <= 1:
+    if config.max_bad_fraction is not None and not 0 <= config.max_bad_fraction <= 1:
         raise BadInput(f"--max_bad_fraction ({config.max_bad_fraction}) must be in [0, 1]")
-    if config.dataloader_num_workers < 0:
+    if config.dataloader_num_workers is not None and config.dataloader_num_workers < 0:
         raise BadInput(f"--dataloader_num_workers ({config.dataloader_num_workers}) must be 0 or more")
     if config.dataset_name is None:
-        of_pairs = ("dataset_config_name", "dataset_split_name", "image_columns", "label_column", "caption_column")
-        for name in (*of_pairs, "max_pairs"):
-            if getattr(config, name) is not None:
-                raise BadInput(f"--{name} is of preference pairs: add --dataset_name, or leave it out")
+        refuse_idle(config, OF_PAIRS, "is of preference pairs: add --dataset_name, or leave it out")
+    elif not config.prompts:
+        refuse_idle(config, OF_IMAGES, "is of images, and none are compared: add --prompts, or leave it out")
+
+
+def refuse_idle(config: EvaluateConfig, names: Sequence[str], why: str) -> None:
+    """Raise BadInput for a flag that was given and would do nothing."""
+    for name in names:
+        if getattr(config, name) not in (None, False, ()):
+            raise BadInput(f"--{name} {why}")

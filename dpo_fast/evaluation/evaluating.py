@@ -8,7 +8,7 @@ OUT/scores.parquet    OUT/summary.json    OUT/report.html
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.findings import About, Findings, judge
 from dpo_fast.evaluation.generating import Wanted, differences, generate_images, is_complete
 from dpo_fast.evaluation.image_scores import score_images
-from dpo_fast.evaluation.naming import image_files, images_of
+from dpo_fast.evaluation.naming import PromptImage, image_files, images_of
 from dpo_fast.evaluation.page import page
 from dpo_fast.evaluation.pairing import Files, Pairs, pair_up
 from dpo_fast.evaluation.scored import Scored, write_scores
@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from dpo_fast.evaluation.implicit import ImplicitAccuracy
 
 RECORD, SUMMARY, SCORES, REPORT = "evaluation.json", "summary.json", "scores.parquet", "report.html"
-SHOWN = ("family", "weights", "sampler", "steps", "guidance", "resolution", "dtype", "strength", "versions")
-SAMPLING = ("family", "sampler", "steps", "guidance", "resolution")  # where these differ, more than weights is compared
+SHOWN = ("family", "weights", "sampler", "steps", "guidance", "resolution", "layout", "strength", "dtype", "versions")
+# where these differ, more than weights is compared
+SAMPLING = ("family", "sampler", "steps", "guidance", "resolution", "layout", "strength")
 
 
 @dataclass(frozen=True)
@@ -80,20 +81,46 @@ def claim(out: Path, settings: Mapping[str, object]) -> None:
         if out.is_dir() and any(not entry.name.startswith(".tmp-") for entry in out.iterdir()):
             raise BadInput(f"--output_dir {out} is not empty and holds no {RECORD}; name another folder")
         write_json(record, settings)
-    before = json.loads(record.read_text(encoding="utf-8"))
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{record} is damaged ({error}); name another --output_dir") from error
     if found := differences(before, json.loads(json.dumps(settings))):
         raise BadInput(f"--output_dir {out} is of another evaluation ({'; '.join(found)}); name another folder")
     remove_temporaries(out)
 
 
-def compare(comparison: Comparison, out: Path, ranks: Ranks) -> tuple[Findings, Scored, Pairs] | None:
+def prepare(comparison: Comparison, out: Path, ranks: Ranks) -> tuple[Comparison, Pairs]:
+    """The pairs that will be judged, before anything is generated, and the comparison with only their prompts.
+
+    Raises BadInput, on every rank, for what would be refused later: a scorer that cannot be had or cannot judge the
+    prompts, a folder without an image of them, an image that does not open.
+    """
+    found: list[tuple[Comparison, Pairs]] = []
+
+    def work() -> None:
+        texts = [prompt.text for prompt in comparison.wanted.prompts]
+        for name in comparison.scorers:
+            if not (out / "scores" / name).is_dir():
+                load_scorer(name, **comparison.scoring).check(texts)
+        pairs, wanted = _pairs(comparison, out), comparison.wanted
+        for side, files in ((comparison.base, pairs.base), (comparison.policy, pairs.policy)):
+            if side.folder is not None and not is_complete(out / "images"):
+                files.check(f"opening, {side.name}")
+        kept = set(pairs.prompts)
+        wanted = replace(wanted, prompts=[prompt for prompt in wanted.prompts if prompt.text in kept])
+        found.append((replace(comparison, wanted=wanted), pairs))
+
+    ranks.on_main(work)
+    return ranks.share(found[0] if found else None)
+
+
+def compare(
+    comparison: Comparison, pairs: Pairs, out: Path, ranks: Ranks, batch_size: int
+) -> tuple[Findings, Scored] | None:
     """Generate and score what is missing, and judge. The main rank gets the findings."""
-    images, wanted = out / "images", comparison.wanted
-    if wanted.models:
-        if not is_complete(images):
-            ranks.on_main(lambda: _prove(comparison))  # before hours of generation
-        generate_images(wanted, images, ranks)
-    pairs = ranks.share(_pairs(comparison, out) if ranks.is_main else None)
+    if comparison.wanted.models:
+        generate_images(comparison.wanted, out / "images", ranks)
     number, both = len(pairs.prompts), Files([*pairs.base.paths, *pairs.policy.paths])
     about = {
         "dtype": _dtype(ranks.device),
@@ -124,48 +151,37 @@ def compare(comparison: Comparison, out: Path, ranks: Ranks) -> tuple[Findings, 
         settings,
         [*pairs.remarks, *remarks],
     )
-    return judge(scored, signals, about, compare_medians=comparison.compare_medians), scored, pairs
+    return judge(scored, signals, about, compare_medians=comparison.compare_medians), scored
 
 
-def write(out: Path, findings: Findings, scored: Scored, pairs: Pairs, implicit: "ImplicitAccuracy | None") -> None:
-    """The results of `compare`, each file at once or not at all."""
+def write(
+    out: Path, findings: Findings, scored: Scored, pairs: Pairs, implicit: "ImplicitAccuracy | None" = None
+) -> None:
+    """The results, each file at once or not at all."""
     write_scores(out / SCORES, scored)
-    add_to_summary(out, findings.for_summary())
     write_text(out / REPORT, page(findings, scored, pairs.base, pairs.policy, implicit=implicit))
-
-
-def _prove(comparison: Comparison) -> None:
-    """Raise BadInput where a scorer's files cannot be had, or it cannot judge these prompts."""
-    texts = [prompt.text for prompt in comparison.wanted.prompts]
-    for name in comparison.scorers:
-        load_scorer(name, **comparison.scoring).check(texts)
-
-
-def add_to_summary(out: Path, found: Mapping[str, object]) -> None:
-    """Write these keys of summary.json, and leave the others that are there as they are."""
-    file = out / SUMMARY
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    write_json(file, before | found)
+    summary = findings.for_summary()
+    write_json(out / SUMMARY, summary if implicit is None else summary | {"implicit": implicit.for_summary()})
 
 
 def _pairs(comparison: Comparison, out: Path) -> Pairs:
-    wanted = comparison.wanted
+    wanted, sides = comparison.wanted, (comparison.base, comparison.policy)
     texts = [prompt.text for prompt in wanted.prompts]
     images, remarks = [], []
-    for side in (comparison.base, comparison.policy):
-        if side.folder is None:
-            rows: dict[str, dict[int, Path]] = {}
-            for row in wanted.rows():
-                if row.model == side.name:
-                    rows.setdefault(row.prompt, {})[row.seed] = out / "images" / row.file
-            images.append({prompt: [*files.values()] for prompt, files in rows.items()})
-        else:
+    for side in sides:
+        if side.folder is not None:
             found = images_of(side.folder, texts)
             images.append(found.images)
             if found.unused:
                 remarks.append(f"{found.unused} images in {side.name} are of none of these prompts")
+            continue
+        rows: dict[str, dict[int, PromptImage]] = {}
+        for row in wanted.rows():
+            if row.model == side.name:
+                rows.setdefault(row.prompt, {})[row.seed] = PromptImage(out / "images" / row.file, row.seed)
+        images.append({prompt: [*of_seed.values()] for prompt, of_seed in rows.items()})
     seeds = None if comparison.all_images else wanted.seeds
-    paired = pair_up(wanted.prompts, seeds, *images, (comparison.base.name, comparison.policy.name))
+    paired = pair_up(wanted.prompts, seeds, *images, (sides[0].name, sides[1].name))
     paired.remarks.extend(remarks)
     return paired
 

@@ -10,6 +10,7 @@ import tyro
 from dpo_fast.config import one_line_errors
 from dpo_fast.errors import BadInput
 
+MOST_SEEDS = 10_000  # of a prompt
 STRENGTH = 0.6  # of SDEdit, as in the paper (supplement, TEdBench)
 
 
@@ -60,7 +61,16 @@ def parse(argv: list[str]) -> GenerateConfig:
     with one_line_errors(GenerateConfig):
         config = tyro.cli(GenerateConfig, args=gathered(argv, "prompts"), prog="python -m dpo_fast.generate")
     check(config)
+    expand(config)
     return config
+
+
+def expand(config: GenerateConfig) -> None:
+    """Put the home folder in the place of a leading ~, which a shell leaves in `--policy=~/runs/mine`."""
+    for name in ("policy", "baseline"):
+        value = getattr(config, name)
+        if value is not None and value.startswith("~"):
+            setattr(config, name, str(Path(value).expanduser()))
 
 
 def check(config: GenerateConfig) -> None:
@@ -91,8 +101,8 @@ def seeds_of(given: str) -> tuple[int, ...]:
     except ValueError as error:
         raise BadInput(f"--seeds ({given}) must be a number of images, or a list of seeds such as 3,17,99") from error
     if "," not in given and numbers:
-        if numbers[0] < 1:
-            raise BadInput(f"--seeds ({given}) must be at least 1: the images a prompt")
+        if not 1 <= numbers[0] <= MOST_SEEDS:
+            raise BadInput(f"--seeds ({given}) must be 1 to {MOST_SEEDS}: the images a prompt")
         return tuple(range(numbers[0]))
     if not numbers or len(set(numbers)) < len(numbers) or not all(0 <= number < 2**63 for number in numbers):
         raise BadInput(f"--seeds ({given}) must name each seed once, in [0, 2^63)")

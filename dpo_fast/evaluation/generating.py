@@ -24,10 +24,11 @@ from dpo_fast import __version__
 from dpo_fast.data.images import BadImage, crop_corner, decode, resize, to_pixels
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.generate_options import STRENGTH, GenerateConfig
-from dpo_fast.evaluation.models import ModelSource, OneAtATime, compute_dtype
+from dpo_fast.evaluation.models import ModelSource, OneAtATime, compute_dtype, files_stamp
 from dpo_fast.evaluation.naming import IMAGE_FILES, file_stem, image_files, images_of
 from dpo_fast.evaluation.prompts import Prompt
 from dpo_fast.files import remove_temporaries, write_json
+from dpo_fast.models import Family
 from dpo_fast.models.encoding import weights_digest
 from dpo_fast.parallel import Ranks
 from dpo_fast.sampling import picture_grid, sample, save_png, to_picture
@@ -118,46 +119,26 @@ class ImageRow(NamedTuple):
     file: str  # relative to the folder of images.json
 
 
-@dataclass(frozen=True)
-class Generated:
-    """What a folder of images holds."""
-
-    rows: list[ImageRow]
-    complete: bool  # False: interrupted, some files are not there yet
-    made: int = 0  # files made now
-
-    def of(self, model: str) -> list[ImageRow]:
-        """The images of a model, in an order that is the same for every model."""
-        return [row for row in self.rows if row.model == model]
-
-
-def generate_images(wanted: Wanted, out: Path, ranks: Ranks) -> Generated:
-    """Make what is missing of `wanted` in `out`, every rank its share. The listing comes back on every rank.
+def generate_images(wanted: Wanted, out: Path, ranks: Ranks) -> int:
+    """Make what is missing of `wanted` in `out`, every rank its share; how many images that were, on every rank.
 
     Raises BadInput, on every rank, where `out` holds something else, or images of other settings or weights.
     """
     rows = wanted.rows()
     ranks.on_main(lambda: _claim(wanted, rows, out, ranks.device))
     missing = set(ranks.share([file for file in {row.file: None for row in rows} if not (out / file).is_file()]))
+    unchanged = ranks.share(_unchanged(wanted, out) if ranks.is_main else None)
     models = OneAtATime(ranks.device)
     for name in wanted.models:
-        if not any(row.file in missing for row in rows if row.model == name):
-            continue
+        if name in unchanged and not any(row.file in missing for row in rows if row.model == name):
+            continue  # otherwise it is opened, if only to see that its images are still those of its weights
         mine = _batches([row for row in rows if row.model == name], wanted.batch_size)[ranks.rank :: ranks.world_size]
         share = _Share(wanted, name, [b for b in mine if any(row.file in missing for row in b)], missing, out)
         ranks.on_all(lambda share=share: share.open(models))
-        ranks.on_main(lambda share=share: _same_weights(out, share.about))
+        ranks.on_main(lambda share=share: _same_weights(out, share.about, share.source))
         ranks.on_all(lambda share=share: share.make(models, show=ranks.is_main))
     ranks.on_main(lambda: _finish(wanted, rows, out))
-    return Generated(rows, complete=True, made=len(missing))
-
-
-def read_images(out: Path) -> Generated:
-    """What images.json of a folder says. Raises BadInput where there is none."""
-    listing = _listing(out)
-    if listing is None:
-        raise BadInput(f"{out} holds no {LISTING}: name a folder that dpo_fast.generate wrote")
-    return Generated([ImageRow(**row) for row in listing["images"]], listing["complete"])
+    return len(missing)
 
 
 def is_complete(out: Path) -> bool:
@@ -179,7 +160,7 @@ def read_layouts(path: Path, prompts: Sequence[Prompt]) -> dict[str, Layout]:
         files = image_files(path)
         if not files:
             raise BadInput(f"--layout {path} holds no image ({', '.join(IMAGE_FILES)}); name an image or their folder")
-        chosen = {text: images[0] for text, images in images_of(path, texts).images.items()}
+        chosen = {text: images[0].file for text, images in images_of(path, texts).images.items()}
     elif path.is_file():
         files = [path]
     else:
@@ -234,7 +215,7 @@ class _Share:
         self.about = {
             "model": self.name,
             "weights": str(source),
-            "digest": weights_digest(family.unet),
+            "digest": _digest({part: weights_digest(module) for part, module in _modules(family)}),
             "family": family.name,
             "sampler": type(family.pipeline.scheduler).__name__,
             "steps": str(source.steps),
@@ -266,6 +247,11 @@ class _Share:
                     if row.file in self.missing:
                         save_png(to_picture(image), self.out / row.file, _texts(row, wanted.strength) | self.about)
                         bar.update()
+
+
+def _modules(family: Family) -> list[tuple[str, torch.nn.Module]]:
+    parts = family.pipeline.components.items()
+    return [(name, part) for name, part in parts if isinstance(part, torch.nn.Module)]
 
 
 def _texts(row: ImageRow, strength: float | None) -> dict[str, str]:
@@ -306,7 +292,7 @@ def _claim(wanted: Wanted, rows: Sequence[ImageRow], out: Path, device: torch.de
             raise BadInput(f"--output_dir {out} is a file; name a folder")
         if out.is_dir() and any(not entry.name.startswith(".tmp-") for entry in out.iterdir()):
             raise BadInput(f"--output_dir {out} is not empty and holds no {LISTING}; name another folder")
-        _write(out, {"settings": settings, "weights": {}, "complete": False}, rows)
+        _write(out, {"settings": settings, "weights": {}, "stamps": {}, "complete": False}, rows)
     elif listing["settings"] != settings:
         found = "; ".join(differences(listing["settings"], settings))
         raise BadInput(
@@ -316,7 +302,13 @@ def _claim(wanted: Wanted, rows: Sequence[ImageRow], out: Path, device: torch.de
         remove_temporaries(folder)
 
 
-def _same_weights(out: Path, about: Mapping[str, str]) -> None:
+def _unchanged(wanted: Wanted, out: Path) -> set[str]:
+    """The models whose files are those that their images were made from, by sizes and times."""
+    stamps = _listing(out)["stamps"]
+    return {name for name, source in wanted.models.items() if stamps.get(name) == files_stamp(source)}
+
+
+def _same_weights(out: Path, about: Mapping[str, str], source: ModelSource) -> None:
     """Note the weights that the images of a model come from. Raises BadInput where there are images from others."""
     listing, name = _listing(out), about["model"]
     before = listing["weights"].setdefault(name, about["digest"])
@@ -325,6 +317,7 @@ def _same_weights(out: Path, about: Mapping[str, str]) -> None:
             f"--output_dir {out}: the weights of {name} ({about['weights']}) are not those that its images come from;"
             " name another folder"
         )
+    listing["stamps"][name] = files_stamp(source)
     write_json(out / LISTING, {**listing, "complete": False})
 
 
@@ -355,7 +348,7 @@ def _listing(out: Path) -> dict | None:
         return None
     try:
         listing = json.loads((out / LISTING).read_text(encoding="utf-8"))
-        listing["settings"], listing["weights"], listing["complete"], listing["images"]
+        _ = [listing[name] for name in ("settings", "weights", "stamps", "complete", "images")]
     except (ValueError, LookupError, TypeError) as error:
         raise BadInput(f"{out / LISTING} is no listing of dpo_fast.generate; name another folder") from error
     return listing

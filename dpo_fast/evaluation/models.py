@@ -1,5 +1,7 @@
 """Which weights to sample from: a run's result, its base, or any pipeline; one of them in memory at a time."""
 
+import hashlib
+import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -220,6 +222,24 @@ class OneAtATime:
         if source.merged:
             merge_lora(family.pipeline, source.merged, cache_dir=source.cache_dir, token=source.token)
         return family
+
+
+def files_stamp(source: ModelSource) -> str:
+    """A digest of the sizes and times of the files that a model is read from; of the hub's, their names."""
+    found: list[object] = []
+    for place in filter(None, (source.path, source.vae_path, source.merged, source.adapter)):
+        path = Path(place)
+        index = path / "model_index.json"
+        if index.is_file():
+            parts = [path / name for name in json.loads(index.read_text(encoding="utf-8"))]
+            files = [index, *(file for part in parts if part.is_dir() for file in sorted(part.iterdir()))]
+        elif path.is_dir():
+            files = sorted(path.glob("*.safetensors"))  # a LoRA, a VAE
+        else:
+            files = [path] if path.is_file() else []
+        stats = [(file.name, file.stat()) for file in files]
+        found.append([place, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)])
+    return hashlib.blake2b(json.dumps(found).encode(), digest_size=8).hexdigest()
 
 
 def compute_dtype(source: ModelSource, device: torch.device) -> torch.dtype:

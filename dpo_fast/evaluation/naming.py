@@ -15,10 +15,17 @@ LEAST_CUT = 40  # characters from which on the start of a prompt may stand for i
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff")
 
 
+class PromptImage(NamedTuple):
+    """An image of a prompt."""
+
+    file: Path
+    seed: int | None = None  # which of the prompt's noises it comes from; None: not known
+
+
 class Found(NamedTuple):
     """What a folder holds of some prompts."""
 
-    images: dict[str, list[Path]]  # prompt -> its images, in the order of their numbers; prompts without any left out
+    images: dict[str, list[PromptImage]]  # prompt -> its images, by their numbers; prompts without any left out
     unused: int  # images of no prompt
 
 
@@ -43,31 +50,34 @@ def image_files(folder: Path) -> list[Path]:
 def images_of(folder: Path, prompts: Sequence[str]) -> Found:
     """The images of a folder by their prompts.
 
-    An image is of the prompt that its PNG text `prompt` is; else of the prompt that its name is, or the name without a
-    number at its end (`a red fox-2.png`, `A red fox (2).jpg`), or, where the name is only a number, its folder's name
-    (`a red fox/0002.png`). Of names letters and digits count; one of LEAST_CUT characters or more may be only the
-    start of the prompt. Raises BadInput where that leaves several prompts.
+    An image is of the prompt that its PNG text `prompt` is; else, where its name is only a number, of the one that its
+    folder's name is (`a red fox/0002.png`); else of the one that its name is, or the name without a number at its end
+    (`a red fox-2.png`, `A red fox (2).jpg`). Of names letters and digits count; one of LEAST_CUT characters or more may
+    be only the start of the prompt. What dpo_fast.generate wrote tells its seed. Raises BadInput where that leaves
+    several prompts.
     """
     names: dict[str, list[str]] = {}
     for prompt in dict.fromkeys(prompts):
         for name in {plain(prompt), plain(file_stem(prompt))} - {""}:
             names.setdefault(name, []).append(prompt)
     whole = set(prompts)
-    found: dict[str, list[tuple[int, str, Path]]] = {}
+    found: dict[str, list[tuple[int, str, PromptImage]]] = {}
     unused = 0
     for file in image_files(folder):
         bare, number = _without_number(file.stem)
-        prompt = _text_in(file)
+        texts = _texts_in(file)
+        prompt, seed = texts.get("prompt"), texts.get("seed") if "noise_seed" in texts else None
         if prompt not in whole:
-            candidates = [file.stem, bare or (file.parent.name if file.parent != folder else "")]
+            above = file.parent.name if file.parent != folder else ""
+            candidates = [file.stem, bare] if plain(bare) else [above, file.stem]
             prompt = next((p for name in candidates if (p := _prompt_named(name, names, file)) is not None), None)
         if prompt is None:
             unused += 1
         else:
-            found.setdefault(prompt, []).append((number, file.name, file))
-    return Found(
-        {prompt: [file for *_, file in sorted(found[prompt])] for prompt in prompts if prompt in found}, unused
-    )
+            image = PromptImage(file, int(seed) if seed and seed.isdecimal() else None)
+            found.setdefault(prompt, []).append((number, file.name, image))
+    there = [prompt for prompt in dict.fromkeys(prompts) if prompt in found]
+    return Found({prompt: [image for *_, image in sorted(found[prompt])] for prompt in there}, unused)
 
 
 def _is_shown(file: Path, folder: Path) -> bool:
@@ -80,14 +90,15 @@ def _without_number(stem: str) -> tuple[str, int]:
     return (match[1].rstrip(" _-#(["), int(match[2])) if match else (stem, 0)
 
 
-def _text_in(file: Path) -> str | None:
+def _texts_in(file: Path) -> dict[str, str]:
+    """The texts of a PNG, which other tools fill with what they like."""
     if file.suffix.lower() != ".png":
-        return None
+        return {}
     try:
         with Image.open(file) as image:
-            return image.info.get("prompt")
-    except OSError:
-        return None  # whoever reads its pixels says what is wrong
+            return {name: text for name, text in image.info.items() if isinstance(text, str)}
+    except Exception:  # a broken file raises nearly anything; whoever reads its pixels says what is wrong
+        return {}
 
 
 def _prompt_named(name: str, names: dict[str, list[str]], file: Path) -> str | None:

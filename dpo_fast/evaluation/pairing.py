@@ -1,18 +1,23 @@
 """Images of two sides set against each other: row by row a pair of one prompt, from wherever the images come."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dpo_fast.data.images import BadImage, decode
 from dpo_fast.errors import BadInput
+from dpo_fast.evaluation.naming import PromptImage
 from dpo_fast.evaluation.prompts import Prompt
 
 UNCATEGORISED = "no category"
+THREADS = 4  # that read and decode
 
 
 class Files:
@@ -32,6 +37,16 @@ class Files:
             raise BadInput(f"{path} {error}: mend it, or take it away") from error
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
+    def check(self, title: str) -> None:
+        """Open every image once, with a progress bar. Raises BadInput for the first that does not open."""
+        distinct = Files(list(dict.fromkeys(self.paths)))
+        with ThreadPoolExecutor(THREADS) as pool:
+            for _ in tqdm(pool.map(distinct._open, range(len(distinct))), title, len(distinct), unit=" images"):
+                pass
+
+    def _open(self, row: int) -> None:
+        self[row]
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -45,16 +60,23 @@ class Pairs:
     remarks: list[str]  # on what was left out or used twice, a line each
 
 
+class _Row(NamedTuple):
+    seed: int
+    base: PromptImage
+    policy: PromptImage
+
+
 def pair_up(
     prompts: Sequence[Prompt],
     seeds: Sequence[int] | None,  # of a prompt's images, in this order; None: as many as the side with fewer has
-    base: Mapping[str, Sequence[Path]],  # prompt -> its images
-    policy: Mapping[str, Sequence[Path]],
+    base: Mapping[str, Sequence[PromptImage]],  # prompt -> its images
+    policy: Mapping[str, Sequence[PromptImage]],
     names: tuple[str, str],  # of base and policy, for the remarks
 ) -> Pairs:
-    """The k-th image of a prompt stands against the other side's k-th; with seeds a side that has fewer starts again.
+    """Images of one seed stand against each other where both sides know theirs; the others as they come.
 
-    A prompt that recurs counts once. Raises BadInput where no prompt has images of both sides.
+    With seeds a side that has fewer images starts again. A prompt that recurs counts once. Raises BadInput where no
+    prompt has images of both sides.
     """
     first: dict[str, Prompt] = {}
     for prompt in prompts:
@@ -71,15 +93,34 @@ def pair_up(
             f"no prompt has an image in both {names[0]} and {names[1]} ({'; '.join(remarks)}): images are found by"
             " their names, which must be the prompts (letters and digits count)"
         )
-    rows = []
-    for text in texts:
-        number = min(len(side[text]) for side in sides) if seeds is None else len(seeds)
-        rows += [(text, k) for k in range(number)]
+    rows = [(text, row) for text in texts for row in _rows(seeds, base[text], policy[text])]
+    known = [row for _, row in rows if None not in (row.base.seed, row.policy.seed)]
+    if other := sum(row.base.seed != row.policy.seed for row in known):
+        remarks.append(f"{other} of {len(rows)} pairs are of different noise: their seeds differ")
     categories = [first[text].category or UNCATEGORISED for text, _ in rows]
     return Pairs(
         [text for text, _ in rows],
-        [k if seeds is None else seeds[k] for _, k in rows],
+        [row.seed for _, row in rows],
         categories if any(first[text].category for text in texts) else None,
-        *(Files([side[text][k % len(side[text])] for text, k in rows]) for side in sides),
+        Files([row.base.file for _, row in rows]),
+        Files([row.policy.file for _, row in rows]),
         remarks,
     )
+
+
+def _rows(seeds: Sequence[int] | None, base: Sequence[PromptImage], policy: Sequence[PromptImage]) -> list[_Row]:
+    """The pairs of one prompt."""
+    sides = (base, policy)
+    if seeds is None:
+        common = {image.seed for image in base} & {image.seed for image in policy} - {None}
+        named = [{image.seed: image for image in side if image.seed in common} for side in sides]
+        rows = [_Row(seed, named[0][seed], named[1][seed]) for seed in named[0]]
+        rest = [[image for image in side if image.seed not in common] for side in sides]
+        return rows + [_Row(k, *both) for k, both in enumerate(zip(*rest, strict=False), start=len(rows))]
+    found = []
+    for side in sides:
+        named = {image.seed: image for image in side if image.seed in seeds}
+        rest = [image for image in side if image.seed not in named] or list(side)
+        left = [seed for seed in seeds if seed not in named]
+        found.append(named | {seed: rest[k % len(rest)] for k, seed in enumerate(left)})
+    return [_Row(seed, found[0][seed], found[1][seed]) for seed in seeds]

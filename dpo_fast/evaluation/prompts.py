@@ -116,19 +116,19 @@ def _about_people(prompt: Prompt, of_its_set: Sequence[Prompt]) -> bool:
 
 def _partiprompts(copy: Path | None, where: Where) -> list[Prompt]:
     file = copy or _from_hub("partiprompts", "nateraw/parti-prompts", "PartiPrompts.tsv", where)
-    return _parti_table(file, "partiprompts")
+    return _parti_table(file, "partiprompts", f"partiprompts={file}")
 
 
-def _parti_table(path: Path, source: str) -> list[Prompt]:
+def _parti_table(path: Path, source: str, given: str | None = None) -> list[Prompt]:
     """The columns Prompt, Category and, where there is one, Challenge. A quotation mark is a letter like any other."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise BadInput(f"--prompts {path} cannot be read ({error}); name a tab-separated table") from error
+        raise BadInput(f"--prompts {given or path} cannot be read ({error}); name a tab-separated table") from error
     if not rows or not {"Prompt", "Category"} <= set(rows[0]):
         raise BadInput(
-            f"--prompts {path} is no table of prompts: its first line must name the columns Prompt, Category"
+            f"--prompts {given or path} is no table of prompts: its first line must name the columns Prompt, Category"
         )
     prompts = [
         Prompt(row["Prompt"].strip(), source, row["Category"] or None, row.get("Challenge") or None)
@@ -136,7 +136,7 @@ def _parti_table(path: Path, source: str) -> list[Prompt]:
         if row["Prompt"] and row["Prompt"].strip()
     ]
     if not prompts:
-        raise BadInput(f"--prompts {path} holds no prompt; its column Prompt is empty")
+        raise BadInput(f"--prompts {given or path} holds no prompt; its column Prompt is empty")
     return prompts
 
 

@@ -1,5 +1,7 @@
 """Images on disk from a policy and its baseline: the same noise, any batch, any number of processes, gone on with."""
 
+import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.generate_options import seeds_of
 from dpo_fast.evaluation.generating import (
+    ImageRow,
     noise_seed,
-    read_images,
     read_layouts,
 )
 from dpo_fast.evaluation.models import OneAtATime, base_of, named, read_run, result_of
@@ -28,6 +31,16 @@ from tests.test_distributed import TORCHRUN
 
 TEXTS = ("a cat on a mat", "a Dog!", "a red hat")
 CPU = torch.device("cpu")
+
+
+def rows_of(out: Path, model: str | None = None) -> list[ImageRow]:
+    """What images.json lists."""
+    rows = [ImageRow(**row) for row in json.loads((out / "images.json").read_text())["images"]]
+    return [row for row in rows if model in (None, row.model)]
+
+
+def is_whole(out: Path) -> bool:
+    return json.loads((out / "images.json").read_text())["complete"]
 
 
 @pytest.fixture
@@ -71,7 +84,7 @@ def test_a_lora_that_changes_nothing_gives_the_images_of_its_base(
     assert "12 images of 3 prompts, 12 made now" in said.out and "2 steps" in said.err
     names = [f"{file_stem(text)}-{seed}.png" for text in TEXTS for seed in (0, 1)]
     assert sorted(p.name for p in (out / "base").iterdir()) == sorted(p.name for p in (out / "run").iterdir())
-    assert [row.file for row in read_images(out).of("run")] == [f"run/{name}" for name in names]
+    assert [row.file for row in rows_of(out, "run")] == [f"run/{name}" for name in names]
     for file in names:
         assert np.array_equal(pixels(out / "base" / file), pixels(out / "run" / file))
     different = {pixels(out / "base" / file).tobytes() for file in names}
@@ -87,7 +100,7 @@ def test_a_run_that_moved_is_sampled_as_diffusers_does(sd15_path, pairs, tmp_pat
     if tuning == "lora":
         policy.pipeline.load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors")
     policy.pipeline.set_progress_bar_config(disable=True)
-    for row in read_images(out).of("run"):
+    for row in rows_of(out, "run"):
         ours = pixels(out / row.file)
         theirs = policy.pipeline(
             row.prompt, num_inference_steps=2, height=64, width=64, generator=torch.manual_seed(row.noise_seed)
@@ -161,6 +174,19 @@ def test_a_batch_changes_rounding_only(sdxl_path, generate):
         assert np.abs(pixels(one / file) - pixels(four / file)).max() <= 1
 
 
+def test_weights_that_changed_are_refused_though_nothing_is_missing(moved, tmp_path, generate, capfd):
+    run = shutil.copytree(moved, tmp_path / "run")
+    out = generate(run)
+    (run / "config.yaml").touch()
+    os.utime(run / "pytorch_lora_weights.safetensors")  # the same weights
+    generate(run)
+    lora = load_file(run / "pytorch_lora_weights.safetensors")
+    save_file({name: -3 * tensor for name, tensor in lora.items()}, run / "pytorch_lora_weights.safetensors")
+    before = contents(out)
+    generate(run, status=2)
+    assert "are not those that its images come from" in capfd.readouterr().err and contents(out) == before
+
+
 def test_what_is_missing_is_made_again_to_the_byte(moved, generate, capfd, monkeypatch):
     flags = ("--seeds", "3,17", "--batch_size", 4)
     out = generate(moved, *flags)
@@ -194,10 +220,10 @@ def test_interrupted_images_are_gone_on_with(sdxl_path, tmp_path, generate, monk
 
     monkeypatch.setattr(generating, "sample", stop_at_the_third)
     out = generate(sdxl_path, "--batch_size", 1, status=130)
-    assert "go" in capfd.readouterr().err and not read_images(out).complete
+    assert "go" in capfd.readouterr().err and not is_whole(out)
     assert len(contents(out)) == 2
     monkeypatch.undo()
-    assert contents(generate(sdxl_path, "--batch_size", 1)) == whole and read_images(out).complete
+    assert contents(generate(sdxl_path, "--batch_size", 1)) == whole and is_whole(out)
 
 
 def test_two_processes_make_the_images_of_one(moved, tmp_path, generate):
@@ -256,7 +282,7 @@ def test_an_image_says_what_made_it(sdxl_path, tmp_path, generate):
     table = tmp_path / "p.tsv"
     table.write_text("Prompt\tCategory\tChallenge\tNote\na cat — 雪\tAnimals\tBasic\t\na cat — 雪\tArts\tBasic\t\n")
     out = generate(sdxl_path, "--seeds", "5,", prompts=(str(table), "a dog there"))
-    one, again, other = read_images(out).rows
+    one, again, other = rows_of(out)
     assert one.file == again.file and (one.category, again.category) == ("Animals", "Arts")
     assert len(contents(out)) == 3  # with the grid
     with Image.open(out / one.file) as image:
@@ -330,7 +356,7 @@ def test_sdedit_starts_from_the_layout(request, generate, layouts, name, more):
     for strength in (0.1, 0.6, 1.0):
         flags = ("--layout", layouts / "b.png", "--strength", strength, *more, *steps)
         out = generate(path, *flags, out=f"{strength}", prompts=TEXTS[:1])
-        (row,) = read_images(out).rows
+        (row,) = rows_of(out)
         images.append(pixels(out / row.file))
         distances.append(np.abs(images[-1] - target).mean())
         with Image.open(out / row.file) as image:
@@ -352,7 +378,7 @@ def test_little_noise_stays_near_the_layout(generate, tmp_path):
     for strength in (0.02, 0.6):
         flags = ("--layout", scene, "--strength", strength, "--sampling_steps", 50, "--sampling_guidance", 1)
         out = generate(model, *flags, out=f"{strength}", prompts=(caption,))
-        errors.append(np.abs(pixels(out / read_images(out).rows[0].file) - block).mean())
+        errors.append(np.abs(pixels(out / rows_of(out)[0].file) - block).mean())
     assert errors[0] < 6 and errors[1] > 30  # of 255
 
 
@@ -384,7 +410,7 @@ def test_the_noise_on_a_layout_is_the_schedules(sd15_path, monkeypatch):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--seeds", "0"], "--seeds (0) must be at least 1"),
+        (["--seeds", "0"], "--seeds (0) must be 1 to 10000"),
         (["--seeds", "-3"], "--seeds (-3)"),
         (["--seeds", "1,1"], "once"),
         (["--seeds", "many"], "--seeds (many)"),
@@ -423,7 +449,7 @@ def test_bad_input_is_found_before_a_model_is_loaded(sd15_path, tmp_path, monkey
 
 def test_repeated_prompts_add_up(sd15_path, tmp_path, generate):
     out = generate(sd15_path, "--prompts=a third one", "--prompts", "a fourth one", "--seeds", "1")
-    assert [row.prompt for row in read_images(out).rows] == [*TEXTS, "a third one", "a fourth one"]
+    assert [row.prompt for row in rows_of(out)] == [*TEXTS, "a third one", "a fourth one"]
 
 
 def test_seeds():

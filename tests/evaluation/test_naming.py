@@ -7,8 +7,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation.naming import LEAST_CUT, file_stem, images_of
+from dpo_fast.evaluation.naming import LEAST_CUT, PromptImage, file_stem, images_of
+from dpo_fast.evaluation.prompts import read_prompts
+from tests.helpers.runs import SAMPLE
 
+PARTI = SAMPLE.parent / "PartiPrompts.tsv"
 PROMPTS = ["a red fox", "Two cats & a dog!", "room 101", "雪の中の猫", "a" + " very" * 30 + " long road"]
 
 
@@ -20,6 +23,10 @@ def put(folder: Path, name: str, text: str | None = None) -> Path:
         about.add_text("prompt", text)
     Image.new("RGB", (4, 4)).save(file, **({"pnginfo": about} if file.suffix == ".png" else {}))
     return file
+
+
+def of(folder: Path, prompts: list[str]) -> dict[str, list[Path]]:
+    return {prompt: [image.file for image in images] for prompt, images in images_of(folder, prompts).images.items()}
 
 
 @pytest.mark.parametrize(
@@ -53,24 +60,23 @@ def test_a_name_stands_for_a_prompt(tmp_path, name, prompt):
     file = put(tmp_path, name) if not name.endswith(".txt") else tmp_path / name
     file.touch()
     expected = {} if prompt is None else {PROMPTS[prompt]: [file]}
-    assert images_of(tmp_path, PROMPTS).images == expected
+    assert of(tmp_path, PROMPTS) == expected
 
 
 def test_images_come_in_the_order_of_their_numbers(tmp_path):
     names = ["a red fox-10.png", "a red fox-9.png", "a red fox.png", "room 101 (2).png", "room 101 (1).png", "x.png"]
     files = {name: put(tmp_path, name) for name in names}
-    found = images_of(tmp_path, PROMPTS)
-    assert found.images["a red fox"] == [files[name] for name in (names[2], names[1], names[0])]
-    assert found.images["room 101"] == [files[names[4]], files[names[3]]]
-    assert found.unused == 1 and list(found.images) == ["a red fox", "room 101"]
+    found = of(tmp_path, PROMPTS)
+    assert found["a red fox"] == [files[name] for name in (names[2], names[1], names[0])]
+    assert found["room 101"] == [files[names[4]], files[names[3]]]
+    assert images_of(tmp_path, PROMPTS).unused == 1 and list(found) == ["a red fox", "room 101"]
 
 
 def test_what_a_png_says_of_its_prompt_counts_before_its_name(tmp_path):
     file = put(tmp_path, "a red fox.png", "room 101")
     other = put(tmp_path, "whatever.png", PROMPTS[1])
     workflow = put(tmp_path, "a red fox-2.png", '{"3": {"class_type": "KSampler"}}')  # as ComfyUI has it
-    found = images_of(tmp_path, PROMPTS)
-    assert found.images == {"a red fox": [workflow], PROMPTS[1]: [other], "room 101": [file]}
+    assert of(tmp_path, PROMPTS) == {"a red fox": [workflow], PROMPTS[1]: [other], "room 101": [file]}
 
 
 def test_a_name_of_two_prompts_is_refused_with_both(tmp_path):
@@ -80,4 +86,29 @@ def test_a_name_of_two_prompts_is_refused_with_both(tmp_path):
         images_of(tmp_path, prompts)
     file.rename(file.with_stem(file_stem(prompts[1])))
     assert file_stem(prompts[1]) in str(refused.value)
-    assert list(images_of(tmp_path, prompts).images) == [prompts[1]]
+    assert list(of(tmp_path, prompts)) == [prompts[1]]
+
+
+def test_a_prompt_that_is_a_number_takes_no_numbered_images_of_others(tmp_path):
+    """PartiPrompts has the prompts 0, 42, 101 and 300."""
+    prompts = ["0", *PROMPTS]
+    if PARTI.is_file():
+        prompts = [prompt.text for prompt in read_prompts([f"partiprompts={PARTI}"])]
+    some = [*dict.fromkeys(["0", *prompts[:20]])]
+    files = {prompt: [put(tmp_path, f"{file_stem(prompt)}/{k}.png") for k in (0, 1)] for prompt in some}
+    files["0"].append(put(tmp_path, "0.png"))
+    found = of(tmp_path, prompts)
+    assert {prompt: sorted(images) for prompt, images in found.items()} == {p: sorted(files[p]) for p in some}
+
+
+def test_what_is_generated_tells_its_seed(tmp_path):
+    file = put(tmp_path, "x.png")
+    about = PngInfo()
+    for name, text in (("prompt", "a red fox"), ("seed", "17"), ("noise_seed", "5")):
+        about.add_text(name, text)
+    Image.new("RGB", (4, 4)).save(file, pnginfo=about)
+    assert images_of(tmp_path, PROMPTS).images["a red fox"] == [PromptImage(file, 17)]
+    about = PngInfo()
+    about.add_text("workflow", "x" * (2 << 20), zip=True)  # more than PIL reads
+    Image.new("RGB", (4, 4)).save(tmp_path / "a red fox.png", pnginfo=about)
+    assert len(images_of(tmp_path, PROMPTS).images["a red fox"]) == 2

@@ -8,14 +8,19 @@ import torch
 from PIL import Image
 
 from dpo_fast.errors import BadInput
+from dpo_fast.evaluation.naming import PromptImage
 from dpo_fast.evaluation.pairing import UNCATEGORISED, Files, pair_up
 from dpo_fast.evaluation.prompts import Prompt
 
 PROMPTS = [Prompt("one", "set", "A"), Prompt("two", "set"), Prompt("three", "set", "B"), Prompt("one", "other", "C")]
 
 
-def files(*names: str) -> list[Path]:
-    return [Path(name) for name in names]
+def files(*names: str) -> list[PromptImage]:
+    return [PromptImage(Path(name)) for name in names]
+
+
+def seeded(name: str, *seeds: int) -> list[PromptImage]:
+    return [PromptImage(Path(f"{name}{seed}"), seed) for seed in seeds]
 
 
 def test_with_seeds_a_side_that_has_fewer_starts_again():
@@ -37,6 +42,23 @@ def test_without_seeds_as_many_as_both_have():
     pairs = pair_up(PROMPTS[:2], None, base, policy, ("them", "us"))
     assert pairs.prompts == ["one", "one", "two"] and pairs.seeds == [0, 1, 0] and not pairs.remarks
     assert [path.name for path in pairs.policy.paths] == ["p0", "p1", "p3"]
+
+
+def test_images_of_one_seed_stand_against_each_other():
+    base, policy = {"two": seeded("b", 17, 3, 5)}, {"two": seeded("p", 3, 4, 17)}
+
+    def paired(seeds, base=base, policy=policy) -> tuple[list[str], list[int], list[str]]:
+        found = pair_up([PROMPTS[1]], seeds, base, policy, ("b", "p"))
+        both = zip(found.base.paths, found.policy.paths, strict=True)
+        return [f"{one} {other}" for one, other in both], found.seeds, found.remarks
+
+    assert paired((3, 17)) == (["b3 p3", "b17 p17"], [3, 17], [])
+    assert paired((17,)) == (["b17 p17"], [17], [])
+    rows, seeds, remarks = paired((3, 9), policy={"two": seeded("p", 3, 9)})
+    assert rows == ["b3 p3", "b17 p9"] and remarks == ["1 of 2 pairs are of different noise: their seeds differ"]
+    rows, seeds, remarks = paired(None)
+    assert rows == ["b17 p17", "b3 p3", "b5 p4"] and seeds == [17, 3, 2] and remarks[0].startswith("1 of 3 pairs")
+    assert paired(None, policy={"two": files("x", "y")})[2] == []  # what is not known is not said to differ
 
 
 def test_prompts_without_categories_have_none():
