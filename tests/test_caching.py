@@ -251,6 +251,7 @@ def test_a_build_and_a_run_compute_in_the_same_precision(sdxl_path, pairs, tmp_p
     assert not torch.backends.cudnn.allow_tf32
 
 
+@pytest.mark.exhaustive
 def test_two_processes_build_and_train_as_one(sdxl_path, tmp_path):
     data = write_table(tmp_path / "pairs.parquet", recurring())
     one = train(sdxl_path, data, tmp_path / "one", "--gradient_accumulation_steps", 2, "--no-cache")
@@ -292,7 +293,7 @@ def test_random_crops_are_not_cached(sdxl_path, pairs, tmp_path, capsys):
     assert main(flags_for(sdxl_path, pairs, tmp_path / "run", "--random_crop", "--no-cache")) == 0
 
 
-@pytest.mark.parametrize("kind", ["sd15_path", "sdxl_path"])
+@pytest.mark.parametrize("kind", ["sd15_path", pytest.param("sdxl_path", marks=pytest.mark.exhaustive)])
 def test_the_disk_it_takes_is_what_is_predicted(kind, tmp_path, request):
     """What the plan says of an image and a prompt, against the files."""
     from dpo_fast.config import parse

@@ -146,14 +146,14 @@ def test_a_model_against_its_copy_with_other_seeds(tmp_path):
     """The built-in base: whatever its images score, it is no better than itself."""
     model = Path(shapes_base.__file__).parent / "pipeline"
     made = ["--policy", model, "--baseline", "none", "--prompts", "shapes", "--sampling_steps", 10, "--batch_size", 64]
-    for name, seeds in (("one", "0,1"), ("two", "2,3")):
+    for name, seeds in (("one", "0,"), ("two", "1,")):
         argv = [*made, "--sampling_guidance", 3, "--seeds", seeds, "--output_dir", tmp_path / name]
         assert generate([str(word) for word in argv]) == 0
     argv = ["--policy", tmp_path / "one" / "pipeline", "--baseline", tmp_path / "two" / "pipeline"]
     argv += ["--prompts", "shapes", "--scorers", "faithfulness", "--output_dir", tmp_path / "out"]
     assert main([str(word) for word in argv]) == 0
     (of,) = summary(tmp_path / "out")["scores"].values()
-    assert of["compared"] == 2 * len(read_prompts(["shapes"])) and of["win_rate"]["ties"] < of["compared"]
+    assert of["compared"] == len(read_prompts(["shapes"])) and of["win_rate"]["ties"] < of["compared"]
     assert of["win_rate"]["low"] < 0.5 < of["win_rate"]["high"]
 
 
@@ -277,7 +277,7 @@ def test_the_implicit_reward_needs_no_images(moved, pairs, tmp_path, capfd):
     assert re.search(rf"implicit accuracy +{found['implicit_accuracy']:.3f} \[", said)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(moved, tmp_path, prompts, published, evaluate):
     alone = evaluate(moved, "--seeds", 2)
     flags = ["--policy", moved, "--prompts", prompts, "--scorers", "pickscore", "clip", "--scorer_models", published]

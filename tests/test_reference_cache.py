@@ -235,6 +235,7 @@ def test_changed_pairs_are_computed_and_the_others_are_not(sdxl_path, tmp_path, 
     assert computed(sdxl_path, write_table(tmp_path / "b.parquet", columns), tmp_path / "2", *more) == 4
 
 
+@pytest.mark.exhaustive
 def test_two_ranks_give_the_errors_and_the_weights_of_one(sdxl_path, pairs, tmp_path):
     """With the same micro-batches the sums are the same sums."""
     more = [*MIXED, "--max_train_steps", 6, "--cached_reference", 2]
@@ -250,6 +251,7 @@ def test_two_ranks_give_the_errors_and_the_weights_of_one(sdxl_path, pairs, tmp_
     assert_same_state(one, tmp_path / "two", 6)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.faults
 def test_killed_again_and_again_it_ends_with_the_same_files(sdxl_path, pairs, tmp_path, monkeypatch, capfd):

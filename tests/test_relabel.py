@@ -270,6 +270,7 @@ def by(path: Path, scorer: str) -> Path:
     return path.parents[1] / scorer / path.name
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_two_processes_give_the_same_file_as_one(tmp_path, log):
     pairs = write_table(tmp_path / "pairs.parquet", columns())

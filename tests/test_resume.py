@@ -98,7 +98,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive), signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(sdxl_path, pairs, tmp_path, sent):
     out = tmp_path / "run"
     process = start(*flags_for(sdxl_path, pairs, out, "--max_train_steps", 100000, "--dataloader_num_workers", 1))

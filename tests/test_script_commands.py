@@ -73,7 +73,13 @@ sys.exit(main())
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "text"), [("sd15", SD), ("sdxl", SDXL), ("turbo", TURBO)], ids=["sd15", "sdxl", "turbo"]
+    ("family", "text"),
+    [
+        pytest.param("sd15", SD, marks=pytest.mark.exhaustive),
+        ("sdxl", SDXL),
+        pytest.param("turbo", TURBO, marks=pytest.mark.exhaustive),
+    ],
+    ids=["sd15", "sdxl", "turbo"],
 )
 def test_the_published_command_runs(request, pairs, tmp_path, family, text):
     model = request.getfixturevalue(f"{family}_path")

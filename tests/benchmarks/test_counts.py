@@ -11,7 +11,7 @@ from tests.benchmarks import tiny
 
 REAL = [name for name in CASES if not CASES[name].mini]
 COUNTED = [name for name in REAL if not CASES[name].turbo]  # turbo launches what sdxl launches, on smaller images
-QUICK = ("sd15-512-full", "sdxl-1024-lora")
+QUICK = ("sd15-512-full",)
 # TFLOP a latent by another count, made from the public configurations: the forward pass, and with LoRA of rank 8.
 FORWARD = {"sd15-512": (0.803, 0.806), "turbo-512": (1.589, 1.594), "sdxl-1024": (6.761, 6.782)}
 # The whole step a pair, TFLOP, and what its forward keeps, GB.

@@ -226,6 +226,7 @@ def test_interrupted_images_are_gone_on_with(sdxl_path, tmp_path, generate, monk
     assert contents(generate(sdxl_path, "--batch_size", 1)) == whole and is_whole(out)
 
 
+@pytest.mark.exhaustive
 def test_two_processes_make_the_images_of_one(moved, tmp_path, generate):
     flags = ("--seeds", 3, "--batch_size", 2)
     one = generate(moved, *flags, out="one")

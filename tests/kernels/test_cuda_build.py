@@ -133,6 +133,7 @@ def test_cuda_that_was_asked_for_and_cannot_be_had_is_an_error(sources):
     assert status == 0 and not made
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 def test_only_what_has_changed_is_compiled_again(sources):

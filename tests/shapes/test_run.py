@@ -17,6 +17,7 @@ def summary_of(folder) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
 
+@pytest.mark.exhaustive
 def test_the_bare_command_trains_and_compares(tmp_path):
     """From an empty folder; only lengths are cut."""
     ran = subprocess.run(
@@ -34,6 +35,7 @@ def test_the_bare_command_trains_and_compares(tmp_path):
     assert picture.shape[1] > picture.shape[0] > 100 and np.ptp(picture) > 200
 
 
+@pytest.mark.exhaustive
 def test_two_processes_compare_as_one(tmp_path):
     """An odd number of images, so that their shares differ."""
     flags = [*SHORT, "--train_batch_size", "6", "--pairs_per_step", "12", "--eval_images", "5", "--output_dir"]
