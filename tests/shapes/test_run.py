@@ -4,6 +4,7 @@ import json
 import subprocess
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from dpo_fast.train import main
