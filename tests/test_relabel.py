@@ -43,6 +43,7 @@ def log(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(judging, "PART_ROWS", 4)
     monkeypatch.setattr(scorers, "MODULE_OF", {**scorers.MODULE_OF, **dict.fromkeys(fake_scorers.FORMULAS, "fake")})
     monkeypatch.setattr(scorers, "load_scorer", lambda name, device, **_: fake_scorers.load(name, path))
+    monkeypatch.setattr(scorers, "facts", lambda name, device, **_: {"scorer": name})
     return path
 
 

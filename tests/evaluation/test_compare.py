@@ -102,9 +102,9 @@ def test_scorers_are_opened_before_training_and_held_one_at_a_time(sd15_path, pa
 
     monkeypatch.setattr(compare, "load_scorer", load)
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    where = {"cache_dir": str(tmp_path / "hub"), "token": "secret"}
+    where = {"where": tmp_path / "models", "cache_dir": str(tmp_path / "hub"), "token": "secret"}
     flags = flags_for(sd15_path, pairs, tmp_path / "run", "--sampling_steps", 2, "--eval_images", 3)
-    flags += ["--cache_dir", where["cache_dir"], "--hub_token", where["token"]]
+    flags += ["--scorer_models", where["where"], "--cache_dir", where["cache_dir"], "--hub_token", where["token"]]
     flags += ["--eval_scorers", "clip", "pickscore", "--eval_prompts", str(tmp_path / "prompts.txt")]
     assert main(flags) == 0
     lines, late = ["a cat", "a dog"], "cuda" if torch.cuda.is_available() else "cpu"

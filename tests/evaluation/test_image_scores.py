@@ -9,7 +9,6 @@ from PIL import Image
 
 from dpo_fast import parallel
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation import image_scores
 from dpo_fast.evaluation.image_scores import score_images
 from dpo_fast.evaluation.pairing import Files
 from dpo_fast.evaluation.scorers import Scorer
@@ -51,9 +50,12 @@ def expected(images: Files, prompts: list[str]) -> torch.Tensor:
     return torch.stack(each)
 
 
-def run(images: Files, prompts: list[str], scorer: Counting, folder: Path, **about: str) -> torch.Tensor:
+def run(
+    images: Files, prompts: list[str], scorer: Counting, folder: Path, batch_size: int = 16, **about: str
+) -> torch.Tensor:
     ranks = parallel.start("none")
-    return score_images(images, prompts, {"mean": ({"scorer": "mean", **about}, scorer.load)}, folder, ranks)["mean"]
+    scorers = {"mean": (lambda: {"scorer": "mean", **about}, scorer.load)}
+    return score_images(images, prompts, scorers, folder, ranks, batch_size=batch_size)["mean"]
 
 
 def test_every_image_is_scored_once_and_never_again(images, tmp_path):
@@ -77,11 +79,10 @@ def test_other_bytes_another_prompt_and_another_precision_are_scored_anew(images
         assert scorer.seen == number
 
 
-def test_an_interruption_keeps_what_was_scored(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_scores, "BATCH", 1)
+def test_an_interruption_keeps_what_was_scored(images, tmp_path):
     files, prompts = images
     with pytest.raises(KeyboardInterrupt):
-        run(files, prompts, Counting(fails_after=4), tmp_path / "s")
+        run(files, prompts, Counting(fails_after=4), tmp_path / "s", batch_size=1)
     scorer = Counting()
     torch.testing.assert_close(run(files, prompts, scorer, tmp_path / "s"), expected(files, prompts))
     assert scorer.seen == len(SIZES) - 4
