@@ -3,6 +3,7 @@
 import gzip
 import html
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -11,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from PIL import Image
 from transformers import AutoTokenizer, CLIPModel, CLIPTokenizer
 
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation.scorers import MODULE_OF, Scorer, aesthetic, hpsv2, imagereward, load_scorer
+from dpo_fast.evaluation import scorers
+from dpo_fast.evaluation.scorers import MODULE_OF, Scorer, aesthetic, facts, hpsv2, imagereward, load_scorer
 from dpo_fast.evaluation.scorers.clip_models import VIT_H, VIT_L
+from dpo_fast.evaluation.scorers.published import of_model
 from tests.helpers import scorer_files
 from tests.helpers.pipelines import randomise
 from tests.helpers.plain_models import OpenClip
@@ -178,6 +182,81 @@ def test_from_the_hub_as_from_a_folder(published, tmp_path):
         load_scorer("pickscore", cache_dir=str(tmp_path))
     with pytest.raises(BadInput, match=r"^ImageReward.pt of zai-org/ImageReward cannot be fetched[^\n]*$"):
         load_scorer("imagereward", cache_dir=str(tmp_path))
+
+
+# what a scorer is
+
+
+@pytest.mark.parametrize("name", MODULE_OF)
+def test_the_repositories_named_are_all_that_is_read(published, name, tmp_path):
+    repositories = scorers._module(name).REPOSITORIES[name]
+    for repository in repositories:
+        shutil.copytree(published[0] / repository, tmp_path / repository)
+    load_scorer(name, where=tmp_path)
+    assert bool(repositories) == (name in NAMES)
+    for repository in repositories:  # each is read
+        (tmp_path / repository).rename(tmp_path / "away")
+        with pytest.raises(BadInput, match=repository):
+            load_scorer(name, where=tmp_path)
+        (tmp_path / "away").rename(tmp_path / repository)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_files_are_another_scorer(copied, name):
+    def now(**settings: object) -> dict[str, str]:
+        return facts(name, where=copied, **settings)
+
+    before = now()
+    assert now() == facts(name, where=str(copied)) == before and before["scorer"] == name
+    assert now(dtype=torch.bfloat16) == {**before, "dtype": "bfloat16"} and before["dtype"] == "float32"
+    for repository in scorers._module(name).REPOSITORIES[name]:
+        path = next(path for path in (copied / repository).iterdir() if path.suffix in (".pt", ".pth", ".json"))
+        status = path.stat()
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+        assert (touched := now()["files"]) != before["files"]
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert now() == before
+        path.write_bytes(path.read_bytes() + b" ")
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert now()["files"] not in (touched, before["files"])
+        before = now()
+        notes = copied / repository / ".cache" / "huggingface"  # what `hf download --local-dir` writes at every call
+        notes.mkdir(parents=True)
+        (notes / "a.metadata").write_text("now")
+        (copied / "some" / repository).mkdir(parents=True)
+        (copied / "some" / repository / "else.bin").write_text("of another")
+        assert now() == before
+    shutil.move(copied, copied.with_name("moved"))
+    assert facts(name, where=copied.with_name("moved")) == before
+
+
+def test_of_the_hub_the_commits_are_what_a_scorer_is(tmp_path, monkeypatch):
+    def now(name: str) -> str:
+        return facts(name, cache_dir=str(tmp_path))["files"]
+
+    assert now("clip") == f"{VIT_L}@not fetched" and now("appeal") == "none"
+    for repository, commit in ((VIT_L, "abc\n"), (VIT_H, "def")):
+        refs = tmp_path / f"models--{repository.replace('/', '--')}" / "refs"
+        refs.mkdir(parents=True)
+        (refs / "main").write_text(commit)
+    assert now("clip") == f"{VIT_L}@abc" and now("hpsv2") == f"xswu/HPSv2@not fetched, {VIT_H}@def"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert facts("clip")["files"] == f"{VIT_L}@abc"
+    with pytest.raises(BadInput, match="there is no scorer 'beauty'"):
+        facts("beauty")
+
+
+def test_a_model_gets_the_whole_batch_and_no_gradient():
+    weight, given = torch.ones((), requires_grad=True), []
+
+    def compute(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        given.append(len(images))
+        return weight * images.float().mean((1, 2, 3))
+
+    images = images_for(["a"] * 40)
+    scores = of_model(compute).score(images, ["a"] * 40)
+    torch.testing.assert_close(scores, images.double().mean((1, 2, 3)))
+    assert given == [40] and scores.dtype == torch.float64 and not scores.requires_grad
 
 
 # files that cannot be used
