@@ -29,7 +29,7 @@ MAY_CHANGE = frozenset(
     " overwrite resume_from_checkpoint checkpointing_steps checkpoints_total_limit validation_steps push_to_hub"
     " hub_model_id cache_dir dataloader_num_workers vae_encode_batch_size max_skipped_updates train_batch_size"
     " gradient_accumulation_steps backend compile gradient_checkpointing cache latent_cache_dir cached_reference"
-    " eval_scorers eval_prompts eval_images eval_batch_size".split()
+    " eval_scorers eval_prompts eval_images eval_batch_size scorer_models".split()
 )
 
 

@@ -316,7 +316,9 @@ class TrainConfig:
     eval_images: int | None = None
     """Images a model in that comparison, the prompts taken in turn with other seeds; None: one a prompt."""
     eval_batch_size: int = 8
-    """Images generated at once in that comparison."""
+    """Images generated, and scored, at once in that comparison."""
+    scorer_models: Path | None = None
+    """Folder that holds the scorers' models as OWNER/NAME; None: the hub."""
     push_to_hub: bool = False
     """Upload the result to the hub at the end."""
     hub_model_id: str | None = None

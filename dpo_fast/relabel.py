@@ -8,11 +8,13 @@ Scores are kept beside the output: the same command goes on where it was stopped
 0 done, 2 bad input, 130 interrupted, 1 a fault of ours.
 """
 
+import hashlib
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from dpo_fast.door import guarded, refuse, say, show_log
 from dpo_fast.errors import BadInput
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from dpo_fast.data import Source
     from dpo_fast.evaluation.scorers import Scorer
     from dpo_fast.parallel import Ranks
+
+T = TypeVar("T")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,36 +43,21 @@ def _run(config: RelabelConfig) -> int:
     import torch
 
     from dpo_fast import parallel
-    from dpo_fast.data import open_source
     from dpo_fast.evaluation import scorers
-    from dpo_fast.evaluation.relabeling import note_of
     from dpo_fast.run_folder import release
 
     scorers.check_names([*config.weights])
-    existing = note_of(config.output) if config.output.is_file() else None
-    if config.output.is_file() and existing is None and not config.overwrite:
-        raise BadInput(f"--output {config.output} exists: name another file, or replace it with --overwrite")
-    _check_places(config)
-
     show_log()
     ranks = parallel.start("none")
     try:
-        source = open_source(
-            config.dataset_name,
-            config_name=config.dataset_config_name,
-            split=config.dataset_split_name,
-            image_columns=config.image_columns,
-            label_column="none" if config.unlabelled else config.label_column,
-            caption_column=config.caption_column,
-            cache_dir=config.cache_dir,
-            token=config.hub_token,
-            max_rows=config.max_train_samples,
-        )
-        if existing is not None and not config.overwrite:
-            ranks.on_main(lambda: _already_there(config, source, existing))
+        ranks.on_main(lambda: _check_places(config))
+        source = _on_all(ranks, lambda: _open(config))
+        if _is_there(config, ranks, source):
             return 0
         scoring = {"where": config.scorer_models, "cache_dir": config.cache_dir, "token": config.hub_token}
-        loaded = {name: scorers.load_scorer(name, ranks.device, **scoring) for name in config.weights}
+        loaded = _on_all(
+            ranks, lambda: {name: scorers.load_scorer(name, ranks.device, **scoring) for name in config.weights}
+        )
         _relabel(config, ranks, source, loaded)
     except torch.OutOfMemoryError as error:
         return refuse(f"out of GPU memory ({str(error).split('.')[0]}); lower --batch_size", any_rank=True)
@@ -80,8 +69,35 @@ def _run(config: RelabelConfig) -> int:
     return 0
 
 
+def _on_all(ranks: "Ranks", work: Callable[[], T]) -> T:
+    """What `work` gives on this rank; where it fails on one, all end with that error."""
+    found: list[T] = []
+    ranks.on_all(lambda: found.append(work()))
+    return found[0]
+
+
+def _open(config: RelabelConfig) -> "Source":
+    from dpo_fast.data import open_source
+
+    return open_source(
+        config.dataset_name,
+        config_name=config.dataset_config_name,
+        split=config.dataset_split_name,
+        image_columns=config.image_columns,
+        label_column="none" if config.unlabelled else config.label_column,
+        caption_column=config.caption_column,
+        cache_dir=config.cache_dir,
+        token=config.hub_token,
+        max_rows=config.max_train_samples,
+    )
+
+
 def _check_places(config: RelabelConfig) -> None:
-    """Refuse an output that would change what is read, or that cannot be written."""
+    """Refuse an output that would change what is read, that nobody may replace, or that cannot be written."""
+    from dpo_fast.evaluation.relabeling import note_of
+
+    if config.output.is_file() and not config.overwrite and note_of(config.output) is None:
+        raise BadInput(f"--output {config.output} exists: name another file, or replace it with --overwrite")
     data, output = Path(config.dataset_name).expanduser(), config.output.resolve()
     if data.exists() and (data.resolve() == output or (data.is_dir() and output.is_relative_to(data.resolve()))):
         raise BadInput(f"--output {config.output} is among the pairs that are read: name a file elsewhere")
@@ -101,25 +117,48 @@ def _check_places(config: RelabelConfig) -> None:
             raise BadInput(f"{flag}: {folder} cannot be written ({error.strerror or error}): name another") from error
 
 
-def _request(config: RelabelConfig, source: "Source") -> dict:
+def _facts(config: RelabelConfig, ranks: "Ranks") -> dict[str, dict[str, str]]:
+    """What the scorers are, by the files that are there now; the main rank's answer on every rank."""
+    from dpo_fast.evaluation import scorers
+
+    files, found = {"where": config.scorer_models, "cache_dir": config.cache_dir}, {}
+    ranks.on_main(lambda: found.update((name, scorers.facts(name, ranks.device, **files)) for name in config.weights))
+    return ranks.share(found)
+
+
+def _request(config: RelabelConfig, source: "Source", facts: dict[str, dict[str, str]]) -> dict:
     """What the output follows from."""
+    text = hashlib.blake2b(repr((source.captions(), source.labels())).encode(errors="replace"), digest_size=8)
+    pairs = {"pairs": source.identity(), "stamp": source.stamp(), "captions and labels": text.hexdigest()}
     rule = {name: getattr(config, name) for name in ("temperature", "keep_fraction", "min_margin", "unlabelled")}
-    return {"pairs": source.identity(), "stamp": source.stamp(), "weights": config.weights, **rule}
+    return {**pairs, "scorers": facts, "weights": config.weights, **rule}
 
 
-def _already_there(config: RelabelConfig, source: "Source", existing: dict) -> None:
-    """An output of the same command is the result; any other is refused."""
-    from dpo_fast.evaluation.relabeling import as_text
+def _is_there(config: RelabelConfig, ranks: "Ranks", source: "Source") -> bool:
+    """Whether the output is there, made by the same command; then it is shown. One made by another is refused."""
+    from dpo_fast.evaluation.relabeling import as_text, note_of
     from dpo_fast.files import write_json
 
-    if existing["request"] != _request(config, source):
-        raise BadInput(
-            f"--output {config.output} exists, made from other pairs or with other flags: name another file, or replace"
-            " it with --overwrite (scores are not made again)"
-        )
-    say(f"{config.output} is there already, made by the same command")
-    write_json(config.output.with_suffix(".json"), existing["report"])  # it may have been killed before
-    print(as_text(existing["report"]), flush=True)
+    facts, there = _facts(config, ranks), []
+
+    def look() -> None:
+        if config.overwrite or not config.output.is_file():
+            return
+        existing, wanted = note_of(config.output), _request(config, source, facts)
+        differing = [name for name in wanted if existing["request"].get(name) != wanted[name]]
+        if differing:
+            raise BadInput(
+                f"--output {config.output} exists, made from other pairs, by other files of the scorers or with other"
+                f" flags ({', '.join(differing)}): name another file, or replace it with --overwrite (scores that still"
+                " hold are not made again)"
+            )
+        say(f"{config.output} is there already, made by the same command")
+        write_json(config.output.with_suffix(".json"), existing["report"])  # it may have been killed before
+        print(as_text(existing["report"]), flush=True)
+        there.append(config.output)
+
+    ranks.on_main(look)
+    return bool(ranks.share(there))
 
 
 def _relabel(config: RelabelConfig, ranks: "Ranks", source: "Source", scorers: dict[str, "Scorer"]) -> None:
@@ -134,22 +173,26 @@ def _relabel(config: RelabelConfig, ranks: "Ranks", source: "Source", scorers: d
 
     started = time.perf_counter()
     bad_report = config.scores / REPORT
-    sets = build_index(
-        source,
-        seed=0,
-        soft_labels=True,  # a tie of people is a pair as good as any
-        max_bad_fraction=config.max_bad_fraction,
-        report_path=bad_report if ranks.is_main else None,
-        progress=ranks.is_main,
+    sets = _on_all(
+        ranks,
+        lambda: build_index(
+            source,
+            seed=0,
+            soft_labels=True,  # a tie of people is a pair as good as any
+            max_bad_fraction=config.max_bad_fraction,
+            report_path=bad_report if ranks.is_main else None,
+            progress=ranks.is_main,
+        ),
     )
     captions = list(dict.fromkeys(sets.train.captions))
-    for scorer in scorers.values():
-        scorer.check(captions)
+    ranks.on_all(lambda: [scorer.check(captions) for scorer in scorers.values()])
+    facts = _facts(config, ranks)  # now that their files have been fetched
     say(f"{source.description}; by {', '.join(scorers)} on {ranks.world_size} x {ranks.device.type}")
     scores = score_pairs(
         source,
         sets.train,
         scorers,
+        facts,
         config.scores,
         ranks,
         batch_size=config.batch_size,
@@ -166,7 +209,7 @@ def _relabel(config: RelabelConfig, ranks: "Ranks", source: "Source", scorers: d
         human = [None] * len(source) if config.unlabelled else human_labels(source)
         known = None if config.unlabelled else np.array(human)[scores.rows]
         found = report(scores, labels, rule, known, rows=sets.rows, bad=len(bad))
-        note = {"request": _request(config, source), "report": found}
+        note = {"request": _request(config, source, facts), "report": found}
         write_pairs(config.output, source, scores, labels, human, note, progress=True)
         write_json(config.output.with_suffix(".json"), found)
         print(as_text(found), flush=True)

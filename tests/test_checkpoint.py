@@ -111,6 +111,7 @@ def test_differences_that_change_the_result_are_shown():
     assert checkpoint.differences(saved, saved) == []
     assert checkpoint.differences({}, {"new": 1}) == ["new: None -> 1"]
     assert checkpoint.differences({"old": 1}, {}) == ["old: 1 -> None"]
+    assert checkpoint.differences({}, {"scorer_models": "elsewhere"}) == []  # it changes no weight
 
 
 def test_what_may_change_are_settings():

@@ -10,10 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dpo_fast.evaluate import main
 from dpo_fast.evaluation.naming import file_stem
 from dpo_fast.evaluation.prompts import read_prompts
+from dpo_fast.evaluation.scorers.clip_models import VIT_L
 from dpo_fast.generate import main as generate
 from dpo_fast.shapes import base as shapes_base
 from tests.helpers import scorer_files
@@ -130,6 +132,27 @@ def test_anybodys_images_are_a_baseline(moved, tmp_path, evaluate, capfd):
     ):
         assert line in said
     assert not (out / "images" / "theirs").exists()
+
+
+def test_scores_by_other_weights_are_not_taken(tmp_path, published, prompts):
+    models, out = Path(shutil.copytree(published, tmp_path / "models")), tmp_path / "out"
+    sides = [images_for(TEXTS, tmp_path / name) for name in ("one", "two")]
+    argv = ["--policy", sides[0], "--baseline", sides[1], "--prompts", prompts, "--scorers", "clip"]
+    argv = [str(word) for word in (*argv, "--scorer_models", models, "--output_dir", out)]
+    assert main(argv) == 0
+    first = summary(out)["scores"]["clip"]
+    assert main(argv) == 0 and summary(out)["scores"]["clip"] == first
+    weights = models / VIT_L / "model.safetensors"
+    save_file({k: t.flip(0) if t.ndim else t for k, t in load_file(weights).items()}, weights, {"format": "pt"})
+    assert main(argv) == 0
+    second = summary(out)["scores"]["clip"]
+    assert second["base"] != first["base"]
+    shutil.move(models, tmp_path / "moved")  # the same files elsewhere are the same scorer
+    (record,) = (out / "scores" / "clip").glob("*.json")
+    before = record.stat().st_mtime_ns
+    argv[argv.index(str(models))] = str(tmp_path / "moved")
+    assert main(argv) == 0
+    assert record.stat().st_mtime_ns == before and summary(out)["scores"]["clip"] == second
 
 
 def test_images_against_themselves_have_exactly_one_half(tmp_path, evaluate):

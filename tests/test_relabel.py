@@ -43,6 +43,7 @@ def log(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(judging, "PART_ROWS", 4)
     monkeypatch.setattr(scorers, "MODULE_OF", {**scorers.MODULE_OF, **dict.fromkeys(fake_scorers.FORMULAS, "fake")})
     monkeypatch.setattr(scorers, "load_scorer", lambda name, device, **_: fake_scorers.load(name, path))
+    monkeypatch.setattr(scorers, "facts", lambda name, device, **_: {"scorer": name})
     return path
 
 
@@ -213,6 +214,94 @@ def test_scores_of_other_pairs_are_not_taken(tmp_path, log, capfd):
     assert relabel.main(flags(pairs, out, "--scorer", "red", "--overwrite")) == 0
 
 
+def test_scores_of_other_weights_are_not_taken(tmp_path, log, capfd, monkeypatch):
+    pairs, out = write_table(tmp_path / "pairs.parquet", columns()), tmp_path / "out.parquet"
+    command = flags(pairs, out, "--scorer", "red", "--scorer", "left")
+    assert relabel.main(command) == 0
+    before = read(out)
+    log.write_text("")
+    monkeypatch.setattr(scorers, "facts", lambda name, device, **_: {"scorer": name, "files": f"new {name == 'red'}"})
+    monkeypatch.setitem(fake_scorers.FORMULAS, "red", lambda pixels, caption: pixels[..., 2].mean())
+    capfd.readouterr()
+    assert relabel.main(command) == 2
+    assert "by other files of the scorers or with other flags (scorers)" in capfd.readouterr().err
+    assert read(out) == before and log.read_text() == ""
+    monkeypatch.setattr(
+        scorers, "facts", lambda name, device, **_: {"scorer": name, **({"files": "new"} if name == "red" else {})}
+    )
+    assert relabel.main([*command, "--overwrite"]) == 0
+    assert {line.split("\t")[0] for line in log.read_text().splitlines()} == {"red"}  # left is as it was
+    found = read(out)[0]
+    table = pq.read_table(pairs).to_pydict()
+    assert [found["score_0_red"], found["score_1_red"]] == scored(table, "red").T.tolist()
+    log.write_text("")
+    assert relabel.main(command) == 0 and log.read_text() == ""
+
+
+def test_edited_captions_and_images_are_scored_anew(tmp_path, log, capfd):
+    """Of a folder with JSONL, where the files of the images say nothing of the captions."""
+    table = pickapic(n=N, size=24, seed=random.randrange(2**31))
+    folder, out = write_jsonl(tmp_path / "set", table), tmp_path / "out.parquet"
+    command = flags(folder, out, "--scorer", "left")
+    assert relabel.main(command) == 0
+    first = read(out)[0]
+    (file,) = folder.glob("*.jsonl")
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    records[5]["prompt"] += "!"
+    file.write_text("\n".join(map(json.dumps, records)))
+    (folder / records[9]["chosen"]).write_bytes((folder / records[9]["rejected"]).read_bytes())
+    log.write_text("")
+    capfd.readouterr()
+    assert relabel.main(command) == 2
+    assert "(stamp, captions and labels)" in capfd.readouterr().err
+    assert relabel.main([*command, "--overwrite"]) == 0
+    again = {line.split("\t")[1].rstrip("!") for line in log.read_text().splitlines()}
+    assert again == {table["caption"][row] for row in (4, 5, 6, 7, 8, 9, 10, 11)}  # the two parts
+    shutil.rmtree(tmp_path / "out.scores")
+    found = read(out)
+    assert relabel.main([*command, "--overwrite"]) == 0 and read(out) == found
+    assert found[0]["caption"][5] == first["caption"][5] + "!" and found[0]["label_0"][9] == 0.5
+
+
+@pytest.mark.parametrize("layout", ["parquet", "JSONL"])
+def test_outputs_of_one_set_share_scores(layout, tmp_path, log):
+    """Which depend neither on the labels nor on how many rows are read."""
+    table = pickapic(n=N, size=24, seed=random.randrange(2**31), labels=[1.0] * N)
+    table["other"] = [None, *(0.5 for _ in range(N - 1))]
+    if layout == "parquet":
+        pairs = write_table(tmp_path / "pairs.parquet", table)
+    else:
+        pairs = write_jsonl(tmp_path / "set", table)
+    scores = ["--scorer", "red", "--scores_dir", tmp_path / "scores"]
+
+    def scored_rows(name: str, *more: object) -> set[int]:
+        log.write_text("")
+        assert relabel.main(flags(pairs, tmp_path / f"{name}.parquet", *scores, *more)) == 0
+        return {table["caption"].index(line.split("\t")[1]) for line in log.read_text().splitlines()}
+
+    assert scored_rows("trial", "--max_train_samples", 3) == {0, 1, 2}
+    assert scored_rows("all") == set(range(N))
+    assert scored_rows("again", "--max_train_samples", 6) == set()
+    assert scored_rows("unlabelled", "--unlabelled") == set()
+    if layout == "parquet":
+        assert scored_rows("others", "--label_column", "other", "--max_bad_fraction", 1) == set()
+    for part in (tmp_path / "scores" / "red").iterdir():
+        if part.name.startswith("rows-00000004"):
+            part.write_text(part.read_text()[:-20])
+    assert scored_rows("all", "--overwrite") == {4, 5, 6, 7}  # a damaged part
+
+
+def test_rows_that_this_run_leaves_out_keep_their_scores(tmp_path, log):
+    table = pickapic(n=4, size=24, seed=random.randrange(2**31))
+    table["a"], table["b"] = [None, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, None]
+    pairs = write_table(tmp_path / "pairs.parquet", table)
+    common = ["--scorer", "red", "--scores_dir", tmp_path / "scores", "--max_bad_fraction", 1, "--overwrite"]
+    for label, number in (("a", 6), ("b", 6), ("a", 0), ("b", 0)):
+        log.write_text("")
+        assert relabel.main(flags(pairs, tmp_path / "out.parquet", *common, "--label_column", label)) == 0
+        assert log.read_text().count("\n") == number
+
+
 def test_a_second_process_waits_and_finds_the_scores_there(tmp_path, log, capfd):
     pairs = write_table(tmp_path / "pairs.parquet", columns())
     scores = ["--scorer", "red", "--scores_dir", tmp_path / "scores"]
@@ -285,6 +374,19 @@ def test_two_processes_give_the_same_file_as_one(tmp_path, log):
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
     once, twice = ((tmp_path / name).read_text().splitlines() for name in ("scored.tsv", "two.tsv"))
     assert sorted(once) == sorted(twice)  # each image by one of the processes
+
+
+@pytest.mark.slow
+def test_what_one_process_cannot_load_ends_all_in_one_line(tmp_path):
+    pairs, out = write_table(tmp_path / "pairs.parquet", columns()), tmp_path / "out.parquet"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    module = ["-m", "tests.helpers.fake_scorers", "4", str(tmp_path / "log.tsv")]
+    more = ["--scorer", "not everywhere", "--cache_dir", tmp_path / "hf"]
+    command = [sys.executable, *launcher, *module, *flags(pairs, out, *more)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    (line,) = [text for text in done.stderr.splitlines() if text.startswith("dpo_fast")]
+    assert done.returncode != 0 and line.startswith("dpo_fast: error: scorer not everywhere has no files here")
+    assert not (tmp_path / "out.scores").exists()
 
 
 # ---- bad rows and bad input --------------------------------------------------------------------------------------

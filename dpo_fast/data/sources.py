@@ -67,6 +67,12 @@ class Source(Protocol):
     def stamp(self) -> str:
         """Names, sizes and times of the files: while it is the same, the images are taken to be the same."""
 
+    def contents(self) -> str:
+        """What the images and captions are of, whatever the labels and however many of the rows are read."""
+
+    def row_stamp(self, row: int) -> str:
+        """While this and `contents` are the same, the row's images are taken to be the same."""
+
 
 class _Encoded:
     """What follows from having the images' bytes."""
@@ -121,6 +127,12 @@ class TableSource(_Encoded):
         files = [file["filename"] for file in self._table.cache_files]
         return stamp_of(files) if files else self._table._fingerprint  # in memory: a name of its contents
 
+    def contents(self) -> str:
+        return f"{_contents(self._name, self._split, self.columns)} {self.stamp()}"
+
+    def row_stamp(self, row: int) -> str:
+        return ""  # the files that hold all rows are among the contents
+
     def _column(self, name: str) -> list[Any]:
         return self._table.select_columns([name])[:][name]  # only this column's buffers are touched
 
@@ -171,6 +183,12 @@ class JsonlSource(_Encoded):
             self._root / path for paths in self._paths for path in paths if isinstance(path, str) and "\0" not in path
         )
         return stamp_of(files)
+
+    def contents(self) -> str:
+        return _contents(self._name, self._split, self.columns)
+
+    def row_stamp(self, row: int) -> str:
+        return stamp_of(self._root / path for path in self._paths[row] if isinstance(path, str) and "\0" not in path)
 
     def _resolve(self, row: int, side: int) -> Path:
         """The file behind a path, by its true name, if that is a file inside the folder."""
@@ -362,6 +380,10 @@ def _describe(name: str, split: str, columns: Columns, rows: int | None) -> str:
 def _identity(name: str, split: str, columns: Columns, rows: int | None) -> str:
     # A path's last name only: moving a data set, or naming it from another folder, is no other data set.
     return f"{name} split={split} rows={rows} columns={','.join(columns.images)},{columns.label},{columns.caption}"
+
+
+def _contents(name: str, split: str, columns: Columns) -> str:
+    return f"{name} split={split} columns={','.join(columns.images)},{columns.caption}"
 
 
 def one_line(error: BaseException) -> str:

@@ -59,7 +59,9 @@ class Evaluation:
         if not ranks.is_main:
             return None
         self._show(base, policy, config.output_dir / "samples.png")
-        scores = {name: self._score(_scorer(name, config, ranks.device), base, policy) for name in self.names}
+        scores = {}
+        for name in self.names:
+            scores[name] = self._score(_scorer(name, config, ranks.device), base, policy, config.eval_batch_size)
         scored = Scored(
             self.prompts,
             seeds,
@@ -97,9 +99,12 @@ class Evaluation:
             whole[rank :: ranks.world_size] = part
         return whole
 
-    def _score(self, scorer: Scorer, base: Tensor, policy: Tensor) -> tuple[Tensor, Tensor]:
+    def _score(self, scorer: Scorer, base: Tensor, policy: Tensor, batch_size: int) -> tuple[Tensor, ...]:
         """fp64 [N] each."""
-        return scorer.score(base, self.prompts), scorer.score(policy, self.prompts)
+        parts = [slice(k, k + batch_size) for k in range(0, len(self.prompts), batch_size)]
+        return tuple(
+            torch.cat([scorer.score(images[part], self.prompts[part]) for part in parts]) for images in (base, policy)
+        )
 
     def _show(self, base: Tensor, policy: Tensor, path: Path) -> None:
         """Some prompts, evenly spread, their first images, whatever these are like: the base's over the policy's."""
@@ -118,7 +123,8 @@ def add_to_summary(folder: Path, findings: Findings, seconds: float) -> dict[str
 
 
 def _scorer(name: str, config: TrainConfig, device: torch.device) -> Scorer:
-    return load_scorer(name, device, cache_dir=config.cache_dir, token=config.hub_token)
+    where = config.scorer_models and config.scorer_models.expanduser()
+    return load_scorer(name, device, where=where, cache_dir=config.cache_dir, token=config.hub_token)
 
 
 def _about(config: TrainConfig, base: Family) -> About:

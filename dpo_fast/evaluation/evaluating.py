@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
-from dpo_fast import __version__
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.findings import About, Findings, judge
 from dpo_fast.evaluation.generating import Wanted, differences, generate_images, is_complete
@@ -26,7 +25,7 @@ from dpo_fast.evaluation.naming import PromptImage, image_files, images_of
 from dpo_fast.evaluation.page import page
 from dpo_fast.evaluation.pairing import Files, Pairs, pair_up
 from dpo_fast.evaluation.scored import Scored, write_scores
-from dpo_fast.evaluation.scorers import default_dtype, load_scorer
+from dpo_fast.evaluation.scorers import default_dtype, facts, load_scorer
 from dpo_fast.evaluation.signals import measure
 from dpo_fast.files import remove_temporaries, write_json, write_text
 from dpo_fast.parallel import Ranks
@@ -122,13 +121,12 @@ def compare(
     if comparison.wanted.models:
         generate_images(comparison.wanted, out / "images", ranks)
     number, both = len(pairs.prompts), Files([*pairs.base.paths, *pairs.policy.paths])
-    about = {
-        "dtype": _dtype(ranks.device),
-        "files": str(comparison.scoring["where"] or "hub"),
-        "dpo_fast": __version__,
-    }
+    files = {key: comparison.scoring[key] for key in ("where", "cache_dir")}
     scorers = {
-        name: ({"scorer": name, **about}, partial(load_scorer, name, ranks.device, **comparison.scoring))
+        name: (
+            partial(facts, name, ranks.device, **files),
+            partial(load_scorer, name, ranks.device, **comparison.scoring),
+        )
         for name in comparison.scorers
     }
     scores = score_images(both, pairs.prompts * 2, scorers, out / "scores", ranks)

@@ -1,6 +1,6 @@
 """Images on disk to scores, kept on the disk as they come: a scorer sees an image and its prompt once.
 
-    FOLDER/<scorer>/rank-0.json    about: the scorer's name, precision and files; scores: image and prompt -> score
+    FOLDER/<scorer>/rank-0.json    about: facts of the scorer; scores: image and prompt -> score
 
 A score belongs to what an image's bytes and its prompt are, so it holds for any baseline, and images that are equal
 are scored equal.
@@ -8,10 +8,9 @@ are scored equal.
 
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -21,12 +20,12 @@ from tqdm import tqdm
 from dpo_fast.caching import ahead
 from dpo_fast.data.images import image_key
 from dpo_fast.errors import BadInput
+from dpo_fast.evaluation.by_size import batches_by_size
 from dpo_fast.evaluation.pairing import Files
 from dpo_fast.evaluation.scorers import Scorer
 from dpo_fast.files import remove_temporaries, write_text
 from dpo_fast.parallel import Ranks
 
-BATCH = 16  # images handed to a scorer at once, all of one size
 KEPT_AFTER = 256  # images: what a killed process loses at most, on every rank
 THREADS = 4  # that read and decode
 
@@ -34,11 +33,16 @@ THREADS = 4  # that read and decode
 def score_images(
     images: Files,
     prompts: Sequence[str],
-    scorers: Mapping[str, tuple[dict[str, str], Callable[[], Scorer]]],  # name -> what it is, and how it is loaded
+    scorers: Mapping[str, tuple[Callable[[], dict[str, str]], Callable[[], Scorer]]],  # name -> its facts, its loading
     folder: Path,
     ranks: Ranks,
+    *,
+    batch_size: int = 16,
 ) -> dict[str, Tensor]:
     """Scorer -> fp64 [N]. Every rank scores its share of what `folder` lacks, one scorer in memory at a time.
+
+    Of kept scores only those of the very facts count: as they are now, and where something is to be scored as they are
+    once the scorer is loaded, which may have fetched files. A scorer gets `batch_size` images at once, all of one size.
 
     Raises BadInput, on every rank, for an image that does not open and for a score that is not finite.
     """
@@ -47,24 +51,52 @@ def score_images(
     ranks.on_all(lambda: keys.extend(_keys(images, prompts)))
     ranks.on_main(lambda: [remove_temporaries(folder / name) for name in scorers])
     found = {}
-    for name, (about, load) in scorers.items():
-        of_scorer = folder / name
-        kept = _read(of_scorer, about)
-        units = {key: row for row, key in enumerate(keys) if key not in kept}
-        ranks.wait()  # every rank has seen the same scores before one of them writes
-        if units:
-            mine = list(units.items())[ranks.rank :: ranks.world_size]
-            work = _Work(name, load, images, prompts, of_scorer / f"rank-{ranks.rank}.json", about)
-            ranks.on_all(lambda work=work, mine=mine: work.score(mine, show=ranks.is_main))
-            kept = _read(of_scorer, about)
-        lacking = sum(key not in kept for key in keys)
-        if lacking:
-            raise BadInput(
-                f"{of_scorer} lacks {lacking} scores that another process has written: it must be on a disk that all"
-                " processes share"
-            )
+    for name, (describe, load) in scorers.items():
+        kept = _scores(name, describe, cache(load), images, prompts, keys, folder / name, ranks, batch_size)
         found[name] = torch.tensor([kept[key] for key in keys], dtype=torch.float64)
     return found
+
+
+def _scores(
+    name: str,
+    describe: Callable[[], dict[str, str]],
+    load: Callable[[], Scorer],  # loads once
+    images: Files,
+    prompts: Sequence[str],
+    keys: Sequence[str],
+    folder: Path,
+    ranks: Ranks,
+    batch_size: int,
+) -> dict[str, float]:
+    """Key -> score by one scorer, after what lacks was scored."""
+
+    def facts() -> dict[str, str]:
+        found: dict[str, str] = {}
+        ranks.on_main(lambda: found.update(describe()))
+        return ranks.share(found)
+
+    def lacking() -> list[tuple[str, int]]:
+        return [*{key: row for row, key in enumerate(keys) if key not in kept}.items()]
+
+    def share() -> list[tuple[str, int]]:
+        return lacking()[ranks.rank :: ranks.world_size]
+
+    about = facts()
+    kept = _read(folder, about)
+    if ranks.any(bool(lacking())):
+        ranks.on_all(lambda: load() if share() else None)
+        about = facts()
+        kept = _read(folder, about)
+        mine = share()
+        ranks.wait()  # every rank has seen the same scores before one of them writes
+        work = _Work(name, load, images, prompts, folder / f"rank-{ranks.rank}.json", about, batch_size)
+        ranks.on_all(lambda: work.score(mine, show=ranks.is_main))
+        kept = _read(folder, about)
+        if ranks.any(bool(lacking())):
+            raise BadInput(
+                f"{folder} lacks scores that another process has written: it must be on a disk that all processes share"
+            )
+    return kept
 
 
 def _keys(images: Files, prompts: Sequence[str]) -> list[str]:
@@ -88,11 +120,14 @@ def _read(folder: Path, about: Mapping[str, str]) -> dict[str, float]:
 
 
 def _read_one(file: Path, about: Mapping[str, str]) -> dict[str, float]:
-    """None where the file is not there, or of another precision, version or folder of weights."""
-    if not file.is_file():
+    """None where the file is not there or damaged, or of other facts."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["about"] != about:
+            return {}
+        return {str(key): float(score) for key, score in content["scores"].items()}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-    content = json.loads(file.read_text(encoding="utf-8"))
-    return content["scores"] if content["about"] == about else {}
 
 
 class _Work:
@@ -106,9 +141,10 @@ class _Work:
         prompts: Sequence[str],
         file: Path,
         about: Mapping[str, str],
+        batch_size: int,
     ) -> None:
         self.name, self.load, self.images, self.prompts = name, load, images, prompts
-        self.file, self.about = file, about
+        self.file, self.about, self.batch_size = file, about, batch_size
 
     def score(self, units: Sequence[tuple[str, int]], show: bool) -> None:
         """Score the images of these (key, row); show: with a progress bar."""
@@ -118,10 +154,9 @@ class _Work:
         scorer.check([self.prompts[row] for _, row in units])
         self.file.parent.mkdir(parents=True, exist_ok=True)
         scores = _read_one(self.file, self.about)
-        waiting: dict[torch.Size, list[tuple[str, int, Tensor]]] = defaultdict(list)  # by size: a batch has one
         unwritten = 0
 
-        def judge(batch: list[tuple[str, int, Tensor]]) -> int:
+        def judge(batch: list[tuple[str, int, Tensor]]) -> None:
             texts = [self.prompts[row] for _, row, _ in batch]
             values = scorer.score(torch.stack([pixels for *_, pixels in batch]), texts)
             if not values.isfinite().all():
@@ -129,22 +164,18 @@ class _Work:
                 raise BadInput(f"scorer {self.name} gives no finite score for {self.images.paths[row]}: leave it out")
             scores.update(zip((key for key, *_ in batch), values.tolist(), strict=True))
             bar.update(len(batch))
-            return len(batch)
 
         pool = ThreadPoolExecutor(THREADS)
         bar = tqdm(total=len(units), desc=f"scoring, {self.name}", unit=" images", disable=not show)
         try:
             plans = (partial(lambda key, row: (key, row, self.images[row]), *unit) for unit in units)
-            for unit in ahead(pool, plans, 2 * BATCH):
-                batch = waiting[unit[2].shape]
-                batch.append(unit)
-                if len(batch) == BATCH:
-                    unwritten += judge(waiting.pop(unit[2].shape))
+            read = ahead(pool, plans, 2 * self.batch_size)
+            for batch in batches_by_size(read, lambda unit: unit[2].shape, self.batch_size):
+                judge(batch)
+                unwritten += len(batch)
                 if unwritten >= KEPT_AFTER:
                     self._write(scores)
                     unwritten = 0
-            for batch in waiting.values():
-                judge(batch)
         finally:
             bar.close()
             pool.shutdown(wait=False, cancel_futures=True)

@@ -1,13 +1,15 @@
 """Preference pairs before scorers: both images of every pair scored, kept in parts on the disk as they come.
 
-    FOLDER/pairs.json                       which pairs these are
+    FOLDER/pairs.json                       which images and captions these are
     FOLDER/<scorer>/rows-00000512.json      scores of the pairs among the rows 512 to 512 + PART_ROWS - 1
 
 A part has fixed rows and is scored by itself, in batches that follow from its rows alone, so that what is there is
-never scored again, and what another process or a later one scores is the same to the bit. An image that occurs twice in
-a part with one caption is scored once, so that a pair of equal images is a tie.
+never scored again, and what another process or a later one scores is the same to the bit. It carries the facts of its
+scorer, and of each row a mark of its caption and its images: what these no longer fit is scored anew. An image that
+occurs twice in a part with one caption is scored once, so that a pair of equal images is a tie.
 """
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +31,7 @@ from dpo_fast.data.cache.store import locked
 from dpo_fast.data.images import decode, image_key
 from dpo_fast.data.pairs import too_many_bad
 from dpo_fast.errors import BadInput
+from dpo_fast.evaluation.by_size import batches_by_size
 from dpo_fast.evaluation.scorers import Scorer
 from dpo_fast.files import remove_temporaries, write_json, write_text
 from dpo_fast.parallel import Ranks
@@ -62,12 +65,14 @@ class _Unit(NamedTuple):
 class _Part(NamedTuple):
     scores: dict[int, list[float]]  # row -> of image 0, of image 1
     bad: dict[int, BadRow]
+    marks: dict[int, str]  # of all these rows
 
 
 def score_pairs(
     source: Source,
     index: PairIndex,  # which rows, and their captions
     scorers: Mapping[str, Scorer],
+    facts: Mapping[str, dict[str, str]],  # of each scorer, as `scorers.facts` has them now that it is loaded
     folder: Path,
     ranks: Ranks,
     *,
@@ -79,10 +84,10 @@ def score_pairs(
     """Score what `folder` does not hold yet, each rank its share of the parts; the main rank gets all scores.
 
     `waiting` is told that another process scores into the folder, which is waited for. Raises BadInput, on every rank,
-    where the folder holds scores of other pairs, where more than `max_bad_fraction` of the rows do not decode, and for
-    what a scorer cannot judge.
+    where the folder is of other images and captions, where more than `max_bad_fraction` of the rows do not decode, and
+    for what a scorer cannot judge.
     """
-    work = _Work(source, index, scorers, folder, batch_size, max_bad_fraction)
+    work = _Work(source, index, scorers, facts, folder, batch_size, max_bad_fraction)
     found: list[Scores] = []
     with ExitStack() as held:
 
@@ -108,16 +113,18 @@ def _title(ranks: Ranks) -> str | None:
 
 
 def _claim(folder: Path, source: Source) -> None:
-    """Make the folder one of these pairs' scores, or raise BadInput where it is of others."""
-    this = {"pairs": source.identity(), "stamp": source.stamp()}
-    record = folder / RECORD
+    """Make the folder one of these images and captions, or raise BadInput where it is of others."""
+    this, record = {"contents": source.contents()}, folder / RECORD
     if not record.is_file():
         write_json(record, this)
-    before = json.loads(record.read_text(encoding="utf-8"))
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:
+        before = "a record that cannot be read"
     if before != this:
         raise BadInput(
-            f"{folder} holds scores of other pairs, or of these before they changed ({before['pairs']}; now"
-            f" {this['pairs']}): delete it, or name another --scores_dir"
+            f"{folder} holds scores of other pairs, or of these before they changed ({before}; now {this}): delete it,"
+            " or name another --scores_dir"
         )
     for entry in folder.iterdir():
         if entry.is_dir():
@@ -132,21 +139,23 @@ class _Work:
         source: Source,
         index: PairIndex,
         scorers: Mapping[str, Scorer],
+        facts: Mapping[str, dict[str, str]],
         folder: Path,
         batch_size: int,
         max_bad_fraction: float,
     ) -> None:
-        self.source, self.scorers, self.folder = source, scorers, folder
+        self.source, self.scorers, self.facts, self.folder = source, scorers, facts, folder
         self.batch_size, self.max_bad_fraction, self.pairs = batch_size, max_bad_fraction, len(index)
         self.captions = dict(zip(index.pair_id.tolist(), index.captions, strict=True))
         self.parts: dict[int, list[int]] = defaultdict(list)  # first row -> the rows to score
         for row in self.captions:
             self.parts[row - row % PART_ROWS].append(row)
+        self.marks = {row: _mark(source.row_stamp(row), caption) for row, caption in self.captions.items()}
         self.bad: dict[int, BadRow] = {}  # met by this rank
 
     def missing(self, first: int) -> list[str]:
         """The scorers that have not judged all rows of a part."""
-        return [name for name in self.scorers if self._read(name, first) is None]
+        return [name for name in self.scorers if self._judged(name, first) is None]
 
     def collect(self, scored_now: int) -> Scores:
         """All parts' scores."""
@@ -154,14 +163,14 @@ class _Work:
         bad: dict[int, BadRow] = {}
         for name in self.scorers:
             for first in self.parts:
-                part = self._read(name, first)
+                part = self._judged(name, first)
                 if part is None:
                     raise BadInput(
                         f"{self.folder} lacks scores that another process has written: it must be on a disk that all"
                         " processes share; name one with --scores_dir"
                     )
                 of[name] |= part.scores
-                bad |= part.bad
+                bad |= {row: wrong for row, wrong in part.bad.items() if row in self.captions}
         self._refuse_too_many(bad)
         rows = [row for row in self.captions if row not in bad]
         arrays = {name: np.array([scores[row] for row in rows]).reshape(-1, 2) for name, scores in of.items()}
@@ -187,7 +196,14 @@ class _Work:
         bad: dict[int, BadRow] = {}
         faults: dict[Key, str] = {}
         values: dict[Key, dict[str, float]] = {}
-        waiting: dict[torch.Size, list[tuple[_Unit, Tensor]]] = defaultdict(list)  # by size: a batch has one
+
+        def decoded() -> Iterator[tuple[_Unit, Tensor]]:
+            plans = (partial(_pixels, unit) for unit in self._units(rows, keys, bad, pool))
+            for unit, pixels in ahead(pool, plans, 2 * self.batch_size):
+                if isinstance(pixels, BadImage):
+                    faults[unit.key] = pixels.reason
+                else:
+                    yield unit, pixels
 
         def judge(batch: list[tuple[_Unit, Tensor]]) -> None:
             units = [unit for unit, _ in batch]
@@ -199,17 +215,7 @@ class _Work:
                         raise BadInput(f"scorer {name} gives {score} for row {unit.row}: {unit.column}; leave it out")
                     values.setdefault(unit.key, {})[name] = score
 
-        units = self._units(rows, keys, bad, pool)
-        plans = (partial(_pixels, unit) for unit in units)
-        for unit, pixels in ahead(pool, plans, 2 * self.batch_size):
-            if isinstance(pixels, BadImage):
-                faults[unit.key] = pixels.reason
-                continue
-            batch = waiting[pixels.shape]
-            batch.append((unit, pixels))
-            if len(batch) == self.batch_size:
-                judge(waiting.pop(pixels.shape))
-        for batch in waiting.values():
+        for batch in batches_by_size(decoded(), lambda one: one[1].shape, self.batch_size):
             judge(batch)
 
         for row, pair in keys.items():
@@ -218,7 +224,7 @@ class _Work:
                 bad[row] = BadRow(row, self.source.columns.images[wrong[0]], faults[pair[wrong[0]]])
         for name in names:
             scores = {row: [values[key][name] for key in pair] for row, pair in keys.items() if row not in bad}
-            self._write(name, first, _Part(scores, bad))
+            self._write(name, first, scores, bad)
         self.bad |= bad
         self._refuse_too_many(self.bad)
 
@@ -252,19 +258,41 @@ class _Work:
     def _path(self, name: str, first: int) -> Path:
         return self.folder / name / f"rows-{first:08d}.json"
 
-    def _read(self, name: str, first: int) -> _Part | None:
-        """A part as it was written; None where it is not there, or not for all of these rows."""
+    def _judged(self, name: str, first: int) -> _Part | None:
+        """A part's scores; None where any of its rows was not judged as it is now."""
+        part = self._read(name, first)
+        return part if all(part.marks.get(row) == self.marks[row] for row in self.parts[first]) else None
+
+    def _read(self, name: str, first: int) -> _Part:
+        """A part as it was written, by this very scorer; an empty one where it is not there, or damaged."""
         try:
             content = json.loads(self._path(name, first).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        bad = {row: BadRow(row, column, reason) for row, column, reason in content["bad"]}
-        scores = dict(zip(content["rows"], content["scores"], strict=True))
-        return _Part(scores, bad) if set(self.parts[first]) <= scores.keys() | bad.keys() else None
+            if content["about"] != self.facts[name]:
+                return _Part({}, {}, {})
+            bad = {row: BadRow(row, column, reason) for row, column, reason in content["bad"]}
+            scores = {row: [float(a), float(b)] for row, (a, b) in zip(content["rows"], content["scores"], strict=True)}
+            return _Part(scores, bad, dict(zip([*scores, *bad], content["marks"], strict=True)))
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return _Part({}, {}, {})
 
-    def _write(self, name: str, first: int, part: _Part) -> None:
-        content = {"rows": [*part.scores], "scores": [*part.scores.values()], "bad": sorted(part.bad.values())}
+    def _write(self, name: str, first: int, scores: dict[int, list[float]], bad: dict[int, BadRow]) -> None:
+        """Write a part, and with it what is there of rows that this set leaves out: another one may not."""
+        before = self._read(name, first)
+        scores = scores | {row: both for row, both in before.scores.items() if row not in self.marks}
+        bad = bad | {row: wrong for row, wrong in before.bad.items() if row not in self.marks}
+        content = {
+            "about": self.facts[name],
+            "rows": [*scores],
+            "scores": [*scores.values()],
+            "bad": [*bad.values()],
+            "marks": [self.marks.get(row) or before.marks[row] for row in (*scores, *bad)],
+        }
         write_text(self._path(name, first), json.dumps(content) + "\n")
+
+
+def _mark(stamp: str, caption: str) -> str:
+    """What tells a row from what it was before."""
+    return hashlib.blake2b(f"{stamp}\n{caption}".encode(errors="replace"), digest_size=8).hexdigest()
 
 
 def _pixels(unit: _Unit) -> tuple[_Unit, Tensor | BadImage]:

@@ -58,7 +58,8 @@ class RelabelConfig:
     """Folder that holds the scorers' models as OWNER/NAME; None: the hub."""
     scores_dir: Path | None = None
     """Folder of the scores, written as they come and kept: the same command goes on from them, and other weights,
-    temperatures or filters take no scoring. Outputs of one set may share it. None: OUTPUT's name with .scores."""
+    temperatures or filters take no scoring. Outputs of one set may share it, whatever their labels and number of rows.
+    None: OUTPUT's name with .scores."""
     overwrite: bool = False
     """Replace an output that is there."""
     cache_dir: str | None = None

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dpo_fast.errors import BadInput
 from dpo_fast.evaluation import compare
 from dpo_fast.evaluation.scorers import MODULE_OF, Scorer, load_scorer
 from dpo_fast.shapes import score
@@ -17,14 +18,19 @@ from dpo_fast.shapes.render import SCENES, render
 from dpo_fast.train import main
 from tests.helpers.runs import flags_for
 
+BATCHES: list[int] = []  # what `redness` was given since the fixture
+
 
 def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    assert len(images) == len(prompts)
+    BATCHES.append(len(images))
     return images[:, 0].double().mean((1, 2)) - images[:, 1:].double().mean((1, 2, 3))
 
 
 @pytest.fixture
 def red(monkeypatch):
     """A scorer that knows any prompt, in the place of all."""
+    BATCHES.clear()
     monkeypatch.setattr(compare, "check_names", lambda names: None)
     monkeypatch.setattr(compare, "load_scorer", lambda name, device, **_: Scorer(redness))
 
@@ -37,6 +43,7 @@ def test_a_run_is_compared_with_its_base(sd15_path, pairs, tmp_path, tuning, cap
     flags += ["--eval_scorers", "red", "--eval_prompts", str(tmp_path / "prompts.txt"), "--eval_images", "5"]
     flags += ["--eval_batch_size", "2", "--sampling_steps", "2"]
     assert main(flags) == 0
+    assert BATCHES and max(BATCHES) == 2
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["prompts"], summary["images"], summary["scorer"]) == (3, 5, "red")
     assert 0 <= summary["win_rate_ci95"][0] <= summary["win_rate"] <= summary["win_rate_ci95"][1] <= 1
@@ -102,9 +109,9 @@ def test_scorers_are_opened_before_training_and_held_one_at_a_time(sd15_path, pa
 
     monkeypatch.setattr(compare, "load_scorer", load)
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    where = {"cache_dir": str(tmp_path / "hub"), "token": "secret"}
+    where = {"where": tmp_path / "models", "cache_dir": str(tmp_path / "hub"), "token": "secret"}
     flags = flags_for(sd15_path, pairs, tmp_path / "run", "--sampling_steps", 2, "--eval_images", 3)
-    flags += ["--cache_dir", where["cache_dir"], "--hub_token", where["token"]]
+    flags += ["--scorer_models", str(where["where"]), "--cache_dir", where["cache_dir"], "--hub_token", where["token"]]
     flags += ["--eval_scorers", "clip", "pickscore", "--eval_prompts", str(tmp_path / "prompts.txt")]
     assert main(flags) == 0
     lines, late = ["a cat", "a dog"], "cuda" if torch.cuda.is_available() else "cpu"
@@ -163,3 +170,13 @@ def test_the_built_in_scorers_are_the_exact_scores():
     assert {name for name, module in MODULE_OF.items() if module == "shapes"} == set(expected)
     for name, values in expected.items():
         assert torch.equal(load_scorer(name).score(images, captions), values)
+
+
+@pytest.mark.parametrize("name", ["faithfulness", "right", "appeal"])
+def test_the_built_in_scorers_refuse_another_world(name):
+    scorer, caption = load_scorer(name), SCENES[0].caption
+    for height, width in ((64, 64), (16, 8)):
+        with pytest.raises(BadInput, match=rf"{name} judges .* 16 x 16 pixels, not {width} x {height}: choose another"):
+            scorer.score(torch.zeros(2, 3, height, width, dtype=torch.uint8), [caption] * 2)
+    with pytest.raises(BadInput, match="'a dog' is none of"):  # known from the prompts, before any training
+        scorer.check([caption, "a dog"])

@@ -3,6 +3,7 @@
 import gzip
 import html
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -11,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from PIL import Image
 from transformers import AutoTokenizer, CLIPModel, CLIPTokenizer
 
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation.scorers import MODULE_OF, Scorer, aesthetic, batching, hpsv2, imagereward, load_scorer
+from dpo_fast.evaluation import scorers
+from dpo_fast.evaluation.scorers import MODULE_OF, Scorer, aesthetic, facts, hpsv2, imagereward, load_scorer
 from dpo_fast.evaluation.scorers.clip_models import VIT_H, VIT_L
+from dpo_fast.evaluation.scorers.published import of_model
 from tests.helpers import scorer_files
 from tests.helpers.pipelines import randomise
 from tests.helpers.plain_models import OpenClip
@@ -121,18 +125,17 @@ def test_scores_are_the_published_ones(published, name, shape):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_batch_is_only_a_batch(published, name, monkeypatch):
+def test_a_batch_is_only_a_batch(published, name):
     prompts = [f"{word} {k}" for k in range(4) for word in PROMPTS[:3]]
     images = images_for(prompts)
     scorer = load(published, name)
     scores = scorer.score(images, prompts)
     assert torch.equal(scores, scorer.score(images, prompts))
     for size in (1, 5):
-        monkeypatch.setattr(batching, "BATCH", size)
-        torch.testing.assert_close(scorer.score(images, prompts), scores, rtol=1e-5, atol=1e-5)
+        parts = [scorer.score(images[k : k + size], prompts[k : k + size]) for k in range(0, len(prompts), size)]
+        torch.testing.assert_close(torch.cat(parts), scores, rtol=1e-5, atol=1e-5)
     backwards = scorer.score(images.flip(0), prompts[::-1])
     torch.testing.assert_close(backwards.flip(0), scores, rtol=1e-5, atol=1e-5)
-    assert scorer.score(images[:0], []).shape == (0,)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -179,6 +182,81 @@ def test_from_the_hub_as_from_a_folder(published, tmp_path):
         load_scorer("pickscore", cache_dir=str(tmp_path))
     with pytest.raises(BadInput, match=r"^ImageReward.pt of zai-org/ImageReward cannot be fetched[^\n]*$"):
         load_scorer("imagereward", cache_dir=str(tmp_path))
+
+
+# what a scorer is
+
+
+@pytest.mark.parametrize("name", MODULE_OF)
+def test_the_repositories_named_are_all_that_is_read(published, name, tmp_path):
+    repositories = scorers._module(name).REPOSITORIES[name]
+    for repository in repositories:
+        shutil.copytree(published[0] / repository, tmp_path / repository)
+    load_scorer(name, where=tmp_path)
+    assert bool(repositories) == (name in NAMES)
+    for repository in repositories:  # each is read
+        (tmp_path / repository).rename(tmp_path / "away")
+        with pytest.raises(BadInput, match=repository):
+            load_scorer(name, where=tmp_path)
+        (tmp_path / "away").rename(tmp_path / repository)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_files_are_another_scorer(copied, name):
+    def now(**settings: object) -> dict[str, str]:
+        return facts(name, where=copied, **settings)
+
+    before = now()
+    assert now() == facts(name, where=str(copied)) == before and before["scorer"] == name
+    assert now(dtype=torch.bfloat16) == {**before, "dtype": "bfloat16"} and before["dtype"] == "float32"
+    for repository in scorers._module(name).REPOSITORIES[name]:
+        path = next(path for path in (copied / repository).iterdir() if path.suffix in (".pt", ".pth", ".json"))
+        status = path.stat()
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+        assert (touched := now()["files"]) != before["files"]
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert now() == before
+        path.write_bytes(path.read_bytes() + b" ")
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert now()["files"] not in (touched, before["files"])
+        before = now()
+        notes = copied / repository / ".cache" / "huggingface"  # what `hf download --local-dir` writes at every call
+        notes.mkdir(parents=True)
+        (notes / "a.metadata").write_text("now")
+        (copied / "some" / repository).mkdir(parents=True)
+        (copied / "some" / repository / "else.bin").write_text("of another")
+        assert now() == before
+    shutil.move(copied, copied.with_name("moved"))
+    assert facts(name, where=copied.with_name("moved")) == before
+
+
+def test_of_the_hub_the_commits_are_what_a_scorer_is(tmp_path, monkeypatch):
+    def now(name: str) -> str:
+        return facts(name, cache_dir=str(tmp_path))["files"]
+
+    assert now("clip") == f"{VIT_L}@not fetched" and now("appeal") == "none"
+    for repository, commit in ((VIT_L, "abc\n"), (VIT_H, "def")):
+        refs = tmp_path / f"models--{repository.replace('/', '--')}" / "refs"
+        refs.mkdir(parents=True)
+        (refs / "main").write_text(commit)
+    assert now("clip") == f"{VIT_L}@abc" and now("hpsv2") == f"xswu/HPSv2@not fetched, {VIT_H}@def"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert facts("clip")["files"] == f"{VIT_L}@abc"
+    with pytest.raises(BadInput, match="there is no scorer 'beauty'"):
+        facts("beauty")
+
+
+def test_a_model_gets_the_whole_batch_and_no_gradient():
+    weight, given = torch.ones((), requires_grad=True), []
+
+    def compute(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        given.append(len(images))
+        return weight * images.float().mean((1, 2, 3))
+
+    images = images_for(["a"] * 40)
+    scores = of_model(compute).score(images, ["a"] * 40)
+    torch.testing.assert_close(scores, images.double().mean((1, 2, 3)))
+    assert given == [40] and scores.dtype == torch.float64 and not scores.requires_grad
 
 
 # files that cannot be used
@@ -285,14 +363,6 @@ def test_a_configuration_of_something_else(copied):
     refused(copied, "imagereward", "does not describe ImageReward's BERT")
     path.write_text("{")
     refused(copied, "imagereward", "does not describe ImageReward's BERT")
-
-
-def test_scores_that_overflow_are_not_hidden():
-    score = batching.batched(lambda images, prompts: images.half().sum((1, 2, 3)))
-    images = torch.full((3, 3, 30, 30), 255, dtype=torch.uint8)
-    images[1] = 0
-    with pytest.raises(BadInput, match=r"^2 of 3 scores are not finite: load the scorer in torch.bfloat16 or fp32$"):
-        score(images, ["a"] * 3)
 
 
 # open_clip itself, where it is installed

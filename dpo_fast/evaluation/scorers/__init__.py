@@ -1,12 +1,17 @@
-"""Scorers: each is a module of this folder with a function `load(name, loading)`; a new one is a file and a row."""
+"""Scorers: each is a module of this folder with a function `load(name, loading)` and the dict REPOSITORIES, scorer ->
+the repositories its files are from; a new one is a file and a row."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import torch
+from huggingface_hub import constants
 
+from dpo_fast import __version__
 from dpo_fast.errors import BadInput
 
 
@@ -76,4 +81,60 @@ def load_scorer(
     device = torch.device(device)
     dtype = dtype or default_dtype(device)
     loading = Loading(device, dtype, None if where is None else Path(where), cache_dir, token)
-    return import_module(f"{__name__}.{MODULE_OF[name]}").load(name, loading)
+    return _module(name).load(name, loading)
+
+
+def facts(
+    name: str,
+    device: torch.device | str = "cpu",
+    *,
+    dtype: torch.dtype | None = None,
+    where: str | Path | None = None,
+    cache_dir: str | None = None,
+) -> dict[str, str]:
+    """What `load_scorer` with the same arguments makes, as far as it decides scores: those kept of other facts are of
+    another scorer.
+
+    "files" is a digest of what lies under `where` (names, sizes and times of change), or for the hub the commits that
+    its cache has resolved: not those of the scorer before it is loaded, where the hub has newer ones or none was
+    fetched. Raises BadInput for an unknown name.
+    """
+    check_names([name])
+    repositories = _module(name).REPOSITORIES[name]
+    if where is not None:
+        found = [_digest(Path(where), repositories)] if repositories else []
+    else:
+        found = [f"{repository}@{_commit(repository, cache_dir)}" for repository in repositories]
+    return {
+        "scorer": name,
+        "dtype": str(dtype or default_dtype(torch.device(device))).removeprefix("torch."),
+        "files": ", ".join(found) or "none",
+        "dpo_fast": __version__,
+    }
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"{__name__}.{MODULE_OF[name]}")
+
+
+def _digest(where: Path, repositories: Sequence[str]) -> str:
+    """Of all files of the repositories but the downloader's own notes, which change with every look at the hub."""
+    digest = hashlib.blake2b(digest_size=16)
+    for repository in repositories:
+        folder = where / repository
+        for path in sorted(folder.rglob("*")):
+            inside = path.relative_to(folder)
+            if inside.parts[0] != ".cache" and path.is_file():
+                status = path.stat()
+                line = f"{repository} {inside.as_posix()} {status.st_size} {status.st_mtime_ns}\n"
+                digest.update(line.encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _commit(repository: str, cache_dir: str | None) -> str:
+    """The one that the hub's cache has of the repository's main branch."""
+    folder = Path(cache_dir or constants.HF_HUB_CACHE)
+    try:
+        return (folder / f"models--{repository.replace('/', '--')}" / "refs" / "main").read_text().strip()
+    except OSError:
+        return "not fetched"

@@ -11,13 +11,13 @@ Version 1 and the versions with ReLU give other numbers.
 from torch import Tensor
 
 from dpo_fast.evaluation.scorers import Loading, Scorer
-from dpo_fast.evaluation.scorers.batching import batched
 from dpo_fast.evaluation.scorers.clip_models import VIT_L, Clip, clip
 from dpo_fast.evaluation.scorers.linear_head import linear_head
 from dpo_fast.evaluation.scorers.preprocessing import crop_to_square, rounded
-from dpo_fast.evaluation.scorers.published import file, fill
+from dpo_fast.evaluation.scorers.published import file, fill, of_model
 
 REPOSITORY = "camenduru/improved-aesthetic-predictor"  # the file of the predictor's repository, on the hub
+REPOSITORIES = {"aesthetic": (REPOSITORY, VIT_L)}
 FILE = "sac+logos+ava1-l14-linearMSE.pth"
 
 
@@ -31,4 +31,4 @@ def load(name: str, loading: Loading) -> Scorer:
     def score(images: Tensor, prompts: list[str]) -> Tensor:
         return head(model.of_images(crop_to_square(images, model.size, rounded))).squeeze(1)
 
-    return Scorer(batched(score))
+    return of_model(score)

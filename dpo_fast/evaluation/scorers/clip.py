@@ -8,13 +8,13 @@ The score is 100 x cosine, -100 to 100, larger is better: that of torchmetrics f
 """
 
 from dpo_fast.evaluation.scorers import Loading, Scorer
-from dpo_fast.evaluation.scorers.batching import batched
 from dpo_fast.evaluation.scorers.clip_models import VIT_L, Clip, clip
 from dpo_fast.evaluation.scorers.preprocessing import crop_to_square, floored
+from dpo_fast.evaluation.scorers.published import of_model
+
+REPOSITORIES = {"clip": (VIT_L,)}
 
 
 def load(name: str, loading: Loading) -> Scorer:
     model = Clip(clip(VIT_L, loading), VIT_L, loading)
-    return Scorer(
-        batched(lambda images, prompts: 100 * model.cosine(crop_to_square(images, model.size, floored), prompts))
-    )
+    return of_model(lambda images, prompts: 100 * model.cosine(crop_to_square(images, model.size, floored), prompts))

@@ -18,13 +18,13 @@ import re
 from torch import Tensor
 
 from dpo_fast.evaluation.scorers import Loading, Scorer
-from dpo_fast.evaluation.scorers.batching import batched
 from dpo_fast.evaluation.scorers.clip_models import VIT_H, Clip, empty_clip
 from dpo_fast.evaluation.scorers.preprocessing import pad_to_square
-from dpo_fast.evaluation.scorers.published import file, fill
+from dpo_fast.evaluation.scorers.published import file, fill, of_model
 
 REPOSITORY = "xswu/HPSv2"
 FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
+REPOSITORIES = dict.fromkeys(FILES, (REPOSITORY, VIT_H))
 
 # open_clip's names and transformers': first the two towers, then what is in them and in a block.
 _RENAMED = [
@@ -57,7 +57,7 @@ def load(name: str, loading: Loading) -> Scorer:
         pixels = pad_to_square(images.to(loading.device), model.size)
         return 100 * model.cosine(pixels, [cleaned(prompt) for prompt in prompts])
 
-    return Scorer(batched(score))
+    return of_model(score)
 
 
 def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from dpo_fast.evaluation.scorers import Loading, Scorer
-from dpo_fast.evaluation.scorers.batching import batched
 from dpo_fast.evaluation.scorers.linear_head import linear_head
 from dpo_fast.evaluation.scorers.preprocessing import crop_to_square, rounded
-from dpo_fast.evaluation.scorers.published import file, fill, tokenizer
+from dpo_fast.evaluation.scorers.published import file, fill, of_model, tokenizer
 from dpo_fast.models.faults import bad_input
 
 REPOSITORY = "zai-org/ImageReward"
 TOKENIZER = "google-bert/bert-base-uncased"
+REPOSITORIES = {"imagereward": (REPOSITORY, TOKENIZER)}
 TOKENS = 35
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw rewards, from the published code
 VISION = BlipVisionConfig(  # BLIP's "large", which no file describes
@@ -96,7 +96,7 @@ def load(name: str, loading: Loading) -> Scorer:
         tokens = tokens.to(loading.device)
         return model(crop_to_square(images, VISION.image_size, rounded), tokens.input_ids, tokens.attention_mask)
 
-    return Scorer(batched(score))
+    return of_model(score)
 
 
 def from_blip(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,11 +11,12 @@ matter, and scores of different prompts are not comparable.
 from torch import Tensor
 
 from dpo_fast.evaluation.scorers import Loading, Scorer
-from dpo_fast.evaluation.scorers.batching import batched
 from dpo_fast.evaluation.scorers.clip_models import VIT_H, Clip, clip
 from dpo_fast.evaluation.scorers.preprocessing import crop_to_square, floored
+from dpo_fast.evaluation.scorers.published import of_model
 
 REPOSITORY = "yuvalkirstain/PickScore_v1"
+REPOSITORIES = {"pickscore": (REPOSITORY, VIT_H)}
 
 
 def load(name: str, loading: Loading) -> Scorer:
@@ -24,4 +25,4 @@ def load(name: str, loading: Loading) -> Scorer:
     def score(images: Tensor, prompts: list[str]) -> Tensor:
         return model.scale * model.cosine(crop_to_square(images, model.size, floored), prompts)
 
-    return Scorer(batched(score))
+    return of_model(score)

@@ -1,4 +1,5 @@
-"""Files of published models, from the hub or from a folder, read without running any code that is in them."""
+"""Published models: their files, from the hub or from a folder, read without running any code that is in them, and what
+they compute as a Scorer."""
 
 import pickle
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation.scorers import Loading
+from dpo_fast.evaluation.scorers import Loading, Scorer
 from dpo_fast.models.faults import bad_input
 
 ADVICE = "take the published files, or check the connection and the token"
@@ -66,3 +67,15 @@ def fill(
             raise ValueError("it ends too early") from error
         state = content if under is None else content[under]
         module.load_state_dict(convert(state))
+
+
+def of_model(compute: Callable[[Tensor, list[str]], Tensor]) -> Scorer:  # uint8 [N,3,H,W], N prompts -> [N]
+    """A Scorer of what a model computes: without gradients, its scores in fp64 on the CPU."""
+
+    @torch.no_grad()
+    def score(images: Tensor, prompts: list[str]) -> Tensor:
+        assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3, images.shape
+        assert len(images) == len(prompts), f"{len(images)} images, {len(prompts)} prompts"
+        return compute(images, prompts).double().cpu()
+
+    return Scorer(score)

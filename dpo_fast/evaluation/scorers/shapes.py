@@ -2,6 +2,7 @@
 
 import torch
 
+from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.scorers import Loading, Scorer
 from dpo_fast.shapes import score
 from dpo_fast.shapes.render import RESOLUTION
@@ -11,12 +12,22 @@ _SCORES = {
     "right": lambda images, prompts: score.is_right(images, prompts).double(),
     "appeal": lambda images, prompts: score.appeal(images),
 }
+REPOSITORIES = dict.fromkeys(_SCORES, ())
 
 
 def load(name: str, loading: Loading) -> Scorer:
     """These run on the CPU, whatever the device: the images are 16 x 16 pixels."""
 
-    def check(prompts: list[str]) -> None:
-        _SCORES[name](torch.zeros(len(prompts), 3, RESOLUTION, RESOLUTION), prompts)
+    def judge(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        height, width = images.shape[2:]
+        if (height, width) != (RESOLUTION, RESOLUTION):
+            raise BadInput(
+                f"scorer {name} judges images of the built-in world, {RESOLUTION} x {RESOLUTION} pixels, not {width} x"
+                f" {height}: choose another scorer"
+            )
+        return _SCORES[name](images.cpu() / 255, prompts)
 
-    return Scorer(lambda images, prompts: _SCORES[name](images.cpu() / 255, prompts), check)
+    def check(prompts: list[str]) -> None:
+        _SCORES["right"](torch.zeros(len(prompts), 3, RESOLUTION, RESOLUTION), prompts)
+
+    return Scorer(judge, check)
