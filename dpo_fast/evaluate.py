@@ -160,6 +160,7 @@ def _comparison(
     seeds = (0,) if config.seeds is None else seeds_of(config.seeds)
     if config.seeds is None and run is not None and not config.prompts and run.eval_images:
         seeds = tuple(range(max(1, run.eval_images // len(read_prompts(given)))))
+    where = config.scorer_models or (run and run.scorer_models)
     return Comparison(
         *sides,
         wanted_of(config, models, prompts, seeds),
@@ -167,7 +168,7 @@ def _comparison(
         prompt_set=_in_words(config, prompts),
         scorers=scorers,
         scoring={
-            "where": config.scorer_models and config.scorer_models.expanduser(),
+            "where": where and where.expanduser(),
             "cache_dir": config.cache_dir,
             "token": config.hub_token,
         },

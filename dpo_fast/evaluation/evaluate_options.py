@@ -48,13 +48,15 @@ class EvaluateConfig(GenerateConfig):
     seeds: str | None = None
     """Images a prompt: N takes the seeds 0 to N-1; a list with commas takes those (the single seed 7: `7,`). None: as
     many as the run had of a prompt in training where --prompts is its own, else 1; of two folders of images all."""
+    batch_size: int = 8
+    """Images generated, or scored, at once by a rank; of held-out pairs as many images."""
     output_dir: Path | None = None
     """None: evaluations/<policy>-against-<baseline>. The same command goes on with what is missing there."""
 
     scorers: tuple[str, ...] = ()
     """Names (docs/evaluation.md), the one that leads first. None: those of the run's evaluation in training."""
     scorer_models: Path | None = None
-    """Folder that holds the scorers' models as OWNER/NAME; None: the hub."""
+    """Folder that holds the scorers' models as OWNER/NAME; None: the run's, else the hub."""
     compare: Literal["images", "medians"] | None = None
     """images: seed by seed. medians: prompt by prompt, the median score of its images (the published way with
     several). None: images."""

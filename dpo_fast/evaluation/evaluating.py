@@ -129,7 +129,7 @@ def compare(
         )
         for name in comparison.scorers
     }
-    scores = score_images(both, pairs.prompts * 2, scorers, out / "scores", ranks)
+    scores = score_images(both, pairs.prompts * 2, scorers, out / "scores", ranks, batch_size=batch_size)
     if not ranks.is_main:
         return None
     scored = Scored(

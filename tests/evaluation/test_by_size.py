@@ -24,7 +24,7 @@ def test_every_image_once_in_its_order_and_full_batches():
 
 def test_of_many_sizes_few_wait():
     batch, read, most = random.randint(1, 9), 0, 0
-    sizes = [*range(1, 300), *(1000 for _ in range(batch - 1)), *range(300, 600)]  # one size is nearly full
+    sizes = [*range(1, 300), 1000, 1000, *range(300, 600)]  # one size is there twice
 
     def reading():
         nonlocal read
@@ -39,4 +39,4 @@ def test_of_many_sizes_few_wait():
         lengths.append(len(part))
     assert done == len(sizes) == read and most == WAITING * batch + 1
     if batch > 2:
-        assert max(lengths) == batch - 1  # the fullest goes, not the first
+        assert sorted(lengths)[-2:] == [1, 2]  # the fullest goes, not the first
