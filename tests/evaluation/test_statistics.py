@@ -35,6 +35,9 @@ def test_without_a_tie_nothing_is_certain():
     three = torch.tensor([1.0, 1.0, 1.0, -1.0] * 3)
     rate = win_rate(torch.zeros(12), three, [str(k // 4) for k in range(12)])
     assert rate.rate == 0.75 and rate.low < 0.5 and rate.high > 0.9
+    nearly = torch.cat([three[:4]] * 19 + [torch.ones(4)])  # one prompt differs: no narrower than of 80 lone images
+    rate = win_rate(torch.zeros(80), nearly, [str(k // 4) for k in range(80)])
+    assert rate.high - rate.low > 2 * 1.96 * (rate.rate * (1 - rate.rate) / 80) ** 0.5
     prompts = [str(k // 2) for k in range(80)]
     even = win_rate(torch.zeros(80), torch.tensor([1.0, -1.0] * 40), prompts)
     assert even.low == pytest.approx(0.5 - (even.high - 0.5)) and 0.3 < even.low < 0.45
