@@ -22,7 +22,7 @@ from dpo_fast.evaluation.statistics import (
     win_rate,
 )
 
-FEW = 20  # prompts: below, resampling them gives intervals that are too narrow
+FEW = 20  # prompts: below, intervals of means are too narrow, and those of shares wider than they need be
 WIDTH = 110  # columns of the terminal that notes are broken to
 
 
@@ -60,11 +60,8 @@ class Verdict:
 
     @property
     def interval(self) -> Interval:
-        """The win rate with the interval to show: where all was won or all was lost resampling finds no doubt, and the
-        exact interval takes its place."""
-        rate = self.win_rate
-        ends = self.exact if rate.rate in (0, 1) else rate
-        return Interval(rate.rate, ends.low, ends.high)
+        """The win rate with its interval."""
+        return Interval(*self.win_rate[:3])
 
     @property
     def decided(self) -> bool:
@@ -104,10 +101,10 @@ class Findings:
         what, how = ("medians of a prompt's images", "median") if self.medians_compared else ("images", "majority")
         lines = [
             f"win rate: share of {what} won by the policy, ties half; intervals: bootstrap over prompts"
-            f" ({self.resamples} resamples)",
+            f" ({self.resamples} resamples), of win rates by Wilson's formula",
             f"won, tied, lost: prompts, by the {how} of their images",
-            f"p: two-sided sign test of won against lost, Holm-corrected for {_number(len(self.overall), 'scorer')}"
-            + (f", by category for {_number(len(self.by_category), 'comparison')}" if self.by_category else ""),
+            f"p: two-sided sign test of won against lost, Holm-corrected for {counted(len(self.overall), 'scorer')}"
+            + (f", by category for {counted(len(self.by_category), 'comparison')}" if self.by_category else ""),
         ]
         few = [c for c in self.categories if self.of(c)[0].prompts < FEW]
         prompts = self.overall[0].prompts
@@ -117,8 +114,6 @@ class Findings:
             lines.append(f"only {prompts} prompts: intervals are rough")
         elif few:
             lines.append(f"fewer than {FEW} prompts, so intervals are rough: {', '.join(few)}")
-        if any(verdict.win_rate.rate in (0, 1) for verdict in self.overall + self.by_category):
-            lines.append("where all was won or all was lost the interval shown is the exact one, of won prompts")
         return lines + self.about.remarks
 
     def warnings(self) -> list[str]:
@@ -172,16 +167,15 @@ class Findings:
         """For the terminal; the exact intervals and the medians are in the page and in summary.json."""
         about, first = self.about, self.overall[0]
         parts = [
-            f"{about.policy} against {about.base}\n{about.prompt_set}: {_number(first.prompts, 'prompt')},"
-            f" {_number(self.images, 'image')} of each",
+            f"{about.policy} against {about.base}\n{about.prompt_set}: {counted(first.prompts, 'prompt')},"
+            f" {counted(self.images, 'image')} of each",
             _columns(
                 ["scorer", "win rate [95%]", "won", "tied", "lost", "p", "base", "policy", "gain [95%]"],
                 [[v.scorer, str(v.interval), *map(str, v.won), p_value(v.p_holm), *_scores(v)] for v in self.overall],
             ),
         ]
         if self.by_category:
-            rows = [[c, str(self.of(c)[0].prompts), *(str(v.interval) for v in self.of(c))] for c in self.categories]
-            parts.append(_columns(["category", "prompts", *(v.scorer for v in self.overall)], rows))
+            parts += self._category_tables()
         if self.signals:
             parts.append(_columns(["signal", "base", "policy", "difference [95%]"], [_signal(s) for s in self.signals]))
         over = "medians of prompts" if self.medians_compared else "images"
@@ -190,6 +184,22 @@ class Findings:
         if warnings := self.warnings():
             parts.append("\n".join(f"warning: {line}" for line in warnings))
         return "\n\n".join(parts)
+
+    def _category_tables(self) -> list[str]:
+        """Win rates by category: as many scorers beside each other as WIDTH has room for, the others below."""
+        named = {c: [c, str(self.of(c)[0].prompts)] for c in self.categories}
+
+        def table(scorers: range) -> str:
+            head = ["category", "prompts", *(self.overall[k].scorer for k in scorers)]
+            return _columns(head, [[*named[c], *(str(self.of(c)[k].interval) for k in scorers)] for c in named])
+
+        tables, start, number = [], 0, len(self.overall)
+        while start < number:
+            ends = range(number, start, -1)
+            end = next((end for end in ends if _width(table(range(start, end))) <= WIDTH), start + 1)
+            tables.append(table(range(start, end)))
+            start = end
+        return tables
 
 
 def judge(
@@ -285,8 +295,13 @@ def p_value(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
+def counted(number: int, noun: str) -> str:
+    """As one reads it: 1 prompt, 2 prompts."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _width(text: str) -> int:
+    return max(map(len, text.splitlines()))
 
 
 def _columns(head: list[str], rows: list[list[str]]) -> str:

@@ -9,7 +9,6 @@ caption are encoded once, and each draw is one forward pass of either model.
 """
 
 import math
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -22,9 +21,9 @@ from dpo_fast.data import BadRow, Batch, PairDataset, PairIndex, PairTransform, 
 from dpo_fast.data.pairs import too_many_bad
 from dpo_fast.draws import timesteps
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation.findings import FEW
+from dpo_fast.evaluation.findings import FEW, counted
 from dpo_fast.evaluation.models import ModelSource, OneAtATime
-from dpo_fast.evaluation.statistics import Bootstrap, Interval, binomial_interval
+from dpo_fast.evaluation.statistics import Bootstrap, Interval
 from dpo_fast.inputs import add_noise, conditioning_of
 from dpo_fast.kernels import pair_errors
 from dpo_fast.models import AdapterSwitch, nonfinite_rows
@@ -189,7 +188,7 @@ class LevelAccuracy(_Share):
 @dataclass(frozen=True)
 class ImplicitAccuracy(_Share):
     """Shares of pairs whose chosen image has the higher implicit reward, ties counted half, with 95% intervals by the
-    bootstrap over captions (exact ones, Clopper-Pearson, where all pairs are right or all wrong)."""
+    bootstrap over captions (`Bootstrap.share`)."""
 
     interval: Interval  # by a pair's mean margin over its draws
     one_draw: Interval  # by the margin of one draw, the mean over draws: what training logs as implicit_accuracy
@@ -226,7 +225,7 @@ class ImplicitAccuracy(_Share):
         }
 
     def __str__(self) -> str:
-        rows = [("implicit accuracy", self.interval, f"by a pair's mean margin over {_number(self.draws, 'draw')}")]
+        rows = [("implicit accuracy", self.interval, f"by a pair's mean margin over {counted(self.draws, 'draw')}")]
         rows.append(("at one draw", self.one_draw, "the same by one margin; what training logs"))
         few = {level.pairs for level in self.levels} != {self.pairs}
         rows += [(level.name, level.interval, f"{level.pairs} pairs" if few else "") for level in self.levels]
@@ -237,10 +236,10 @@ class ImplicitAccuracy(_Share):
         for name, delta in (("chosen", self.chosen_delta), ("rejected", self.rejected_delta)):
             lines.append(f"{name + ' error':{width}}  {_short(delta)}  policy minus reference")
         left_out = f", {self.bad} left out: images do not decode" if self.bad else ""
-        of = f"{_number(self.pairs, 'pair')} of {_number(self.captions, 'caption')}"
+        of = f"{counted(self.pairs, 'pair')} of {counted(self.captions, 'caption')}"
         lines.append(
             f"share of {of} whose chosen image the policy prefers [95% interval over captions]; 0.5 is chance;"
-            f" {_number(self.ties, 'tie')}{left_out}"
+            f" {counted(self.ties, 'tie')}{left_out}"
         )
         if self.captions == 1:
             lines.append("only 1 caption: intervals are over its pairs, and say nothing of other captions")
@@ -263,13 +262,13 @@ def accuracy(rewards: ImplicitRewards) -> ImplicitAccuracy:
         right = _right(delta.where(here, 0.0).sum(1)[pairs])
         whole = bool(pairs.all())
         some = captions if whole else [captions[row] for row in pairs.nonzero().flatten().tolist()]
-        interval = _interval(right, some, bootstrap if whole else Bootstrap(some))
+        interval = (bootstrap if whole else Bootstrap(some)).share(right)
         levels.append(LevelAccuracy(first, last, len(some), interval))
     mean_delta = delta.mean(1)
     beta = rewards.beta
     return ImplicitAccuracy(
-        interval=_interval(_right(mean_delta), captions, bootstrap),
-        one_draw=_interval(_right(delta).mean(1), captions, bootstrap),
+        interval=bootstrap.share(_right(mean_delta)),
+        one_draw=bootstrap.share(_right(delta)),
         levels=levels,
         margin=None if beta is None else bootstrap.mean((beta / 2) * (0 - mean_delta)),
         chosen_delta=bootstrap.mean(rewards.chosen_delta.mean(1)),
@@ -288,25 +287,12 @@ def _right(delta: Tensor) -> Tensor:
     return (delta < 0).double() + 0.5 * (delta == 0).double()
 
 
-def _interval(right: Tensor, captions: Sequence[str], bootstrap: Bootstrap) -> Interval:
-    """The mean; where all is right or all is wrong resampling finds no doubt, and captions are counted instead."""
-    interval = bootstrap.mean(right)
-    if interval.value in (0, 1):
-        number = len(set(captions))
-        return binomial_interval(number if interval.value else 0, number)
-    return interval
-
-
 def _with_interval(name: str, of: Interval | None) -> dict[str, object]:
     return {name: of and of.value, f"{name}_ci95": of and [of.low, of.high]}
 
 
 def _short(of: Interval) -> str:
     return f"{of.value:.3g} [{of.low:.3g}, {of.high:.3g}]"
-
-
-def _number(n: int, what: str) -> str:
-    return f"{n} {what}" + ("" if n == 1 else "s")
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------------

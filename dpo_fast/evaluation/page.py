@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from dpo_fast.evaluation.charts import bars
-from dpo_fast.evaluation.findings import Findings, Verdict, decimals, p_value
+from dpo_fast.evaluation.findings import Findings, Verdict, counted, decimals, p_value
 from dpo_fast.evaluation.gallery import LOSSLESS, Role, Shown, Thumbnail, choose, thumbnails
 from dpo_fast.evaluation.implicit import ImplicitAccuracy
 from dpo_fast.evaluation.scored import Scored
@@ -123,7 +123,7 @@ def _by_category(findings: Findings) -> str:
 
 
 def _of_prompts(verdict: Verdict) -> str:
-    return _count(verdict.prompts, "prompt")
+    return counted(verdict.prompts, "prompt")
 
 
 def _signals(signals: list[Signal]) -> str:
@@ -140,7 +140,7 @@ def _signals(signals: list[Signal]) -> str:
 
 def _implicit(found: ImplicitAccuracy) -> str:
     """How well the policy ranks people's choices by itself."""
-    levels = [(level.name, _count(level.pairs, "pair"), level) for level in found.levels]
+    levels = [(level.name, counted(level.pairs, "pair"), level) for level in found.levels]
     chart = bars([("all draws", f"the mean margin of {found.draws}", found), *levels], "accuracy")
     rows = [
         ["At one draw<small>what training logs as implicit_accuracy</small>", _with_interval(found.one_draw, ".3f")],
@@ -151,16 +151,12 @@ def _implicit(found: ImplicitAccuracy) -> str:
     ]
     if found.margin is not None:
         rows.append([f"Margin<small>mean, at beta {found.beta:g}</small>", _with_interval(found.margin, "+.3g")])
-    of = f"{_count(found.pairs, 'held-out pair')} of {_count(found.captions, 'caption')}"
+    of = f"{counted(found.pairs, 'held-out pair')} of {counted(found.captions, 'caption')}"
     return (
         f'<p class="hint">The share of {of} whose chosen image has the higher implicit reward, ties counted half'
-        f" ({_count(found.ties, 'tie')}); 0.5 is chance. 95% intervals by the bootstrap over captions.</p>"
+        f" ({counted(found.ties, 'tie')}); 0.5 is chance. 95% intervals by the bootstrap over captions.</p>"
         f"{chart}{_table(('', 'Mean'), rows)}"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _pairs(

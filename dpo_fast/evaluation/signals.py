@@ -1,24 +1,23 @@
 """Signs of over-optimisation that need no scorer: what became of colours, edges, variety, and how far images moved."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from itertools import combinations
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, conv2d
 from tqdm import tqdm
 
 from dpo_fast.caching import ahead
-from dpo_fast.evaluation.statistics import Bootstrap, Interval, spread
+from dpo_fast.evaluation.statistics import Bootstrap, Interval
 
 THREADS = min(8, os.cpu_count() or 1)  # a prompt's images each
 CELLS = 8  # a coarse picture has 8 x 8 cells
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-LAPLACIAN = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
+LUMA = (299, 587, 114)  # thousandths, ITU-R BT.601
 SUSPECT = {"saturation": 1.25, "sharpness": 1.5}  # times the base's: above, it is said
 LESS_DIVERSE = 0.8  # of the base's diversity: below, it is said
 
@@ -51,35 +50,72 @@ class Signal:
         return None
 
 
+# Pixels are whole numbers, and so is luma in thousandths: fp32 holds them, sums of a few, and sums of a column of up to
+# 65,793 pixels exactly. Ratios and squares are rounded; the many of them are summed in fp64, or row by row before.
+
+
 def saturation(image: Tensor) -> float:  # uint8 [3,H,W]
     """The mean saturation of HSV, (largest - smallest) / largest channel: 0 grey, 1 pure colours; black counts 0."""
-    highest, lowest = image.amax(0).double(), image.amin(0).double()
-    return ((highest - lowest) / highest.clamp(min=1)).mean().item()
+    red, green, blue = image
+    highest = red.maximum(green).maximum(blue)
+    lowest = red.minimum(green).minimum(blue)
+    return ((highest - lowest).float() / highest.clamp(min=1)).mean(dtype=torch.float64).item()
 
 
 def sharpness(image: Tensor) -> float:  # uint8 [3,H,W], at least 3 x 3
     """The variance of the Laplacian of luma, in squared grey levels of 255. Detail, edges and noise all raise it."""
-    luma = torch.einsum("c,chw->hw", torch.tensor(LUMA, dtype=torch.float64), image.double())
-    kernel = torch.tensor(LAPLACIAN, dtype=torch.float64)
-    return conv2d(luma[None, None], kernel[None, None]).var(correction=0).item()
+    luma, green, blue = image.float()
+    luma.mul_(LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+    edges = luma[:-2, 1:-1] + luma[2:, 1:-1]
+    edges += luma[1:-1, :-2]
+    edges += luma[1:-1, 2:]
+    edges.sub_(luma[1:-1, 1:-1], alpha=4)
+    return edges.var(correction=0).item() / 1e6
 
 
 def distance(base: Tensor, policy: Tensor) -> float:  # uint8 [3,H,W] each, of one size
     """The root mean square distance of pixels in [0, 1]."""
-    return ((policy.double() - base.double()) / 255).square().mean().sqrt().item()
+    apart = (base.maximum(policy) - base.minimum(policy)).float()
+    return (apart.square_().sum(2).sum(dtype=torch.float64) / apart.numel()).sqrt().item() / 255
 
 
 def coarse_distance(base: Tensor, policy: Tensor) -> float:  # uint8 [3,H,W] each, of any sizes
     """The same of the pictures averaged down to 8 x 8 cells: composition and colour without detail."""
-    small = [adaptive_avg_pool2d(image.double() / 255, CELLS) for image in (base, policy)]
-    return (small[1] - small[0]).square().mean().sqrt().item()
+    return (_coarse(policy) - _coarse(base)).square().mean().sqrt().item() / 255
 
 
-def measure(base: Images, policy: Images, prompts: Sequence[str], show: bool = False) -> list[Signal]:
+def diversity(images: Sequence[Tensor]) -> float:  # uint8 [3,H,W] each, of one size, at least two
+    """The distance of two of the images, the mean over every two."""
+    apart = [distance(*two) for two in combinations(images, 2)]
+    return sum(apart) / len(apart)
+
+
+def _coarse(image: Tensor) -> Tensor:  # uint8 [3,H,W] -> fp64 [3, 8, 8], in levels of 255
+    """Means over cells that share a line of pixels where 8 does not divide the size, as in adaptive_avg_pool2d."""
+    high, wide = _cells(image.shape[1]), _cells(image.shape[2])
+    sums = (high @ image.float()).double() @ wide.double().T
+    return sums / (high.sum(1)[:, None] * wide.sum(1))
+
+
+@lru_cache
+def _cells(size: int) -> Tensor:  # fp32 [8, size]: 1 where a cell holds the line
+    cell, line = torch.arange(CELLS)[:, None], torch.arange(size)
+    return ((line >= cell * size // CELLS) & (line < -(-(cell + 1) * size // CELLS))).float()
+
+
+def measure(
+    base: Images,
+    policy: Images,
+    prompts: Sequence[str],
+    show: bool = False,  # a progress bar
+    sources: tuple[Sequence[Hashable], Sequence[Hashable]] | None = None,  # of base and policy; None: no row repeats
+) -> list[Signal]:
     """All signals of images that are row by row a pair; the images of a few prompts are held at a time.
 
-    show: with a progress bar. Left out: diversity where no prompt has two images, the distance of pixels where images
-    of a pair differ in size.
+    sources: what each row's image is, such as its file. Rows of a prompt with the same one are one image used again,
+    of which diversity knows nothing: it is over the others, and over the prompts of which both sides have two. Images
+    that only look the same are two. Left out: diversity where no prompt has two images, the distance of pixels where
+    images of a pair differ in size.
     """
     rows: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
@@ -88,7 +124,7 @@ def measure(base: Images, policy: Images, prompts: Sequence[str], show: bool = F
     of_prompt: dict[str, tuple[float, float]] = {}
     bar = tqdm(total=len(prompts), desc="measuring", unit=" pairs", disable=not show)
     with ThreadPoolExecutor(THREADS) as pool, bar:
-        plans = (partial(_of_prompt, base, policy, places) for places in rows.values())
+        plans = (partial(_of_prompt, (base, policy), places, sources) for places in rows.values())
         for (prompt, places), found in zip(rows.items(), ahead(pool, plans, THREADS), strict=True):
             for name, values in found.of_image.items():
                 for row, value in zip(places, values, strict=True):
@@ -115,8 +151,10 @@ class _Measured(NamedTuple):
     diversity: tuple[float, float] | None
 
 
-def _of_prompt(base: Images, policy: Images, rows: Sequence[int]) -> _Measured:
-    sides = [[images[row] for row in rows] for images in (base, policy)]
+def _of_prompt(
+    images: tuple[Images, Images], rows: Sequence[int], sources: tuple[Sequence[Hashable], Sequence[Hashable]] | None
+) -> _Measured:
+    sides = [[of_side[row] for row in rows] for of_side in images]
     pairs = list(zip(*sides, strict=True))
     of_image = {
         "saturation": [(saturation(before), saturation(after)) for before, after in pairs],
@@ -127,9 +165,14 @@ def _of_prompt(base: Images, policy: Images, rows: Sequence[int]) -> _Measured:
             for before, after in pairs
         ],
     }
-    of_one_size = all(len({image.shape for image in side}) == 1 for side in sides)
-    both = [spread(torch.stack(side)).item() for side in sides] if len(rows) > 1 and of_one_size else None
-    return _Measured(of_image, both and (both[0], both[1]))
+    distinct = sides
+    if sources is not None:
+        distinct = [
+            list({of_side[row]: image for row, image in zip(rows, side, strict=True)}.values())
+            for of_side, side in zip(sources, sides, strict=True)
+        ]
+    comparable = all(len(side) > 1 and len({image.shape for image in side}) == 1 for side in distinct)
+    return _Measured(of_image, (diversity(distinct[0]), diversity(distinct[1])) if comparable else None)
 
 
 MEANING = {

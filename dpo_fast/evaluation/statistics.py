@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,8 @@ class Counts(NamedTuple):
 
 
 class Bootstrap:
-    """Intervals by resampling prompts (Efron and Tibshirani 1993, chapter 13: the percentile interval).
+    """Intervals by resampling prompts (Efron and Tibshirani 1993): of means and medians percentiles (their chapter 13),
+    of shares as `share` says.
 
     Images of one prompt come and go together, since they are alike; where there is only one prompt its images are
     resampled, and the interval says nothing of others. From a fixed seed, so that the same scores give the same
@@ -54,25 +56,49 @@ class Bootstrap:
     """
 
     def __init__(self, prompts: Sequence[str], resamples: int = RESAMPLES) -> None:
-        assert len(prompts) > 0 and resamples > 0
+        assert len(prompts) > 0 and resamples > 1
         number = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         self.group = torch.tensor([number[prompt] for prompt in prompts])  # int64 [N]: the prompt of each row
         if len(number) == 1:
             self.group = torch.arange(len(prompts))
+        self.groups = int(self.group.max()) + 1
         generator = torch.Generator().manual_seed(0)
-        groups = int(self.group.max()) + 1
-        drawn = torch.randint(groups, (resamples, groups), generator=generator)
-        self.counts = torch.zeros(drawn.shape, dtype=torch.int16)  # how often a resample holds each prompt
-        self.counts.scatter_add_(1, drawn, torch.ones((), dtype=torch.int16).expand(drawn.shape))
+        # how often a resample holds each prompt: once on average, and above 255 with a chance of 1 in 256!
+        self.counts = torch.zeros(resamples, self.groups, dtype=torch.uint8)
+        one = torch.ones((), dtype=torch.uint8)
+        for part in self.counts.split(max(1, CHUNK // self.groups)):
+            part.scatter_add_(1, torch.randint(self.groups, part.shape, generator=generator), one.expand(part.shape))
 
     def mean(self, values: Tensor) -> Interval:  # [N]
         """The mean of all rows."""
-        values = values.double()
-        sums = torch.zeros(self.counts.shape[1], dtype=torch.float64).index_add_(0, self.group, values)
-        sizes = torch.bincount(self.group, minlength=len(sums)).double()
-        both = torch.stack([sums, sizes], 1)
-        total = self._each(lambda counts: counts.double() @ both, self.counts.shape[1])
-        return _percentiles(values.mean().item(), total[:, 0] / total[:, 1])
+        return _percentiles(values.double().mean().item(), self._means(values))
+
+    def share(self, looks: Tensor) -> Interval:  # [N] or, of several looks at each row, [N, looks]: 0, 1, and 1/2 a tie
+        """The mean of all looks, in Wilson's interval with the bootstrap's variance.
+
+        Korn and Graubard (Survey Methodology 24, 1998, 193): prompts whose images are alike, and ties, make the looks
+        worth other than as many independent ones, p (1 - p) / variance of p. Wilson's score interval (1927) is taken
+        at that number, with Student's t of one degree less than there are prompts in place of the normal deviate. The
+        variance is the bootstrap's over prompts, at least that of independent looks; where no look differs from
+        another a prompt is worth one. Percentiles of the resampled share instead hold too few true shares where these
+        are near 0 or 1, or prompts are few, and are of no width where no prompt differs.
+
+        Where all are ties nothing is in doubt: exactly 0.5 [0.5, 0.5].
+        """
+        looks = looks.double()
+        if bool((looks == 0.5).all()):
+            return Interval(0.5, 0.5, 0.5)
+        share = looks.mean().item()
+        if self.groups == 1:
+            return Interval(share, 0.0, 1.0)
+        freedom = self.groups - 1
+        resampled = self._means(looks.flatten(1).mean(1) if looks.dim() > 1 else looks).var().item()
+        variance = max(resampled * self.groups / freedom, looks.var().item() / looks.numel())
+        worth = share * (1 - share) / variance if variance > 0 else self.groups
+        odds = students_t(freedom) ** 2 / worth
+        middle = (share + odds / 2) / (1 + odds)
+        half = math.sqrt(odds * share * (1 - share) + odds**2 / 4) / (1 + odds)
+        return Interval(share, max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half)))
 
     def median(self, values: Tensor) -> Interval:  # [N]
         """The median of all rows; of an even number, halfway between the two in the middle."""
@@ -87,6 +113,14 @@ class Bootstrap:
 
         return _percentiles(values.double().quantile(0.5).item(), self._each(medians, len(values)))
 
+    def _means(self, values: Tensor) -> Tensor:  # [N] -> fp64 [resamples]
+        values = values.double()
+        sums = torch.zeros(self.groups, dtype=torch.float64).index_add_(0, self.group, values)
+        sizes = torch.bincount(self.group, minlength=self.groups).double()
+        both = torch.stack([sums, sizes], 1)
+        total = self._each(lambda counts: counts.double() @ both, self.groups)
+        return total[:, 0] / total[:, 1]
+
     def _each(self, of: Callable[[Tensor], Tensor], width: int) -> Tensor:
         """`of` of all resamples, a few at a time: `width` numbers are held for each."""
         return torch.cat([of(part) for part in self.counts.split(max(1, CHUNK // width))])
@@ -98,9 +132,10 @@ def win_rate(
     prompts: Sequence[str],
     bootstrap: Bootstrap | None = None,  # over these prompts; None: made here
 ) -> WinRate:
-    """Compare scores pair by pair. A model against itself has exactly 0.5 [0.5, 0.5]."""
+    """Compare scores pair by pair, with the interval of `Bootstrap.share`. A model against itself has exactly 0.5
+    [0.5, 0.5]."""
     assert base.shape == policy.shape == (len(prompts),) and len(prompts) > 0
-    rate = (bootstrap or Bootstrap(prompts)).mean((policy > base).double() + 0.5 * (policy == base).double())
+    rate = (bootstrap or Bootstrap(prompts)).share((policy > base).double() + 0.5 * (policy == base).double())
     wins, ties = int((policy > base).sum()), int((policy == base).sum())
     return WinRate(*rate, wins, ties, len(prompts) - wins - ties)
 
@@ -177,10 +212,26 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def spread(images: Tensor) -> Tensor:  # uint8 [N,3,H,W], at least two -> fp64 []
-    """The root mean square distance of pixels in [0, 1], the mean over every two of the images."""
-    flat = images.flatten(1).double() / 255
-    return torch.pdist(flat).mean() / flat.shape[1] ** 0.5
+@lru_cache
+def students_t(freedom: int) -> float:
+    """Student's t that 95% of values are nearer to zero than; degrees of freedom: at least 1.
+
+    The probability of |t| < sqrt(freedom) tan(angle) is a sum of sines and cosines (Abramowitz and Stegun 1964, 26.7.3
+    and 26.7.4); the angle is found by halving.
+    """
+    odd = freedom % 2
+    step = torch.tensor(range(1 + odd, freedom - 1, 2), dtype=torch.float64)
+    factors = torch.cat([torch.ones(1, dtype=torch.float64), step / (step + 1)]).cumprod(0)
+    powers = odd + 2 * torch.arange(len(factors), dtype=torch.float64)
+
+    def within(angle: float) -> float:
+        terms = math.sin(angle) * (factors * math.cos(angle) ** powers).sum().item()
+        return 2 / math.pi * (angle + terms * (freedom > 1)) if odd else terms
+
+    low, high = 0.0, math.pi / 2
+    while (angle := (low + high) / 2) not in (low, high):
+        low, high = (angle, high) if within(angle) < CONFIDENCE else (low, angle)
+    return math.sqrt(freedom) * math.tan(angle)
 
 
 def _percentiles(value: float, resampled: Tensor) -> Interval:  # fp64 [resamples]

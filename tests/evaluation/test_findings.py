@@ -49,12 +49,13 @@ def test_medians_of_prompts_can_be_compared():
     assert (medians.win_rate[3:], medians.compared, medians.policy_mean.value) == ((1, 0, 1), 2, 0.0)
 
 
-def test_where_all_is_won_the_exact_interval_is_shown():
+def test_where_all_is_won_there_is_doubt_still():
     of = Scored(list("abcdef"), [0] * 6, {"s": torch.zeros(6)}, {"s": torch.ones(6)})
     found = judge(of, [], ABOUT, resamples=99)
-    assert found.overall[0].win_rate[:3] == (1, 1, 1)
-    assert found.overall[0].interval == pytest.approx((1, 0.5407419, 1), abs=1e-7)  # R's binom.test(6, 6)
-    assert any("exact one" in line for line in found.notes()) and any("only 6 prompts" in n for n in found.notes())
+    (verdict,) = found.overall
+    assert verdict.interval == verdict.win_rate[:3] == pytest.approx((1, 6 / (6 + 2.570582**2), 1))
+    assert verdict.exact == pytest.approx((1, 0.5407419, 1), abs=1e-7)  # R's binom.test(6, 6)
+    assert any("only 6 prompts" in line for line in found.notes()) and "Wilson" in found.notes()[0]
 
 
 def test_the_summary_has_the_keys_of_training(tmp_path):
@@ -102,6 +103,22 @@ def test_the_table_of_the_terminal():
     assert "30 prompts, 60 images of each" in text and "Holm-corrected for 2 scorers, by category for 4" in text
     assert max(map(len, text.splitlines())) <= 110 and all(note.split(";")[0] in text for note in found.notes())
     assert "rough: people, animals" in text and re.search(r"^distance +0\.000 +\[0\.000, 0\.000\]$", text, re.M)
+
+
+@pytest.mark.parametrize("scorers", [4, 5, 9])
+def test_the_table_of_categories_is_no_wider_than_the_terminal(scorers):
+    base = {f"scorer-number-{k}": torch.randn(40).double() for k in range(scorers)}
+    policy = {name: torch.randn(40).double() for name in base}
+    categories = [("people", "the rest of all there is")[k % 2] for k in range(40)]
+    found = judge(Scored([str(k) for k in range(40)], [*range(40)], base, policy, categories), [], ABOUT, resamples=99)
+    text = str(found)
+    assert max(map(len, text.splitlines())) <= 110
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("category ")]
+    assert len(tables) == (2 if scorers < 6 else 3)
+    assert [name for head, *_ in tables for name in head.split()[2:]] == list(base)
+    for category in found.categories:
+        rows = " ".join(line for table in tables for line in table if line.startswith(category))
+        assert re.findall(r"\d\.\d+ \[.*?\]", rows) == [str(v.interval) for v in found.of(category)]
 
 
 def test_numbers_are_written_alike():

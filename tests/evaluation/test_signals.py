@@ -4,8 +4,10 @@ import colorsys
 
 import pytest
 import torch
+from torch.nn.functional import adaptive_avg_pool2d, conv2d
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_fast.evaluation.signals import coarse_distance, distance, measure, saturation, sharpness
+from dpo_fast.evaluation.signals import coarse_distance, distance, diversity, measure, saturation, sharpness
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -63,6 +65,67 @@ def test_diversity_is_between_images_of_one_prompt():
     assert diversity(images, ["a", "a", "b", "b"]) == [pytest.approx(0.5)]
     assert diversity(images, ["a", "b", "c", "d"]) == []
     assert diversity(images[[0, 1, 1]], ["a", "a", "a"]) == [pytest.approx(2 / 3)]
+
+
+def test_a_file_that_stands_in_several_rows_is_one_image():
+    images, prompts = noise(6, 3, 16, 16), ["a"] * 3 + ["b"] * 3
+    images[4] = images[3]  # alike, and yet two files: variety that was lost
+
+    def found_with(*sources: list[str]) -> list[tuple[float, float]]:
+        policy = images.clone()
+        policy[1] = policy[0]
+        found = measure(images, policy, prompts, sources=sources)
+        return [pytest.approx((s.base, s.policy)) for s in found if s.name == "diversity"]
+
+    a = (distance(images[0], images[1]) + distance(images[0], images[2]) + distance(images[1], images[2])) / 3
+    b = (0 + 2 * distance(images[3], images[5])) / 3
+    again = distance(images[0], images[2])
+    assert found_with(list("012345"), list("012345")) == [((a + b) / 2, (2 * again / 3 + b) / 2)]
+    assert found_with(list("012345"), list("002345")) == [((a + b) / 2, (again + b) / 2)]
+    assert found_with(list("012345"), list("002333")) == [(a, again)]  # of the second prompt one image only
+    assert found_with(list("012345"), list("000333")) == []
+    assert found_with(list("000345"), list("000000")) == []
+
+
+def test_numbers_are_those_of_fp64():
+    """The plain definitions in double precision, of odd sizes and of images that differ by little."""
+    for height, width in ((97, 50), (64, 128), (5, 11)):
+        base = noise(3, height, width)
+        policy = (base.int() + torch.randint(-1, 2, base.shape)).clamp(0, 255).to(torch.uint8)
+        one, other = base.double() / 255, policy.double() / 255
+        assert distance(base, policy) == pytest.approx((one - other).square().mean().sqrt().item(), rel=1e-6)
+        small = [adaptive_avg_pool2d(of, 8) for of in (one, other)]
+        assert coarse_distance(base, policy) == pytest.approx(
+            (small[0] - small[1]).square().mean().sqrt().item(), rel=1e-6
+        )
+        luma = torch.einsum("c,chw->hw", torch.tensor([0.299, 0.587, 0.114]).double(), base.double())
+        kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).double()
+        edges = conv2d(luma[None, None], kernel[None, None])
+        assert sharpness(base) == pytest.approx(edges.var(correction=0).item(), rel=1e-6)
+        highest, lowest = base.amax(0).double(), base.amin(0).double()
+        assert saturation(base) == pytest.approx(((highest - lowest) / highest.clamp(min=1)).mean().item(), rel=1e-6)
+
+
+def test_no_image_is_held_in_double():
+    """Eight bytes a number made one pair of 1024 x 1024 a third of a second."""
+
+    class Largest(TorchDispatchMode):
+        double = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and made.dtype in (torch.float64, torch.int64):
+                self.double = max(self.double, made.numel())
+            return made
+
+    base, policy = noise(3, 128, 128), noise(3, 128, 128)
+    with Largest() as largest:
+        for of in (saturation, sharpness):
+            of(base)
+        for of in (distance, coarse_distance):
+            of(base, policy)
+        diversity([base, policy, base])
+    assert 0 < largest.double <= 3 * 128 * 8
 
 
 def test_what_over_optimisation_does_is_said():

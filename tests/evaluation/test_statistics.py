@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dpo_fast.evaluation import statistics
 from dpo_fast.evaluation.statistics import (
     Bootstrap,
     binomial_interval,
@@ -13,6 +14,7 @@ from dpo_fast.evaluation.statistics import (
     holm,
     median_of_prompt,
     sign_test,
+    students_t,
     win_rate,
 )
 
@@ -26,6 +28,46 @@ def test_ties_count_half():
 def test_a_model_against_itself_is_one_half():
     scores = torch.rand(50)
     assert win_rate(scores, scores, [str(k) for k in range(50)])[:3] == (0.5, 0.5, 0.5)
+
+
+def test_without_a_tie_nothing_is_certain():
+    """However alike prompts are: as many won in each, all won, each won as often as lost."""
+    three = torch.tensor([1.0, 1.0, 1.0, -1.0] * 3)
+    rate = win_rate(torch.zeros(12), three, [str(k // 4) for k in range(12)])
+    assert rate.rate == 0.75 and rate.low < 0.5 and rate.high > 0.9
+    nearly = torch.cat([three[:4]] * 19 + [torch.ones(4)])  # one prompt differs: no narrower than of 80 lone images
+    rate = win_rate(torch.zeros(80), nearly, [str(k // 4) for k in range(80)])
+    assert rate.high - rate.low > 2 * 1.96 * (rate.rate * (1 - rate.rate) / 80) ** 0.5
+    prompts = [str(k // 2) for k in range(80)]
+    even = win_rate(torch.zeros(80), torch.tensor([1.0, -1.0] * 40), prompts)
+    assert even.low == pytest.approx(0.5 - (even.high - 0.5)) and 0.3 < even.low < 0.45
+    won, lost = (win_rate(torch.zeros(80), torch.full((80,), sign), prompts) for sign in (1.0, -1.0))
+    t = 2.0226909  # R's qt(0.975, 39)
+    assert won[:3] == pytest.approx((1, 40 / (40 + t**2), 1)) and lost[:3] == pytest.approx((0, 0, 1 - won.low))
+    one = win_rate(torch.zeros(80), torch.tensor([1.0] + [0.0] * 79), prompts)  # all but one are ties
+    assert one.low < 0.5 < one.rate < one.high
+    assert win_rate(torch.zeros(1), torch.ones(1), ["a"])[:3] == (1, 0, 1)
+
+
+def test_base_and_policy_may_be_exchanged():
+    base, policy = (torch.randint(0, 4, (60,)).double() for _ in range(2))
+    prompts = [f"p{k}" for k in torch.randint(0, 25, (60,)).tolist()]
+    one, other = win_rate(base, policy, prompts), win_rate(policy, base, prompts)
+    assert other[:3] == pytest.approx((1 - one.rate, 1 - one.high, 1 - one.low), abs=1e-12)
+
+
+def test_looks_at_a_row_are_not_ties():
+    """Each pair right at one of two draws: their means are one half as a tie's are, and not for certain."""
+    prompts = [str(k) for k in range(12)]
+    of = Bootstrap(prompts).share(torch.tensor([[1.0, 0.0]] * 12))
+    assert of.value == 0.5 and of.low < 0.4 and of.high > 0.6
+    assert Bootstrap(prompts).share(torch.full((12, 2), 0.5)) == (0.5, 0.5, 0.5)
+
+
+def test_students_t_is_that_of_tables():
+    table = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645, 9: 2.26216, 10: 2.22814, 30: 2.04227, 299: 1.96793}
+    assert {freedom: students_t(freedom) for freedom in table} == pytest.approx(table, rel=2e-6)
+    assert students_t(1_000_000) == pytest.approx(1.959966, abs=2e-6)
 
 
 def test_the_interval_of_independent_prompts_is_the_binomials():
@@ -135,6 +177,57 @@ def test_means_and_medians_are_resampled_as_said():
     for found, statistic in ((bootstrap.mean(values), np.mean), (bootstrap.median(values), np.median)):
         ends = np.quantile([statistic(one) for one in picked], [0.025, 0.975])
         assert found == pytest.approx((statistic(values.numpy()), *ends), abs=1e-12)
+
+
+def test_resamples_are_drawn_a_few_at_a_time(monkeypatch):
+    """As one draw would be, without its 8 bytes a number."""
+    prompts, drawn = [str(k) for k in range(50)], []
+    plain = torch.randint(50, (300, 50), generator=torch.Generator().manual_seed(0))
+    randint = torch.randint
+
+    def watched(high: int, shape: tuple[int, int], **options: torch.Generator) -> torch.Tensor:
+        drawn.append(math.prod(shape))
+        return randint(high, shape, **options)
+
+    monkeypatch.setattr(torch, "randint", watched)
+    monkeypatch.setattr(statistics, "CHUNK", 512)
+    counts = Bootstrap(prompts, resamples=300).counts
+    assert max(drawn) <= 512 and sum(drawn) == 300 * 50 and counts.element_size() == 1
+    assert torch.equal(counts.long(), torch.stack([row.bincount(minlength=50) for row in plain]))
+
+
+@pytest.mark.parametrize("prompts", [10, 20, 40, 51, 80])
+def test_rates_of_one_image_a_prompt_are_held_in_93_of_100_at_least(prompts):
+    """Summed over all outcomes, not simulated; one prompt fewer or more at the end of an interval shifts it by much."""
+    names = [str(k) for k in range(prompts)]
+    bootstrap = Bootstrap(names, resamples=2000)
+    won = (torch.arange(prompts) < torch.arange(prompts + 1)[:, None]).double() * 2 - 1
+    intervals = [win_rate(torch.zeros(prompts), of, names, bootstrap) for of in won]
+    for rate in (0.5, 0.7, 0.8, 0.9, 0.95):
+        chance = [math.comb(prompts, k) * rate**k * (1 - rate) ** (prompts - k) for k in range(prompts + 1)]
+        held = sum(c for c, of in zip(chance, intervals, strict=True) if of.low <= rate <= of.high)
+        assert 0.93 <= held <= (0.998 if prompts < 40 else 0.977), (prompts, rate, held)
+
+
+@pytest.mark.parametrize("prompts", [10, 40])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("rate", [0.5, 0.8, 0.95])
+def test_rates_of_images_alike_within_a_prompt_are_held(prompts, ties, rate):
+    """1000 data sets of 3 images a prompt; half of what is not won is tied, at most 0.3."""
+    sets, images = 1000, 3
+    generator = torch.Generator().manual_seed(prompts)
+    tied = min(0.3, 1 - rate) if ties else 0.0
+    loss = 1 - rate - tied / 2
+    latent = torch.randn(sets, prompts, 1, generator=generator) + torch.randn(
+        sets, prompts, images, generator=generator
+    )
+    lost, less = (2**0.5 * torch.special.ndtri(torch.tensor(edge)) for edge in (loss, loss + tied))
+    outcomes = ((latent > less).double() - (latent < lost).double()).flatten(1)
+    names = [str(prompt) for prompt in range(prompts) for _ in range(images)]
+    bootstrap, base = Bootstrap(names, resamples=500), torch.zeros(prompts * images)
+    intervals = [win_rate(base, of, names, bootstrap) for of in outcomes]
+    held = sum(of.low <= rate <= of.high for of in intervals) / sets
+    assert 0.93 <= held <= (0.998 if prompts < 40 else 0.97), held
 
 
 def test_intervals_hold_the_truth_in_95_of_100():
