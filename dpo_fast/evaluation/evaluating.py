@@ -139,7 +139,8 @@ def compare(
         {name: of[number:] for name, of in scores.items()},
         pairs.categories,
     )
-    signals = measure(pairs.base, pairs.policy, pairs.prompts, show=True)
+    sources = pairs.base.paths, pairs.policy.paths
+    signals = measure(pairs.base, pairs.policy, pairs.prompts, sources=sources, show=True)
     settings, remarks = _settings(comparison, pairs, ranks.device)
     about = About(
         comparison.base.name,
