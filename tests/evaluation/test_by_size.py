@@ -22,9 +22,9 @@ def test_every_image_once_in_its_order_and_full_batches():
     assert found == list(batches_by_size(items, lambda item: item[1], batch))
 
 
-def test_of_many_sizes_few_wait():
-    batch, read, most = random.randint(1, 9), 0, 0
-    sizes = [*range(1, 300), 1000, 1000, *range(300, 600)]  # one size is there twice
+def test_of_many_sizes_few_wait_and_a_frequent_one_still_fills_batches():
+    batch, read, done, most = random.randint(1, 9), 0, 0, 0
+    sizes = [1000 if k % 2 else k + 1 for k in range(20 * batch)]  # every second of a size of its own
 
     def reading():
         nonlocal read
@@ -32,11 +32,11 @@ def test_of_many_sizes_few_wait():
             read += 1
             yield item
 
-    done, lengths = 0, []
+    frequent = []
     for part in batches_by_size(reading(), lambda item: item[1], batch):
         most = max(most, read - done)
         done += len(part)
-        lengths.append(len(part))
-    assert done == len(sizes) == read and most == WAITING * batch + 1
-    if batch > 2:
-        assert sorted(lengths)[-2:] == [1, 2]  # the fullest goes, not the first
+        if part[0][1][1] == 1000:
+            frequent.append(len(part))
+    assert done == len(sizes) == read and frequent == [batch] * 10
+    assert most <= WAITING * batch + 1 < len(sizes)
