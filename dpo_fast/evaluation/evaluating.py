@@ -99,12 +99,13 @@ def prepare(comparison: Comparison, out: Path, ranks: Ranks) -> tuple[Comparison
 
     def work() -> None:
         texts = [prompt.text for prompt in comparison.wanted.prompts]
+        whole = not comparison.wanted.models or is_complete(out / "images")
         for name in comparison.scorers:
-            if not (out / "scores" / name).is_dir():
+            if not (whole and (out / "scores" / name).is_dir()):
                 load_scorer(name, **comparison.scoring).check(texts)
         pairs, wanted = _pairs(comparison, out), comparison.wanted
         for side, files in ((comparison.base, pairs.base), (comparison.policy, pairs.policy)):
-            if side.folder is not None and not is_complete(out / "images"):
+            if side.folder is not None and not whole:
                 files.check(f"opening, {side.name}")
         kept = set(pairs.prompts)
         wanted = replace(wanted, prompts=[prompt for prompt in wanted.prompts if prompt.text in kept])
