@@ -80,7 +80,12 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+EXHAUSTIVE = ("held out", "ties", "real time ids")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.exhaustive) if n in EXHAUSTIVE else n for n in VARIANTS]
+)
 def test_trained_from_the_cache_or_without_it_the_weights_are_the_same(sdxl_path, tmp_path, name):
     flags, columns = VARIANTS[name]
     data = write_table(tmp_path / "pairs.parquet", columns())

@@ -57,7 +57,8 @@ VARIANTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lora", pytest.param("full", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["lora", "full"])
 def test_a_run_with_everything_resumes_bit_for_bit(sdxl_path, pairs, tmp_path, name):
     """Validation's last batch is short, and samples have other shapes: both must leave the programs alone."""
     more = ["--compile", "regional", "--learning_rate", 1e-3, "--checkpointing_steps", 2, *VARIANTS[name]]

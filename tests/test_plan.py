@@ -67,7 +67,8 @@ def test_the_costs_of_the_real_architectures(name):
     assert F.scaled_dot_product_attention is before
 
 
-@pytest.mark.parametrize("tuning", ["lora", pytest.param("full", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_what_gradient_checkpointing_keeps(tuning):
     """Selective drops what is cheap to compute again and repeats no product but a LoRA's; full keeps block inputs."""
     unet = {**SD15, "block_out_channels": (64, 128, 256, 256), "attention_head_dim": 4}

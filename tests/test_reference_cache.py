@@ -197,6 +197,7 @@ def test_the_door_computes_ahead_what_a_run_then_finds(sdxl_path, pairs, tmp_pat
     assert cache_door.main(["verify", "--latent_cache_dir", str(where[1])]) == 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.faults
 def test_a_run_waits_for_another_that_scores(sdxl_path, pairs, tmp_path, where, caplog):
     """It then computes what the other has not."""
