@@ -210,9 +210,7 @@ def _open_pairs(config: EvaluateConfig, ranks: "Ranks") -> "tuple[Source, PairIn
     """The held-out pairs, on every rank."""
     from dpo_fast.data import build_index, open_source
 
-    found: list[tuple[Source, PairIndex]] = []
-
-    def work() -> None:
+    def work() -> "tuple[Source, PairIndex]":
         source = open_source(
             config.dataset_name,
             config_name=config.dataset_config_name,
@@ -225,11 +223,10 @@ def _open_pairs(config: EvaluateConfig, ranks: "Ranks") -> "tuple[Source, PairIn
             max_rows=config.max_pairs,
         )
         sets = build_index(source, seed=0, max_bad_fraction=_bad_fraction(config), progress=ranks.is_main)
-        found.append((source, sets.train))
         say(f"{source.description}: {len(sets.train)} pairs, {sets.ties_dropped} ties left out, {sets.bad_rows} bad")
+        return source, sets.train
 
-    ranks.on_all(work)
-    return found[0]
+    return ranks.on_all(work)
 
 
 def _implicit(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from accelerate.utils import ProjectConfiguration
 from PIL import Image
 
 from dpo_fast.errors import BadInput, missing_extra
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(days=1)  # others wait while the main rank samples, saves and uploads
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
@@ -91,11 +94,12 @@ class Ranks:
         if problem is not None:
             raise problem
 
-    def on_all(self, work: Callable[[], None]) -> None:
-        """Do `work` on every rank; where it fails on one, all raise: that one its error, the others BadInput of it."""
-        problem = None
+    def on_all(self, work: Callable[[], T]) -> T:
+        """What `work` gives on each rank; where it fails on one, all raise: that one its error, the others BadInput of
+        it."""
+        problem = value = None
         try:
-            work()
+            value = work()
         except Exception as error:  # whatever it is, the others must not wait for ever
             problem = error
         found = [other for other in self.gather(problem and str(problem)) if other]
@@ -103,6 +107,7 @@ class Ranks:
             raise problem
         if found:
             raise BadInput(found[0])
+        return value
 
     def start_trackers(self, folder: Path, project: str, config: dict[str, object]) -> None:
         """Start accelerate's trackers, writing into `folder`. Values that are no scalars are logged as text."""

@@ -12,9 +12,8 @@ import hashlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from dpo_fast.door import guarded, refuse, say, show_log
 from dpo_fast.errors import BadInput
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from dpo_fast.data import Source
     from dpo_fast.evaluation.scorers import Scorer
     from dpo_fast.parallel import Ranks
-
-T = TypeVar("T")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,12 +48,12 @@ def _run(config: RelabelConfig) -> int:
     ranks = parallel.start("none")
     try:
         ranks.on_main(lambda: _check_places(config))
-        source = _on_all(ranks, lambda: _open(config))
+        source = ranks.on_all(lambda: _open(config))
         if _is_there(config, ranks, source):
             return 0
         scoring = {"where": config.scorer_models, "cache_dir": config.cache_dir, "token": config.hub_token}
-        loaded = _on_all(
-            ranks, lambda: {name: scorers.load_scorer(name, ranks.device, **scoring) for name in config.weights}
+        loaded = ranks.on_all(
+            lambda: {name: scorers.load_scorer(name, ranks.device, **scoring) for name in config.weights}
         )
         _relabel(config, ranks, source, loaded)
     except torch.OutOfMemoryError as error:
@@ -67,13 +64,6 @@ def _run(config: RelabelConfig) -> int:
     finally:
         ranks.close()
     return 0
-
-
-def _on_all(ranks: "Ranks", work: Callable[[], T]) -> T:
-    """What `work` gives on this rank; where it fails on one, all end with that error."""
-    found: list[T] = []
-    ranks.on_all(lambda: found.append(work()))
-    return found[0]
 
 
 def _open(config: RelabelConfig) -> "Source":
@@ -173,8 +163,7 @@ def _relabel(config: RelabelConfig, ranks: "Ranks", source: "Source", scorers: d
 
     started = time.perf_counter()
     bad_report = config.scores / REPORT
-    sets = _on_all(
-        ranks,
+    sets = ranks.on_all(
         lambda: build_index(
             source,
             seed=0,

@@ -19,7 +19,7 @@ from PIL import Image
 
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.findings import About, Findings, judge
-from dpo_fast.evaluation.generating import Wanted, differences, generate_images, is_complete
+from dpo_fast.evaluation.generating import Wanted, check_free, differences, generate_images, is_complete
 from dpo_fast.evaluation.image_scores import score_images
 from dpo_fast.evaluation.naming import PromptImage, image_files, images_of
 from dpo_fast.evaluation.page import page
@@ -73,12 +73,9 @@ def is_images(path: str) -> bool:
 
 def claim(out: Path, settings: Mapping[str, object]) -> None:
     """Make `out` the folder of this evaluation, or go on with it. Raises BadInput where it is something else's."""
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"--output_dir {out} is a file; name a folder")
     record = out / RECORD
     if not record.is_file():
-        if out.is_dir() and any(not entry.name.startswith(".tmp-") for entry in out.iterdir()):
-            raise BadInput(f"--output_dir {out} is not empty and holds no {RECORD}; name another folder")
+        check_free(out, RECORD)
         write_json(record, settings)
     try:
         before = json.loads(record.read_text(encoding="utf-8"))

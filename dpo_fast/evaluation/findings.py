@@ -22,7 +22,7 @@ from dpo_fast.evaluation.statistics import (
     win_rate,
 )
 
-FEW = 20  # prompts: below, intervals of means are too narrow, and those of shares wider than they need be
+FEW = 20  # prompts: below, intervals are rough
 WIDTH = 110  # columns of the terminal that notes are broken to
 
 

@@ -288,10 +288,7 @@ def _claim(wanted: Wanted, rows: Sequence[ImageRow], out: Path, device: torch.de
     """Make `out` ours, or go on with it. Raises BadInput where it holds anything else."""
     settings, listing = _settings(wanted, device), _listing(out)
     if listing is None:
-        if out.exists() and not out.is_dir():
-            raise BadInput(f"--output_dir {out} is a file; name a folder")
-        if out.is_dir() and any(not entry.name.startswith(".tmp-") for entry in out.iterdir()):
-            raise BadInput(f"--output_dir {out} is not empty and holds no {LISTING}; name another folder")
+        check_free(out, LISTING)
         _write(out, {"settings": settings, "weights": {}, "stamps": {}, "complete": False}, rows)
     elif listing["settings"] != settings:
         found = "; ".join(differences(listing["settings"], settings))
@@ -300,6 +297,14 @@ def _claim(wanted: Wanted, rows: Sequence[ImageRow], out: Path, device: torch.de
         )
     for folder in (out, *(out / name for name in wanted.models)):
         remove_temporaries(folder)
+
+
+def check_free(out: Path, record: str) -> None:
+    """Raise BadInput where `out`, which lacks the file `record`, holds anything else."""
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"--output_dir {out} is a file; name a folder")
+    if out.is_dir() and any(not entry.name.startswith(".tmp-") for entry in out.iterdir()):
+        raise BadInput(f"--output_dir {out} is not empty and holds no {record}; name another folder")
 
 
 def _unchanged(wanted: Wanted, out: Path) -> set[str]:

@@ -21,13 +21,12 @@ from dpo_fast.caching import ahead
 from dpo_fast.data.images import image_key
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.by_size import batches_by_size
-from dpo_fast.evaluation.pairing import Files
+from dpo_fast.evaluation.pairing import THREADS, Files
 from dpo_fast.evaluation.scorers import Scorer
 from dpo_fast.files import remove_temporaries, write_text
 from dpo_fast.parallel import Ranks
 
 KEPT_AFTER = 256  # images: what a killed process loses at most, on every rank
-THREADS = 4  # that read and decode
 
 
 def score_images(
@@ -47,8 +46,7 @@ def score_images(
     Raises BadInput, on every rank, for an image that does not open and for a score that is not finite.
     """
     assert len(images) == len(prompts)
-    keys: list[str] = []
-    ranks.on_all(lambda: keys.extend(_keys(images, prompts)))
+    keys = ranks.on_all(lambda: _keys(images, prompts))
     ranks.on_main(lambda: [remove_temporaries(folder / name) for name in scorers])
     found = {}
     for name, (describe, load) in scorers.items():
