@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import secrets
-import shutil
 import subprocess
 import sys
 import time
@@ -21,9 +20,6 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-import yaml
-
-from dpo_fast.checkpoint import all_of, step_of
 from dpo_fast.config import TrainConfig, parse
 from dpo_fast.door import guarded, say
 from dpo_fast.errors import BadInput
@@ -150,12 +146,8 @@ def _begin(folder: Path, flags: list[str], seeded: bool) -> list[str]:
 def _result(folder: Path, values: Values, flags: list[str], which: str) -> dict[str, object]:
     """What came of a run, which is trained where it is not finished."""
     home = folder / _name(values)
-    command = [*flags, *_as_flags(values), "--output_dir", str(home)]
+    command = [*flags, *_as_flags(values), "--output_dir", str(home), "--resume_from_checkpoint", "auto"]
     if not _finished(home, parse(command)[0]):
-        if _resumable(home):
-            command += ["--resume_from_checkpoint", "latest"]
-        elif home.exists():
-            shutil.rmtree(home)
         say(f"{which}: {_name(values)}")
         status = subprocess.run([sys.executable, "-m", "dpo_fast.train", *command]).returncode
         if status == 130:
@@ -173,13 +165,6 @@ def _finished(home: Path, config: TrainConfig) -> bool:
         return False
     summary = json.loads((home / "summary.json").read_text(encoding="utf-8"))
     return "win_rate" in summary or not config.eval_scorers
-
-
-def _resumable(home: Path) -> bool:
-    """Whether an interrupted run left steps to go on from; one that was killed after its last step starts again."""
-    if (home / "summary.json").exists() or not (saved := all_of(home)):
-        return False
-    return step_of(saved[-1]) < yaml.safe_load((home / "config.yaml").read_text(encoding="utf-8"))["max_train_steps"]
 
 
 def table(rows: Sequence[dict], swept: Sequence[str]) -> str:
