@@ -9,26 +9,27 @@ import os
 import sys
 from collections.abc import Callable
 
-from dpo_fast.errors import DISK_ERRORS, BadInput
+from dpo_fast.errors import BadInput, disk_error, remedy
 
 
 def guarded(work: Callable[[], int], *, kept: str, go_on: str) -> int:
     """The exit status of `work`, or of what it raised, said in one line.
 
-    kept: what an interruption leaves. go_on: what to do about a disk that is full or cannot be written.
+    kept: what an interruption leaves. go_on: what to do once the disk can be written again.
     """
     try:
         return work()
     except BadInput as error:
         return refuse(str(error))
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        return refuse(f"{error.strerror}{where}: nothing half-written is left; {go_on}")
     except KeyboardInterrupt:
         say(f"interrupted at once; {kept}")
         return 130
+    except Exception as error:
+        if (found := disk_error(error)) is None:
+            raise
+        where = f" ({' -> '.join(str(name) for name in (found.filename, found.filename2) if name)})"
+        reason = found.strerror + where * bool(found.filename)
+        return refuse(f"{reason}: nothing half-written is left; {remedy(found)}, then {go_on}")
 
 
 def refuse(message: str, any_rank: bool = False) -> int:

@@ -25,15 +25,20 @@ def a_run(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "only a report"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "only a report", "what a kill leaves"])
 def test_a_folder_without_a_run_is_free(tmp_path, kind):
     folder = tmp_path / "runs" / "new"
     if kind != "missing":
         folder.mkdir(parents=True)
-    if kind == "only a report":
+    if kind in ("only a report", "what a kill leaves"):
         (folder / run_folder.REPORT).touch()
+    if kind == "what a kill leaves":
+        for name in (".tmp-abcdefgh-config.yaml", ".lock", ".lock.lease", ".lock.lease.break.1.abc", ".nfs0001"):
+            (folder / name).touch()
+        (folder / ".tmp-abcdefgh-checkpoint-1").mkdir()
+        (folder / ".tmp-abcdefgh-checkpoint-1" / "state.json").touch()
     run_folder.claim(folder, overwrite=False, resuming=False)
-    assert entries(folder) <= {run_folder.REPORT}
+    assert {name for name in entries(folder) if not name.startswith((".lock", ".nfs"))} <= {run_folder.REPORT}
 
 
 def test_a_folder_with_a_run_is_not(tmp_path):
@@ -63,12 +68,15 @@ def test_beginning_keeps_or_clears_the_earlier_run(tmp_path):
     outside.mkdir()
     (outside / "kept").touch()
     (folder / "link").symlink_to(outside)
-    (folder / ".tmp-x").mkdir()
+    (folder / ".lock").touch()
     run_folder.begin(folder, overwrite=False, config_yaml="seed: 2\n")
-    assert entries(folder) == {"config.yaml", "checkpoint-1", "checkpoint-1/state.json", run_folder.REPORT, "link"}
+    assert entries(folder) == {
+        *("config.yaml", "checkpoint-1", "checkpoint-1/state.json"),
+        *(run_folder.REPORT, "link", ".lock"),
+    }
     assert (folder / "config.yaml").read_text() == "seed: 2\n"
     run_folder.begin(folder, overwrite=True, config_yaml="seed: 3\n")
-    assert entries(folder) == {"config.yaml", run_folder.REPORT}
+    assert entries(folder) == {"config.yaml", run_folder.REPORT, ".lock"}
     assert (folder / "config.yaml").read_text() == "seed: 3\n"
     assert entries(outside) == {"kept"}
 
@@ -103,8 +111,9 @@ def test_a_result_is_moved_in_with_its_index_last(tmp_path, monkeypatch):
     replace = run_folder.os.replace
 
     def watched(source, target):
-        assert not (folder / "model_index.json").exists()
-        moved.append(target.name)
+        if target.name != run_folder.PUBLISHING:
+            assert not (folder / "model_index.json").exists()
+            moved.append(target.name)
         replace(source, target)
 
     monkeypatch.setattr(run_folder.os, "replace", watched)

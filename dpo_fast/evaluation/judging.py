@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dpo_fast import locks
 from dpo_fast.caching import ahead
 from dpo_fast.data import BadImage, BadRow, PairIndex, Source
-from dpo_fast.data.cache.store import locked
 from dpo_fast.data.images import decode, image_key
 from dpo_fast.data.pairs import too_many_bad
 from dpo_fast.errors import BadInput
@@ -92,7 +92,8 @@ def score_pairs(
     with ExitStack() as held:
 
         def begin() -> None:
-            held.enter_context(locked(folder, waiting, "--scores_dir"))
+            otherwise = "wait until it is done, or name another --scores_dir"
+            held.enter_context(locks.hold(folder, otherwise=otherwise, waiting=waiting))
             _claim(folder, source)
 
         ranks.on_main(begin)
@@ -126,9 +127,7 @@ def _claim(folder: Path, source: Source) -> None:
             f"{folder} holds scores of other pairs, or of these before they changed ({before}; now {this}): delete it,"
             " or name another --scores_dir"
         )
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            remove_temporaries(entry)
+    remove_temporaries(folder, deep=True)
 
 
 class _Work:

@@ -25,7 +25,7 @@ from dpo_fast.data.cache.signed import digest, signed, unsigned
 from dpo_fast.data.columns import Columns
 from dpo_fast.data.images import KEY_BYTES, BadImage, decode, image_key
 from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
-from dpo_fast.errors import BadInput
+from dpo_fast.errors import BadInput, disk_error
 from dpo_fast.files import atomic_file, remove_temporaries, write_text
 
 _SCHEMA = pa.schema(
@@ -66,6 +66,8 @@ class Manifest:
             for file in [*whole, *parts]:  # of a row the latest counts
                 self._read(file)
         except (OSError, ValueError, pa.ArrowException) as error:
+            if disk_error(error) is not None:
+                raise  # no reason to delete it
             raise BadInput(f"{folder} cannot be read ({error}): delete the folder, it is made again") from error
         self._parts = len(parts)
 
