@@ -200,6 +200,13 @@ def regular_file(path: Path, flag: str = "") -> Path:
     return path
 
 
+def regular_files(path: Path) -> None:
+    """Raise BadInput where `path`, or an entry of the folder `path` or of one in it, is neither file nor folder."""
+    for entry in (path, *path.glob("*"), *path.glob("*/*")) if path.is_dir() else (path,):
+        if not entry.is_dir():
+            regular_file(entry)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     with atomic_file(path) as temporary:

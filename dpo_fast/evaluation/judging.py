@@ -33,7 +33,7 @@ from dpo_fast.data.pairs import too_many_bad
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.by_size import batches_by_size
 from dpo_fast.evaluation.scorers import Scorer
-from dpo_fast.files import remove_temporaries, write_json, write_text
+from dpo_fast.files import regular_file, remove_temporaries, write_json, write_text
 from dpo_fast.parallel import Ranks
 
 PART_ROWS = 256  # of the source; what a killed process loses at most, on every rank
@@ -265,7 +265,7 @@ class _Work:
     def _read(self, name: str, first: int) -> _Part:
         """A part as it was written, by this very scorer; an empty one where it is not there, or damaged."""
         try:
-            content = json.loads(self._path(name, first).read_text(encoding="utf-8"))
+            content = json.loads(regular_file(self._path(name, first)).read_text(encoding="utf-8"))
             if content["about"] != self.facts[name]:
                 return _Part({}, {}, {})
             bad = {row: BadRow(row, column, reason) for row, column, reason in content["bad"]}

@@ -28,7 +28,7 @@ from dpo_fast.data.cache.recipe import Recipe
 from dpo_fast.data.cache.signed import signed, unsigned
 from dpo_fast.data.images import KEY_BYTES
 from dpo_fast.errors import DISK_ERRORS, FORBIDDEN, BadInput, remedy
-from dpo_fast.files import flush, remove_temporaries, write_json, write_text
+from dpo_fast.files import flush, regular_file, remove_temporaries, write_json, write_text
 
 SHARD_BYTES = 256 << 20  # a full shard's records, about
 _SHARD = re.compile(r"shard-(\d+)-(\d+)\.(json|bin|part|log)$")
@@ -314,7 +314,7 @@ def read_shard(path: Path, recipe: Recipe) -> Shard:
     """
     bin_path = path.with_suffix(".bin")
     try:
-        body = json.loads(unsigned(path.read_text(encoding="utf-8")))
+        body = json.loads(unsigned(regular_file(path).read_text(encoding="utf-8")))
         keys = np.frombuffer(bytes.fromhex("".join(body["keys"])), np.uint8).reshape(-1, KEY_BYTES)
         checksums = np.array([int(checksum, 16) for checksum in body["checksums"]], np.uint64)
         shared: dict[tuple, list] = {}  # sizes recur: one list of each, or millions of records take much memory
@@ -373,7 +373,7 @@ def _check_recipe(folder: Path, recipe: Recipe) -> None:
     if not path.exists():
         return
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = json.loads(regular_file(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise BadInput(f"{path} cannot be read ({error}): delete this file, it is made again") from error
     if there != recipe.as_json():
