@@ -1,5 +1,7 @@
-"""Every command and the places that it writes and reads: one writer a folder, and no wait for what is no file."""
+"""Every command and the places that it writes and reads: one writer a folder, errors of the disk in one line, and no
+wait for what is no file."""
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -9,16 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_fast import checkpoint, evaluate, generate, relabel, run_folder, sweep, train
+from dpo_fast import cache, checkpoint, evaluate, generate, relabel, run_folder, sweep, train
 from dpo_fast.config import parse
 from dpo_fast.data import open_source
 from dpo_fast.errors import BadInput
+from dpo_fast.evaluation import scorers
 from dpo_fast.evaluation.prompts import read_lines, read_prompts
 from dpo_fast.locks import hold_file
 from dpo_fast.metrics import MetricsFile
 from dpo_fast.models import load_family
 from dpo_fast.models.lora import merge_lora
 from dpo_fast.trainer import Trainer
+from tests.helpers import fake_scorers
+from tests.helpers.disks import failing
 from tests.helpers.runs import flags_for
 
 
@@ -97,6 +102,55 @@ def test_the_other_commands_are_refused_where_another_process_writes(sdxl_path, 
     with hold_file(output, otherwise="x"):
         line = assert_refused(relabel.main, ["--dataset_name", pairs, "--scorer", "clip", "--output", output], capfd)
         assert f"{output} is being written by process " in line and "another --output" in line
+
+
+FAULTS = [
+    # command, call, end of the path, errno
+    ("train", "open", ".lock", errno.EROFS),
+    ("train", "os.mkdir", "/out", errno.EPERM),
+    ("train", "os.listdir", "/out", errno.ESTALE),
+    ("train", "open", "-config.yaml", errno.EMFILE),
+    ("train", "fsync", "-config.yaml", errno.EIO),
+    ("train", "open", "metrics.jsonl", errno.EISDIR),
+    ("train", "fsync", "weights.safetensors", errno.ESTALE),
+    ("train", "os.rename", "/checkpoint-4", errno.EBUSY),
+    ("train", "os.rename", "/pytorch_lora_weights.safetensors", errno.ETXTBSY),
+    ("train", "os.rename", "/summary.json", errno.EDQUOT),
+    ("train", "os.rename", "/README.md", errno.ENAMETOOLONG),
+    ("cache", "open", ".part", errno.EMFILE),
+    ("cache", "fsync", ".part", errno.EIO),
+    ("cache", "os.rename", ".bin", errno.EBUSY),
+    ("cache", "os.rename", "/manifest.json", errno.ESTALE),
+    ("generate", "os.mkdir", "/MODEL", errno.EPERM),
+    ("generate", "os.rename", ".png", errno.ESTALE),
+    ("generate", "fsync", "-images.json", errno.EIO),
+    ("sweep", "os.rename", "/sweep.json", errno.EIO),
+    ("relabel", "os.rename", "/l.parquet", errno.ENOSPC),
+    ("relabel", "fsync", "-pairs.json", errno.EIO),
+]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("command, call, end, number", FAULTS)
+def test_an_error_of_the_disk_is_one_line_with_the_path(
+    sd15_path, pairs, tmp_path, capfd, monkeypatch, command, call, end, number
+):
+    monkeypatch.setattr(scorers, "MODULE_OF", {"red": "fake"})
+    monkeypatch.setattr(scorers, "load_scorer", lambda name, device, **_: fake_scorers.load(name, tmp_path / "log"))
+    monkeypatch.setattr(scorers, "facts", lambda name, device, **_: {"scorer": name})
+    out, run = tmp_path / "out", flags_for(sd15_path, pairs, tmp_path / "out", "--latent_cache_dir", tmp_path / "cache")
+    images = ["--policy", sd15_path, "--baseline", "none", "--prompts", "a red hat", "--output_dir", out]
+    main, flags = {
+        "train": (train.main, run),
+        "cache": (cache.main, ["build", *run]),
+        "generate": (generate.main, [*images, "--sampling_steps", 2, "--resolution", 64]),
+        "sweep": (sweep.main, [*run, "--beta_dpo", "1,2"]),
+        "relabel": (relabel.main, ["--dataset_name", pairs, "--scorer", "red", "--output", tmp_path / "l.parquet"]),
+    }[command]
+    with failing(call, end.replace("MODEL", sd15_path.name), number):
+        line = assert_refused(main, flags, capfd)
+    assert os.strerror(number) in line and str(tmp_path) in line
+    assert not list(tmp_path.rglob(".tmp-*"))
 
 
 @contextmanager
