@@ -12,6 +12,7 @@ ROOT = Path(dpo_fast.__file__).parent
 LEVELS = [
     ["errors", "quiet"],
     ["files", "door", "heartbeat"],
+    ["locks"],
     ["kernels"],
     ["draws", "schedule", "objectives", "config"],
     ["models", "data", "shapes"],

@@ -311,11 +311,11 @@ def test_a_second_process_waits_and_finds_the_scores_there(tmp_path, log, capfd)
     with ThreadPoolExecutor(1) as pool, locked(tmp_path / "scores"):
         second = pool.submit(relabel.main, flags(pairs, tmp_path / "two.parquet", *scores))
         said = ""
-        while "is being built by process" not in said:
+        while "is being written by process" not in said:
             time.sleep(0.01)
             said += capfd.readouterr().err
             assert not second.done(), said
-        assert "another --scores_dir" in said
+        assert "waiting until it is done" in said
     assert second.result() == 0 and log.read_text() == ""
 
 

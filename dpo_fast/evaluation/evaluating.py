@@ -72,7 +72,10 @@ def is_images(path: str) -> bool:
 
 
 def claim(out: Path, settings: Mapping[str, object]) -> None:
-    """Make `out` the folder of this evaluation, or go on with it. Raises BadInput where it is something else's."""
+    """Make `out`, which is held, the folder of this evaluation, or go on with it.
+
+    Raises BadInput where it is something else's.
+    """
     record = out / RECORD
     if not record.is_file():
         check_free(out, RECORD)

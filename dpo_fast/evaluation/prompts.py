@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo_fast.errors import BadInput
+from dpo_fast.files import regular_file
 
 HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
 
@@ -72,7 +73,7 @@ def read_prompts(
 def read_lines(path: Path, flag: str) -> list[str]:
     """A text file's lines, blank ones left out. Raises BadInput, naming the flag, where there are none."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in regular_file(path, flag).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{flag} {path} cannot be read ({error}); name a text file, one prompt a line") from error
     prompts = [line for line in lines if line]
@@ -122,7 +123,7 @@ def _partiprompts(copy: Path | None, where: Where) -> list[Prompt]:
 def _parti_table(path: Path, source: str, given: str | None = None) -> list[Prompt]:
     """The columns Prompt, Category and, where there is one, Challenge. A quotation mark is a letter like any other."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with regular_file(path, "--prompts").open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BadInput(f"--prompts {given or path} cannot be read ({error}); name a tab-separated table") from error

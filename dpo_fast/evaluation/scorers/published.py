@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.scorers import Loading, Scorer
+from dpo_fast.files import regular_files
 from dpo_fast.models.faults import bad_input
 
 ADVICE = "take the published files, or check the connection and the token"
@@ -24,6 +25,7 @@ def repository(name: str, loading: Loading) -> tuple[str, dict[str, str | None]]
     folder = loading.where / name
     if not folder.is_dir():
         raise BadInput(f"{folder} is no folder: hf download {name} --local-dir {folder}")
+    regular_files(folder)
     return str(folder), {}
 
 
