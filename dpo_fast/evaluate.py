@@ -12,6 +12,7 @@ import hashlib
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -239,6 +240,8 @@ def _implicit(
 ) -> "ImplicitAccuracy | None":
     """The implicit-reward accuracy, on the main rank."""
     from dpo_fast.evaluation.implicit import accuracy, implicit_rewards
+    from dpo_fast.evaluation.models import revisions
+    from dpo_fast.hub_revisions import revision_of
 
     as_trained = {}
     if run is not None:
@@ -256,7 +259,13 @@ def _implicit(
         max_bad_fraction=_bad_fraction(config),
         **as_trained,
     )
-    return None if rewards is None else accuracy(rewards)
+    if rewards is None:
+        return None
+    pairs = {config.dataset_name: revision_of(config.dataset_name, kind="dataset")}
+    return replace(
+        accuracy(rewards),
+        files={"reference": revisions(reference), "policy": revisions(policy), "pairs": pairs},
+    )
 
 
 def _bad_fraction(config: EvaluateConfig) -> float:

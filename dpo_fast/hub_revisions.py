@@ -29,10 +29,11 @@ def revision_of(
     name: a local file or folder, or a repository of the hub, OWNER/NAME. revision: branch, tag or commit; None: main.
     cache_dir: of the hub's downloads; None: the hub's default.
 
-    Of the hub: the commit that its cache resolved the revision to last, or "not fetched". Of a folder: the commit where
-    `hf download --local-dir` noted one, or where it is a snapshot in a cache; else "files " and a digest of its files'
-    names, sizes and first and last MiB, the same on every machine; of a pipeline's folder only the parts that its
-    model_index.json names.
+    Of the hub: the commit that its cache resolved the revision to last, else the only one that it has, or "not
+    fetched"; `datasets` keeps its downloads in the hub's default cache, whatever its own cache_dir is. Of a folder: the
+    commit where `hf download --local-dir` noted one, or where it is a snapshot in a cache; else "files " and a digest
+    of its files' names, sizes and first and last MiB, the same on every machine; of a pipeline's folder only the parts
+    that its model_index.json names.
     """
     path = Path(name).expanduser()
     if _exists(path):
@@ -42,8 +43,10 @@ def revision_of(
     try:
         return (folder / "refs" / wanted).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
-        is_there = _COMMIT.fullmatch(wanted) and _exists(folder / "snapshots" / wanted)
-        return wanted if is_there else NOT_FETCHED
+        commits = [path.name for path in folder.glob("snapshots/*")] if _exists(folder) else []
+        if wanted in commits or (revision is None and len(commits) == 1):
+            return wanted if revision else commits[0]
+        return NOT_FETCHED
 
 
 def _digest(path: Path) -> str:

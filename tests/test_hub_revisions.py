@@ -35,6 +35,10 @@ def test_of_the_hub_it_is_the_commit_that_was_loaded(cache, monkeypatch):
     assert revision_of("owner/name", cache_dir=str(cache), kind="dataset") == OLD
     for name, revision in (("owner/other", None), ("owner/name", "v2"), ("owner/name", "b" * 40), ("x" * 5000, None)):
         assert revision_of(name, revision=revision, cache_dir=str(cache)) == "not fetched"
+    (cache / "datasets--owner--name" / "refs" / "main").unlink()  # `datasets` asks for files by the commit alone
+    assert revision_of("owner/name", cache_dir=str(cache), kind="dataset") == OLD
+    (cache / "datasets--owner--name" / "snapshots" / NEW).mkdir()
+    assert revision_of("owner/name", cache_dir=str(cache), kind="dataset") == "not fetched"  # either of two
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     assert revision_of("owner/name") == NEW
 
