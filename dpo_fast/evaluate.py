@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -242,6 +243,8 @@ def _implicit(
 ) -> "ImplicitAccuracy | None":
     """The implicit-reward accuracy, on the main rank."""
     from dpo_fast.evaluation.implicit import accuracy, implicit_rewards
+    from dpo_fast.evaluation.models import revisions
+    from dpo_fast.hub_revisions import revision_of
 
     as_trained = {}
     if run is not None:
@@ -259,7 +262,13 @@ def _implicit(
         max_bad_fraction=_bad_fraction(config),
         **as_trained,
     )
-    return None if rewards is None else accuracy(rewards)
+    if rewards is None:
+        return None
+    pairs = {config.dataset_name: revision_of(config.dataset_name, kind="dataset")}
+    return replace(
+        accuracy(rewards),
+        files={"reference": revisions(reference), "policy": revisions(policy), "pairs": pairs},
+    )
 
 
 def _bad_fraction(config: EvaluateConfig) -> float:

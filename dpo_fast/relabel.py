@@ -175,6 +175,7 @@ def _relabel(config: RelabelConfig, ranks: "Ranks", source: "Source", scorers: d
     from dpo_fast.data import build_index, write_report
     from dpo_fast.evaluation.judging import score_pairs
     from dpo_fast.evaluation.relabeling import Rule, as_text, human_labels, label, report, write_pairs
+    from dpo_fast.evaluation.scorers import provenance
     from dpo_fast.files import write_json
     from dpo_fast.run_folder import REPORT
 
@@ -207,6 +208,8 @@ def _relabel(config: RelabelConfig, ranks: "Ranks", source: "Source", scorers: d
         waiting=say,
     )
 
+    files = {"where": config.scorer_models, "cache_dir": config.cache_dir}
+
     def finish() -> None:
         bad = sorted([*sets.bad, *scores.bad])
         write_report(bad_report, bad)
@@ -215,6 +218,8 @@ def _relabel(config: RelabelConfig, ranks: "Ranks", source: "Source", scorers: d
         human = [None] * len(source) if config.unlabelled else human_labels(source)
         known = None if config.unlabelled else np.array(human)[scores.rows]
         found = report(scores, labels, rule, known, rows=sets.rows, bad=len(bad))
+        for name in config.weights:
+            found["scorers"][name] |= {"made_by": provenance(name, ranks.device, **files)}
         note = {"request": _request(config, source, facts), "report": found}
         write_pairs(config.output, source, scores, labels, human, note, progress=True)
         write_json(config.output.with_suffix(".json"), found)
