@@ -6,7 +6,7 @@ from huggingface_hub import HfApi
 
 from dpo_fast.errors import BadInput
 
-NOT_UPLOADED = ["checkpoint-*", "logs/*", ".tmp-*"]
+NOT_UPLOADED = ["checkpoint-*", "logs/*", ".tmp-*", ".lock*", ".publishing/*"]
 
 # Any exception of the hub's client is caught: the HTTP library under it, whose errors it passes on, has changed twice.
 

@@ -128,14 +128,17 @@ class Hold:
             text = f"process {owner.pid} on {owner.hostname.partition('?')[0]}"
         return text or "another process"
 
-    def mark(self) -> object:
-        """What a living holder changes at least every sixth of LEASE_SECONDS; None: the system knows that it lives."""
-        if self._lease is None:
-            return None
+    @property
+    def by_lease(self) -> bool:
+        """Whether it is a lease that decides who holds the folder, not the system, which knows who lives."""
+        return self._lease is not None
+
+    def pulse(self) -> tuple[int, int] | None:
+        """What a living holder of the lease changes every sixth of LEASE_SECONDS; None: nobody has the lease now."""
         try:
             state = self._lease_file.stat()
         except OSError:
-            return "none"
+            return None
         return state.st_ino, state.st_mtime_ns
 
     def give_up_lease(self) -> None:
@@ -175,14 +178,14 @@ class _Replaced(Exception):
 
 
 def _hold(file: Path, what: Path, otherwise: str, waiting: Callable[[str], None] | None) -> Hold:
-    hold, told, mark, marked = Hold(file), False, None, time.monotonic()
+    hold, told, pulse, since = Hold(file), False, None, time.monotonic()
     try:
         while not hold.take():
-            now, before = hold.mark(), mark
-            if now != mark:
-                mark, marked = now, time.monotonic()
-            alive = now is None or (before is not None and now != before)
-            if waiting is None and alive:
+            before, pulse = pulse, hold.pulse()
+            if pulse != before:
+                since = time.monotonic()
+            lives = not hold.by_lease or (None not in (before, pulse) and pulse != before)
+            if waiting is None and lives:
                 raise BadInput(f"{what} is being written by {hold.holder()}: {otherwise}")
             if not told:
                 told = True
@@ -195,7 +198,7 @@ def _hold(file: Path, what: Path, otherwise: str, waiting: Callable[[str], None]
                         hold.holder(),
                         LEASE_SECONDS,
                     )
-            if now is not None and time.monotonic() - marked > 1.5 * LEASE_SECONDS:
+            if hold.by_lease and time.monotonic() - since > 1.5 * LEASE_SECONDS:
                 hold.give_up_lease()
             time.sleep(POLL_SECONDS)
     except BaseException:

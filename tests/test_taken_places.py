@@ -137,7 +137,8 @@ def test_an_error_of_the_disk_is_one_line_with_the_path(
 ):
     monkeypatch.setattr(scorers, "MODULE_OF", {"red": "fake"})
     monkeypatch.setattr(scorers, "load_scorer", lambda name, device, **_: fake_scorers.load(name, tmp_path / "log"))
-    monkeypatch.setattr(scorers, "facts", lambda name, device, **_: {"scorer": name})
+    for name in ("facts", "provenance"):
+        monkeypatch.setattr(scorers, name, lambda name, device, **_: {"scorer": name})
     out, run = tmp_path / "out", flags_for(sd15_path, pairs, tmp_path / "out", "--latent_cache_dir", tmp_path / "cache")
     images = ["--policy", sd15_path, "--baseline", "none", "--prompts", "a red hat", "--output_dir", out]
     main, flags = {
