@@ -39,6 +39,7 @@ from dpo_fast.data.opening import is_local
 from dpo_fast.data.stream import VALIDATION_DRAWS, WINDOW
 from dpo_fast.errors import BadInput
 from dpo_fast.kernels import dispatch
+from dpo_fast.metrics import LOGS, Extent, kept_lines
 from dpo_fast.models import (
     COMPUTE_DTYPES,
     Family,
@@ -79,6 +80,7 @@ class Run:
     step: int = 0  # optimizer steps done
     kl: torch.Tensor | None = None  # [] fp32, kto's: mean implicit reward of the step before, at least 0
     notes: dict[str, object] = field(default_factory=dict)  # what summary.json tells of before a resume
+    logs: dict[str, Extent] = field(default_factory=dict)  # file -> what the checkpoint says was logged
     bad_rows: dict[int, BadRow] = field(default_factory=dict)
     cached: caching.Counts | None = None  # None: images and captions are encoded at every visit
     scored: Scored | None = None  # None: the reference, where there is one, is run at every visit
@@ -119,6 +121,8 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     if config.push_to_hub:
         ranks.on_main(lambda: hub.check_login(config.hub_token))  # found out now, not after the training
     ranks.on_main(lambda: run_folder.claim(config.output_dir, overwrite=config.overwrite, resuming=bool(saved)))
+    if saved and not config.overwrite:
+        ranks.on_main(lambda: _check_logs(config.output_dir, saved))
 
     pairs = _open_pairs(config, ranks, config.output_dir / run_folder.REPORT)
     family = _load_model(config, ranks)
@@ -154,6 +158,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     run.bad_rows = {bad.row: bad for bad in sets.bad}
     if saved:
         run.notes |= saved["notes"]
+        run.logs = _logs_of(saved)
         run.bad_rows |= {row[0]: BadRow(*row) for row in saved["bad_rows"]}
     ranks.on_main(lambda: run_folder.begin(config.output_dir, overwrite=config.overwrite, config_yaml=to_yaml(config)))
     return run
@@ -413,6 +418,18 @@ def _check_saved(config: TrainConfig, fingerprints: dict[str, str], saved: dict)
             f" ({', '.join(later)}); move them away, or go on from it in a new --output_dir"
         )
     return saved["step"]
+
+
+def _logs_of(saved: dict) -> dict[str, Extent]:
+    return {name: Extent(*extent) for name, extent in saved.get("logs", {}).items()}
+
+
+def _check_logs(folder: Path, saved: dict) -> None:
+    """Raise Damaged where a log that will be gone on with is not what the checkpoint's run had written."""
+    extents = _logs_of(saved)
+    for name in LOGS:
+        if (folder / name).is_file():
+            kept_lines(folder / name, saved["step"], extents.get(name))
 
 
 def _restore(masters: MasterOptimizer, kl: torch.Tensor, files: dict, saved: dict) -> None:

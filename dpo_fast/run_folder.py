@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from dpo_fast.checksums import Damaged, check_text, file_digest, read_signed_json, signed_text
 from dpo_fast.errors import BadInput
 from dpo_fast.files import filled, remove_temporaries, write_text
 
@@ -51,7 +52,7 @@ def begin(folder: Path, *, overwrite: bool, config_yaml: str) -> None:
         for entry in folder.iterdir():
             if entry.name != REPORT:
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    write_text(folder / "config.yaml", config_yaml)
+    write_text(folder / "config.yaml", signed_text(config_yaml))
 
 
 def release(folder: Path) -> None:
@@ -73,17 +74,40 @@ def check_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def publish(folder: Path, write: Callable[[Path], None]) -> None:
+def publish(folder: Path, write: Callable[[Path], None]) -> dict[str, str]:
     """Let `write(temporary_folder)` produce the result, then move it into `folder` entry by entry.
 
-    A pipeline's model_index.json goes last, an earlier one first: what can be loaded is complete.
+    A pipeline's model_index.json goes last, an earlier one first: what can be loaded is complete. Returns the checksums
+    of its files, by their paths in `folder`, which summary.json keeps for `check_result`.
     """
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as name:
         with filled(Path(name)):
             write(Path(name))
+        files = sorted(file for file in Path(name).rglob("*") if file.is_file())
+        digests = {file.relative_to(name).as_posix(): file_digest(file) for file in files}
         (folder / "model_index.json").unlink(missing_ok=True)
         for entry in sorted(Path(name).iterdir(), key=lambda e: e.name == "model_index.json"):
             target = folder / entry.name
             if target.is_dir():
                 shutil.rmtree(target)
             os.replace(entry, target)
+    return digests
+
+
+def check_result(folder: Path) -> None:
+    """Compare a run's config.yaml, summary.json and result with their checksums, where they have any.
+
+    Raises Damaged for one that is not what the run wrote.
+    """
+    check_text(folder / "config.yaml", "put it back from a copy; if the change is meant, delete its first line")
+    path = folder / "summary.json"
+    if not path.is_file():
+        return
+    summary = read_signed_json(path, "put it back from a copy, or delete it, and the result is used unchecked")
+    for name, expected in summary.get("result", {}).items():
+        if (folder / name).is_file() and file_digest(folder / name) != expected:
+            raise Damaged(
+                f"{folder / name} is not what the run wrote (its checksum is not the one in {path.name}): it is"
+                " damaged, or the run was stopped before it had finished; the training command with"
+                f" --resume_from_checkpoint latest writes it again, or, if the change is meant, delete {path.name}"
+            )

@@ -1,5 +1,6 @@
 """Sample images from the policy and from the base, and the picture that shows one above the other."""
 
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
+from dpo_fast.checksums import signed_png
 from dpo_fast.files import atomic_file
 from dpo_fast.models.family import Family
 
@@ -126,9 +128,11 @@ def picture_grid(
 
 
 def save_png(image: Image.Image, path: Path, about: Mapping[str, str] | None = None) -> None:
-    """Write a PNG atomically, with the texts `about` it where there are any (`Image.open(path).text`)."""
+    """Write a PNG atomically, with its checksum and the texts `about` it, if any (`Image.open(path).text`)."""
     texts = PngInfo()
     for name, text in (about or {}).items():
         texts.add_text(name, text)
+    data = io.BytesIO()
+    image.save(data, format="PNG", pnginfo=texts)
     with atomic_file(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=texts)
+        temporary.write_bytes(signed_png(data.getvalue()))

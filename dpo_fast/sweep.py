@@ -8,7 +8,6 @@ repeats no finished run and goes on with an interrupted one. Exit status: 0 done
 """
 
 import itertools
-import json
 import math
 import secrets
 import shutil
@@ -24,10 +23,10 @@ from pathlib import Path
 import yaml
 
 from dpo_fast.checkpoint import all_of, step_of
+from dpo_fast.checksums import check_text, read_signed_json, write_signed_json
 from dpo_fast.config import TrainConfig, parse
 from dpo_fast.door import guarded, say
 from dpo_fast.errors import BadInput
-from dpo_fast.files import write_json
 from dpo_fast.plot import Point, Series, against
 from dpo_fast.sampling import save_png
 
@@ -70,7 +69,7 @@ def _run(argv: list[str]) -> int:
     rows, started = [], time.perf_counter()
     for number, values in enumerate(combinations):
         rows.append({**values, **_result(folder, values, flags, f"run {number + 1} of {len(combinations)}")})
-        write_json(folder / RECORD, {"flags": flags, "swept": swept, "runs": rows})
+        write_signed_json(folder / RECORD, {"flags": flags, "swept": swept, "runs": rows})
     print(table(rows, list(swept)))
     if (picture := plot(rows, list(swept))) is not None:
         save_png(picture, folder / "sweep.png")
@@ -131,7 +130,7 @@ def _begin(folder: Path, flags: list[str], seeded: bool) -> list[str]:
     """The flags of all runs, with a seed; as they were before, where the sweep goes on."""
     record = folder / RECORD
     if record.is_file():
-        before = json.loads(record.read_text(encoding="utf-8"))["flags"]
+        before = read_signed_json(record, "put it back from a copy, or name another --output_dir", ["flags"])["flags"]
         same = before if seeded else before[:-2]  # without the seed that was drawn
         if flags != same:
             raise BadInput(
@@ -143,7 +142,7 @@ def _begin(folder: Path, flags: list[str], seeded: bool) -> list[str]:
         raise BadInput(f"--output_dir {folder} is not empty and holds no sweep; name another folder")
     flags = flags if seeded else [*flags, "--seed", str(secrets.randbits(31))]
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(record, {"flags": flags, "swept": {}, "runs": []})
+    write_signed_json(record, {"flags": flags, "swept": {}, "runs": []})
     return flags
 
 
@@ -164,21 +163,27 @@ def _result(folder: Path, values: Values, flags: list[str], which: str) -> dict[
             raise RuntimeError(f"{home} ended with {status}")
         if status:
             return {"status": status}
-    return {"status": 0, **json.loads((home / "summary.json").read_text(encoding="utf-8"))}
+    return {"status": 0, **_summary(home)}
 
 
 def _finished(home: Path, config: TrainConfig) -> bool:
     """Whether a run wrote all that was asked for."""
     if not (home / "summary.json").is_file():
         return False
-    summary = json.loads((home / "summary.json").read_text(encoding="utf-8"))
-    return "win_rate" in summary or not config.eval_scorers
+    return "win_rate" in _summary(home) or not config.eval_scorers
+
+
+def _summary(home: Path) -> dict[str, object]:
+    """A run's summary.json. Raises BadInput where it is damaged."""
+    again = f"delete the folder {home}, and the same command trains that run again"
+    return read_signed_json(home / "summary.json", again, ["loss_last", "seconds"])
 
 
 def _resumable(home: Path) -> bool:
     """Whether an interrupted run left steps to go on from; one that was killed after its last step starts again."""
     if (home / "summary.json").exists() or not (saved := all_of(home)):
         return False
+    check_text(home / "config.yaml", f"delete the folder {home}, and the same command trains that run again")
     return step_of(saved[-1]) < yaml.safe_load((home / "config.yaml").read_text(encoding="utf-8"))["max_train_steps"]
 
 

@@ -16,14 +16,15 @@ from tqdm.auto import tqdm
 
 from dpo_fast import checkpoint, hub, run_folder, sampling
 from dpo_fast.card import model_card
+from dpo_fast.checksums import write_signed_json
 from dpo_fast.config import public
 from dpo_fast.data import BadRow, Batch, validation_loader, write_report
 from dpo_fast.data.pairs import too_many_bad
 from dpo_fast.errors import BadInput
-from dpo_fast.files import write_json, write_text
+from dpo_fast.files import write_text
 from dpo_fast.inputs import add_noise, conditioning_of
 from dpo_fast.kernels import dispatch
-from dpo_fast.metrics import Clock, MetricsFile, PairSums, for_trackers, interval95, overoptimised
+from dpo_fast.metrics import LOGS, Clock, MetricsFile, PairSums, for_trackers, interval95, overoptimised
 from dpo_fast.models import Conditioning, nonfinite_rows, not_compiled, programs_made, save_lora
 from dpo_fast.objectives import OBJECTIVES, Terms, evaluate
 from dpo_fast.opening import Run
@@ -252,6 +253,7 @@ class Trainer:
                 "optimizer_values": values,
                 "notes": run.notes,
                 "bad_rows": [list(bad) for bad in run.bad_rows.values()],
+                "logs": {log.path.name: extent for log in (self.metrics, self.validations) if (extent := log.extent())},
             }
             checkpoint.save(run.folder, run.step, files, state)
             checkpoint.prune(run.folder, self.config.checkpoints_total_limit)
@@ -261,9 +263,9 @@ class Trainer:
         """Write the result, summary.json and the model card, and upload them if asked."""
         run, config = self.run_, self.config
         if self.ranks.is_main:
-            run_folder.publish(run.folder, self._export)
-            summary = self._summary()
-            write_json(run.folder / "summary.json", summary)
+            result = run_folder.publish(run.folder, self._export)
+            summary = self._summary() | {"result": result}
+            write_signed_json(run.folder / "summary.json", summary)
             counts = {"rows": run.sets.rows, "ties_dropped": run.sets.ties_dropped, "bad_rows": len(run.bad_rows)}
             card = model_card(public(config), summary, counts, self.family.name, self.argv)
             write_text(run.folder / "README.md", card)
@@ -369,9 +371,11 @@ class Trainer:
         run, config, main = self.run_, self.config, self.ranks.is_main
         if main and config.report_to != "none":
             self.ranks.start_trackers(run.folder / config.logging_dir, config.tracker_name, public(config))
-        self.metrics = MetricsFile(run.folder / "metrics.jsonl" if main else Path(os.devnull), run.step)
         held_out = main and config.run_validation and run.validation is not None
-        self.validations = MetricsFile(run.folder / "validation.jsonl" if held_out else Path(os.devnull), run.step)
+        self.metrics, self.validations = (
+            MetricsFile(run.folder / name if kept else Path(os.devnull), run.step, run.logs.get(name))
+            for name, kept in zip(LOGS, (main, held_out), strict=True)
+        )
         self.bar = tqdm(total=config.max_train_steps, initial=run.step, unit="step", disable=not main)
         self.started, self.first_step = time.perf_counter(), run.step
         try:

@@ -12,7 +12,7 @@ ROOT = Path(dpo_fast.__file__).parent
 LEVELS = [
     ["errors", "quiet"],
     ["files", "door"],
-    ["kernels"],
+    ["checksums", "kernels"],
     ["draws", "schedule", "objectives", "config"],
     ["models", "data", "shapes"],
     ["card", "checkpoint", "hub", "metrics", "optim", "parallel", "plan", "plot", "run_folder", "sampling"],

@@ -135,14 +135,14 @@ def test_a_writer_killed_while_it_completed_a_shard(tmp_path, monkeypatch, stopp
     class Killed(BaseException):
         pass
 
-    def kill(*arguments):
+    def kill(*arguments, **options):
         raise Killed
 
     begin_folder(tmp_path / "cut", RECIPE)
     writer = Writer(tmp_path / "cut", RECIPE, 0)
     with monkeypatch.context() as patched:
         if stopped_at == "renamed":
-            patched.setattr(store, "write_text", kill)
+            patched.setattr(store, "write_signed_json", kill)
         else:
             patched.setattr(Path, "unlink", kill)
         with pytest.raises(Killed):
