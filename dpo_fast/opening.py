@@ -56,6 +56,7 @@ from dpo_fast.objectives import OBJECTIVES
 from dpo_fast.optim import MasterOptimizer
 from dpo_fast.parallel import Ranks
 from dpo_fast.reference import AdapterOff, CachedErrors, FrozenCopy, NoReference, Reference
+from dpo_fast.sampling import base_samples
 from dpo_fast.scoring import PairsOf, Scored, Scoring, Start
 
 SAMPLE_PROMPTS = 4
@@ -146,9 +147,12 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     if model:
         with not_compiled():  # of other batch shapes than training's
             scored = _score(config, ranks, pairs, cached, family, model)  # while the policy is the base
-    if saved:
-        _restore(masters, kl, files, saved)
     batches, sets, validation, prompts = _open_stream(config, ranks, pairs, cached, scored, family, step)
+    if saved:
+        if config.run_validation:
+            with not_compiled():  # those that are not whole are drawn again while the policy is the base
+                ranks.on_main(lambda: base_samples(family, prompts, config, fingerprints["base model"]))
+        _restore(masters, kl, files, saved)
     run = Run(config, ranks, sets, batches, validation, prompts, family, masters, reference, fingerprints, step, kl)
     run.cached = cached and cached.counts
     if scored:

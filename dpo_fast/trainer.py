@@ -389,26 +389,14 @@ class Trainer:
     def _sample_base(self) -> None:
         """Samples of the base model, drawn before the first step and kept for every later comparison."""
         run = self.run_
-        files = [run.folder / "samples" / f"base-{k}.png" for k in range(len(run.prompts))]
         if self.ranks.is_main:
-            if run.step == 0:
-                for image, file in zip(self._sample(), files, strict=True):
-                    sampling.save_png(image, file)
-            self.base_samples = [Image.open(file).convert("RGB") for file in files]
+            of_run = (self.family, run.prompts, self.config, run.fingerprints["base model"])
+            self.base_samples = sampling.base_samples(*of_run, again=run.step == 0)
         self.ranks.wait()
 
     def _sample(self) -> list[Image.Image]:
         """One image a prompt from the weights the UNet holds now."""
-        config, prompts = self.config, self.run_.prompts
-        images = sampling.sample(
-            self.family,
-            prompts,
-            [config.seed + k for k in range(len(prompts))],
-            resolution=config.resolution,
-            steps=config.sampling_steps,
-            guidance=config.sampling_guidance,
-        )
-        return [sampling.to_picture(image) for image in images]
+        return sampling.run_samples(self.family, self.run_.prompts, self.config)
 
     def _export(self, folder: Path) -> None:
         """Write the trained weights (the EMA's where there is one) as diffusers loads them."""
