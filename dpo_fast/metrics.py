@@ -144,7 +144,7 @@ class MetricsFile:
     def __init__(self, path: Path, keep_through_step: int = 0, extent: Extent | None = None) -> None:
         kept, self.path = b"", path
         if path.is_file():
-            kept = kept_lines(path, keep_through_step, extent)
+            kept = kept_lines(path, keep_through_step, extent) if keep_through_step else b""
             with atomic_file(path) as temporary:
                 temporary.write_bytes(kept)
         self.file = path.open("ab")

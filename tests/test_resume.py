@@ -9,6 +9,7 @@ import time
 import pytest
 
 from dpo_fast import checkpoint
+from dpo_fast.checksums import write_signed_json
 from dpo_fast.train import main
 from tests.helpers.runs import STEPS, assert_same_state, flags_for, lines, start, train
 
@@ -73,7 +74,8 @@ def test_another_base_model_is_refused(sdxl_path, sd15_path, pairs, tmp_path, ca
     state = out / "checkpoint-1" / "state.json"
     saved = json.loads(state.read_text())
     saved["config"]["pretrained_model_name_or_path"] = str(kept)
-    state.write_text(json.dumps(saved))
+    del saved["digest"]
+    write_signed_json(state, saved)
     assert main([str(kept) if flag == str(sdxl_path) else flag for flag in flags]) == 2
     assert "base model: " in capsys.readouterr().err
 
