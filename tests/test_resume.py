@@ -130,3 +130,17 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(sdxl_path, pai
     assert not list(out.glob(".tmp-*"))
     whole = train(sdxl_path, pairs, tmp_path / "whole", "--max_train_steps", last + 2)
     assert_same_state(whole, out, last + 2)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_samples_of_the_base_are_drawn_again_by_a_run_that_has_no_base_any_more(sdxl_path, pairs, tmp_path, damage):
+    """Of full tuning with a cached reference no copy of the base is held: they are drawn before the checkpoint is."""
+    more = ["--tuning", "full", "--cached_reference", 2, "--run_validation", "--validation_prompts", "a cat"]
+    more += ["--sampling_steps", 1, "--learning_rate", 1e-2]
+    out = train(sdxl_path, pairs, tmp_path / "run", *more, "--max_train_steps", 1)
+    file = out / "samples" / "base-0.png"
+    data = file.read_bytes()
+    file.write_bytes(data[:-100]) if damage == "cut" else file.unlink()
+    train(sdxl_path, pairs, out, *more, "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
+    assert file.read_bytes() == data
