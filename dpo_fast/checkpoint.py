@@ -3,12 +3,13 @@
     checkpoint-N/weights.safetensors     fp32 masters of what is trained
                  optimizer.safetensors   optimizer state, loss scale, skip counters
                  ema.safetensors         with --use_ema
-                 state.json              step, pairs seen, configuration, fingerprints, the files above by name
+                 state.json              step, pairs seen, configuration, fingerprints, the files above by name with
+                                         their checksums (XXH3, 128 bits), and its own digest
 
 Tensors are whole (never sharded) and nothing is pickled, so a checkpoint cannot run code.
 """
 
-import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -16,10 +17,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dpo_fast.checksums import file_digest, parse_signed, write_signed_json
 from dpo_fast.errors import BadInput, disk_error
-from dpo_fast.files import atomic_folder, regular_file, write_json
+from dpo_fast.files import atomic_folder, regular_file
 
 PREFIX = "checkpoint-"
+
+logger = logging.getLogger(__name__)
 
 # What may differ between a checkpoint and the run that resumes it: it changes where the run ends, what it shows, or at
 # most how sums are rounded (the batch split, the kernels, compilation; on a GPU also encoding for the cache or at each
@@ -38,28 +42,44 @@ def save(output_dir: Path, step: int, files: dict[str, dict[str, torch.Tensor]],
     """Write checkpoint-`step` under a temporary name and rename it. Returns its path. Raises OSError."""
     target = folder_of(output_dir, step)
     with atomic_folder(target) as folder:
+        digests = {}
         for name, tensors in files.items():
             # copies, because safetensors refuses tensors that share memory: the code books of 8-bit states do
             copies = {
                 k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in tensors.items()
             }
             save_file(copies, folder / f"{name}.safetensors")
-        write_json(folder / "state.json", {**state, "files": list(files)})
+            digests[name] = file_digest(folder / f"{name}.safetensors")
+        write_signed_json(folder / "state.json", {**state, "files": digests})
     return target
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, object]]:
-    """Read a checkpoint back. Raises BadInput for a folder that is not one, or is damaged."""
+    """Read a checkpoint back, every byte checked; one of an earlier version, without checksums, is logged as unchecked.
+
+    Raises BadInput for a folder that is not one, or is damaged: the file and what is wrong with it are named.
+    """
     try:
-        state = json.loads(regular_file(folder / "state.json").read_text(encoding="utf-8"))
-        files = {name: load_file(regular_file(folder / f"{name}.safetensors")) for name in state.pop("files")}
+        data = regular_file(folder / "state.json").read_bytes()
+        try:
+            digests = parse_signed(data, required=False)["files"]
+            # only those of earlier versions, which list their files, have no digest
+            state = parse_signed(data, required=isinstance(digests, dict))
+            del state["files"]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"state.json is damaged: {error}") from error
+        if not isinstance(digests, dict):
+            logger.warning("%s is of an earlier version, without checksums: it is not checked for damage", folder)
+            digests = dict.fromkeys(digests)
+        files = {name: _load(folder / f"{name}.safetensors", expected) for name, expected in digests.items()}
     except BadInput:
         raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         if (found := disk_error(error)) is not None:
             raise found from (None if found is error else error)  # it may be whole
         raise BadInput(
-            f"{folder} is not a whole checkpoint ({error}); give another checkpoint-N folder, or `latest`"
+            f"{folder} is not a whole checkpoint ({error}): put it back from a copy, or delete it, and"
+            " --resume_from_checkpoint latest goes on from the one before"
         ) from error
     return files, state
 
@@ -67,6 +87,13 @@ def load(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, ob
 def folder_of(output_dir: Path, step: int) -> Path:
     """The folder of the checkpoint after `step` optimizer steps."""
     return output_dir / f"{PREFIX}{step}"
+
+
+def _load(path: Path, expected: str | None) -> dict[str, torch.Tensor]:
+    """A file's tensors, checked where it is known what is expected. Raises ValueError, OSError and SafetensorError."""
+    if expected is not None and file_digest(regular_file(path)) != expected:
+        raise ValueError(f"{path.name} is damaged: its checksum is not the one in state.json")
+    return load_file(path)
 
 
 def step_of(folder: Path) -> int:

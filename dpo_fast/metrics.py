@@ -11,10 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import xxhash
 
-from dpo_fast.files import regular_file, write_text
+from dpo_fast.checksums import Damaged
+from dpo_fast.files import atomic_file
 
 TIMESTEP_BUCKETS = 10  # of the schedule's length each: [0, T/10), ...
 
@@ -122,30 +125,85 @@ class Clock:
         self.started += time.perf_counter() - started
 
 
-class MetricsFile:
-    """One JSON object a line, flushed at once. Resuming drops the lines after the checkpoint's step."""
+LOGS = ("metrics.jsonl", "validation.jsonl")  # of a run
 
-    def __init__(self, path: Path, keep_through_step: int = 0) -> None:
-        if path != Path(os.devnull):
-            regular_file(path)
+
+class Extent(NamedTuple):
+    """The part of a log that was there when a checkpoint was written, as the checkpoint has it."""
+
+    size: int  # bytes
+    digest: str  # of these bytes
+
+
+class MetricsFile:
+    """One JSON object a line, flushed at once. Resuming drops the lines after the checkpoint's step.
+
+    Raises Damaged as `kept_lines`.
+    """
+
+    def __init__(self, path: Path, keep_through_step: int = 0, extent: Extent | None = None) -> None:
+        kept, self.path = b"", path
         if path.is_file():
-            kept = []
-            for text in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    line = json.loads(text)
-                except json.JSONDecodeError:  # the line a killed process was writing
-                    break
-                if line["step"] <= keep_through_step:
-                    kept.append(text + "\n")
-            write_text(path, "".join(kept))
-        self.file = path.open("a", encoding="utf-8")
+            kept = kept_lines(path, keep_through_step, extent) if keep_through_step else b""
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(kept)
+        self.file = path.open("ab")
+        self._size, self._digest = len(kept), xxhash.xxh3_128(kept)
 
     def write(self, line: dict[str, object]) -> None:
-        self.file.write(json.dumps(line, allow_nan=False) + "\n")
+        data = json.dumps(line, allow_nan=False).encode() + b"\n"
+        self.file.write(data)
         self.file.flush()
+        self._size += len(data)
+        self._digest.update(data)
+
+    def extent(self) -> Extent | None:
+        """What was written so far, now also flushed to the disk; None where nothing is kept."""
+        if not self.path.is_file():
+            return None
+        os.fsync(self.file.fileno())
+        return Extent(self._size, self._digest.hexdigest())
 
     def close(self) -> None:
         self.file.close()
+
+
+def kept_lines(path: Path, through_step: int, extent: Extent | None) -> bytes:
+    """The lines of a log up to a checkpoint's step: what `extent` says was there when the checkpoint was written.
+
+    Checkpoints of earlier versions have no extent: then the lines up to that step, of which a last one that was cut off
+    is left out. Raises Damaged for lines that are not what was written.
+    """
+    data = path.read_bytes()
+    if extent is not None:
+        data = data[: extent.size]
+        if xxhash.xxh3_128_hexdigest(data) == extent.digest:
+            return data
+    kept, before, reason = b"", 0, None
+    for number, line in enumerate(data.splitlines(keepends=True), start=1):
+        step = _step_of(line)
+        if step is None and extent is None and not line.endswith(b"\n"):  # a killed process was writing it
+            break
+        if step is None or step <= before:
+            reason = f"line {number} is not an object with a later step than the line before"
+            break
+        before = step
+        kept += line if step <= through_step else b""
+    if extent is None and reason is None:
+        return kept
+    reason = reason or f"its first {extent.size} bytes are not those that were there at step {through_step}"
+    raise Damaged(
+        f"{path} is damaged ({reason}): put it back from a copy, or move it away, and the run goes on with a new one"
+    )
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of a log; None where it is no such line."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return step if type(step) is int and step > 0 else None
 
 
 def for_trackers(line: dict[str, object]) -> dict[str, float]:

@@ -39,6 +39,7 @@ from dpo_fast.data.opening import is_local
 from dpo_fast.data.stream import VALIDATION_DRAWS, WINDOW
 from dpo_fast.errors import BadInput
 from dpo_fast.kernels import dispatch
+from dpo_fast.metrics import LOGS, Extent, kept_lines
 from dpo_fast.models import (
     COMPUTE_DTYPES,
     Family,
@@ -56,6 +57,7 @@ from dpo_fast.objectives import OBJECTIVES
 from dpo_fast.optim import MasterOptimizer
 from dpo_fast.parallel import Ranks
 from dpo_fast.reference import AdapterOff, CachedErrors, FrozenCopy, NoReference, Reference
+from dpo_fast.sampling import base_samples
 from dpo_fast.scoring import PairsOf, Scored, Scoring, Start
 
 SAMPLE_PROMPTS = 4
@@ -84,6 +86,7 @@ class Run:
     step: int = 0  # optimizer steps done
     kl: torch.Tensor | None = None  # [] fp32, kto's: mean implicit reward of the step before, at least 0
     notes: dict[str, object] = field(default_factory=dict)  # what summary.json tells of before a resume
+    logs: dict[str, Extent] = field(default_factory=dict)  # file -> what the checkpoint says was logged
     bad_rows: dict[int, BadRow] = field(default_factory=dict)
     cached: caching.Counts | None = None  # None: images and captions are encoded at every visit
     scored: Scored | None = None  # None: the reference, where there is one, is run at every visit
@@ -129,6 +132,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
         config.seed = saved["config"]["seed"] if config.seed is None else config.seed
         config.resolution = config.resolution or saved["config"]["resolution"]
         _refuse_changes(checkpoint.differences(saved["config"], public(config)))
+        ranks.on_main(lambda: _check_logs(config.output_dir, saved))
     elif config.seed is None:
         config.seed = ranks.share(secrets.randbits(31))
     if config.push_to_hub:
@@ -163,9 +167,12 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     if model and trains:
         with not_compiled():  # of other batch shapes than training's
             scored = _score(config, ranks, pairs, cached, family, model)  # while the policy is the base
-    if saved:
-        _restore(masters, kl, files, saved)
     batches, sets, validation, prompts = _open_stream(config, ranks, pairs, cached, scored, family, step)
+    if saved:
+        if config.run_validation and trains:
+            with not_compiled():  # those that are not whole are drawn again while the policy is the base
+                ranks.on_main(lambda: base_samples(family, prompts, config, fingerprints["base model"]))
+        _restore(masters, kl, files, saved)
     run = Run(config, ranks, sets, batches, validation, prompts, family, masters, reference, fingerprints, step, kl)
     run.cached = cached and cached.counts
     if scored:
@@ -175,6 +182,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     run.bad_rows = {bad.row: bad for bad in sets.bad}
     if saved:
         run.notes |= saved["notes"]
+        run.logs = _logs_of(saved)
         run.bad_rows |= {row[0]: BadRow(*row) for row in saved["bad_rows"]}
     overwrite = config.overwrite or restarting
     ranks.on_main(lambda: run_folder.begin(config.output_dir, overwrite=overwrite, config_yaml=to_yaml(config)))
@@ -446,6 +454,18 @@ def _check_whether_done(config: TrainConfig, ranks: Ranks, step: int) -> None:
     parts = dict(evaluated=bool(config.eval_scorers), uploaded=config.push_to_hub)
     if ranks.share(run_folder.is_finished(config.output_dir, step, **parts)):
         raise AlreadyDone(f"{config.output_dir} is done already, all {step} steps; --overwrite trains anew")
+
+
+def _logs_of(saved: dict) -> dict[str, Extent]:
+    return {name: Extent(*extent) for name, extent in saved.get("logs", {}).items()}
+
+
+def _check_logs(folder: Path, saved: dict) -> None:
+    """Raise Damaged where a log that will be gone on with is not what the checkpoint's run had written."""
+    extents = _logs_of(saved)
+    for name in LOGS:
+        if (folder / name).is_file():
+            kept_lines(folder / name, saved["step"], extents.get(name))
 
 
 def _restore(masters: MasterOptimizer, kl: torch.Tensor, files: dict, saved: dict) -> None:

@@ -143,8 +143,7 @@ def _request(config: RelabelConfig, source: "Source", facts: dict[str, dict[str,
 
 def _is_there(config: RelabelConfig, ranks: "Ranks", source: "Source") -> bool:
     """Whether the output is there, made by the same command; then it is shown. One made by another is refused."""
-    from dpo_fast.evaluation.relabeling import as_text, note_of
-    from dpo_fast.files import write_json
+    from dpo_fast.evaluation.relabeling import as_text, check_output, note_of, write_counts
 
     facts, there = _facts(config, ranks), []
 
@@ -160,7 +159,8 @@ def _is_there(config: RelabelConfig, ranks: "Ranks", source: "Source") -> bool:
                 " hold are not made again)"
             )
         say(f"{config.output} is there already, made by the same command")
-        write_json(config.output.with_suffix(".json"), existing["report"])  # it may have been killed before
+        check_output(config.output)
+        write_counts(config.output, existing["report"])  # it may have been killed before
         print(as_text(existing["report"]), flush=True)
         there.append(config.output)
 
@@ -174,9 +174,8 @@ def _relabel(config: RelabelConfig, ranks: "Ranks", source: "Source", scorers: d
 
     from dpo_fast.data import build_index, write_report
     from dpo_fast.evaluation.judging import score_pairs
-    from dpo_fast.evaluation.relabeling import Rule, as_text, human_labels, label, report, write_pairs
+    from dpo_fast.evaluation.relabeling import Rule, as_text, human_labels, label, report, write_counts, write_pairs
     from dpo_fast.evaluation.scorers import provenance
-    from dpo_fast.files import write_json
     from dpo_fast.run_folder import REPORT
 
     started = time.perf_counter()
@@ -222,7 +221,7 @@ def _relabel(config: RelabelConfig, ranks: "Ranks", source: "Source", scorers: d
             found["scorers"][name] |= {"made_by": provenance(name, ranks.device, **files)}
         note = {"request": _request(config, source, facts), "report": found}
         write_pairs(config.output, source, scores, labels, human, note, progress=True)
-        write_json(config.output.with_suffix(".json"), found)
+        write_counts(config.output, found)
         print(as_text(found), flush=True)
         soft = " --soft_labels" if config.temperature is not None else ""
         say(f"{scores.scored_now} pairs scored now, {time.perf_counter() - started:.0f} s")

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dpo_fast import locks
+from dpo_fast.checksums import Damaged, check_text, file_digest, read_signed_json, signed_text
 from dpo_fast.errors import BadInput
 from dpo_fast.files import LOCK, atomic_folder, contents, remove_temporaries, write_text
 
@@ -104,7 +105,7 @@ def begin(folder: Path, *, overwrite: bool, config_yaml: str) -> None:
         for entry in folder.iterdir():
             if entry.name not in (REPORT, "config.yaml") and not entry.name.startswith(LOCK):
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    write_text(folder / "config.yaml", config_yaml)
+    write_text(folder / "config.yaml", signed_text(config_yaml))
 
 
 def release(folder: Path) -> None:
@@ -129,9 +130,10 @@ def check_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def publish(folder: Path, write: Callable[[Path], None]) -> None:
+def publish(folder: Path, write: Callable[[Path], None]) -> dict[str, str]:
     """Let `write(temporary_folder)` produce the result, then move it into `folder` entry by entry.
 
+    Returns the checksums of its files, by their paths in `folder`, which summary.json keeps for `check_result`.
     A pipeline's model_index.json goes last, an earlier one first: what can be loaded is complete. After a kill
 
     - while the result is written: there is the earlier result, and `claim` clears the rest away;
@@ -140,7 +142,10 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
     """
     with atomic_folder(folder / PUBLISHING) as temporary:
         write(temporary)
+        files = sorted(file for file in temporary.rglob("*") if file.is_file())
+        digests = {file.relative_to(temporary).as_posix(): file_digest(file) for file in files}
     finish_publishing(folder)
+    return digests
 
 
 def finish_publishing(folder: Path) -> None:
@@ -167,3 +172,22 @@ def _refuse_file(folder: Path) -> None:
 
 def _not_writable(folder: Path, error: OSError) -> BadInput:
     return BadInput(f"--output_dir {folder} cannot be written ({error.strerror or error}); name a folder that can")
+
+
+def check_result(folder: Path) -> None:
+    """Compare a run's config.yaml, summary.json and result with their checksums, where they have any.
+
+    Raises Damaged for one that is not what the run wrote.
+    """
+    check_text(folder / "config.yaml", "put it back from a copy; if the change is meant, delete its first line")
+    path = folder / SUMMARY
+    if not path.is_file():
+        return
+    summary = read_signed_json(path, "put it back from a copy, or delete it, and the result is used unchecked")
+    for name, expected in summary.get("result", {}).items():
+        if (folder / name).is_file() and file_digest(folder / name) != expected:
+            raise Damaged(
+                f"{folder / name} is not what the run wrote (its checksum is not the one in {path.name}): it is"
+                " damaged, or the run was stopped before it had finished; the training command with"
+                f" --resume_from_checkpoint latest writes it again, or, if the change is meant, delete {path.name}"
+            )

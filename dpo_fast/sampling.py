@@ -1,5 +1,7 @@
 """Sample images from the policy and from the base, and the picture that shows one above the other."""
 
+import io
+import logging
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +14,12 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
+from dpo_fast.checksums import png_is_whole, signed_png
+from dpo_fast.config import TrainConfig
 from dpo_fast.files import atomic_file
 from dpo_fast.models.family import Family
+
+logger = logging.getLogger(__name__)
 
 MARGIN, CAPTION_LINES, FONT_SIZE = 8, 3, 14
 
@@ -61,6 +67,61 @@ def sample(
         bar.update(len(latents))
     bar.close()
     return torch.cat(images)
+
+
+def run_samples(family: Family, prompts: list[str], config: TrainConfig) -> list[Image.Image]:
+    """A run's sample of every prompt, from the weights the UNet holds now."""
+    images = sample(
+        family,
+        prompts,
+        [config.seed + k for k in range(len(prompts))],
+        resolution=config.resolution,
+        steps=config.sampling_steps,
+        guidance=config.sampling_guidance,
+    )
+    return [to_picture(image) for image in images]
+
+
+def base_samples(
+    family: Family,
+    prompts: list[str],
+    config: TrainConfig,
+    base: str,  # a name for the base model's weights
+    *,
+    again: bool = False,
+) -> list[Image.Image]:
+    """A run's samples of the base model, kept in samples/base-N.png.
+
+    Where one is not there, damaged, or of something else, or with `again`, all are drawn while the UNet holds the
+    base's weights, and written. Raises OSError.
+    """
+    files = [config.output_dir / "samples" / f"base-{k}.png" for k in range(len(prompts))]
+    about = [
+        {"prompt": prompt, "seed": str(config.seed + k), "resolution": str(config.resolution), "base": base}
+        for k, prompt in enumerate(prompts)
+    ]
+    kept = [None if again else _kept(file, texts) for file, texts in zip(files, about, strict=True)]
+    if None not in kept:
+        return kept
+    drawn = run_samples(family, prompts, config)
+    for image, file, texts, before in zip(drawn, files, about, kept, strict=True):
+        if before is None:
+            save_png(image, file, texts)
+    return drawn
+
+
+def _kept(file: Path, about: Mapping[str, str]) -> Image.Image | None:
+    """The image in a file of `save_png`; None where it is not there, has changed, or is about something else."""
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        return None
+    if png_is_whole(data):
+        with Image.open(io.BytesIO(data)) as image:
+            if about.items() <= image.info.items():
+                return image.convert("RGB")
+    logger.warning("%s is damaged, or not of this run: it is drawn again", file)
+    return None
 
 
 def _from_latents(family: Family, latents: torch.Tensor):
@@ -126,9 +187,11 @@ def picture_grid(
 
 
 def save_png(image: Image.Image, path: Path, about: Mapping[str, str] | None = None) -> None:
-    """Write a PNG atomically, with the texts `about` it where there are any (`Image.open(path).text`)."""
+    """Write a PNG atomically, with its checksum and the texts `about` it, if any (`Image.open(path).text`)."""
     texts = PngInfo()
     for name, text in (about or {}).items():
         texts.add_text(name, text)
+    data = io.BytesIO()
+    image.save(data, format="PNG", pnginfo=texts)
     with atomic_file(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=texts)
+        temporary.write_bytes(signed_png(data.getvalue()))

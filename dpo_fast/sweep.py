@@ -8,7 +8,6 @@ repeats no finished run and goes on with an interrupted one. Exit status: 0 done
 """
 
 import itertools
-import json
 import math
 import secrets
 import subprocess
@@ -21,10 +20,11 @@ from datetime import datetime
 from pathlib import Path
 
 from dpo_fast import locks, run_folder
+from dpo_fast.checksums import read_signed_json, write_signed_json
 from dpo_fast.config import TrainConfig, parse
 from dpo_fast.door import guarded, say
 from dpo_fast.errors import BadInput
-from dpo_fast.files import remove_temporaries, write_json
+from dpo_fast.files import remove_temporaries
 from dpo_fast.plot import Point, Series, against
 from dpo_fast.sampling import save_png
 
@@ -67,7 +67,7 @@ def _run(argv: list[str]) -> int:
         flags = _begin(folder, flags, seeded="seed" in swept or configs[0].seed is not None)
         for number, values in enumerate(combinations):
             rows.append({**values, **_result(folder, values, flags, f"run {number + 1} of {len(combinations)}")})
-            write_json(folder / RECORD, {"flags": flags, "swept": swept, "runs": rows})
+            write_signed_json(folder / RECORD, {"flags": flags, "swept": swept, "runs": rows})
         print(table(rows, list(swept)))
         if (picture := plot(rows, list(swept))) is not None:
             save_png(picture, folder / "sweep.png")
@@ -129,7 +129,7 @@ def _begin(folder: Path, flags: list[str], seeded: bool) -> list[str]:
     record = folder / RECORD
     if record.is_file():
         remove_temporaries(folder)
-        before = json.loads(record.read_text(encoding="utf-8"))["flags"]
+        before = read_signed_json(record, "put it back from a copy, or name another --output_dir", ["flags"])["flags"]
         same = before if seeded else before[:-2]  # without the seed that was drawn
         if flags != same:
             raise BadInput(
@@ -141,7 +141,7 @@ def _begin(folder: Path, flags: list[str], seeded: bool) -> list[str]:
         raise BadInput(f"--output_dir {folder} is not empty and holds no sweep; name another folder")
     remove_temporaries(folder)
     flags = flags if seeded else [*flags, "--seed", str(secrets.randbits(31))]
-    write_json(record, {"flags": flags, "swept": {}, "runs": []})
+    write_signed_json(record, {"flags": flags, "swept": {}, "runs": []})
     return flags
 
 
@@ -160,15 +160,20 @@ def _result(folder: Path, values: Values, flags: list[str], which: str) -> dict[
             raise RuntimeError(f"{home} ended with {status}")
         if status:
             return {"status": status}
-    return {"status": 0, **json.loads((home / "summary.json").read_text(encoding="utf-8"))}
+    return {"status": 0, **_summary(home)}
 
 
 def _finished(home: Path, config: TrainConfig) -> bool:
     """Whether a run wrote all that was asked for."""
     if not (home / "summary.json").is_file():
         return False
-    summary = json.loads((home / "summary.json").read_text(encoding="utf-8"))
-    return "win_rate" in summary or not config.eval_scorers
+    return "win_rate" in _summary(home) or not config.eval_scorers
+
+
+def _summary(home: Path) -> dict[str, object]:
+    """A run's summary.json. Raises BadInput where it is damaged."""
+    again = f"delete the folder {home}, and the same command trains that run again"
+    return read_signed_json(home / "summary.json", again, ["loss_last", "seconds"])
 
 
 def table(rows: Sequence[dict], swept: Sequence[str]) -> str:

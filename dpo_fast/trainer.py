@@ -16,15 +16,16 @@ from tqdm.auto import tqdm
 
 from dpo_fast import checkpoint, hub, run_folder, sampling
 from dpo_fast.card import model_card
+from dpo_fast.checksums import write_signed_json
 from dpo_fast.config import public
 from dpo_fast.data import BadRow, Batch, validation_loader, write_report
 from dpo_fast.data.pairs import too_many_bad
 from dpo_fast.door import acknowledge, on_signals
 from dpo_fast.errors import BadInput
-from dpo_fast.files import write_json, write_text
+from dpo_fast.files import write_text
 from dpo_fast.inputs import add_noise, conditioning_of
 from dpo_fast.kernels import dispatch
-from dpo_fast.metrics import Clock, MetricsFile, PairSums, for_trackers, interval95, overoptimised
+from dpo_fast.metrics import LOGS, Clock, MetricsFile, PairSums, for_trackers, interval95, overoptimised
 from dpo_fast.models import (
     Conditioning,
     nonfinite_rows,
@@ -282,6 +283,7 @@ class Trainer:
                 "optimizer_values": values,
                 "notes": run.notes,
                 "bad_rows": [list(bad) for bad in run.bad_rows.values()],
+                "logs": {log.path.name: extent for log in (self.metrics, self.validations) if (extent := log.extent())},
             }
             checkpoint.save(run.folder, run.step, files, state)
             checkpoint.prune(run.folder, self.config.checkpoints_total_limit)
@@ -296,16 +298,16 @@ class Trainer:
         run, config = self.run_, self.config
         self._check_result()
         if self.ranks.is_main:
-            run_folder.publish(run.folder, self._export)
-            summary = self._summary()
-            write_json(run.folder / run_folder.SUMMARY, summary)
+            result = run_folder.publish(run.folder, self._export)
+            summary = self._summary() | {"result": result}
+            write_signed_json(run.folder / run_folder.SUMMARY, summary)
             counts = {"rows": run.sets.rows, "ties_dropped": run.sets.ties_dropped, "bad_rows": len(run.bad_rows)}
             card = model_card(public(config), summary, counts, self.family.name, self.argv)
             write_text(run.folder / "README.md", card)
             self._say(f"done, the result is in {run.folder}")
             if config.push_to_hub:
                 summary["uploaded"] = hub.push(run.folder, config.hub_model_id, config.hub_token)
-                write_json(run.folder / run_folder.SUMMARY, summary)
+                write_signed_json(run.folder / run_folder.SUMMARY, summary)
                 self._say(f"uploaded to {summary['uploaded']}")
         self.ranks.wait()
 
@@ -437,9 +439,11 @@ class Trainer:
         run, config, main = self.run_, self.config, self.ranks.is_main
         if main and config.report_to != "none":
             self.ranks.start_trackers(run.folder / config.logging_dir, config.tracker_name, public(config))
-        self.metrics = MetricsFile(run.folder / "metrics.jsonl" if main else Path(os.devnull), run.step)
         held_out = main and config.run_validation and run.validation is not None
-        self.validations = MetricsFile(run.folder / "validation.jsonl" if held_out else Path(os.devnull), run.step)
+        self.metrics, self.validations = (
+            MetricsFile(run.folder / name if kept else Path(os.devnull), run.step, run.logs.get(name))
+            for name, kept in zip(LOGS, (main, held_out), strict=True)
+        )
         self.bar = tqdm(total=config.max_train_steps, initial=run.step, unit="step", disable=not main)
         self.started = time.perf_counter()
         try:
@@ -453,26 +457,14 @@ class Trainer:
     def _sample_base(self) -> None:
         """Samples of the base model, drawn before the first step and kept for every later comparison."""
         run = self.run_
-        files = [run.folder / "samples" / f"base-{k}.png" for k in range(len(run.prompts))]
         if self.ranks.is_main:
-            if run.step == 0:
-                for image, file in zip(self._sample(), files, strict=True):
-                    sampling.save_png(image, file)
-            self.base_samples = [Image.open(file).convert("RGB") for file in files]
+            of_run = (self.family, run.prompts, self.config, run.fingerprints["base model"])
+            self.base_samples = sampling.base_samples(*of_run, again=run.step == 0)
         self.ranks.wait()
 
     def _sample(self) -> list[Image.Image]:
         """One image a prompt from the weights the UNet holds now."""
-        config, prompts = self.config, self.run_.prompts
-        images = sampling.sample(
-            self.family,
-            prompts,
-            [config.seed + k for k in range(len(prompts))],
-            resolution=config.resolution,
-            steps=config.sampling_steps,
-            guidance=config.sampling_guidance,
-        )
-        return [sampling.to_picture(image) for image in images]
+        return sampling.run_samples(self.family, self.run_.prompts, self.config)
 
     def _export(self, folder: Path) -> None:
         """Write the trained weights (the EMA's where there is one) as diffusers loads them."""

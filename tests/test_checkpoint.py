@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import shutil
 from pathlib import Path
 
@@ -41,6 +42,18 @@ def test_any_layout_of_tensors_is_saved(tmp_path):
     assert all(torch.equal(files["weights"][name], tensor) for name, tensor in tensors.items())
 
 
+def flip(file: Path, place: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[place] ^= 4
+    file.write_bytes(data)
+
+
+def strip(file: Path) -> None:
+    state = json.loads(file.read_text())
+    del state["digest"]
+    file.write_text(json.dumps(state))
+
+
 DAMAGE = {
     "no folder": shutil.rmtree,
     "no state": lambda folder: (folder / "state.json").unlink(),
@@ -50,6 +63,12 @@ DAMAGE = {
     "no text": lambda folder: (folder / "state.json").write_bytes(b"\xff\xfe"),
     "a missing file": lambda folder: (folder / "optimizer.safetensors").unlink(),
     "half a file": lambda folder: (folder / "weights.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{"),
+    "a bit of the state": lambda folder: flip(folder / "state.json", 3),
+    "a bit of the first number": lambda folder: flip(folder / "weights.safetensors", -40),
+    "a bit of the last number": lambda folder: flip(folder / "weights.safetensors", -1),
+    "a bit of a scale": lambda folder: flip(folder / "optimizer.safetensors", -2),
+    "files of each other": lambda folder: shutil.copy(folder / "weights.safetensors", folder / "optimizer.safetensors"),
+    "a state without digest": lambda folder: strip(folder / "state.json"),
     "an empty file": lambda folder: (folder / "weights.safetensors").write_bytes(b""),
 }
 
@@ -62,6 +81,17 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, name):
     with pytest.raises(BadInput, match="is not a whole checkpoint") as caught:
         checkpoint.load(folder)
     assert str(folder) in str(caught.value)
+
+
+def test_one_of_an_earlier_version_is_loaded_and_said_to_be_unchecked(tmp_path, caplog):
+    folder = checkpoint.save(tmp_path, 7, FILES, STATE)
+    (folder / "state.json").write_text(json.dumps({**STATE, "files": list(FILES)}))
+    files, state = checkpoint.load(folder)
+    assert state == STATE and torch.equal(files["weights"]["a"], FILES["weights"]["a"])
+    assert f"{folder} is of an earlier version, without checksums" in caplog.text
+    caplog.clear()
+    checkpoint.load(checkpoint.save(tmp_path, 8, FILES, STATE))
+    assert caplog.text == ""
 
 
 @pytest.mark.faults

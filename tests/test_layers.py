@@ -12,8 +12,7 @@ ROOT = Path(dpo_fast.__file__).parent
 LEVELS = [
     ["errors", "quiet"],
     ["files", "door", "heartbeat", "hub_revisions"],
-    ["locks"],
-    ["kernels"],
+    ["locks", "checksums", "kernels"],
     ["draws", "schedule", "objectives", "config"],
     ["models", "data", "shapes"],
     ["card", "checkpoint", "hub", "metrics", "optim", "parallel", "plan", "plot", "run_folder", "sampling"],

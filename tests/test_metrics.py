@@ -3,11 +3,13 @@
 import json
 import math
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from dpo_fast.metrics import Clock, MetricsFile, PairSums, for_trackers, overoptimised
+from dpo_fast.checksums import Damaged
+from dpo_fast.metrics import Clock, Extent, MetricsFile, PairSums, for_trackers, kept_lines, overoptimised
 
 CPU = torch.device("cpu")
 
@@ -178,3 +180,60 @@ def test_trackers_get_flat_numbers():
     line = {"step": 3, "loss": 0.5, "margin": None, "implicit_accuracy_by_timestep": buckets}
     assert for_trackers(line) == {"step": 3, "loss": 0.5, "implicit_accuracy_by_timestep/30%": 0.25}
     assert for_trackers({"validation_accuracy": 0.5}) == {"validation_accuracy": 0.5}
+
+
+# ---- resuming ----------------------------------------------------------------------------------------------------
+
+
+def logged(path: Path, steps: int) -> tuple[bytes, Extent]:
+    """A log of some steps, and its extent after the second."""
+    file = MetricsFile(path)
+    for step in range(1, steps + 1):
+        file.write({"step": step, "loss": step / 7})
+        if step == 2:
+            extent = file.extent()
+    file.close()
+    return path.read_bytes(), extent
+
+
+@pytest.mark.faults
+def test_a_log_that_changed_is_named_and_not_gone_on_with(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    data, extent = logged(path, 4)
+    assert extent.size == len(b"".join(data.splitlines(keepends=True)[:2]))
+    assert kept_lines(path, 2, extent) == data[: extent.size]
+    for place in range(extent.size):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        with pytest.raises(Damaged, match=r"metrics\.jsonl is damaged .*move it away"):
+            MetricsFile(path, 2, extent)
+    for changed in (b"", data[: extent.size - 1], data.replace(b'"step": 2', b'"step": 3')):
+        path.write_bytes(changed)
+        with pytest.raises(Damaged):
+            kept_lines(path, 2, extent)
+    path.write_bytes(data[: extent.size] + b"\xff whatever was written after the checkpoint\n")
+    resumed = MetricsFile(path, 2, extent)
+    resumed.write({"step": 3, "loss": 3 / 7})
+    assert resumed.path.read_bytes() == b"".join(data.splitlines(keepends=True)[:3])
+    assert kept_lines(path, 3, resumed.extent()) == path.read_bytes()
+    resumed.close()
+
+
+OLD = {
+    "no JSON": b'{"step": 1, "loss" 0.1}\n',
+    "no text": b"\xff\xfe\n",
+    "no step": b'{"loss": 0.1}\n',
+    "a step that is no number": b'{"step": "1"}\n',
+    "a number alone": b"3\n",
+    "an earlier step": b'{"step": 1}\n{"step": 3}\n{"step": 2}\n',
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", OLD)
+def test_a_log_without_an_extent_is_checked_line_by_line(tmp_path, name):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(OLD[name] + b'{"step": 4}\n')
+    with pytest.raises(Damaged, match=r"line [13] is not an object with a later step"):
+        kept_lines(path, 9, None)
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"st')  # a killed process was writing
+    assert kept_lines(path, 1, None) == b'{"step": 1}\n'

@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from dpo_fast import checkpoint
+from dpo_fast.checksums import write_signed_json
 from dpo_fast.train import main
 from dpo_fast.trainer import Trainer
 from tests.helpers.runs import STEPS, assert_same_state, flags_for, lines, start, train
@@ -181,7 +182,8 @@ def test_another_base_model_is_refused(sdxl_path, sd15_path, pairs, tmp_path, ca
     state = out / "checkpoint-1" / "state.json"
     saved = json.loads(state.read_text())
     saved["config"]["pretrained_model_name_or_path"] = str(kept)
-    state.write_text(json.dumps(saved))
+    del saved["digest"]
+    write_signed_json(state, saved)
     assert main([str(kept) if flag == str(sdxl_path) else flag for flag in flags]) == 2
     assert "base model: " in capsys.readouterr().err
 
@@ -236,3 +238,17 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(sdxl_path, pai
     assert not list(out.glob(".tmp-*"))
     whole = train(sdxl_path, pairs, tmp_path / "whole", "--max_train_steps", last + 2)
     assert_same_state(whole, out, last + 2)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_samples_of_the_base_are_drawn_again_by_a_run_that_has_no_base_any_more(sdxl_path, pairs, tmp_path, damage):
+    """Of full tuning with a cached reference no copy of the base is held: they are drawn before the checkpoint is."""
+    more = ["--tuning", "full", "--cached_reference", 2, "--run_validation", "--validation_prompts", "a cat"]
+    more += ["--sampling_steps", 1, "--learning_rate", 1e-2]
+    out = train(sdxl_path, pairs, tmp_path / "run", *more, "--max_train_steps", 1)
+    file = out / "samples" / "base-0.png"
+    data = file.read_bytes()
+    file.write_bytes(data[:-100]) if damage == "cut" else file.unlink()
+    train(sdxl_path, pairs, out, *more, "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
+    assert file.read_bytes() == data

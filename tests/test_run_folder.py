@@ -75,10 +75,11 @@ def test_beginning_keeps_or_clears_the_earlier_run(tmp_path):
         *("config.yaml", "checkpoint-1", "checkpoint-1/state.json"),
         *(run_folder.REPORT, "link", ".lock"),
     }
-    assert (folder / "config.yaml").read_text() == "seed: 2\n"
+    checksum, *written = (folder / "config.yaml").read_text().splitlines()
+    assert checksum.startswith("# checksum") and written == ["seed: 2"]
     run_folder.begin(folder, overwrite=True, config_yaml="seed: 3\n")
     assert entries(folder) == {"config.yaml", run_folder.REPORT, ".lock"}
-    assert (folder / "config.yaml").read_text() == "seed: 3\n"
+    assert (folder / "config.yaml").read_text().splitlines()[1:] == ["seed: 3"]
     assert entries(outside) == {"kept"}
 
 

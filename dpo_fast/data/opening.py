@@ -19,6 +19,7 @@ import datasets
 import pyarrow.parquet as pq
 
 from dpo_fast.data.columns import LAYOUTS, WantedColumns
+from dpo_fast.data.relabelled import check_labels
 from dpo_fast.data.sources import JsonlSource, Source, StreamedSource, TableSource, as_bad_input
 from dpo_fast.errors import BadInput
 from dpo_fast.files import regular_file, regular_files
@@ -146,6 +147,8 @@ def _load_local(files: list[Path], streaming: bool, cache_dir: str | Path | None
             if not filled:
                 raise BadInput(f"data set {str(files[0])!r} is empty: it has no rows")
             files = filled
+            for file in files:
+                check_labels(file)
         return datasets.load_dataset(
             kind,
             data_files={"train": [str(file) for file in files]},

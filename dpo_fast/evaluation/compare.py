@@ -1,12 +1,12 @@
 """A finished run against its base: the same prompts and seeds through both, judged, and kept in the run's folder."""
 
-import json
 from datetime import date
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dpo_fast.checksums import read_signed_json, write_signed_json
 from dpo_fast.config import TrainConfig
 from dpo_fast.evaluation.findings import About, Findings, judge
 from dpo_fast.evaluation.generating import versions
@@ -16,7 +16,7 @@ from dpo_fast.evaluation.prompts import read_lines
 from dpo_fast.evaluation.scored import Scored, write_scores
 from dpo_fast.evaluation.scorers import Scorer, check_names, load_scorer, provenance
 from dpo_fast.evaluation.signals import measure
-from dpo_fast.files import write_json, write_text
+from dpo_fast.files import write_text
 from dpo_fast.models import Family
 from dpo_fast.parallel import Ranks
 from dpo_fast.sampling import before_after, sample, save_png, to_picture
@@ -116,9 +116,10 @@ class Evaluation:
 
 def add_to_summary(folder: Path, findings: Findings, seconds: float) -> dict[str, object]:
     """Add the findings, and the seconds they took, to the run's summary.json and return it."""
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    path = folder / "summary.json"
+    summary = read_signed_json(path, "the training command with --resume_from_checkpoint latest writes it again")
     summary |= findings.numbers() | {"evaluation_seconds": seconds}
-    write_json(folder / "summary.json", summary)
+    write_signed_json(path, summary)
     return summary
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
+from dpo_fast.checksums import read_signed_json, write_signed_json
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.findings import About, Findings, judge
 from dpo_fast.evaluation.generating import Wanted, check_free, differences, generate_images, is_complete
@@ -80,11 +81,8 @@ def claim(out: Path, settings: Mapping[str, object]) -> None:
     record = out / RECORD
     if not record.is_file():
         check_free(out, RECORD)
-        write_json(record, settings)
-    try:
-        before = json.loads(record.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{record} is damaged ({error}); name another --output_dir") from error
+        write_signed_json(record, settings)
+    before = read_signed_json(record, "put it back from a copy, or name another --output_dir")
     if found := differences(before, json.loads(json.dumps(settings))):
         raise BadInput(f"--output_dir {out} is of another evaluation ({'; '.join(found)}); name another folder")
     remove_temporaries(out)

@@ -1,7 +1,7 @@
 """Prompts to images on disk for one model or several, from the same initial noise.
 
-    OUT/<model>/<prompt>-<seed>.png    with prompt, seed, model, steps, guidance, sampler ... as PNG texts
-    OUT/images.json                    the settings, and a row an image
+    OUT/<model>/<prompt>-<seed>.png    with prompt, seed, model, steps, guidance, sampler, checksum ... as PNG texts
+    OUT/images.json                    the settings, and a row an image; its digest
     OUT/grid.png                       a column a prompt, a row a model
 
 Images are made in batches that prompts and seeds alone decide, so that what is made again after an interruption, and
@@ -9,8 +9,11 @@ what other ranks make, is the same to the bit.
 """
 
 import hashlib
+import io
 import json
+import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -22,17 +25,21 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from dpo_fast import __version__, run_folder
+from dpo_fast.checksums import png_is_whole, read_signed_json, write_signed_json
 from dpo_fast.data.images import BadImage, crop_corner, decode, resize, to_pixels
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.generate_options import STRENGTH, GenerateConfig
 from dpo_fast.evaluation.models import ModelSource, OneAtATime, compute_dtype, files_stamp
 from dpo_fast.evaluation.naming import IMAGE_FILES, file_stem, image_files, images_of
+from dpo_fast.evaluation.pairing import THREADS
 from dpo_fast.evaluation.prompts import Prompt
-from dpo_fast.files import remove_temporaries, write_json
+from dpo_fast.files import remove_temporaries
 from dpo_fast.models import Family
 from dpo_fast.models.encoding import weights_digest
 from dpo_fast.parallel import Ranks
 from dpo_fast.sampling import picture_grid, sample, save_png, to_picture
+
+logger = logging.getLogger(__name__)
 
 LISTING, GRID = "images.json", "grid.png"
 PACKAGES = ("torch", "diffusers")  # whose versions an image notes
@@ -134,7 +141,7 @@ def _generate_missing(wanted: Wanted, out: Path, ranks: Ranks) -> int:
     """`generate_images` in a folder that is held."""
     rows = wanted.rows()
     ranks.on_main(lambda: _claim(wanted, rows, out, ranks.device))
-    missing = set(ranks.share([file for file in {row.file: None for row in rows} if not (out / file).is_file()]))
+    missing = set(ranks.share(_missing(wanted, rows, out) if ranks.is_main else None))
     unchanged = ranks.share(_unchanged(wanted, out) if ranks.is_main else None)
     models = OneAtATime(ranks.device)
     for name in wanted.models:
@@ -201,9 +208,14 @@ def _open_layout(path: Path) -> Layout:
     return Layout(path, hashlib.blake2b(data, digest_size=8).hexdigest())
 
 
+def _each(rows: Sequence[ImageRow]) -> list[ImageRow]:
+    """One row a file."""
+    return list({row.file: row for row in reversed(rows)}.values())[::-1]
+
+
 def _batches(rows: Sequence[ImageRow], size: int) -> list[list[ImageRow]]:
     """One row a file, `size` at a time."""
-    each = list({row.file: row for row in reversed(rows)}.values())[::-1]
+    each = _each(rows)
     return [each[first : first + size] for first in range(0, len(each), size)]
 
 
@@ -297,7 +309,7 @@ def _claim(wanted: Wanted, rows: Sequence[ImageRow], out: Path, device: torch.de
     settings, listing = _settings(wanted, device), _listing(out)
     if listing is None:
         check_free(out, LISTING)
-        _write(out, {"settings": settings, "weights": {}, "stamps": {}, "complete": False}, rows)
+        _write(out, {"settings": settings, "weights": {}, "stamps": {}, "signed": True, "complete": False}, rows)
     elif listing["settings"] != settings:
         found = "; ".join(differences(listing["settings"], settings))
         raise BadInput(
@@ -319,6 +331,37 @@ def _unchanged(wanted: Wanted, out: Path) -> set[str]:
     return {name for name, source in wanted.models.items() if stamps.get(name) == files_stamp(source)}
 
 
+def _missing(wanted: Wanted, rows: Sequence[ImageRow], out: Path) -> list[str]:
+    """The files that are not there, or are not the images that were written."""
+    listing = _listing(out)
+
+    def fault(row: ImageRow) -> str | None:
+        path = out / row.file
+        try:
+            data = path.read_bytes()
+            whole = png_is_whole(data)
+            if whole is False or (whole is None and listing.get("signed")):
+                return "it is damaged"
+            with Image.open(io.BytesIO(data)) as image:
+                texts = image.info
+        except FileNotFoundError:
+            return ""
+        except (OSError, ValueError, SyntaxError) as error:  # of a PNG
+            return f"it cannot be read, {error}"
+        expected = _texts(row, wanted.strength) | {"digest": listing["weights"].get(row.model)}
+        if differing := [name for name, text in expected.items() if texts.get(name) != text]:
+            return f"it is another image's, by its {', '.join(differing)}"
+        return None
+
+    files = _each(rows)
+    with ThreadPoolExecutor(THREADS) as pool:
+        faults = list(pool.map(fault, files))
+    for row, wrong in zip(files, faults, strict=True):
+        if wrong:
+            logger.warning("%s: %s; it is made again", out / row.file, wrong)
+    return [row.file for row, wrong in zip(files, faults, strict=True) if wrong is not None]
+
+
 def _same_weights(out: Path, about: Mapping[str, str], source: ModelSource) -> None:
     """Note the weights that the images of a model come from. Raises BadInput where there are images from others."""
     listing, name = _listing(out), about["model"]
@@ -329,7 +372,7 @@ def _same_weights(out: Path, about: Mapping[str, str], source: ModelSource) -> N
             " name another folder"
         )
     listing["stamps"][name] = files_stamp(source)
-    write_json(out / LISTING, {**listing, "complete": False})
+    write_signed_json(out / LISTING, {**listing, "complete": False})
 
 
 def _finish(wanted: Wanted, rows: Sequence[ImageRow], out: Path) -> None:
@@ -357,16 +400,12 @@ def _listing(out: Path) -> dict | None:
     """images.json, or None where there is none."""
     if not (out / LISTING).is_file():
         return None
-    try:
-        listing = json.loads((out / LISTING).read_text(encoding="utf-8"))
-        _ = [listing[name] for name in ("settings", "weights", "stamps", "complete", "images")]
-    except (ValueError, LookupError, TypeError) as error:
-        raise BadInput(f"{out / LISTING} is no listing of dpo_fast.generate; name another folder") from error
-    return listing
+    remedy = "put it back from a copy, or name another folder (it is no listing of dpo_fast.generate as it is)"
+    return read_signed_json(out / LISTING, remedy, ("settings", "weights", "stamps", "complete", "images"))
 
 
 def _write(out: Path, listing: Mapping[str, object], rows: Sequence[ImageRow]) -> None:
-    write_json(out / LISTING, {**listing, "images": [row._asdict() for row in rows]})
+    write_signed_json(out / LISTING, {**listing, "images": [row._asdict() for row in rows]})
 
 
 def differences(before: object, now: object, name: str = "") -> list[str]:

@@ -1,13 +1,13 @@
 """Images on disk to scores, kept on the disk as they come: a scorer sees an image and its prompt once.
 
-    FOLDER/<scorer>/rank-0.json    about: facts of the scorer; scores: image and prompt -> score
+    FOLDER/<scorer>/rank-0.json    about: facts of the scorer; scores: image and prompt -> score; its digest
 
 A score belongs to what an image's bytes and its prompt are, so it holds for any baseline, and images that are equal
 are scored equal.
 """
 
 import hashlib
-import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -18,13 +18,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dpo_fast.caching import ahead
+from dpo_fast.checksums import parse_signed, write_signed_json
 from dpo_fast.data.images import image_key
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.by_size import batches_by_size
 from dpo_fast.evaluation.pairing import THREADS, Files
 from dpo_fast.evaluation.scorers import Scorer
-from dpo_fast.files import regular_file, remove_temporaries, write_text
+from dpo_fast.files import regular_file, remove_temporaries
 from dpo_fast.parallel import Ranks
+
+logger = logging.getLogger(__name__)
 
 KEPT_AFTER = 256  # images: what a killed process loses at most, on every rank
 
@@ -47,7 +50,7 @@ def score_images(
     """
     assert len(images) == len(prompts)
     keys = ranks.on_all(lambda: _keys(images, prompts))
-    ranks.on_main(lambda: [remove_temporaries(folder / name) for name in scorers])
+    ranks.on_main(lambda: [_drop_damaged(folder / name) for name in scorers])
     found = {}
     for name, (describe, load) in scorers.items():
         kept = _scores(name, describe, cache(load), images, prompts, keys, folder / name, ranks, batch_size)
@@ -110,7 +113,7 @@ def _keys(images: Files, prompts: Sequence[str]) -> list[str]:
 
 
 def _read(folder: Path, about: Mapping[str, str]) -> dict[str, float]:
-    """What all ranks of all commands have kept of this very scorer."""
+    """What all ranks of all commands have kept of this very scorer, whole files only."""
     kept: dict[str, float] = {}
     for file in sorted(folder.glob("rank-*.json")):
         kept |= _read_one(file, about)
@@ -118,14 +121,25 @@ def _read(folder: Path, about: Mapping[str, str]) -> dict[str, float]:
 
 
 def _read_one(file: Path, about: Mapping[str, str]) -> dict[str, float]:
-    """None where the file is not there or damaged, or of other facts."""
+    """The scores in a file; none where it is not there, damaged, or of other facts."""
     try:
-        content = json.loads(regular_file(file).read_text(encoding="utf-8"))
+        content = parse_signed(regular_file(file).read_bytes())
         if content["about"] != about:
             return {}
         return {str(key): float(score) for key, score in content["scores"].items()}
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
         return {}
+
+
+def _drop_damaged(folder: Path) -> None:
+    """Delete files of scores that have changed since they were written, or carry no digest, and half-written ones."""
+    remove_temporaries(folder)
+    for file in sorted(folder.glob("rank-*.json")):
+        try:
+            parse_signed(regular_file(file).read_bytes())
+        except ValueError as error:
+            logger.warning("%s is damaged (%s): it is deleted, and its scores are made again", file, error)
+            file.unlink()
 
 
 class _Work:
@@ -181,4 +195,4 @@ class _Work:
                 self._write(scores)
 
     def _write(self, scores: Mapping[str, float]) -> None:
-        write_text(self.file, json.dumps({"about": self.about, "scores": scores}) + "\n")
+        write_signed_json(self.file, {"about": self.about, "scores": scores}, indent=None)

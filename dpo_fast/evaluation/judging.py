@@ -4,13 +4,14 @@
     FOLDER/<scorer>/rows-00000512.json      scores of the pairs among the rows 512 to 512 + PART_ROWS - 1
 
 A part has fixed rows and is scored by itself, in batches that follow from its rows alone, so that what is there is
-never scored again, and what another process or a later one scores is the same to the bit. It carries the facts of its
-scorer, and of each row a mark of its caption and its images: what these no longer fit is scored anew. An image that
-occurs twice in a part with one caption is scored once, so that a pair of equal images is a tie.
+never scored again, and what another process or a later one scores is the same to the bit. It carries its digest, the
+facts of its scorer, what the pairs are of, and of each row a mark of its caption and its images: what these no longer
+fit is scored anew, and so is a part that was damaged. An image that occurs twice in a part with one caption is scored
+once, so that a pair of equal images is a tie.
 """
 
 import hashlib
-import json
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,18 +28,21 @@ from tqdm import tqdm
 
 from dpo_fast import locks
 from dpo_fast.caching import ahead
+from dpo_fast.checksums import parse_signed, read_signed_json, write_signed_json
 from dpo_fast.data import BadImage, BadRow, PairIndex, Source
 from dpo_fast.data.images import decode, image_key
 from dpo_fast.data.pairs import too_many_bad
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.by_size import batches_by_size
 from dpo_fast.evaluation.scorers import Scorer
-from dpo_fast.files import regular_file, remove_temporaries, write_json, write_text
+from dpo_fast.files import regular_file, remove_temporaries
 from dpo_fast.parallel import Ranks
 
 PART_ROWS = 256  # of the source; what a killed process loses at most, on every rank
 ROWS_AHEAD = 16  # read before they are needed
 RECORD = "pairs.json"
+
+logger = logging.getLogger(__name__)
 
 Key = tuple[bytes, str]  # an image, by its hash, and its caption
 
@@ -117,17 +121,27 @@ def _claim(folder: Path, source: Source) -> None:
     """Make the folder one of these images and captions, or raise BadInput where it is of others."""
     this, record = {"contents": source.contents()}, folder / RECORD
     if not record.is_file():
-        write_json(record, this)
-    try:
-        before = json.loads(record.read_text(encoding="utf-8"))
-    except ValueError:
-        before = "a record that cannot be read"
+        write_signed_json(record, this)
+    before = read_signed_json(record, f"put it back from a copy, or delete {folder}, or name another --scores_dir")
     if before != this:
         raise BadInput(
             f"{folder} holds scores of other pairs, or of these before they changed ({before}; now {this}): delete it,"
             " or name another --scores_dir"
         )
     remove_temporaries(folder, deep=True)
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            _drop_damaged(entry)
+
+
+def _drop_damaged(folder: Path) -> None:
+    """Delete parts that have changed since they were written, or carry no digest."""
+    for file in sorted(folder.glob("rows-*.json")):
+        try:
+            parse_signed(regular_file(file).read_bytes())
+        except ValueError as error:
+            logger.warning("%s is damaged (%s): it is deleted, and its rows are scored again", file, error)
+            file.unlink()
 
 
 class _Work:
@@ -145,6 +159,7 @@ class _Work:
     ) -> None:
         self.source, self.scorers, self.facts, self.folder = source, scorers, facts, folder
         self.batch_size, self.max_bad_fraction, self.pairs = batch_size, max_bad_fraction, len(index)
+        self.contents = source.contents()
         self.captions = dict(zip(index.pair_id.tolist(), index.captions, strict=True))
         self.parts: dict[int, list[int]] = defaultdict(list)  # first row -> the rows to score
         for row in self.captions:
@@ -265,13 +280,13 @@ class _Work:
     def _read(self, name: str, first: int) -> _Part:
         """A part as it was written, by this very scorer; an empty one where it is not there, or damaged."""
         try:
-            content = json.loads(regular_file(self._path(name, first)).read_text(encoding="utf-8"))
-            if content["about"] != self.facts[name]:
+            content = parse_signed(regular_file(self._path(name, first)).read_bytes())
+            if (content["about"], content["contents"]) != (self.facts[name], self.contents):
                 return _Part({}, {}, {})
             bad = {row: BadRow(row, column, reason) for row, column, reason in content["bad"]}
             scores = {row: [float(a), float(b)] for row, (a, b) in zip(content["rows"], content["scores"], strict=True)}
             return _Part(scores, bad, dict(zip([*scores, *bad], content["marks"], strict=True)))
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, LookupError, TypeError):
             return _Part({}, {}, {})
 
     def _write(self, name: str, first: int, scores: dict[int, list[float]], bad: dict[int, BadRow]) -> None:
@@ -281,12 +296,13 @@ class _Work:
         bad = bad | {row: wrong for row, wrong in before.bad.items() if row not in self.marks}
         content = {
             "about": self.facts[name],
+            "contents": self.contents,
             "rows": [*scores],
             "scores": [*scores.values()],
             "bad": [*bad.values()],
             "marks": [self.marks.get(row) or before.marks[row] for row in (*scores, *bad)],
         }
-        write_text(self._path(name, first), json.dumps(content) + "\n")
+        write_signed_json(self._path(name, first), content, indent=None)
 
 
 def _mark(stamp: str, caption: str) -> str:

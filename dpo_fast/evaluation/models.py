@@ -16,6 +16,7 @@ from dpo_fast.models import COMPUTE_DTYPES, Family, load_family, merge_lora
 from dpo_fast.models.faults import bad_input
 from dpo_fast.models.load import align_weights, component_config, family_of
 from dpo_fast.models.lora import WEIGHT_NAME
+from dpo_fast.run_folder import check_result
 
 if TYPE_CHECKING:
     from dpo_fast.evaluation.generate_options import GenerateConfig
@@ -116,7 +117,8 @@ def is_run(path: str) -> bool:
 
 
 def read_run(folder: str) -> TrainConfig:
-    """The configuration of a finished run. Raises BadInput where there is no result yet."""
+    """The configuration of a finished run. Raises BadInput where there is no result yet, and where it is damaged."""
+    check_result(Path(folder))
     config, _ = parse(["--config", str(Path(folder, "config.yaml"))])
     result = Path(folder, WEIGHT_NAME if config.tuning == "lora" else "model_index.json")
     if not result.is_file():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dpo_fast.checksums import png_is_whole
 from dpo_fast.data.images import BadImage, decode
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.naming import PromptImage
@@ -32,7 +33,10 @@ class Files:
     def __getitem__(self, row: int) -> Tensor:
         path = self.paths[row]
         try:
-            pixels = np.array(decode(path.read_bytes()))
+            data = path.read_bytes()
+            if png_is_whole(data) is False:  # one that dpo_fast wrote
+                raise BadImage("is damaged (its bytes do not agree with its checksum)")
+            pixels = np.array(decode(data))
         except (OSError, BadImage) as error:
             raise BadInput(f"{path} {error}: mend it, or take it away") from error
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from dpo_fast.checksums import Damaged, file_digest, parse_signed, signed, write_signed_json
 from dpo_fast.data import BadImage, Source
+from dpo_fast.data.relabelled import DIGEST, LabelDigest, check_all
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.judging import Scores
 from dpo_fast.evaluation.statistics import binomial_interval
@@ -182,16 +184,18 @@ def write_pairs(
 ) -> None:
     """The kept pairs in Pick-a-Pic's columns, images as the bytes they were, in the order of the source. Atomic.
 
-    `note` is kept in the file, for `note_of`.
+    `note` is kept in the file, for `note_of`, as is a digest of all but the images; every page has its checksum.
     """
     captions, names = source.captions(), list(scores.of)
     columns = [("jpg_0", pa.binary()), ("jpg_1", pa.binary()), ("caption", pa.string())]
     columns += [("label_0", pa.float64()), ("label_human", pa.float64())]
     columns += [(f"score_{side}_{name}", pa.float64()) for name in names for side in (0, 1)]
-    schema = pa.schema(columns, metadata={NOTE: json.dumps(note)})
+    schema = pa.schema(columns, metadata={NOTE: signed(json.dumps(note))})
     places = np.flatnonzero(labels.kept).tolist()
     packing = {name: "none" if name.startswith("jpg_") else "snappy" for name, _ in columns}
-    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression=packing) as file:
+    options = {"compression": packing, "write_page_checksum": True}
+    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema, **options) as file:
+        whole = LabelDigest()
         group: dict[str, list] = {name: [] for name, _ in columns}
         size = 0
         bar = tqdm(places, desc="Writing pairs", unit=" pairs", disable=not progress)
@@ -205,19 +209,49 @@ def write_pairs(
             values = (*images, captions[row], labels.label[place], human[row], *scored)
             for column, value in zip(group.values(), values, strict=True):
                 column.append(value)
+            whole.update(values[len(images) :])
             size += sum(map(len, images))
             if size >= GROUP_BYTES or number == len(places):
                 file.write_table(pa.table(group, schema=schema))
                 group, size = {name: [] for name in group}, 0
+        file.add_key_value_metadata({DIGEST: whole.hexdigest()})
 
 
 def note_of(path: Path) -> dict | None:
-    """The note in a file of `write_pairs`; None where it is another file."""
+    """The note in a file of `write_pairs`; None where it is another file. Raises Damaged where the note has changed."""
     try:
         metadata = pq.read_schema(path).metadata or {}
-    except (OSError, pa.ArrowException):
+    except (OSError, ValueError, pa.ArrowException):
         return None
-    return json.loads(metadata[NOTE]) if NOTE in metadata else None
+    if NOTE not in metadata:
+        return None
+    try:
+        return parse_signed(metadata[NOTE], required=False)
+    except ValueError as error:
+        raise Damaged(
+            f"{path} is damaged ({error}): --overwrite writes it again from the scores that were kept"
+        ) from error
+
+
+def check_output(path: Path) -> None:
+    """Raise Damaged where the file of pairs is not what was written, by the checksum in the report beside it, or, where
+    there is no whole report (a process was killed before it), by those in the file."""
+    try:
+        report = parse_signed(path.with_suffix(".json").read_bytes())
+    except (OSError, ValueError):
+        report = {}
+    if "checksum" not in report:
+        check_all(path)
+    elif file_digest(path) != report["checksum"]:
+        raise Damaged(
+            f"{path} is damaged (its checksum is not the one in {path.with_suffix('.json').name}): --overwrite writes"
+            " it again from the scores that were kept"
+        )
+
+
+def write_counts(path: Path, found: dict) -> None:
+    """Write the counts beside the file of pairs, with its checksum."""
+    write_signed_json(path.with_suffix(".json"), {**found, "checksum": file_digest(path)})
 
 
 def human_labels(source: Source) -> list[float]:

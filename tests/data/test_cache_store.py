@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,33 @@ def test_an_interrupted_writer_is_taken_up(tmp_path, records, torn):
     assert {p.name: p.read_bytes() for p in whole.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", ["part", "log"])
+def test_a_bit_that_flipped_in_an_unfinished_shard_is_no_entry(tmp_path, kind):
+    """A record, its key, its checksum or what is noted beside it: the record is encoded again, as are those behind."""
+    entries = items(3)
+    begin_folder(tmp_path, RECIPE)
+    writer = Writer(tmp_path, RECIPE, 0)
+    for key, (record, meta) in entries.items():
+        writer.add(key, record, meta)
+    (file,) = (tmp_path / RECIPE.folder_name).glob(f"*.{kind}")
+    before = {path: path.read_bytes() for path in file.parent.iterdir()}
+    data = file.read_bytes()
+    for place in range(0, len(data), max(1, len(data) // 97)):
+        for path, kept in before.items():
+            path.write_bytes(kept)
+        file.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        again = Writer(tmp_path, RECIPE, 0)
+        assert again.pending == list(entries)[: place * 3 // len(data) if kind == "part" else data[:place].count(b"\n")]
+        for key in list(entries)[len(again.pending) :]:
+            again.add(key, *entries[key])
+        with again:
+            pass
+        assert_holds(tmp_path, entries)
+        shutil.rmtree(file.parent)
+        file.parent.mkdir()
+
+
 @pytest.mark.parametrize("stopped_at", ["renamed", "indexed"])
 def test_a_writer_killed_while_it_completed_a_shard(tmp_path, monkeypatch, stopped_at):
     entries = items(6)
@@ -136,14 +164,14 @@ def test_a_writer_killed_while_it_completed_a_shard(tmp_path, monkeypatch, stopp
     class Killed(BaseException):
         pass
 
-    def kill(*arguments):
+    def kill(*arguments, **options):
         raise Killed
 
     begin_folder(tmp_path / "cut", RECIPE)
     writer = Writer(tmp_path / "cut", RECIPE, 0)
     with monkeypatch.context() as patched:
         if stopped_at == "renamed":
-            patched.setattr(store, "write_text", kill)
+            patched.setattr(store, "write_signed_json", kill)
         else:
             patched.setattr(Path, "unlink", kill)
         with pytest.raises(Killed):

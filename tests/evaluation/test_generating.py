@@ -184,6 +184,9 @@ def test_weights_that_changed_are_refused_though_nothing_is_missing(moved, tmp_p
     save_file({name: -3 * tensor for name, tensor in lora.items()}, run / "pytorch_lora_weights.safetensors")
     before = contents(out)
     generate(run, status=2)
+    assert "pytorch_lora_weights.safetensors is not what the run wrote" in capfd.readouterr().err
+    (run / "summary.json").unlink()  # the change is meant
+    generate(run, status=2)
     assert "are not those that its images come from" in capfd.readouterr().err and contents(out) == before
 
 

@@ -183,6 +183,7 @@ def with_metadata(file: Path, state: dict[str, torch.Tensor]) -> None:
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     save_file(state, file, metadata=metadata)
+    (file.parent / "summary.json").unlink(missing_ok=True)  # the change is meant
 
 
 def test_a_lora_is_loaded_once_and_its_reference_is_the_base(moved, pairs, monkeypatch):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_fast.checksums import Damaged
 from dpo_fast.data.cache.recipe import KEY_BYTES, Field, caption_key
 from dpo_fast.data.cache.store import Store
 from dpo_fast.data.images import BadImage
@@ -105,4 +106,10 @@ class RefErrors:
         for i, (row, k, side) in enumerate(zip(pair_id.tolist(), draw.tolist(), chosen, strict=True)):
             record = self._store.record(*self._places[row // BLOCK, k]).view(np.float32).reshape(BLOCK, 2)
             errors[:, i] = record[row % BLOCK, [side, 1 - side]]
+        if not (errors >= 0).all() or np.isinf(errors).any():  # NaN is not at least 0 either
+            row = int(pair_id[int(np.argmin(((errors >= 0) & np.isfinite(errors)).all(0)))])
+            raise Damaged(
+                f"{self.folder} has no error for row {row} that could be one: delete the folder, and"
+                " `python -m dpo_fast.cache reference` or the next run computes it again"
+            )
         return torch.from_numpy(errors.reshape(-1))

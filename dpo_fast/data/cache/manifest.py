@@ -1,6 +1,6 @@
 """What was once found out about the rows of a source, so that its images need not be read again.
 
-    pairs-<hash>/manifest.json            the source in words, and whether a stream was read to its end
+    pairs-<hash>/manifest.json            the source in words, whether a stream was read to its end, the rows' file
                  rows-<digest>.parquet    a line a known row: keys of its images, what is wrong with them; a stream's
                                           caption and label too
                  part-N-<digest>.parquet  the same while a build is running; merged into one at its end
@@ -21,12 +21,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_fast.data.cache.signed import digest, signed, unsigned
+from dpo_fast.checksums import digest, parse_signed, write_signed_json
 from dpo_fast.data.columns import Columns
 from dpo_fast.data.images import KEY_BYTES, BadImage, decode, image_key
 from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
 from dpo_fast.errors import BadInput, disk_error
-from dpo_fast.files import atomic_file, regular_file, remove_temporaries, write_text
+from dpo_fast.files import atomic_file, regular_file, remove_temporaries
 
 _SCHEMA = pa.schema(
     [
@@ -55,14 +55,16 @@ class Manifest:
     def reload(self) -> None:
         """Take what is on disk in the place of what is known here."""
         folder = self.folder
-        self.about: dict[str, Any] | None = None  # description, identity, columns, ended; None: a new manifest
+        self.about: dict[str, Any] | None = None  # description, identity, columns, ended, rows (file); None: new
         self._rows: dict[int, dict[str, Any]] = {}  # as in the file, nulls left out
         self._new: list[int] = []  # not yet in any file
         try:
             if (folder / "manifest.json").exists():
-                self.about = json.loads(unsigned(regular_file(folder / "manifest.json").read_text(encoding="utf-8")))
+                self.about = parse_signed(regular_file(folder / "manifest.json").read_bytes())
             parts = sorted(folder.glob("part-*.parquet"))
             whole = sorted(folder.glob("rows-*.parquet"), key=lambda file: file.stat().st_mtime_ns)
+            if self.about is not None and (kept := self.about.get("rows")) and not (folder / kept).is_file():
+                raise ValueError(f"{kept} is not there")
             for file in [*whole, *parts]:  # of a row the latest counts
                 self._read(file)
         except (OSError, ValueError, pa.ArrowException) as error:
@@ -165,7 +167,7 @@ class Manifest:
     def save(self, ended: bool) -> None:
         """Write all that is known as one file, the same however often the work was interrupted."""
         written = self._write("rows", sorted(self._rows))
-        self._write_about({**self.about, "ended": ended or self.about["ended"]})
+        self._write_about({**self.about, "ended": ended or self.about["ended"], "rows": written.name})
         for file in [*self.folder.glob("rows-*.parquet"), *self.folder.glob("part-*.parquet")]:
             if file != written:
                 file.unlink()
@@ -196,7 +198,7 @@ class Manifest:
 
     def _write_about(self, about: dict[str, Any]) -> None:
         self.about = about
-        write_text(self.folder / "manifest.json", signed(json.dumps(about)))
+        write_signed_json(self.folder / "manifest.json", about, indent=None)
 
 
 class RememberedSource:

@@ -3,14 +3,14 @@
     recipe.json           what the entries depend on, and the layout of a record
     shard-R-N.bin         records end to end, all of one size; R is the rank that wrote it
     shard-R-N.json        key, checksum and meta of each record, the sha256 of the .bin; no shard exists without it
-    shard-R-N.part, .log  the shard being written: its records, and a line of (key, checksum, meta) after each
+    shard-R-N.part, .log  the shard being written: its records, and a line of (key, checksum, meta) after each, which
+                          ends with its own digest
 
 A record counts once its line is in the log and its checksum agrees, so a process killed at any moment loses at most the
 record it was writing, and the next one goes on behind it. A full shard is flushed to disk, renamed to .bin, and gets
 its JSON last. Nothing in these files depends on when or how often the work was interrupted.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -24,18 +24,14 @@ import numpy as np
 import xxhash
 
 from dpo_fast import locks
+from dpo_fast.checksums import Damaged, digest, parse_signed, sha256_of, write_signed_json
 from dpo_fast.data.cache.recipe import Recipe
-from dpo_fast.data.cache.signed import signed, unsigned
 from dpo_fast.data.images import KEY_BYTES
 from dpo_fast.errors import DISK_ERRORS, FORBIDDEN, BadInput, remedy
-from dpo_fast.files import flush, regular_file, remove_temporaries, write_json, write_text
+from dpo_fast.files import flush, regular_file, remove_temporaries, write_json
 
 SHARD_BYTES = 256 << 20  # a full shard's records, about
 _SHARD = re.compile(r"shard-(\d+)-(\d+)\.(json|bin|part|log)$")
-
-
-class Damaged(BadInput):
-    """A shard that is not what its index says."""
 
 
 @dataclass
@@ -165,7 +161,7 @@ class Writer:
             self._part, self._log = open(self._path("part"), "wb", 0), open(self._path("log"), "wb", 0)
         checksum = xxhash.xxh3_64_intdigest(record)
         _write(self._part, record)
-        _write(self._log, json.dumps([key.hex(), f"{checksum:016x}", meta]).encode() + b"\n")
+        _write(self._log, _line(key, checksum, meta))
         self._entries.append((key, checksum, meta))
         if len(self._entries) == self.capacity:
             self._complete()
@@ -226,7 +222,7 @@ class Writer:
             "checksums": [f"{checksum:016x}" for _, checksum, _ in self._entries],
             "meta": [meta for _, _, meta in self._entries],
         }
-        write_text(self._path("json"), signed(json.dumps(body, separators=(",", ":"))))
+        write_signed_json(self._path("json"), body, indent=None)
         flush(self.folder)
         self._path("log").unlink()
         self._entries, self._number = [], self._free_number()
@@ -314,7 +310,7 @@ def read_shard(path: Path, recipe: Recipe) -> Shard:
     """
     bin_path = path.with_suffix(".bin")
     try:
-        body = json.loads(unsigned(regular_file(path).read_text(encoding="utf-8")))
+        body = parse_signed(regular_file(path).read_bytes())
         keys = np.frombuffer(bytes.fromhex("".join(body["keys"])), np.uint8).reshape(-1, KEY_BYTES)
         checksums = np.array([int(checksum, 16) for checksum in body["checksums"]], np.uint64)
         shared: dict[tuple, list] = {}  # sizes recur: one list of each, or millions of records take much memory
@@ -360,14 +356,6 @@ def drop_damaged(root: Path, recipe: Recipe) -> None:
                 remove_shard(path)
 
 
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _check_recipe(folder: Path, recipe: Recipe) -> None:
     path = folder / "recipe.json"
     if not path.exists():
@@ -401,13 +389,20 @@ def _heads(keys: np.ndarray) -> np.ndarray:
     return keys[:, :8].copy().view(">u8").reshape(-1).astype(np.uint64)
 
 
+def _line(key: bytes, checksum: int, meta: Any) -> bytes:
+    """A line of the log, with a digest of its own."""
+    entry = [key.hex(), f"{checksum:016x}", meta]
+    return json.dumps([*entry, digest(json.dumps(entry).encode())]).encode() + b"\n"
+
+
 def _entry(line: bytes) -> tuple[bytes, int, Any] | None:
-    """A line of the log; None where it was cut off."""
+    """What `_line` was given; None where the line was cut off or has changed."""
     try:
-        key, checksum, meta = json.loads(line)
-        return (bytes.fromhex(key), int(checksum, 16), meta) if line.endswith(b"\n") else None
+        key, checksum, meta, _ = json.loads(line)
+        entry = bytes.fromhex(key), int(checksum, 16), meta
     except (ValueError, TypeError):
         return None
+    return entry if line == _line(*entry) else None
 
 
 def _write(file: BinaryIO, data: bytes | memoryview) -> None:

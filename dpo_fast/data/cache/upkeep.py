@@ -10,9 +10,10 @@ from pathlib import Path
 
 import xxhash
 
+from dpo_fast.checksums import sha256_of
 from dpo_fast.data.cache.manifest import Manifest
 from dpo_fast.data.cache.recipe import Recipe
-from dpo_fast.data.cache.store import locked, read_shard, remove_shard, sha256_of, shard_indices
+from dpo_fast.data.cache.store import locked, read_shard, remove_shard, shard_indices
 from dpo_fast.errors import BadInput
 from dpo_fast.files import contents, rename_away
 

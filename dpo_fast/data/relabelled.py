@@ -1,0 +1,63 @@
+"""The checksums in a parquet file of `python -m dpo_fast.relabel`, compared by whoever trains on it."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo_fast.checksums import Damaged
+
+IMAGES = ("jpg_0", "jpg_1")
+DIGEST = b"dpo_fast.relabel.digest"  # the key of the digest of captions, labels and scores in the file's metadata
+_ROWS = 8192  # read at once
+_AGAIN = "the command that made it, with --overwrite, writes it again from the scores that it kept"
+
+
+class LabelDigest:
+    """A digest of captions, labels and scores, whatever the row groups."""
+
+    def __init__(self) -> None:
+        self._whole = hashlib.blake2b(digest_size=16)
+
+    def update(self, row: Sequence[object]) -> None:
+        """Add the values of a row's columns, all but the images."""
+        plain = [float(value) if isinstance(value, float) else value for value in row]  # NumPy's say what they are
+        self._whole.update(repr(plain).encode(errors="replace"))
+
+    def hexdigest(self) -> str:
+        return self._whole.hexdigest()
+
+
+def check_labels(path: Path) -> None:
+    """Raise Damaged where the captions, labels or scores of a relabelled file are not those that were written.
+
+    The images, which are most of the file, are not read. Any other parquet file passes.
+    """
+    expected = (pq.read_metadata(path).metadata or {}).get(DIGEST)
+    if expected is None:
+        return
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            columns = [name for name in file.schema_arrow.names if name not in IMAGES]
+            found = LabelDigest()
+            for batch in file.iter_batches(_ROWS, columns=columns):
+                for row in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
+                    found.update(row)
+        reason = None if found.hexdigest().encode() == expected else "they do not agree with their digest"
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+    if reason is not None:
+        raise Damaged(f"{path}: its captions, labels or scores are damaged ({reason}): {_AGAIN}")
+
+
+def check_all(path: Path) -> None:
+    """The same with every page of the file, images too."""
+    check_labels(path)
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for _ in file.iter_batches(64):
+                pass
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise Damaged(f"{path} is damaged ({' '.join(str(error).split())}): {_AGAIN}") from error
