@@ -17,7 +17,7 @@ import torch
 import xxhash
 
 from dpo_fast.checksums import Damaged
-from dpo_fast.files import atomic_file
+from dpo_fast.files import atomic_file, regular_file
 
 TIMESTEP_BUCKETS = 10  # of the schedule's length each: [0, T/10), ...
 
@@ -143,6 +143,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, keep_through_step: int = 0, extent: Extent | None = None) -> None:
         kept, self.path = b"", path
+        if path != Path(os.devnull):
+            regular_file(path)
         if path.is_file():
             kept = kept_lines(path, keep_through_step, extent) if keep_through_step else b""
             with atomic_file(path) as temporary:

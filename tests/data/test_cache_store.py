@@ -293,15 +293,15 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
 def test_a_shard_that_the_disk_does_not_give_is_not_dropped(tmp_path, monkeypatch, number):
     entries = items(8)
     write(tmp_path, entries)
-    read_text = Path.read_text
+    read_bytes = Path.read_bytes
 
-    def failing(path: Path, **how: str) -> str:
+    def failing(path: Path) -> bytes:
         if path.suffix == ".json" and path.name.startswith("shard"):
             raise OSError(number, os.strerror(number), str(path))
-        return read_text(path, **how)
+        return read_bytes(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_text", failing)
+        patch.setattr(Path, "read_bytes", failing)
         with pytest.raises(OSError) as caught:
             drop_damaged(tmp_path, RECIPE)
     assert caught.value.errno == number and caught.value.filename
