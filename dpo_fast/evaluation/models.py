@@ -36,7 +36,7 @@ class ModelSource:
     variant: str | None = None
     vae_path: str | None = None
     prediction_type: str | None = None
-    zero_terminal_snr: str = "auto"  # of the schedule it was trained with, which sampling does not ask for
+    zero_terminal_snr: str = "auto"  # of the schedule it was trained with, which the sampler follows
     attention: str = "auto"
     cache_dir: str | None = None
     token: str | None = None

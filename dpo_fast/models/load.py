@@ -11,6 +11,7 @@ import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDPMScheduler,
     DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -35,9 +36,11 @@ from dpo_fast.errors import BadInput
 from dpo_fast.models.attention import set_attention
 from dpo_fast.models.family import Family
 from dpo_fast.models.faults import bad_input
+from dpo_fast.models.marks import Marks, marks_of_file, marks_of_scheduler, refuse_edm, settled
 from dpo_fast.models.sd15 import SD15
 from dpo_fast.models.sdxl import SDXL, Turbo
 from dpo_fast.quiet import no_loading_bars
+from dpo_fast.schedule import check_discrete
 
 _FAMILIES = {"StableDiffusionPipeline": SD15, "StableDiffusionXLPipeline": SDXL}
 _PIPELINES = {SD15: StableDiffusionPipeline, SDXL: StableDiffusionXLPipeline}
@@ -76,8 +79,10 @@ def load_family(
     (else in fp32: SDXL's VAE overflows in fp16).
     unet_dtype: the dtype the UNet is held in at first (fp32 where masters are to be copied from it); None: `dtype`.
     revision, variant, cache_dir, token: as in diffusers. vae_path: another VAE (hub id, folder or .safetensors).
-    prediction_type: "epsilon" or "v_prediction"; None: what the scheduler's config says.
-    zero_terminal_snr: "auto", "on" or "off". attention: "auto", "sdpa" or "xformers".
+    prediction_type: "epsilon" or "v_prediction"; None: what the marks of a single file say (`dpo_fast.models.marks`),
+    else the scheduler's config.
+    zero_terminal_snr: "on", "off", or "auto": on for Turbo and where a mark or the scheduler's config says so.
+    attention: "auto", "sdpa" or "xformers".
     single_file_config: a hub id or folder with the pipeline's configuration, for a single file; None: the hub's.
 
     Raises BadInput, in one line, for whatever cannot be found, read or trained.
@@ -87,10 +92,14 @@ def load_family(
         raise BadInput(f"{path} is a pickle, which could run code: convert it to .safetensors or to a diffusers folder")
     hub = {"revision": revision, "cache_dir": cache_dir, "token": token}
     kind = _kind(path, turbo, hub)
+    marks = Marks()
     if path.endswith(".safetensors"):
         config = None if single_file_config is None else str(single_file_config)
+        _config_source(path, config)
+        marks = marks_of_file(path, *_header(path), prediction_type)
         pipeline = _load_file(path, kind, dtype, unet_dtype, {"config": config, "cache_dir": cache_dir, "token": token})
     else:
+        _check_scheduler(path, hub)
         pipeline = _load_folder(path, kind, dtype, unet_dtype, variant, hub)
     if None in (pipeline.text_encoder, pipeline.tokenizer) or (kind is SDXL and pipeline.text_encoder_2 is None):
         raise BadInput(f"{path} has no text encoder (the SDXL refiner?): use a pipeline with all of them")
@@ -98,6 +107,8 @@ def load_family(
         pipeline.vae = _load_vae(str(vae_path), pipeline.vae, {"cache_dir": cache_dir, "token": token})
     if pipeline.vae.config.force_upcast is False:
         pipeline.vae.to(dtype)
+    scheduler = marks_of_scheduler(pipeline.scheduler.config)
+    prediction_type, zero_terminal_snr = settled(path, marks, scheduler, prediction_type, zero_terminal_snr)
     family = (Turbo if turbo else kind)(
         pipeline,
         dtype=dtype,
@@ -150,7 +161,7 @@ def component_config(
     """
     source, hub = str(path), {"revision": revision, "cache_dir": cache_dir, "token": token}
     if source.endswith(".safetensors"):
-        source, hub["revision"] = str(single_file_config or _USUAL[_kind_of_file(source)]), None
+        source, hub["revision"] = _config_source(source, single_file_config), None
     else:
         _kind_of_folder(source, hub)
     with bad_input(f"the {component} configuration of {source} cannot be read", "name a whole diffusers pipeline"):
@@ -205,10 +216,11 @@ def _kind_of_file(path: str) -> type[Family]:
     """SD15 or SDXL, by the tensors named in the header of a .safetensors file."""
     if not Path(path).is_file():
         raise BadInput(f"{path} is no file: check the path")
+    names, _ = _header(path)
+    first_layer = "model.diffusion_model.input_blocks.0.0.weight"
     with bad_input(f"{path} cannot be loaded", "copy it again"), safe_open(path, framework="pt") as file:
-        names = list(file.keys())
-        first_layer = "model.diffusion_model.input_blocks.0.0.weight"
         channels = file.get_slice(first_layer).get_shape()[1] if first_layer in names else None
+    refuse_edm(path, names)
 
     def has(prefix: str) -> bool:
         return any(name.startswith(prefix) for name in names)
@@ -225,6 +237,37 @@ def _kind_of_file(path: str) -> type[Family]:
         f"{path} is not a whole Stable Diffusion 1.x, 2.x or SDXL base model (its first tensor is "
         f"{min(names, default='missing')}): name such a file, or a diffusers folder"
     )
+
+
+def _header(path: str) -> tuple[list[str], dict[str, str]]:
+    """The names of the tensors in a .safetensors file, and its metadata."""
+    with bad_input(f"{path} cannot be loaded", "copy it again"), safe_open(path, framework="pt") as file:
+        return list(file.keys()), file.metadata() or {}
+
+
+def _config_source(path: str, single_file_config: str | Path | None) -> str:
+    """The hub id or folder whose configuration a single file is read with.
+
+    Raises BadInput for SD 2.x without one: epsilon (2-base) and v-prediction (768-v) have the same tensors.
+    """
+    if single_file_config is not None:
+        return str(single_file_config)
+    kind = _kind_of_file(path)
+    if any(name.startswith("cond_stage_model.model.") for name in _header(path)[0]):  # OpenCLIP
+        raise BadInput(
+            f"{path} is a Stable Diffusion 2.x model, whose file does not say its prediction type and size: name the"
+            " folder or hub id of its diffusers pipeline as single_file_config"
+        )
+    return _USUAL[kind]
+
+
+def _check_scheduler(path: str, hub: dict) -> None:
+    """Refuse a model by its scheduler before its weights are fetched and read; where it has none, loading says so."""
+    try:
+        config = DDPMScheduler.load_config(path, subfolder="scheduler", **hub)
+    except (OSError, ValueError):
+        return
+    check_discrete(config)
 
 
 def _load_folder(
