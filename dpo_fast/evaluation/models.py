@@ -14,7 +14,7 @@ from dpo_fast.errors import BadInput
 from dpo_fast.models import COMPUTE_DTYPES, Family, load_family, merge_lora
 from dpo_fast.models.faults import bad_input
 from dpo_fast.models.load import align_weights, component_config, family_of
-from dpo_fast.models.lora import WEIGHT_NAME
+from dpo_fast.models.lora import WEIGHT_NAME, check_loaded
 
 if TYPE_CHECKING:
     from dpo_fast.evaluation.generate_options import GenerateConfig
@@ -199,6 +199,7 @@ class OneAtATime:
         if source.adapter is not None:
             with bad_input(f"{source.adapter} cannot be loaded", "name the folder of a run on this base"):
                 family.pipeline.load_lora_weights(source.adapter, weight_name=WEIGHT_NAME, use_safetensors=True)
+            check_loaded(family.unet, Path(source.adapter) / WEIGHT_NAME)
             align_weights(family.pipeline)
             self._held = source, family
         return family

@@ -238,7 +238,7 @@ class Family(ABC):
         for name, tensor in tensors.items():
             if len(tensor) != config.latent_channels or not tensor.isfinite().all():
                 raise BadInput(
-                    f"the VAE's {name} {values[name]} is not one number a channel of {config.latent_channels}"
+                    f"the VAE's {name} {values[name]} must be {config.latent_channels} numbers, one a channel"
                 )
         if (tensors["latents_std"] <= 0).any():
             raise BadInput(f"the VAE's latents_std {values['latents_std']} must be greater than 0")
