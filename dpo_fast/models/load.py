@@ -95,11 +95,12 @@ def load_family(
     marks = Marks()
     if path.endswith(".safetensors"):
         config = None if single_file_config is None else str(single_file_config)
-        _config_source(path, config)
+        scheduler = _check_scheduler(_config_source(path, config), {**hub, "revision": None})
         marks = marks_of_file(path, *_header(path), prediction_type)
+        if prediction_type is None and marks.prediction_type is None:
+            _check_sd2(path, scheduler)
         pipeline = _load_file(path, kind, dtype, unet_dtype, {"config": config, "cache_dir": cache_dir, "token": token})
     else:
-        _check_scheduler(path, hub)
         pipeline = _load_folder(path, kind, dtype, unet_dtype, variant, hub)
     if None in (pipeline.text_encoder, pipeline.tokenizer) or (kind is SDXL and pipeline.text_encoder_2 is None):
         raise BadInput(f"{path} has no text encoder (the SDXL refiner?): use a pipeline with all of them")
@@ -170,7 +171,11 @@ def component_config(
 
 def _kind(path: str, turbo: bool, hub: dict) -> type[Family]:
     """SD15 or SDXL."""
-    kind = _kind_of_file(path) if path.endswith(".safetensors") else _kind_of_folder(path, hub)
+    if path.endswith(".safetensors"):
+        kind = _kind_of_file(path)
+    else:
+        kind = _kind_of_folder(path, hub)
+        _check_scheduler(path, hub)
     if turbo and kind is not SDXL:
         raise BadInput(f"turbo is for SDXL pipelines, but {path} is a {_PIPELINES[kind].__name__}: leave turbo out")
     return kind
@@ -253,7 +258,7 @@ def _config_source(path: str, single_file_config: str | Path | None) -> str:
     if single_file_config is not None:
         return str(single_file_config)
     kind = _kind_of_file(path)
-    if any(name.startswith("cond_stage_model.model.") for name in _header(path)[0]):  # OpenCLIP
+    if _is_sd2(_header(path)[0]):
         raise BadInput(
             f"{path} is a Stable Diffusion 2.x model, whose file does not say its prediction type and size: name the"
             " folder or hub id of its diffusers pipeline as single_file_config"
@@ -261,13 +266,40 @@ def _config_source(path: str, single_file_config: str | Path | None) -> str:
     return _USUAL[kind]
 
 
-def _check_scheduler(path: str, hub: dict) -> None:
-    """Refuse a model by its scheduler before its weights are fetched and read; where it has none, loading says so."""
+def _check_scheduler(path: str, hub: dict) -> dict:
+    """The config of the scheduler of a folder or hub id; empty where it cannot be read, of which loading says more.
+
+    Raises BadInput for a scheduler of another kind of training, before any weights are fetched or read.
+    """
     try:
         config = DDPMScheduler.load_config(path, subfolder="scheduler", **hub)
     except (OSError, ValueError):
-        return
+        return {}
     check_discrete(config)
+    return config
+
+
+def _check_sd2(path: str, scheduler: dict) -> None:
+    """Raise BadInput where the weights of an SD 2.x file contradict the scheduler that it is read with.
+
+    Finetuning to v-prediction at 768 pixels left the biases of the last norms wider apart than 2-base has them, 0.09
+    and more: that is how ComfyUI tells the two apart.
+    """
+    names, name = _header(path)[0], "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    if not _is_sd2(names) or name not in names or not scheduler:
+        return
+    with bad_input(f"{path} cannot be loaded", "copy it again"), safe_open(path, framework="pt") as file:
+        looks = "v_prediction" if file.get_tensor(name).float().std(correction=0) > 0.09 else "epsilon"
+    says = scheduler.get("prediction_type", "epsilon")
+    if looks != says:
+        raise BadInput(
+            f"{path} looks as if it was trained with {looks}, but the scheduler of its configuration says {says}: say"
+            " which with --prediction_type"
+        )
+
+
+def _is_sd2(names: list[str]) -> bool:
+    return any(name.startswith("cond_stage_model.model.") for name in names)  # OpenCLIP
 
 
 def _load_folder(

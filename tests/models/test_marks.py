@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler, EulerDiscreteScheduler
+from safetensors.torch import load_file, save_file
 
 from dpo_fast.errors import BadInput
 from dpo_fast.models import Family, load, load_family
@@ -151,6 +152,30 @@ def test_sd2_needs_its_configuration(marked, monkeypatch):
             use()
 
 
+@pytest.mark.parametrize(("spread", "looks"), [(0.2, "v_prediction"), (0.05, "epsilon")])
+@pytest.mark.parametrize("says", ["epsilon", "v_prediction"])
+def test_sd2_that_contradicts_its_configuration_is_asked_for(
+    marked, sd15_path, tmp_path, monkeypatch, spread, looks, says
+):
+    config = Path(shutil.copytree(sd15_path, tmp_path / "config"))
+    file = config / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": says}))
+    path = marked("cond_stage_model.model.token_embedding.weight", kind="sd15")
+    state = load_file(path)
+    key = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    save_file({**state, key: spread * torch.tensor([1.0, -1.0] * 8)}, path)
+
+    def reached(*_: object) -> None:
+        raise BadInput("the weights are read")
+
+    monkeypatch.setattr(load, "_load_file", reached)
+    asks = f"looks as if it was trained with {looks}, but the scheduler .* says {says}: say which"
+    with pytest.raises(BadInput, match="the weights are read" if looks == says else asks):
+        load_family(path, single_file_config=config, **FP32)
+    with pytest.raises(BadInput, match="the weights are read"):
+        load_family(path, single_file_config=config, prediction_type=looks, **FP32)
+
+
 # folders
 
 
@@ -183,9 +208,10 @@ def with_scheduler(path: Path, scheduler, folder: Path) -> Path:
 def test_edm_schedulers_are_refused_before_the_weights_are_read(sdxl_path, tmp_path, monkeypatch, scheduler, match):
     path = with_scheduler(sdxl_path, scheduler, tmp_path / "model")
     monkeypatch.setattr(load, "_load_folder", None)
-    with pytest.raises(BadInput, match=match) as caught:
-        load_family(path, **FP32)
-    assert "\n" not in str(caught.value)
+    for use in (lambda: load_family(path, **FP32), lambda: family_of(path)):
+        with pytest.raises(BadInput, match=match) as caught:
+            use()
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
