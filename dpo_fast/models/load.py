@@ -106,6 +106,11 @@ def load_family(
         raise BadInput(f"{path} has no text encoder (the SDXL refiner?): use a pipeline with all of them")
     if vae_path is not None:
         pipeline.vae = _load_vae(str(vae_path), pipeline.vae, {"cache_dir": cache_dir, "token": token})
+    if not isinstance(pipeline.vae, AutoencoderKL):
+        raise BadInput(
+            f"the VAE is of class {type(pipeline.vae).__name__}, whose latents have no posterior mean; name an"
+            " AutoencoderKL, for example with pretrained_vae_model_name_or_path"
+        )
     if pipeline.vae.config.force_upcast is False:
         pipeline.vae.to(dtype)
     scheduler = marks_of_scheduler(pipeline.scheduler.config)

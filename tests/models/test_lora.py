@@ -197,7 +197,7 @@ def test_saved_adapter_gives_the_policy_back(request, tmp_path, name):
     other = make_family(path)
     base = predict(other)
     other.pipeline.load_lora_weights(tmp_path)
-    torch.testing.assert_close(predict(other), predict(family), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(predict(other), predict(family), rtol=1e-4, atol=1e-5)  # B was rounded anew
     assert (predict(other) - base).abs().max() > 0.01
     stored = load_file(file)
     assert all(tensor.dtype == torch.float32 for tensor in stored.values())
@@ -234,7 +234,7 @@ def test_the_tensors_alone_are_the_whole_update(sd15_path, tmp_path, alpha):
     save_file(stored, tmp_path / "bare.safetensors")
     bare = make_family(sd15_path)
     bare.pipeline.load_lora_weights(tmp_path, weight_name="bare.safetensors")
-    torch.testing.assert_close(predict(bare), predict(family), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(predict(bare), predict(family), rtol=1e-4, atol=1e-5)
 
 
 def test_a_file_of_another_unet_is_noticed(sd15_path, tmp_path):
