@@ -13,11 +13,17 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "dataset
 
 
 def model_card(
-    config: dict[str, object], summary: dict[str, object], counts: dict[str, object], family: str, argv: list[str]
+    config: dict[str, object],
+    summary: dict[str, object],
+    counts: dict[str, object],
+    family: str,
+    argv: list[str],
+    scheduler: tuple[str, dict[str, object]] | None = None,
 ) -> str:
     """README.md of an output folder, with the hub's metadata block.
 
-    `counts` are the numbers of the data set, `argv` the flags the run was started with.
+    `counts` are the numbers of the data set, `argv` the flags the run was started with. scheduler: the class that has
+    the schedule which was trained, and the settings in which it differs from the base's own; None: the base's will do.
     """
     lora = config["tuning"] == "lora"
     base = config["pretrained_model_name_or_path"]
@@ -35,6 +41,13 @@ def model_card(
         if lora
         else f"pipeline = {pipeline}.from_pretrained({here!r})"
     )
+    if lora and scheduler is not None:  # a pipeline is saved with it
+        kind, settings = scheduler
+        imports = f"from diffusers import {kind}, {pipeline}"
+        changed = "".join(f", {name}={value!r}" for name, value in settings.items())
+        load += f"\npipeline.scheduler = {kind}.from_config(pipeline.scheduler.config{changed})"
+    else:
+        imports = f"from diffusers import {pipeline}"
     rows = {
         "base model": base
         + (f" with the LoRA {config['init_lora']} merged: load that first" if config["init_lora"] else ""),
@@ -57,7 +70,7 @@ def model_card(
         f"# {base} aligned by Diffusion-DPO\n\n"
         "Trained with dpo_fast by [Diffusion-DPO](https://arxiv.org/abs/2311.12908).\n\n"
         f"| | |\n|---|---|\n{table}\n\n"
-        f"## Use\n\n```python\nfrom diffusers import {pipeline}\n\n{load}\n```\n\n"
+        f"## Use\n\n```python\n{imports}\n\n{load}\n```\n\n"
         f"## Made by\n\n```bash\npython -m dpo_fast.train {shlex.join(_without_token(argv))}\n```\n\n"
         f"dpo_fast {__version__}, Python {platform.python_version()}, {versions}. All settings are in config.yaml.\n"
     )

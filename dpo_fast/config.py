@@ -136,9 +136,10 @@ class TrainConfig:
     is_turbo: bool = False
     """The model is SDXL-Turbo: train on its 4-step timestep grid. Never guessed from the path."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the UNet predicts; None: as the model's scheduler config says."""
+    """What the UNet predicts; None: as the model's files say (the scheduler's config; a single file's mark, v_pred)."""
     zero_terminal_snr: Literal["auto", "on", "off"] = "auto"
-    """Rescale the noise schedule to zero terminal SNR; auto: on for Turbo and where the model's own config asks."""
+    """Rescale the noise schedule to zero terminal SNR; auto: on for Turbo and where the model's files say so (the
+    scheduler's config; a single file's mark, ztsnr). The result's scheduler has it too, but for Turbo's own."""
     min_timestep: int = 0
     """Train at no timestep below this one: where there is little noise, the errors say little about the scene."""
     max_timestep: int | None = None
@@ -157,11 +158,11 @@ class TrainConfig:
     rank: int = 4
     """LoRA rank."""
     lora_alpha: float | None = None
-    """LoRA alpha: the update is scaled by alpha / rank; None: equal to rank."""
+    """LoRA alpha: the update is scaled by alpha / rank, which is a part of the saved tensors; None: equal to rank."""
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Names of the UNet modules that get an adapter."""
     init_lora: str | None = None
-    """A LoRA (file, folder, hub id) merged into the base first: it becomes part of the reference."""
+    """A LoRA (file, folder, hub id) merged into the base first, whole: it becomes part of the reference."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Compute dtype: no is fp32. Masters are fp32 always. None: what `accelerate launch` was given, else no."""
     use_ema: bool = False

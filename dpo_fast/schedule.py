@@ -16,6 +16,7 @@ from dpo_fast.errors import BadInput
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
+_REMEDY = "use a base model of SD1.5, SD2 or SDXL that is trained with epsilon or v-prediction"
 _BETA_SETTINGS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 
 
@@ -27,6 +28,7 @@ class NoiseSchedule:
     sqrt_alpha_bar: Tensor  # [T] float32
     sqrt_one_minus_alpha_bar: Tensor  # [T] float32
     prediction_type: str  # "epsilon" or "v_prediction"
+    rescaled: bool = False  # to zero terminal SNR: abar of the last timestep is 0
 
     @property
     def num_train_timesteps(self) -> int:
@@ -50,9 +52,10 @@ def noise_schedule(
 ) -> NoiseSchedule:
     """The schedule a model was trained with, from the config of any of diffusers' schedulers that has betas.
 
-    Raises BadInput for a config without betas (flow matching, EDM), a beta_schedule diffusers does not know, a
-    prediction type other than epsilon and v_prediction, and a zero_terminal_snr other than the three.
+    Raises BadInput for a config of another kind of training (`check_discrete`), a beta_schedule diffusers does not
+    know, a prediction type other than epsilon and v_prediction, and a zero_terminal_snr other than the three.
     """
+    check_discrete(scheduler_config)
     prediction_type = prediction_type or scheduler_config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
         raise BadInput(f"prediction_type {prediction_type!r} is not supported; choose {' or '.join(PREDICTION_TYPES)}")
@@ -66,7 +69,29 @@ def noise_schedule(
     abar = (1 - _betas(scheduler_config).double()).cumprod(0)
     if rescale:
         abar = _zero_terminal_snr(abar)
-    return NoiseSchedule(abar, abar.sqrt().float(), (1 - abar).sqrt().float(), prediction_type)
+    return NoiseSchedule(abar, abar.sqrt().float(), (1 - abar).sqrt().float(), prediction_type, rescale)
+
+
+def check_discrete(scheduler_config: Mapping) -> None:
+    """Raise BadInput for a scheduler of models that are not trained at the discrete noise levels of betas.
+
+    Those are EDM (Playground v2.5; CosXL, whose Euler scheduler has continuous timesteps), flow matching, and
+    CogVideoX's shifted signal-to-noise ratio. What else a config may hold (spacing, Karras sigmas and their ends, the
+    last sigma, clipping, the solver's order) chooses how a trained model is sampled.
+    """
+    name, found = scheduler_config.get("_class_name", "the scheduler"), None
+    if "sigma_data" in scheduler_config or str(name).startswith("EDM"):
+        found = "EDM's continuous noise levels"
+    elif scheduler_config.get("timestep_type", "discrete") == "continuous":
+        found = "EDM's continuous noise levels (timestep_type continuous)"
+    elif scheduler_config.get("use_flow_sigmas"):
+        found = "flow matching (use_flow_sigmas)"
+    elif scheduler_config.get("snr_shift_scale", 1.0) != 1.0:
+        found = f"a shifted signal-to-noise ratio (snr_shift_scale {scheduler_config['snr_shift_scale']})"
+    if found:
+        raise BadInput(f"{name} says that the model was trained with {found}, which is not supported; {_REMEDY}")
+    if scheduler_config.get("beta_schedule") is None and scheduler_config.get("trained_betas") is None:
+        raise BadInput(f"the scheduler config has no betas (flow matching, EDM), which is not supported; {_REMEDY}")
 
 
 def turbo_grid(num_train_timesteps: int, steps: int = 4) -> list[int]:
@@ -90,10 +115,6 @@ def usable_timesteps(schedule: NoiseSchedule, grid: Sequence[int] | None) -> Ten
 
 def _betas(scheduler_config: Mapping) -> Tensor:
     """float32 [T], as diffusers computes them: the very numbers the model was trained with."""
-    if scheduler_config.get("beta_schedule") is None and scheduler_config.get("trained_betas") is None:
-        raise BadInput(
-            "the scheduler config has no betas (flow matching, EDM), which is not supported; use SD1.5 or SDXL"
-        )
     settings = {key: scheduler_config[key] for key in _BETA_SETTINGS if key in scheduler_config}
     try:
         return DDPMScheduler(**settings).betas

@@ -302,7 +302,9 @@ class Trainer:
             summary = self._summary() | {"result": result}
             write_signed_json(run.folder / run_folder.SUMMARY, summary)
             counts = {"rows": run.sets.rows, "ties_dropped": run.sets.ties_dropped, "bad_rows": len(run.bad_rows)}
-            card = model_card(public(config), summary, counts, self.family.name, self.argv)
+            sampler = self.family.sampler
+            scheduler = (sampler.kind.__name__, sampler.changes) if sampler.changes else None
+            card = model_card(public(config), summary, counts, self.family.name, self.argv, scheduler)
             write_text(run.folder / "README.md", card)
             self._say(f"done, the result is in {run.folder}")
             if config.push_to_hub:

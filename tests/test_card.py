@@ -14,7 +14,7 @@ SUMMARY = {"steps": 12, "loss_first": 0.693147, "loss_last": 0.5, "implicit_accu
 COUNTS = {"rows": 100, "ties_dropped": 3, "bad_rows": 0}
 
 
-def card(family: str = "sdxl", argv: tuple[str, ...] = (), **settings) -> str:
+def card(family: str = "sdxl", argv: tuple[str, ...] = (), scheduler: tuple | None = None, **settings) -> str:
     filled = dict(
         pretrained_model_name_or_path="owner/base",
         dataset_name="owner/pairs",
@@ -22,7 +22,7 @@ def card(family: str = "sdxl", argv: tuple[str, ...] = (), **settings) -> str:
         beta_dpo=5000.0,
         pairs_per_step=8,
     )
-    return model_card(public(TrainConfig(**filled | settings)), SUMMARY, COUNTS, family, list(argv))
+    return model_card(public(TrainConfig(**filled | settings)), SUMMARY, COUNTS, family, list(argv), scheduler)
 
 
 def metadata(text: str) -> dict:
@@ -37,6 +37,18 @@ def code(text: str) -> str:
 
 def table(text: str) -> dict[str, str]:
     return dict(re.findall(r"^\| (\w.*?) \| (.*) \|$", text, re.MULTILINE))
+
+
+def test_the_scheduler_that_was_trained():
+    changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    block = code(card("sd15", scheduler=("DDIMScheduler", changes)))
+    assert block.splitlines()[0] == "from diffusers import DDIMScheduler, StableDiffusionPipeline"
+    assert block.splitlines()[-1] == (
+        "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True,"
+        " timestep_spacing='trailing')"
+    )
+    assert "scheduler" not in code(card("sd15", scheduler=("DDIMScheduler", changes), tuning="full"))  # saved with it
+    assert "scheduler" not in code(card("sd15"))
 
 
 def test_a_lora_of_hub_models_and_pairs():

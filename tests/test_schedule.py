@@ -3,7 +3,17 @@
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from dpo_fast.errors import BadInput
 from dpo_fast.kernels import noise_pair
@@ -150,6 +160,11 @@ def test_to_moves_every_tensor():
         (SD, dict(zero_terminal_snr="yes"), "zero_terminal_snr 'yes' is not known; choose auto, on or off"),
         ({**SD, "beta_schedule": "mine"}, {}, "beta_schedule 'mine'"),
         (FlowMatchEulerDiscreteScheduler().config, {}, "scheduler config has no betas"),
+        (EDMEulerScheduler().config, {}, "the scheduler says .* EDM's continuous noise levels, which is not"),
+        (EDMDPMSolverMultistepScheduler().config, {}, "the scheduler says .* EDM"),
+        (EulerDiscreteScheduler(**SD, timestep_type="continuous").config, {}, "timestep_type continuous"),
+        (DPMSolverMultistepScheduler(**SD, use_flow_sigmas=True).config, {}, "use_flow_sigmas"),
+        (CogVideoXDDIMScheduler(**SD, snr_shift_scale=3.0).config, {}, "snr_shift_scale 3.0"),
         ({}, {}, "scheduler config has no betas"),
     ],
 )

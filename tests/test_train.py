@@ -10,12 +10,14 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from dpo_fast.evaluation.models import OneAtATime, read_run, result_of
 from dpo_fast.kernels import reference as kernels
 from dpo_fast.models import AdapterSwitch
 from dpo_fast.train import main
 from dpo_fast.trainer import Trainer
 from tests.helpers.pairs import write_pickapic
 from tests.helpers.runs import SAMPLE, STEPS, flags_for, lines, opened, train, weights
+from tests.helpers.single_file import write_single_file
 
 
 def picture(pipeline, seed: int = 3) -> torch.Tensor:
@@ -50,14 +52,14 @@ def test_real_pairs_train_an_sdxl_lora_that_diffusers_loads(sdxl_path, tmp_path,
     pipeline.load_lora_weights(folder)
     after = picture(pipeline)
     assert (after - before).abs().max() > 1e-3
-    # what was loaded is what was trained: master weights, at alpha / rank
+    # what was loaded is what was trained: master weights, alpha / rank a part of B
     trained = weights(folder)
-    scale = 7 / 4
     name = next(n for n in trained if n.endswith("to_q.lora_A.default.weight"))
     module = pipeline.unet.get_submodule(name.removesuffix(".lora_A.default.weight"))
     (adapter,) = module.lora_A
     assert torch.equal(module.lora_A[adapter].weight, trained[name])
-    assert module.scaling[adapter] == pytest.approx(scale)
+    assert torch.equal(module.lora_B[adapter].weight, 7 / 4 * trained[name.replace("lora_A", "lora_B")])
+    assert module.scaling[adapter] == 1
 
 
 @pytest.mark.parametrize("precision", ["no", "fp16"])
@@ -71,6 +73,21 @@ def test_a_full_run_gives_a_pipeline(sd15_path, pairs, tmp_path, precision):
     trained = weights(folder)
     state = pipeline.unet.state_dict()
     assert all(torch.equal(state[name], trained[name]) for name in trained)
+
+
+def test_a_marked_file_is_trained_sampled_and_described_as_it_says(sdxl_path, pairs, tmp_path, caplog):
+    """NoobAI's marks: a LoRA on a single file whose keys say v-prediction and zero terminal SNR."""
+    marks = {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}
+    path = write_single_file(DiffusionPipeline.from_pretrained(sdxl_path), tmp_path / "model.safetensors", marks)
+    more = "--single_file_config", sdxl_path, "--max_train_steps", 1
+    folder = train(path, pairs, tmp_path / "run", *more)
+    said = f"{path}: trained with v_prediction (key v_pred), zero terminal SNR (key ztsnr)"
+    assert said in caplog.messages
+    changes = "prediction_type='v_prediction', rescale_betas_zero_snr=True, timestep_spacing='trailing'"
+    line = f"pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, {changes})"
+    assert line in (folder / "README.md").read_text()
+    config = OneAtATime(torch.device("cpu")).open(result_of(read_run(str(folder)), folder)).pipeline.scheduler.config
+    assert (config.prediction_type, config.rescale_betas_zero_snr) == ("v_prediction", True)
 
 
 def test_turbo_trains_on_three_of_its_four_timesteps(turbo_path, pairs, tmp_path):

@@ -287,8 +287,10 @@ def _settings(wanted: Wanted, device: torch.device) -> dict[str, object]:
     models = {}
     for name, source in wanted.models.items():
         facts = asdict(source)
-        for passing in ("mixed_precision", "zero_terminal_snr", "attention", "cache_dir", "token"):
+        for passing in ("mixed_precision", "attention", "cache_dir", "token"):
             del facts[passing]
+        if source.zero_terminal_snr == "auto":  # as folders have it that were begun when samplers did not follow it
+            del facts["zero_terminal_snr"]
         models[name] = {**facts, "dtype": str(compute_dtype(source, device)).removeprefix("torch.")}
     settings = {
         "models": models,

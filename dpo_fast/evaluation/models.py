@@ -15,7 +15,7 @@ from dpo_fast.hub_revisions import revision_of
 from dpo_fast.models import COMPUTE_DTYPES, Family, load_family, merge_lora
 from dpo_fast.models.faults import bad_input
 from dpo_fast.models.load import align_weights, component_config, family_of
-from dpo_fast.models.lora import WEIGHT_NAME
+from dpo_fast.models.lora import WEIGHT_NAME, check_loaded
 from dpo_fast.run_folder import check_result
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class ModelSource:
     variant: str | None = None
     vae_path: str | None = None
     prediction_type: str | None = None
-    zero_terminal_snr: str = "auto"  # of the schedule it was trained with, which sampling does not ask for
+    zero_terminal_snr: str = "auto"  # of the schedule it was trained with, which the sampler follows
     attention: str = "auto"
     cache_dir: str | None = None
     token: str | None = None
@@ -202,6 +202,7 @@ class OneAtATime:
         if source.adapter is not None:
             with bad_input(f"{source.adapter} cannot be loaded", "name the folder of a run on this base"):
                 family.pipeline.load_lora_weights(source.adapter, weight_name=WEIGHT_NAME, use_safetensors=True)
+            check_loaded(family.unet, Path(source.adapter) / WEIGHT_NAME)
             align_weights(family.pipeline)
             self._held = source, family
         return family

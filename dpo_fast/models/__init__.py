@@ -5,7 +5,8 @@ from dpo_fast.models.compiling import check_compiler, compile_unet, not_compiled
 from dpo_fast.models.encoding import image_encoding, prediction, text_encoding
 from dpo_fast.models.family import COMPUTE_DTYPES, Conditioning, Family, nonfinite_rows, nonfinite_tensors
 from dpo_fast.models.load import load_family
-from dpo_fast.models.lora import DEFAULT_TARGETS, AdapterSwitch, add_lora, merge_lora, save_lora
+from dpo_fast.models.lora import DEFAULT_TARGETS, AdapterSwitch, add_lora, save_lora
+from dpo_fast.models.merging import merge_lora
 from dpo_fast.models.recompute import recompute_activations
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,33 +10,31 @@ from torch import nn
 
 from dpo_fast.models.family import Family
 
-# What of a component's configuration changes its output beside its weights.
-_VAE_CONFIG = ("scaling_factor", "shift_factor", "act_fn", "norm_num_groups", "latent_channels")
-_UNET_CONFIG = (
-    "act_fn",
-    "addition_embed_type",
-    "addition_time_embed_dim",
-    "attention_head_dim",
-    "center_input_sample",
-    "downsample_padding",
-    "flip_sin_to_cos",
-    "freq_shift",
-    "mid_block_scale_factor",
-    "norm_eps",
-    "norm_num_groups",
-    "num_attention_heads",
-    "resnet_out_scale_factor",
-    "resnet_time_scale_shift",
-    "upcast_attention",
-)
-_TEXT_CONFIG = (
-    "hidden_act",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "layer_norm_eps",
-    "eos_token_id",
-    "use_attention_mask",
-)
+# A recipe holds the whole configuration of a component, but for what is known to change no value:
+_NOT_OF_OUTPUTS = frozenset(
+    (
+        "sample_size",  # of the VAE and the UNet: the default resolution, which a run settles for itself
+        "force_upcast",  # of the VAE: chooses its dtype, which the recipe has
+        "initializer_factor",  # of text encoders: what untrained weights are drawn with
+        "initializer_range",
+        # of all configurations of transformers: origin, names of classes, and what a call returns
+        "architectures",
+        "chunk_size_feed_forward",
+        "dtype",
+        "id2label",
+        "is_encoder_decoder",
+        "label2id",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_return_dict",
+    )
+)  # and whatever begins with an underscore: _class_name (recipes have the module's own), _diffusers_version,
+# _name_or_path, and what the libraries note for themselves
 
 
 def image_encoding(family: Family) -> dict[str, Any]:
@@ -43,9 +42,9 @@ def image_encoding(family: Family) -> dict[str, Any]:
     vae = family.pipeline.vae
     return {
         "vae": weights_digest(vae),
-        "vae_config": {name: vae.config.get(name) for name in _VAE_CONFIG},
+        "vae_config": _configuration(vae),
         "dtype": _precision(vae.dtype, family.device),
-        "value": "posterior mean, shifted and scaled, fp16",
+        "value": f"posterior mean, {'normalized and ' if family.latent_statistics else ''}scaled, fp16",
     }
 
 
@@ -56,7 +55,7 @@ def text_encoding(family: Family) -> dict[str, Any]:
         encoder = getattr(family.pipeline, f"text_encoder{suffix}", None)
         if encoder is not None:
             facts[f"text_encoder{suffix}"] = weights_digest(encoder)
-            facts[f"text_config{suffix}"] = {name: getattr(encoder.config, name, None) for name in _TEXT_CONFIG}
+            facts[f"text_config{suffix}"] = _configuration(encoder)
             facts[f"tokenizer{suffix}"] = _tokenizer_digest(getattr(family.pipeline, f"tokenizer{suffix}"))
     return facts
 
@@ -64,11 +63,10 @@ def text_encoding(family: Family) -> dict[str, Any]:
 def prediction(family: Family) -> dict[str, Any]:
     """Of the reference's predictions and targets, but for latents, text and draws. Ask before adapters are added."""
     schedule, unet = family.schedule, family.unet
-    config = {name: unet.config.get(name) for name in _UNET_CONFIG}
     zeros = bool(family.pipeline.config.get("force_zeros_for_empty_prompt", False))
     return {
         "reference": weights_digest(unet, family.dtype),
-        "unet_config": json.loads(json.dumps(config)),
+        "unet_config": _configuration(unet),
         "dtype": str(family.dtype).removeprefix("torch."),
         "prediction_type": schedule.prediction_type,
         "schedule": _digest(schedule.alphas_cumprod.cpu().numpy().tobytes()),
@@ -89,6 +87,19 @@ def weights_digest(module: nn.Module, dtype: torch.dtype | None = None) -> str:
     return whole.hexdigest()
 
 
+def _configuration(module: nn.Module) -> dict[str, Any]:
+    """All settings of a model that may change what it gives, as JSON has them, by name, and its class.
+
+    A setting that a version of the library adds changes the recipe, since its default is a part of what is computed.
+    """
+    config = module.config
+    settings = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    kept = {name: settings[name] for name in sorted(settings) if not name.startswith("_")}
+    for name in _NOT_OF_OUTPUTS & kept.keys():
+        del kept[name]
+    return {"class": type(module).__name__, **json.loads(json.dumps(kept, default=str))}
+
+
 def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
@@ -101,13 +112,23 @@ def _precision(dtype: torch.dtype, device: torch.device) -> str:
 
 
 def _tokenizer_digest(tokenizer) -> str:
-    """A hash of all that turns a text into tokens: rules, merges, vocabulary, length, padding."""
+    """A hash of all that turns a text into tokens: rules, merges, vocabulary, special tokens, lengths and sides."""
     whole = getattr(tokenizer, "backend_tokenizer", None)
     if whole is not None:
         rules = json.loads(whole.to_str())
         for passing in ("version", "truncation", "padding"):  # the last two are set anew by every call
             rules.pop(passing, None)
-    else:  # in Python: CLIP's before transformers 5
-        rules = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.bpe_ranks.items(), key=lambda rank: rank[1])]
-    parts = [rules, tokenizer.model_max_length, tokenizer.pad_token_id, tokenizer.padding_side]
+    else:  # in Python: CLIP's before transformers 5, which cleans texts with ftfy where that is installed
+        ranks = sorted(tokenizer.bpe_ranks.items(), key=lambda rank: rank[1])
+        rules = [sorted(tokenizer.get_vocab().items()), ranks, getattr(tokenizer, "fix_text", None) is not None]
+    special = [[name, str(token)] for name, token in sorted(tokenizer.special_tokens_map.items())]
+    parts = [
+        rules,
+        special,
+        tokenizer.model_max_length,
+        tokenizer.pad_token_id,
+        tokenizer.padding_side,
+        tokenizer.truncation_side,
+        getattr(tokenizer, "split_special_tokens", False),
+    ]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()

@@ -5,6 +5,7 @@ is [B,...], one row a pair, and only `denoise` expands it.
 """
 
 import copy
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,8 +17,12 @@ from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
 from dpo_fast.errors import BadInput
+from dpo_fast.models.faults import bad_input
+from dpo_fast.models.sampler import sampler_for
 from dpo_fast.quiet import no_loading_bars
 from dpo_fast.schedule import NoiseSchedule, noise_schedule, turbo_grid, usable_timesteps
+
+logger = logging.getLogger(__name__)
 
 Conditioning = dict[str, torch.Tensor]
 
@@ -30,7 +35,8 @@ class Family(ABC):
     The weights of the UNet's convolutions are channels_last, which files never show.
 
     Made by `dpo_fast.models.load_family`. Besides the arguments of the constructor it has:
-    schedule: NoiseSchedule on `device`; timesteps: int64 [n] on the CPU, those a pair may be trained at;
+    schedule: NoiseSchedule on `device`; sampler: how the pipeline's scheduler was made from the model's, to fit it;
+    timesteps: int64 [n] on the CPU, those a pair may be trained at;
     default_resolution: pixels; resolution_multiple: a resolution in pixels must be a multiple of it.
     """
 
@@ -39,6 +45,7 @@ class Family(ABC):
     sampling_guidance: ClassVar[float]  # guidance_scale of the pipeline
     text_kind: ClassVar[str]  # what `encode_prompts` gives, in words
     needs_time_ids: ClassVar[bool] = False
+    normalizes_latents: ClassVar[bool] = False  # the pipeline applies a VAE's latents_mean and latents_std
     timestep_grid: ClassVar[bool] = False  # trained at the few timesteps of its sampler, not at all of them
 
     def __init__(
@@ -61,6 +68,7 @@ class Family(ABC):
         self.vae_factor: int = 2 ** (len(vae_config.block_out_channels) - 1)  # pixels a latent, each way
         self.default_resolution: int = unet_config.sample_size * self.vae_factor
         self.resolution_multiple: int = self.vae_factor * 2 ** (len(unet_config.block_out_channels) - 1)
+        self.latent_statistics = self._latent_statistics()
         self._empty_prompt: Conditioning | None = None
         for module in self._modules().values():
             module.eval().requires_grad_(False).to(self.device)
@@ -77,7 +85,8 @@ class Family(ABC):
         pixels: torch.Tensor,  # uint8 [N,3,H,W], any device
         batch_size: int = 8,
     ) -> torch.Tensor:
-        """Latents fp16 [N,C,h,w] on `device`: the mean of the VAE's posterior, shifted and scaled as the UNet expects.
+        """Latents fp16 [N,C,h,w] on `device`: the mean of the VAE's posterior, scaled so that the pipeline's decoding
+        undoes it: (mean - latents_mean) scaling_factor / latents_std in SDXL, mean scaling_factor in SD1.5 and 2.
 
         The mean, not a sample: a pair's latents are then one fixed tensor. A latent that overflows fp16 becomes
         infinite; `nonfinite_rows` finds such images without a synchronisation.
@@ -86,12 +95,14 @@ class Family(ABC):
         company it comes (a batch of another size sums in another order).
         """
         vae = self.pipeline.vae
-        shift = vae.config.shift_factor or 0.0
         latents = []
         for chunk in pixels.split(1 if self.device.type == "cpu" else batch_size):
             images = (chunk.to(self.device, torch.float32) / 127.5 - 1).to(vae.dtype)
             mean = vae.encode(images).latent_dist.mean.float()
-            latents.append(((mean - shift) * vae.config.scaling_factor).half())
+            if self.latent_statistics is not None:
+                latents_mean, latents_std = self.latent_statistics
+                mean = (mean - latents_mean) / latents_std
+            latents.append((mean * vae.config.scaling_factor).half())
         return torch.cat(latents)
 
     @torch.no_grad()
@@ -100,17 +111,19 @@ class Family(ABC):
         latents: torch.Tensor,  # [N,C,h,w], any float dtype
         batch_size: int = 8,
     ) -> torch.Tensor:
-        """Images uint8 [N,3,H,W] on `device`, in the VAE's own dtype.
+        """Images uint8 [N,3,H,W] on `device`, in the VAE's own dtype: the pipeline's decoding, `encode_images` undone.
 
         Sample with `output_type="latent"` and decode here: the VAE may be kept in fp32 beside a half-precision UNet,
         which the pipeline's own decoding does not allow.
         """
         vae = self.pipeline.vae
-        shift = vae.config.shift_factor or 0.0
         images = []
         for chunk in latents.split(batch_size):
-            scaled = chunk.to(self.device, torch.float32) / vae.config.scaling_factor + shift
-            pixels = vae.decode(scaled.to(vae.dtype)).sample.float()
+            raw = chunk.to(self.device, torch.float32) / vae.config.scaling_factor
+            if self.latent_statistics is not None:
+                latents_mean, latents_std = self.latent_statistics
+                raw = raw * latents_std + latents_mean
+            pixels = vae.decode(raw.to(vae.dtype)).sample.float()
             images.append((pixels * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8))
         return torch.cat(images)
 
@@ -188,7 +201,7 @@ class Family(ABC):
 
         The live modules are not touched. All weights are written in fp32, since `from_pretrained` without a dtype must
         give a pipeline that runs; those of the other components are rounded to the dtype they are held in here. The
-        scheduler is the one the pipeline came with.
+        scheduler has the schedule that was trained (`dpo_fast.models.sampler`).
         """
         saved = copy.copy(self.pipeline)
         for name, module in self._modules().items():
@@ -204,6 +217,32 @@ class Family(ABC):
     def _added_conditioning(self, conditioning: Conditioning, dtype: torch.dtype) -> Conditioning | None:
         """The UNet's added_cond_kwargs."""
         return None
+
+    def _latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The mean and standard deviation fp32 [1,C,1,1] of raw latents that the pipeline applies; None: none.
+
+        As diffusers has it: SDXL's pipelines apply both or neither, those of SD1.5 none, and no pipeline of either
+        applies a shift_factor.
+        """
+        config = self.pipeline.vae.config
+        values = {name: config.get(name) for name in ("latents_mean", "latents_std")}
+        applied = self.normalizes_latents and None not in values.values()
+        ignored = [name for name, value in values.items() if value is not None and not applied]
+        ignored += ["shift_factor"] if config.get("shift_factor") else []
+        if ignored:
+            logger.info("the VAE's %s: not applied, as in %s", " and ".join(ignored), type(self.pipeline).__name__)
+        if not applied:
+            return None
+        with bad_input("the VAE's latents_mean and latents_std cannot be read", "correct its config.json"):
+            tensors = {name: torch.tensor(value, dtype=torch.float32).flatten() for name, value in values.items()}
+        for name, tensor in tensors.items():
+            if len(tensor) != config.latent_channels or not tensor.isfinite().all():
+                raise BadInput(
+                    f"the VAE's {name} {values[name]} must be {config.latent_channels} numbers, one a channel"
+                )
+        if (tensors["latents_std"] <= 0).any():
+            raise BadInput(f"the VAE's latents_std {values['latents_std']} must be greater than 0")
+        return tuple(tensor.view(1, -1, 1, 1).to(self.device) for tensor in tensors.values())
 
     def _modules(self) -> dict[str, nn.Module]:
         return {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
@@ -227,6 +266,7 @@ class Family(ABC):
             )
 
     def _make_schedule(self, prediction_type: str | None, zero_terminal_snr: str) -> NoiseSchedule:
+        """The schedule; the pipeline then samples and is saved with a scheduler that has it."""
         scheduler = self.pipeline.scheduler
         schedule = noise_schedule(
             scheduler.config,
@@ -234,11 +274,10 @@ class Family(ABC):
             turbo=self.timestep_grid,
             prediction_type=prediction_type,
         )
-        if scheduler.config.get("prediction_type", "epsilon") != schedule.prediction_type:
-            # sample and save what was trained
-            self.pipeline.scheduler = type(scheduler).from_config(
-                scheduler.config, prediction_type=schedule.prediction_type
-            )
+        self.sampler = sampler_for(scheduler, schedule, turbo=self.timestep_grid)
+        self.pipeline.scheduler = self.sampler.of(scheduler)
+        if self.pipeline.scheduler is not scheduler:
+            logger.info("sampled with %s (the model came with %s)", self.sampler, type(scheduler).__name__)
         return schedule.to(self.device)
 
 

@@ -11,6 +11,7 @@ import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDPMScheduler,
     DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -36,9 +37,11 @@ from dpo_fast.files import regular_files
 from dpo_fast.models.attention import set_attention
 from dpo_fast.models.family import Family
 from dpo_fast.models.faults import bad_input
+from dpo_fast.models.marks import Marks, marks_of_file, marks_of_scheduler, refuse_edm, settled
 from dpo_fast.models.sd15 import SD15
 from dpo_fast.models.sdxl import SDXL, Turbo
 from dpo_fast.quiet import no_loading_bars
+from dpo_fast.schedule import check_discrete
 
 _FAMILIES = {"StableDiffusionPipeline": SD15, "StableDiffusionXLPipeline": SDXL}
 _PIPELINES = {SD15: StableDiffusionPipeline, SDXL: StableDiffusionXLPipeline}
@@ -77,8 +80,10 @@ def load_family(
     (else in fp32: SDXL's VAE overflows in fp16).
     unet_dtype: the dtype the UNet is held in at first (fp32 where masters are to be copied from it); None: `dtype`.
     revision, variant, cache_dir, token: as in diffusers. vae_path: another VAE (hub id, folder or .safetensors).
-    prediction_type: "epsilon" or "v_prediction"; None: what the scheduler's config says.
-    zero_terminal_snr: "auto", "on" or "off". attention: "auto", "sdpa" or "xformers".
+    prediction_type: "epsilon" or "v_prediction"; None: what the marks of a single file say (`dpo_fast.models.marks`),
+    else the scheduler's config.
+    zero_terminal_snr: "on", "off", or "auto": on for Turbo and where a mark or the scheduler's config says so.
+    attention: "auto", "sdpa" or "xformers".
     single_file_config: a hub id or folder with the pipeline's configuration, for a single file; None: the hub's.
 
     Raises BadInput, in one line, for whatever cannot be found, read or trained.
@@ -88,8 +93,13 @@ def load_family(
         raise BadInput(f"{path} is a pickle, which could run code: convert it to .safetensors or to a diffusers folder")
     hub = {"revision": revision, "cache_dir": cache_dir, "token": token}
     kind = _kind(path, turbo, hub)
+    marks = Marks()
     if path.endswith(".safetensors"):
         config = None if single_file_config is None else str(single_file_config)
+        scheduler = _check_scheduler(_config_source(path, config), {**hub, "revision": None})
+        marks = marks_of_file(path, *_header(path), prediction_type)
+        if prediction_type is None and marks.prediction_type is None:
+            _check_sd2(path, scheduler)
         pipeline = _load_file(path, kind, dtype, unet_dtype, {"config": config, "cache_dir": cache_dir, "token": token})
     else:
         pipeline = _load_folder(path, kind, dtype, unet_dtype, variant, hub)
@@ -97,8 +107,15 @@ def load_family(
         raise BadInput(f"{path} has no text encoder (the SDXL refiner?): use a pipeline with all of them")
     if vae_path is not None:
         pipeline.vae = _load_vae(str(vae_path), pipeline.vae, {"cache_dir": cache_dir, "token": token})
+    if not isinstance(pipeline.vae, AutoencoderKL):
+        raise BadInput(
+            f"the VAE is of class {type(pipeline.vae).__name__}, whose latents have no posterior mean; name an"
+            " AutoencoderKL, for example with pretrained_vae_model_name_or_path"
+        )
     if pipeline.vae.config.force_upcast is False:
         pipeline.vae.to(dtype)
+    scheduler = marks_of_scheduler(pipeline.scheduler.config)
+    prediction_type, zero_terminal_snr = settled(path, marks, scheduler, prediction_type, zero_terminal_snr)
     family = (Turbo if turbo else kind)(
         pipeline,
         dtype=dtype,
@@ -151,7 +168,7 @@ def component_config(
     """
     source, hub = str(path), {"revision": revision, "cache_dir": cache_dir, "token": token}
     if source.endswith(".safetensors"):
-        source, hub["revision"] = str(single_file_config or _USUAL[_kind_of_file(source)]), None
+        source, hub["revision"] = _config_source(source, single_file_config), None
     else:
         _kind_of_folder(source, hub)
     with bad_input(f"the {component} configuration of {source} cannot be read", "name a whole diffusers pipeline"):
@@ -160,7 +177,11 @@ def component_config(
 
 def _kind(path: str, turbo: bool, hub: dict) -> type[Family]:
     """SD15 or SDXL."""
-    kind = _kind_of_file(path) if path.endswith(".safetensors") else _kind_of_folder(path, hub)
+    if path.endswith(".safetensors"):
+        kind = _kind_of_file(path)
+    else:
+        kind = _kind_of_folder(path, hub)
+        _check_scheduler(path, hub)
     if turbo and kind is not SDXL:
         raise BadInput(f"turbo is for SDXL pipelines, but {path} is a {_PIPELINES[kind].__name__}: leave turbo out")
     return kind
@@ -206,10 +227,11 @@ def _kind_of_file(path: str) -> type[Family]:
     """SD15 or SDXL, by the tensors named in the header of a .safetensors file."""
     if not Path(path).is_file():
         raise BadInput(f"{path} is no file: check the path")
+    names, _ = _header(path)
+    first_layer = "model.diffusion_model.input_blocks.0.0.weight"
     with bad_input(f"{path} cannot be loaded", "copy it again"), safe_open(path, framework="pt") as file:
-        names = list(file.keys())
-        first_layer = "model.diffusion_model.input_blocks.0.0.weight"
         channels = file.get_slice(first_layer).get_shape()[1] if first_layer in names else None
+    refuse_edm(path, names)
 
     def has(prefix: str) -> bool:
         return any(name.startswith(prefix) for name in names)
@@ -226,6 +248,64 @@ def _kind_of_file(path: str) -> type[Family]:
         f"{path} is not a whole Stable Diffusion 1.x, 2.x or SDXL base model (its first tensor is "
         f"{min(names, default='missing')}): name such a file, or a diffusers folder"
     )
+
+
+def _header(path: str) -> tuple[list[str], dict[str, str]]:
+    """The names of the tensors in a .safetensors file, and its metadata."""
+    with bad_input(f"{path} cannot be loaded", "copy it again"), safe_open(path, framework="pt") as file:
+        return list(file.keys()), file.metadata() or {}
+
+
+def _config_source(path: str, single_file_config: str | Path | None) -> str:
+    """The hub id or folder whose configuration a single file is read with.
+
+    Raises BadInput for SD 2.x without one: epsilon (2-base) and v-prediction (768-v) have the same tensors.
+    """
+    if single_file_config is not None:
+        return str(single_file_config)
+    kind = _kind_of_file(path)
+    if _is_sd2(_header(path)[0]):
+        raise BadInput(
+            f"{path} is a Stable Diffusion 2.x model, whose file does not say its prediction type and size: name the"
+            " folder or hub id of its diffusers pipeline as single_file_config"
+        )
+    return _USUAL[kind]
+
+
+def _check_scheduler(path: str, hub: dict) -> dict:
+    """The config of the scheduler of a folder or hub id; empty where it cannot be read, of which loading says more.
+
+    Raises BadInput for a scheduler of another kind of training, before any weights are fetched or read.
+    """
+    try:
+        config = DDPMScheduler.load_config(path, subfolder="scheduler", **hub)
+    except (OSError, ValueError):
+        return {}
+    check_discrete(config)
+    return config
+
+
+def _check_sd2(path: str, scheduler: dict) -> None:
+    """Raise BadInput where the weights of an SD 2.x file contradict the scheduler that it is read with.
+
+    Finetuning to v-prediction at 768 pixels left the biases of the last norms wider apart than 2-base has them, 0.09
+    and more: that is how ComfyUI tells the two apart.
+    """
+    names, name = _header(path)[0], "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    if not _is_sd2(names) or name not in names or not scheduler:
+        return
+    with bad_input(f"{path} cannot be loaded", "copy it again"), safe_open(path, framework="pt") as file:
+        looks = "v_prediction" if file.get_tensor(name).float().std(correction=0) > 0.09 else "epsilon"
+    says = scheduler.get("prediction_type", "epsilon")
+    if looks != says:
+        raise BadInput(
+            f"{path} looks as if it was trained with {looks}, but the scheduler of its configuration says {says}: say"
+            " which with --prediction_type"
+        )
+
+
+def _is_sd2(names: list[str]) -> bool:
+    return any(name.startswith("cond_stage_model.model.") for name in names)  # OpenCLIP
 
 
 def _load_folder(

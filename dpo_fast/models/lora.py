@@ -1,21 +1,20 @@
-"""Low-rank adapters on the UNet: adding, switching off for the reference, merging, saving."""
+"""Low-rank adapters on the UNet: adding, switching off for the reference, saving."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from torch import nn
 
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput
-from dpo_fast.files import regular_files
 from dpo_fast.models.family import Family
 from dpo_fast.models.faults import bad_input
-from dpo_fast.quiet import no_loading_bars
 
 DEFAULT_TARGETS = TrainConfig.lora_targets  # the attention projections
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -84,68 +83,38 @@ class AdapterSwitch:
 def save_lora(family: Family, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
     """Write `state` (parameter name in the UNet -> fp32 tensor) for `pipeline.load_lora_weights(folder)`.
 
-    Rank and alpha are written as the file's adapter metadata: without it a reader takes alpha for the rank.
+    B is written as alpha / rank B, so that B A is the whole update to a reader of the tensors alone too, to whom alpha
+    is the rank; the file's adapter metadata says the same. The product is rounded to fp32 once, and not at all where
+    alpha / rank is a power of two.
     """
     config = family.unet.peft_config[_ADAPTER]
+    scale = config.lora_alpha / config.r
+    layers = {
+        name.replace(f".{_ADAPTER}.", "."): (tensor * scale if ".lora_B." in name else tensor).contiguous()
+        for name, tensor in state.items()
+    }
     family.pipeline.save_lora_weights(
         folder,
-        unet_lora_layers={name.replace(f".{_ADAPTER}.", "."): tensor.contiguous() for name, tensor in state.items()},
+        unet_lora_layers=layers,
         unet_lora_adapter_metadata={
             "r": config.r,
-            "lora_alpha": config.lora_alpha,
+            "lora_alpha": config.r,
             "target_modules": sorted(config.target_modules),
         },
         weight_name=WEIGHT_NAME,
     )
 
 
-def merge_lora(
-    pipeline: DiffusionPipeline, path: str | Path, *, cache_dir: str | None = None, token: str | None = None
-) -> None:
-    """Add the LoRA at `path` (a .safetensors file, a folder with one, or a hub id) to the weights of the pipeline.
-
-    The sum is made in fp32 and rounded to each component's dtype once; no adapter stays behind. A LoRA that also has
-    text-encoder weights is merged there too. Raises BadInput for a file that is not a LoRA of this UNet.
-    """
-    names = [name for name in ("unet", "text_encoder", "text_encoder_2") if getattr(pipeline, name, None) is not None]
-    modules = {name: getattr(pipeline, name) for name in names}
-    dtypes = {name: module.dtype for name, module in modules.items()}
-    path = str(path)
-    weight_name = _lora_file(path)
-    where = {"cache_dir": cache_dir, "token": token, "use_safetensors": True}
-    for module in modules.values():
-        module.float()
-    try:
-        with bad_input(f"{path} cannot be merged", f"name a LoRA of a {type(pipeline).__name__}"), no_loading_bars():
-            pipeline.load_lora_weights(path, weight_name=weight_name, adapter_name="init", **where)
-            loaded = pipeline.get_list_adapters()
-            if "unet" not in loaded:
-                raise BadInput(f"{path} has no LoRA of a UNet: name a LoRA of a {type(pipeline).__name__}")
-            pipeline.fuse_lora(components=[name for name in names if name in loaded])
-    finally:
-        pipeline.unload_lora_weights()
-        for name, module in modules.items():
-            module.to(dtypes[name]).requires_grad_(False)
-
-
-def _lora_file(path: str) -> str | None:
-    """The file to load from `path`; None leaves the choice to the hub."""
-    local = Path(path)
-    if local.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        raise BadInput(f"{path} is a pickle, which could run code: convert it to .safetensors")
-    if local.suffix == ".safetensors" and not local.is_file():
-        raise BadInput(f"{path} is no file: check the path")
-    if local.is_file():
-        return local.name
-    if not local.is_dir():
-        return None
-    regular_files(local)
-    files = sorted(file.name for file in local.glob("*.safetensors"))
-    if WEIGHT_NAME in files:
-        return WEIGHT_NAME
-    if len(files) != 1:
-        raise BadInput(f"{path} holds {len(files)} .safetensors files ({', '.join(files)}): name the LoRA file itself")
-    return files[0]
+def check_loaded(unet: nn.Module, file: Path) -> None:
+    """Raise BadInput where `unet`, into which diffusers loaded `file` (of `save_lora`), lacks some of its layers."""
+    with safe_open(file, framework="pt") as opened:
+        layers = {name.removeprefix("unet.").split(".lora_")[0] for name in opened.keys()}
+    missing = sorted(layers - {name for name, module in unet.named_modules() if isinstance(module, LoraLayer)})
+    if missing:
+        raise BadInput(
+            f"{file} is of another UNet: {len(missing)} of its {len(layers)} layers are not in this one"
+            f" ({', '.join(missing[:3])}); name the folder of a run on this base"
+        )
 
 
 def _lora_layers(unet: nn.Module) -> list[LoraLayer]:

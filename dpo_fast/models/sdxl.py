@@ -13,6 +13,7 @@ class SDXL(Family):
     sampling_steps = 50
     sampling_guidance = 5.0
     needs_time_ids = True
+    normalizes_latents = True
 
     def _encode(self, prompts: list[str]) -> Conditioning:
         prompt_embeds, _, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(

@@ -16,6 +16,8 @@ from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.generate_options import seeds_of
 from dpo_fast.evaluation.generating import (
     ImageRow,
+    Wanted,
+    _settings,
     noise_seed,
     read_layouts,
 )
@@ -270,6 +272,18 @@ def test_other_settings_and_other_files_are_refused(sdxl_path, sd15_path, tmp_pa
     assert "is no listing" in refused(out="else")
     del before[f"model/{file_stem(TEXTS[0])}-0.png"]
     assert contents(out) == before
+
+
+def test_the_schedule_that_was_trained_decides_the_images(sdxl_path, generate):
+    """But a listing of a time when samplers did not follow it is gone on with."""
+    model = named(str(sdxl_path), steps=2, resolution=64)["sdxl"]
+    wanted = Wanted({"sdxl": model}, [Prompt("a cat", "text")], [0])
+    plain = _settings(wanted, CPU)
+    assert "zero_terminal_snr" not in plain["models"]["sdxl"]
+    trained = replace(model, zero_terminal_snr="on", prediction_type="v_prediction")
+    assert _settings(replace(wanted, models={"sdxl": trained}), CPU)["models"]["sdxl"]["zero_terminal_snr"] == "on"
+    config = OneAtATime(CPU).open(trained).pipeline.scheduler.config
+    assert (config.rescale_betas_zero_snr, config.timestep_spacing) == (True, "trailing")
 
 
 def spoil(model: Path) -> None:

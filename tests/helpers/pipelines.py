@@ -34,7 +34,12 @@ _BETAS = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_s
 
 
 def make_sd15(
-    folder: Path, *, prediction_type: str = "epsilon", dtype: torch.dtype = torch.float32, seed: int = 0
+    folder: Path,
+    *,
+    prediction_type: str = "epsilon",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    vae: dict | None = None,  # more of the VAE's configuration
 ) -> Path:
     """Write a Stable Diffusion 1.5 pipeline with weights in `dtype` to `folder`; return `folder`."""
     unet = UNet2DConditionModel(
@@ -49,7 +54,7 @@ def make_sd15(
     )
     pipeline = StableDiffusionPipeline(
         unet=unet,
-        vae=_vae(scaling_factor=0.18215),
+        vae=_vae(scaling_factor=0.18215, **vae or {}),
         text_encoder=CLIPTextModel(_text_config(_TEXT_WIDTH, "quick_gelu")),
         tokenizer=tokenizer(pad_token=_END),
         scheduler=PNDMScheduler(
@@ -69,10 +74,11 @@ def make_sdxl(
     dtype: torch.dtype = torch.float32,
     force_zeros: bool = True,
     seed: int = 0,
+    vae: dict | None = None,  # more of the VAE's configuration
 ) -> Path:
     """Write a Stable Diffusion XL pipeline with weights in `dtype` to `folder`; return `folder`."""
     scheduler = EulerDiscreteScheduler(**_BETAS, steps_offset=1, prediction_type=prediction_type)
-    return _save(_sdxl(scheduler, force_zeros), folder, dtype, seed)
+    return _save(_sdxl(scheduler, force_zeros, vae), folder, dtype, seed)
 
 
 def make_turbo(folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
@@ -81,7 +87,7 @@ def make_turbo(folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 
     return _save(_sdxl(scheduler, force_zeros=True), folder, dtype, seed)
 
 
-def _sdxl(scheduler, force_zeros: bool) -> StableDiffusionXLPipeline:
+def _sdxl(scheduler, force_zeros: bool, vae: dict | None = None) -> StableDiffusionXLPipeline:
     unet = UNet2DConditionModel(
         sample_size=RESOLUTION // 8,
         block_out_channels=(16, 32),
@@ -99,7 +105,7 @@ def _sdxl(scheduler, force_zeros: bool) -> StableDiffusionXLPipeline:
     )
     return StableDiffusionXLPipeline(
         unet=unet,
-        vae=_vae(scaling_factor=0.13025),
+        vae=_vae(scaling_factor=0.13025, **vae or {}),
         text_encoder=CLIPTextModel(_text_config(_TEXT_WIDTH, "quick_gelu")),
         text_encoder_2=CLIPTextModelWithProjection(_text_config(_TEXT_WIDTH_2, "gelu")),
         tokenizer=tokenizer(pad_token=_END),
@@ -110,7 +116,7 @@ def _sdxl(scheduler, force_zeros: bool) -> StableDiffusionXLPipeline:
     )
 
 
-def _vae(scaling_factor: float) -> AutoencoderKL:
+def _vae(scaling_factor: float, **more) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -120,6 +126,7 @@ def _vae(scaling_factor: float) -> AutoencoderKL:
         latent_channels=4,
         sample_size=RESOLUTION,
         scaling_factor=scaling_factor,
+        **more,
     )
 
 

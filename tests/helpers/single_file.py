@@ -57,8 +57,10 @@ _OPEN_CLIP = {
 }
 
 
-def write_single_file(pipeline: DiffusionPipeline, path: Path) -> Path:
-    """Write all weights of an SD1.5 or SDXL pipeline to one .safetensors file; return `path`."""
+def write_single_file(
+    pipeline: DiffusionPipeline, path: Path, marks: _State | None = None, metadata: dict[str, str] | None = None
+) -> Path:
+    """Write all weights of an SD1.5 or SDXL pipeline to one .safetensors file, with `marks` besides; return `path`."""
     state = _prefixed("model.diffusion_model.", _unet(pipeline))
     state |= _prefixed("first_stage_model.", _vae(pipeline))
     clip = _prefixed("transformer.text_model.", _text_model(pipeline.text_encoder.state_dict()))
@@ -67,8 +69,16 @@ def write_single_file(pipeline: DiffusionPipeline, path: Path) -> Path:
         state |= _prefixed("conditioner.embedders.1.model.", _open_clip(pipeline.text_encoder_2.state_dict()))
     else:
         state |= _prefixed("cond_stage_model.", clip)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    state |= marks or {}
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata)
     return path
+
+
+def kohya_name(pipeline: DiffusionPipeline, layer: str) -> str:
+    """What kohya's scripts call a layer of the UNet: SDXL's by the original's name, SD1.5's by that of diffusers."""
+    if hasattr(pipeline, "text_encoder_2"):
+        layer = _original_name(pipeline, f"{layer}.weight").removesuffix(".weight")
+    return "lora_unet_" + layer.replace(".", "_")
 
 
 def _prefixed(prefix: str, state: _State) -> _State:
@@ -82,26 +92,27 @@ def _renamed(name: str, table: dict[str, str]) -> str:
 
 
 def _unet(pipeline: DiffusionPipeline) -> _State:
-    config, state = pipeline.unet.config, pipeline.unet.state_dict()
+    return {_original_name(pipeline, name): tensor for name, tensor in pipeline.unet.state_dict().items()}
+
+
+def _original_name(pipeline: DiffusionPipeline, name: str) -> str:
+    """What the original code calls a tensor of the UNet."""
+    config = pipeline.unet.config
     stride = config.layers_per_block + 1
-
-    def original(name: str) -> str:
-        if ".resnets." in name:
-            name = _renamed(name, _UNET_RESNET)
-        for new, old in _UNET_TOP.items():
-            if name.startswith(new):
-                return old + name.removeprefix(new)
-        way, block, kind, layer, rest = re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", name).groups()
-        block, layer = int(block), int(layer)
-        if kind == "downsamplers":
-            return f"input_blocks.{stride * (block + 1)}.0.{rest.replace('conv', 'op')}"
-        if kind == "upsamplers":
-            position = 2 if "CrossAttn" in config.up_block_types[block] else 1
-            return f"output_blocks.{stride * (block + 1) - 1}.{position}.{rest}"
-        index = stride * block + layer + (way == "down")
-        return f"{'input' if way == 'down' else 'output'}_blocks.{index}.{int(kind == 'attentions')}.{rest}"
-
-    return {original(name): tensor for name, tensor in state.items()}
+    if ".resnets." in name:
+        name = _renamed(name, _UNET_RESNET)
+    for new, old in _UNET_TOP.items():
+        if name.startswith(new):
+            return old + name.removeprefix(new)
+    way, block, kind, layer, rest = re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", name).groups()
+    block, layer = int(block), int(layer)
+    if kind == "downsamplers":
+        return f"input_blocks.{stride * (block + 1)}.0.{rest.replace('conv', 'op')}"
+    if kind == "upsamplers":
+        position = 2 if "CrossAttn" in config.up_block_types[block] else 1
+        return f"output_blocks.{stride * (block + 1) - 1}.{position}.{rest}"
+    index = stride * block + layer + (way == "down")
+    return f"{'input' if way == 'down' else 'output'}_blocks.{index}.{int(kind == 'attentions')}.{rest}"
 
 
 def _vae(pipeline: DiffusionPipeline) -> _State:

@@ -5,10 +5,14 @@ import json
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerFast
 
-from dpo_fast.models import image_encoding, load_family, text_encoding
+from dpo_fast.data.cache.recipe import Field, Recipe
+from dpo_fast.models import image_encoding, load_family, prediction, text_encoding
 from dpo_fast.models.encoding import weights_digest
+from tests.helpers.pipelines import make_sdxl
+from tests.helpers.single_file import write_single_file
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +37,82 @@ def test_every_weight_counts(family):
     assert len(digests) == 1 + len(list(vae.state_dict())[::7])
 
 
-@pytest.mark.parametrize("name", ["scaling_factor", "shift_factor"])
-def test_the_scale_of_latents_counts(family, monkeypatch, name):
-    before, vae = image_encoding(family), family.pipeline.vae
-    monkeypatch.setattr(vae, "_internal_dict", type(vae.config)({**vae.config, name: 0.5}))
-    assert image_encoding(family) != before
+def changed(value: object) -> object:
+    """Another value of the same kind."""
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, str):
+        return f"other-{value}"
+    if isinstance(value, (list, tuple)):
+        return [*value, *value[-1:]]
+    return value + 1
+
+
+@pytest.mark.parametrize("part", ["vae", "unet"])
+def test_every_setting_of_a_model_counts_but_those_that_change_nothing(family, monkeypatch, part):
+    """Whatever the library adds counts too."""
+    module, account = getattr(family.pipeline, part), {"vae": image_encoding, "unet": prediction}[part]
+    before, silent = account(family), set()
+    for name, value in {**module.config, "new_setting": 1}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_internal_dict", type(module.config)({**module.config, name: changed(value)}))
+            if account(family) == before:
+                silent.add(name)
+    names = {name for name in module.config if name.startswith("_")}
+    assert silent == names | {"sample_size"} | ({"force_upcast"} if part == "vae" else set())
+    json.dumps(before, allow_nan=False)
+
+
+def test_every_setting_of_a_text_encoder_counts_but_those_that_change_nothing(family, monkeypatch):
+    encoder = family.pipeline.text_encoder_2
+    before, silent = text_encoding(family), set()
+    for name, value in encoder.config.to_dict().items():
+        other = copy.deepcopy(encoder.config)
+        if name in ("id2label", "label2id", "dtype", "output_attentions"):  # which the library checks
+            continue
+        setattr(other, name, changed(value))
+        with monkeypatch.context() as patch:
+            patch.setattr(encoder, "config", other)
+            if text_encoding(family) == before:
+                silent.add(name)
+    counted = {"vocab_size", "hidden_act", "num_attention_heads", "layer_norm_eps", "eos_token_id", "projection_dim"}
+    assert not silent & counted and silent >= {"initializer_range", "transformers_version", "architectures"}
+    monkeypatch.setattr(encoder.config, "use_attention_mask", True, raising=False)
+    assert text_encoding(family) != before
+
+
+def test_statistics_of_latents_count(sdxl_path, tmp_path):
+    paths = [sdxl_path]
+    for number, mean in enumerate((0.0, 0.5)):
+        vae = {"latents_mean": [mean] * 4, "latents_std": [1.0] * 4}
+        paths.append(make_sdxl(tmp_path / str(number), vae=vae))
+    accounts = [image_encoding(load_family(path, dtype=torch.float32, device="cpu")) for path in paths]
+    assert accounts[0]["vae"] == accounts[1]["vae"] == accounts[2]["vae"]  # the weights are the same
+    assert accounts[0] != accounts[1] != accounts[2]
+    assert Recipe("latents", accounts[1], (Field("latents", (4, 8, 8)),)).differences(
+        Recipe("latents", accounts[2], (Field("latents", (4, 8, 8)),)).as_json()
+    ) == ["facts.vae_config.latents_mean: [0.0, 0.0, 0.0, 0.0] -> [0.5, 0.5, 0.5, 0.5]"]
+
+
+@pytest.mark.parametrize("kind", ["single file", "saved again"])
+def test_one_model_has_one_recipe_wherever_it_is_read_from(sdxl_path, family, tmp_path, kind):
+    accounts = image_encoding, text_encoding, prediction
+    if kind == "single file":
+        path = write_single_file(DiffusionPipeline.from_pretrained(sdxl_path), tmp_path / "model.safetensors")
+        other = load_family(path, dtype=torch.float32, device="cpu", single_file_config=sdxl_path)
+    else:
+        family.pipeline.save_pretrained(tmp_path / "saved")
+        other = load_family(tmp_path / "saved", dtype=torch.float32, device="cpu")
+    assert [account(other) for account in accounts] == [account(family) for account in accounts]
+
+
+@pytest.mark.parametrize("setting", ["model_max_length", "padding_side", "truncation_side", "pad_token", "unk_token"])
+def test_the_settings_of_a_tokenizer_count(family, monkeypatch, setting):
+    before, other = text_encoding(family), copy.deepcopy(family.pipeline.tokenizer_2)
+    value = {"model_max_length": 76, "padding_side": "left", "truncation_side": "left"}.get(setting, "a</w>")
+    setattr(other, setting, value)
+    monkeypatch.setattr(family.pipeline, "tokenizer_2", other)
+    assert text_encoding(family)["tokenizer_2"] != before["tokenizer_2"]
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,18 @@
 """Encoding, denoising and saving, against diffusers called by hand."""
 
 import copy
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 
+from dpo_fast.errors import BadInput
 from dpo_fast.models import Family, load_family, nonfinite_rows
-from tests.helpers.pipelines import default_time_ids, make_sdxl
+from tests.helpers.pipelines import default_time_ids, make_sd15, make_sdxl
 
 FAMILIES = ["sd15", "sdxl", "turbo"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -58,12 +61,101 @@ def test_encode_images_in_chunks(family):
     torch.testing.assert_close(whole, chunked, rtol=2**-10, atol=1e-5)
 
 
-def test_encode_images_shifts_first(family):
-    before = family.encode_images(random_pixels(1)).float()
-    family.pipeline.vae.register_to_config(shift_factor=2.0)
-    after = family.encode_images(random_pixels(1)).float()
-    moved = 2.0 * family.pipeline.vae.config.scaling_factor
-    torch.testing.assert_close(before - after, torch.full_like(before, moved), rtol=0, atol=2**-9)
+STATISTICS = {"latents_mean": [-1.6, 1.3, 0.4, -0.2], "latents_std": [0.5, 2.0, 8.0, 5.0], "shift_factor": 0.7}
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def normalized(request, tmp_path_factory) -> tuple[Family, Family]:
+    """A family whose VAE names statistics and a shift of its latents, and the same without."""
+    make, folder = {"sd15": make_sd15, "sdxl": make_sdxl}[request.param], tmp_path_factory.mktemp("normalized")
+    paths = make(folder / "statistics", vae=STATISTICS), make(folder / "plain")
+    return tuple(load_family(path, dtype=torch.float32, device="cpu") for path in paths)
+
+
+def test_latents_are_normalized_where_the_pipeline_does_it(normalized):
+    family, plain = normalized
+    latents, wanted = family.encode_images(random_pixels(2)).float(), plain.encode_images(random_pixels(2)).float()
+    if family.name == "sdxl":
+        scale = family.pipeline.vae.config.scaling_factor
+        mean, std = (torch.tensor(STATISTICS[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
+        wanted = (wanted / scale - mean) * scale / std
+    torch.testing.assert_close(latents, wanted, rtol=2**-9, atol=2e-4)
+
+
+def test_encoding_is_that_of_the_pipelines_image_to_image(normalized):
+    family, _ = normalized
+    image_to_image = StableDiffusionXLImg2ImgPipeline if family.name == "sdxl" else StableDiffusionImg2ImgPipeline
+    parts = {**family.pipeline.components} | {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+    parts = {name: part for name, part in parts.items() if not (family.name == "sdxl" and name == "safety_checker")}
+    options = {"requires_safety_checker": False} if family.name == "sd15" else {"add_watermarker": False}
+    pipeline, pixels = image_to_image(**parts, **options), random_pixels(1)
+    torch.manual_seed(0)
+    tail = (False,) if family.name == "sdxl" else ()
+    arguments = (pixels.float() / 127.5 - 1, torch.tensor([0]), 1, 1, torch.float32, torch.device("cpu"))
+    pipeline.vae.encode = lambda image, encode=pipeline.vae.encode: SimpleNamespace(
+        latents=encode(image).latent_dist.mean
+    )
+    family.pipeline.scheduler.add_noise = lambda latents, noise, timestep: latents
+    try:
+        wanted = pipeline.prepare_latents(*arguments, torch.Generator().manual_seed(0), *tail)
+    finally:
+        del pipeline.vae.encode, family.pipeline.scheduler.add_noise
+    torch.testing.assert_close(family.encode_images(pixels).float(), wanted, rtol=2**-9, atol=1e-5)
+
+
+@torch.no_grad()
+def test_decoding_is_that_of_the_pipeline_and_undoes_the_encoding(normalized):
+    family, _ = normalized
+    raw, seen = [], []
+    encode, decode = family.pipeline.vae.encode, family.pipeline.vae.decode
+    family.pipeline.vae.decode = lambda latents, *rest, **more: (seen.append(latents), decode(latents, *rest, **more))[
+        1
+    ]
+    try:
+        pixels = random_pixels(1)
+        raw.append(encode(pixels.float() / 127.5 - 1).latent_dist.mean)
+        family.decode_latents(family.encode_images(pixels))
+        torch.testing.assert_close(seen.pop(), raw[0], rtol=2**-8, atol=2e-2)
+        family.pipeline.set_progress_bar_config(disable=True)
+        call = {"num_inference_steps": 1, "height": 64, "width": 64, "guidance_scale": 0.0}
+        latents = family.pipeline("a fox", generator=torch.manual_seed(0), output_type="latent", **call).images
+        family.pipeline("a fox", generator=torch.manual_seed(0), output_type="pt", **call)
+        family.decode_latents(latents)
+        torch.testing.assert_close(seen[1], seen[0], rtol=1e-5, atol=1e-5)
+    finally:
+        del family.pipeline.vae.decode
+
+
+def test_what_the_pipeline_does_not_apply_is_said(tmp_path, caplog):
+    with caplog.at_level("INFO", "dpo_fast"):
+        load_family(make_sd15(tmp_path, vae=STATISTICS), dtype=torch.float32, device="cpu")
+    assert caplog.messages == [
+        "the VAE's latents_mean and latents_std and shift_factor: not applied, as in StableDiffusionPipeline"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"latents_std": [1.0, 1.0, 1.0]}, r"latents_std \[1\.0, 1\.0, 1\.0\] must be 4 numbers"),
+        ({"latents_std": [1.0, 1.0, 1.0, 0.0]}, "must be greater than 0"),
+        ({"latents_mean": ["a", "b", "c", "d"]}, "cannot be read"),
+    ],
+)
+def test_bad_statistics_of_latents(tmp_path, change, match):
+    path = make_sdxl(tmp_path, vae=STATISTICS | change)
+    with pytest.raises(BadInput, match=match):
+        load_family(path, dtype=torch.float32, device="cpu")
+
+
+def test_another_vae_brings_its_statistics(sdxl_path, tmp_path):
+    other = make_sdxl(tmp_path, vae=STATISTICS)
+    family = load_family(sdxl_path, vae_path=other, dtype=torch.float32, device="cpu")
+    wanted = load_family(other, dtype=torch.float32, device="cpu").encode_images(random_pixels(1))
+    assert torch.equal(family.encode_images(random_pixels(1)), wanted)
+    family.save_full(tmp_path / "saved", family.unet.state_dict())
+    saved = json.loads((tmp_path / "saved" / "vae" / "config.json").read_text())
+    assert (saved["latents_mean"], saved["latents_std"]) == (STATISTICS["latents_mean"], STATISTICS["latents_std"])
 
 
 @torch.no_grad()

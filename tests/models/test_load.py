@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
@@ -279,6 +279,15 @@ def test_bad_vae(sd15_path, tmp_path):
     wide = AutoencoderKL(latent_channels=8, block_out_channels=(4,), norm_num_groups=2)
     wide.save_pretrained(tmp_path / "wide")
     refused("latents have 8", sd15_path, vae_path=tmp_path / "wide")
+
+
+def test_vae_of_another_class(sd15_path, sd15_copy):
+    tiny = AutoencoderTiny(encoder_block_out_channels=(4, 4, 4, 4), decoder_block_out_channels=(4, 4, 4, 4))
+    shutil.rmtree(sd15_copy / "vae")
+    tiny.save_pretrained(sd15_copy / "vae")
+    edit_json(sd15_copy / "model_index.json", vae=["diffusers", "AutoencoderTiny"])
+    refused("the VAE is of class AutoencoderTiny", sd15_copy)
+    assert load_family(sd15_copy, vae_path=sd15_path, **FP32).name == "sd15"
 
 
 @pytest.mark.parametrize(

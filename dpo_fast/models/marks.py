@@ -1,0 +1,114 @@
+"""What a model's files say about how it was trained, apart from the weights: prediction type, zero terminal SNR, EDM.
+
+A single file has no scheduler, so finetunes of SD and SDXL carry marks that ComfyUI, A1111 and Forge read: the keys
+`v_pred` and `ztsnr` (NoobAI-XL; often empty tensors), `edm_mean` and `edm_std` (Playground v2.5), `edm_vpred.sigma_max`
+(CosXL), and in the header's metadata `modelspec.prediction_type` (epsilon or v) and `modelspec.architecture`. A folder
+says it in its scheduler's config. A flag wins over a mark, and a mark over the config that a single file is read with.
+"""
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from dpo_fast.errors import BadInput
+
+logger = logging.getLogger(__name__)
+
+_EDM = {
+    "edm_mean": "Playground v2.5",
+    "edm_std": "Playground v2.5",
+    "edm_vpred.sigma_max": "CosXL",
+    "edm_vpred.sigma_min": "CosXL",
+}
+_WORDS = {
+    "epsilon": ("epsilon", "eps"),
+    "v_prediction": ("v", "v_prediction", "v-prediction", "v_pred", "vpred"),
+}
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What the files name, and by which word; None: they do not say."""
+
+    prediction_type: str | None = None  # "epsilon", "v_prediction"; of a scheduler, any other too
+    prediction_type_by: str = ""
+    zero_terminal_snr: bool | None = None
+    zero_terminal_snr_by: str = ""
+
+
+def refuse_edm(path: str, names: Collection[str]) -> None:
+    """Raise BadInput for a single file whose tensor `names` mark it as trained with EDM."""
+    for key, model in _EDM.items():
+        if key in names:
+            raise BadInput(
+                f"{path} has the key {key}: it was trained with EDM's continuous noise levels, like {model}, which is"
+                " not supported; use a base model that was trained with epsilon or v-prediction"
+            )
+
+
+def marks_of_file(path: str, names: Collection[str], metadata: Mapping[str, str], prediction_type: str | None) -> Marks:
+    """The marks among the tensor names and the metadata of a single file.
+
+    Raises BadInput for a prediction type that cannot be trained, and for marks that contradict each other, where no
+    flag `prediction_type` decides.
+    """
+    says: dict[str, list[str]] = {}  # prediction type -> what says so
+    if "v_pred" in names:
+        says.setdefault("v_prediction", []).append("key v_pred")
+    word = str(metadata.get("modelspec.prediction_type", "")).strip().lower()
+    if word:
+        kind = next((kind for kind, words in _WORDS.items() if word in words), None)
+        if kind is None and prediction_type is None:
+            raise BadInput(
+                f"{path} says modelspec.prediction_type {word!r}, which is not supported; if it is wrong, say"
+                " --prediction_type epsilon or v_prediction, else use another base model"
+            )
+        says.setdefault(kind or word, []).append(f"modelspec.prediction_type {word}")
+    architecture = str(metadata.get("modelspec.architecture", "")).strip().lower()
+    if architecture.startswith("stable-diffusion-v2-768-v"):
+        says.setdefault("v_prediction", []).append(f"modelspec.architecture {architecture}")
+    if len(says) > 1 and prediction_type is None:
+        claims = " but ".join(f"{', '.join(by)} for {kind}" for kind, by in says.items())
+        raise BadInput(f"{path} contradicts itself ({claims}): say --prediction_type epsilon or v_prediction")
+    kind, by = next(iter(says.items()), (None, []))
+    return Marks(kind, ", ".join(by), True if "ztsnr" in names else None, "key ztsnr")
+
+
+def marks_of_scheduler(config: Mapping) -> Marks:
+    """What the config of a pipeline's scheduler says."""
+    return Marks(
+        config.get("prediction_type", "epsilon"),
+        "scheduler's prediction_type",
+        bool(config.get("rescale_betas_zero_snr", False)),
+        "scheduler's rescale_betas_zero_snr",
+    )
+
+
+def settled(
+    path: str, marks: Marks, scheduler: Marks, prediction_type: str | None, zero_terminal_snr: str
+) -> tuple[str | None, str]:
+    """The flags `prediction_type` and `zero_terminal_snr` with the marks filled in where a flag leaves it open.
+
+    What is not plain epsilon-prediction is logged in one line, with what says so, and so is a flag against a mark.
+    scheduler: the marks of the pipeline's scheduler, which hold where those of the file say nothing.
+    """
+    said = []
+    model = marks if marks.prediction_type is not None else scheduler
+    if prediction_type is not None and prediction_type != model.prediction_type:
+        if model is marks or model.prediction_type != "epsilon":
+            said.append(f"--prediction_type {prediction_type}, against its {model.prediction_type_by}")
+    elif model.prediction_type == "v_prediction" or model.prediction_type != scheduler.prediction_type:
+        said.append(f"{model.prediction_type} ({model.prediction_type_by})")
+    chosen = prediction_type or marks.prediction_type
+
+    model = marks if marks.zero_terminal_snr is not None else scheduler
+    if model.zero_terminal_snr and zero_terminal_snr == "off":
+        said.append(f"--zero_terminal_snr off, against its {model.zero_terminal_snr_by}")
+    elif model.zero_terminal_snr:
+        said.append(f"zero terminal SNR ({model.zero_terminal_snr_by})")
+    if zero_terminal_snr == "auto" and marks.zero_terminal_snr:
+        zero_terminal_snr = "on"
+
+    if said:
+        logger.info("%s: trained with %s", path, ", ".join(said))
+    return chosen, zero_terminal_snr
