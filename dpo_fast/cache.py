@@ -20,7 +20,7 @@ from typing import Any
 from dpo_fast.config import parse
 from dpo_fast.door import guarded, say, show_log
 from dpo_fast.errors import BadInput
-from dpo_fast.files import in_words
+from dpo_fast.files import in_words, user_path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def _run(argv: list[str]) -> int:
     arguments = _parse(argv)
     from dpo_fast.data.cache import store, upkeep
 
-    root = (arguments.latent_cache_dir or store.default_root()).expanduser()
+    root = user_path(arguments.latent_cache_dir or store.default_root())
     if arguments.command == "verify":
         return _verify(upkeep, root, arguments.remove)
     found = upkeep.entries(root)

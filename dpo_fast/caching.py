@@ -41,7 +41,7 @@ from dpo_fast.data.images import RULE, BadImage, crop_corner, decode, mirror, re
 from dpo_fast.data.pairs import read_row, too_many_bad
 from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
 from dpo_fast.errors import DISK_ERRORS, BadInput
-from dpo_fast.files import in_words
+from dpo_fast.files import in_words, user_path
 from dpo_fast.models import Family, image_encoding, nonfinite_rows, text_encoding
 from dpo_fast.parallel import Ranks
 
@@ -103,7 +103,7 @@ class _Unit(NamedTuple):
 
 def root_of(config: TrainConfig) -> Path:
     """The cache folder of a run."""
-    return config.latent_cache_dir.expanduser() if config.latent_cache_dir else default_root()
+    return user_path(config.latent_cache_dir) if config.latent_cache_dir else default_root()
 
 
 def manifest_of(config: TrainConfig, stamp: str) -> Manifest:

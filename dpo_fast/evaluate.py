@@ -20,6 +20,7 @@ from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.evaluate_options import OF_GENERATION, EvaluateConfig, parse, refuse_idle
 from dpo_fast.evaluation.generate_options import seeds_of
 from dpo_fast.evaluation.prompts import Prompt, Where, read_prompts
+from dpo_fast.files import user_path
 
 if TYPE_CHECKING:
     from dpo_fast.config import TrainConfig
@@ -127,7 +128,7 @@ def _sides(config: EvaluateConfig) -> "tuple[dict[str, ModelSource], tuple[Side,
     left, sides = list(models), []
     for path in (baseline, policy):
         if path in folders:
-            folder = Path(path).expanduser()
+            folder = user_path(path)
             name = folder.resolve().name
             taken = name in models or (sides and name == sides[0].name)
             sides.append(Side(f"{name}-images" if taken else name, folder))
@@ -168,7 +169,7 @@ def _comparison(
         prompt_set=_in_words(config, prompts),
         scorers=scorers,
         scoring={
-            "where": where and where.expanduser(),
+            "where": where and user_path(where),
             "cache_dir": config.cache_dir,
             "token": config.hub_token,
         },

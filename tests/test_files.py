@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from dpo_fast.files import atomic_file, atomic_folder, filled, remove_temporaries, write_json, write_text
+from dpo_fast.files import atomic_file, atomic_folder, filled, remove_temporaries, user_path, write_json, write_text
 
 
 def entries(folder: Path) -> set[str]:
@@ -127,3 +127,14 @@ def test_json_is_strict(tmp_path):
     with pytest.raises(ValueError):
         write_json(tmp_path / "a.json", {"a": math.nan})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, None]}
+
+
+def test_a_path_of_the_user_names_that_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert user_path("~") == Path("/home/me") and user_path("~/x") == Path("/home/me/x")
+    assert user_path("~nobody-has-this-name/x") == Path("~nobody-has-this-name/x")
+    assert user_path("a/~") == Path("a/~") and user_path("") == Path()
+    for name in ("~root", "~notes.txt"):  # a user of most systems, and of none
+        Path(name).touch()
+        assert user_path(name) == Path(name)

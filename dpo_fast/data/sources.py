@@ -354,7 +354,7 @@ def _or_reason(function, *arguments):
 def _length(table: datasets.IterableDataset, split: str, files: Sequence[Path]) -> int | None:
     """The number of rows of a stream, where it is written somewhere."""
     if files and all(file.suffix == ".parquet" for file in files):
-        return sum(pq.read_metadata(file).num_rows for file in files)
+        return sum(pq.read_metadata(os.path.abspath(file)).num_rows for file in files)
     known = (table.info.splits or {}).get(split)
     return known.num_examples or None if known is not None else None
 

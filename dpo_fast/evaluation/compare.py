@@ -16,7 +16,7 @@ from dpo_fast.evaluation.prompts import read_lines
 from dpo_fast.evaluation.scored import Scored, write_scores
 from dpo_fast.evaluation.scorers import Scorer, check_names, load_scorer
 from dpo_fast.evaluation.signals import measure
-from dpo_fast.files import write_json, write_text
+from dpo_fast.files import user_path, write_json, write_text
 from dpo_fast.models import Family
 from dpo_fast.parallel import Ranks
 from dpo_fast.sampling import before_after, sample, save_png, to_picture
@@ -123,7 +123,7 @@ def add_to_summary(folder: Path, findings: Findings, seconds: float) -> dict[str
 
 
 def _scorer(name: str, config: TrainConfig, device: torch.device) -> Scorer:
-    where = config.scorer_models and config.scorer_models.expanduser()
+    where = config.scorer_models and user_path(config.scorer_models)
     return load_scorer(name, device, where=where, cache_dir=config.cache_dir, token=config.hub_token)
 
 

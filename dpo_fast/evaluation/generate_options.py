@@ -9,6 +9,7 @@ import tyro
 
 from dpo_fast.config import one_line_errors
 from dpo_fast.errors import BadInput
+from dpo_fast.files import user_path
 
 MOST_SEEDS = 10_000  # of a prompt
 STRENGTH = 0.6  # of SDEdit, as in the paper (supplement, TEdBench)
@@ -70,7 +71,7 @@ def expand(config: GenerateConfig) -> None:
     for name in ("policy", "baseline"):
         value = getattr(config, name)
         if value is not None and value.startswith("~"):
-            setattr(config, name, str(Path(value).expanduser()))
+            setattr(config, name, str(user_path(value)))
 
 
 def check(config: GenerateConfig) -> None:

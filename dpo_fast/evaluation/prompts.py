@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo_fast.errors import BadInput
+from dpo_fast.files import user_path
 
 HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
 
@@ -84,8 +85,8 @@ def read_lines(path: Path, flag: str) -> list[str]:
 def _read(given: str, where: Where) -> list[Prompt]:
     name, equals, copy = given.partition("=")
     if name in SETS and (equals or given == name):
-        return SETS[name](Path(copy).expanduser() if equals else None, where)
-    path = Path(given).expanduser()
+        return SETS[name](user_path(copy) if equals else None, where)
+    path = user_path(given)
     if _is_file(path):
         if path.suffix == ".tsv":
             return _parti_table(path, path.name)
@@ -166,18 +167,18 @@ def _pickapic(copy: Path | None, where: Where) -> list[Prompt]:
     """The column `caption` of the split validation_unique; no image is fetched."""
     import datasets
 
+    from dpo_fast.data.opening import stream_columns
+
     split = "validation_unique"
-    name, options = "yuvalkirstain/pickapic_v2", {"cache_dir": where.cache_dir, "token": where.token}
-    if copy is not None:
-        name = str(copy)
-        if not copy.exists():
-            raise BadInput(
-                f"--prompts pickapic-validation={copy} does not exist: name the set's folder or parquet file"
-            )
-        if copy.is_file():
-            name, options, split = "parquet", {"data_files": name}, "train"
+    name = "yuvalkirstain/pickapic_v2" if copy is None else str(copy)
+    if copy is not None and not copy.exists():
+        raise BadInput(f"--prompts pickapic-validation={copy} does not exist: name the set's folder or parquet file")
     try:
-        rows = datasets.load_dataset(name, split=split, streaming=True, columns=["caption"], **options)
+        if copy is not None:
+            rows = stream_columns(copy, ["caption"], split=None if copy.is_file() else split)
+        else:
+            options = {"cache_dir": where.cache_dir, "token": where.token}
+            rows = datasets.load_dataset(name, split=split, streaming=True, columns=["caption"], **options)
         captions = [row["caption"] for row in rows]
     except Exception as error:  # the network and the file formats raise what they like
         raise _unreachable("pickapic-validation", error) from error

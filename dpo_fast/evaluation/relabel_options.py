@@ -8,6 +8,7 @@ import tyro
 
 from dpo_fast.config import one_line_errors
 from dpo_fast.errors import BadInput
+from dpo_fast.files import user_path
 
 
 @dataclass
@@ -87,7 +88,7 @@ class RelabelConfig:
     @property
     def scores(self) -> Path:
         """The folder of the scores."""
-        return self.scores_dir.expanduser() if self.scores_dir else self.output.with_suffix(".scores")
+        return user_path(self.scores_dir) if self.scores_dir else self.output.with_suffix(".scores")
 
 
 # Numbers that can be used; the second column is how the limits read in the error.
@@ -109,7 +110,7 @@ def parse(argv: list[str]) -> RelabelConfig:
     check(config)
     for name in ("output", "scorer_models"):
         if getattr(config, name) is not None:
-            setattr(config, name, getattr(config, name).expanduser())
+            setattr(config, name, user_path(getattr(config, name)))
     return config
 
 
