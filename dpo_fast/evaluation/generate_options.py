@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from dpo_fast.config import one_line_errors
+from dpo_fast.config import one_line_errors, refuse_empty
 from dpo_fast.errors import BadInput
 from dpo_fast.files import user_path
 
@@ -59,6 +59,7 @@ class GenerateConfig:
 
 def parse(argv: list[str]) -> GenerateConfig:
     """Parse a command line. Raises BadInput for an unknown flag and for a value that nothing can be made with."""
+    refuse_empty(argv)
     with one_line_errors(GenerateConfig):
         config = tyro.cli(GenerateConfig, args=gathered(argv, "prompts"), prog="python -m dpo_fast.generate")
     check(config)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from dpo_fast.config import one_line_errors
+from dpo_fast.config import one_line_errors, refuse_empty
 from dpo_fast.errors import BadInput
 from dpo_fast.files import user_path
 
@@ -105,6 +105,7 @@ _NUMBERS = {
 
 def parse(argv: list[str]) -> RelabelConfig:
     """Parse a command line. Raises BadInput for an unknown flag and for a value that cannot be used."""
+    refuse_empty(argv)
     with one_line_errors(RelabelConfig):
         config = tyro.cli(RelabelConfig, args=argv, prog="python -m dpo_fast.relabel")
     check(config)

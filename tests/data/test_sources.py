@@ -157,7 +157,7 @@ def test_a_file_whose_name_needs_a_link_is_copied_once_and_again_when_it_changes
 
 
 def test_a_cache_in_which_sets_would_be_mixed_up_is_refused(tmp_path):
-    with pytest.raises(BadInput, match="a::b.*--cache_dir"):
+    with pytest.raises(BadInput, match=r"a::b.*--cache_dir"):
         open_source(write_pickapic(tmp_path / "a.parquet", n=2), cache_dir=tmp_path / "a::b")
 
 
