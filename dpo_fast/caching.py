@@ -38,7 +38,7 @@ from dpo_fast.data.cache.store import (
 )
 from dpo_fast.data.columns import Columns
 from dpo_fast.data.images import RULE, BadImage, crop_corner, decode, mirror, resize, to_pixels
-from dpo_fast.data.pairs import read_row, too_many_bad
+from dpo_fast.data.pairs import Usable, judge_streamed, too_many_bad
 from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
 from dpo_fast.errors import DISK_ERRORS, BadInput
 from dpo_fast.files import in_words, user_path
@@ -504,10 +504,7 @@ def _known_rows(
 
 def _usable(config: TrainConfig, row: StreamedRow, columns: Columns) -> bool:
     """Whether `StreamedPairs` trains on a row."""
-    verdict = read_row(row.row, row.caption, row.label, columns, config.soft_labels)
-    if verdict is None or isinstance(verdict, BadRow):
-        return False
-    return not any(isinstance(image, BadImage) for image in row.images)
+    return isinstance(judge_streamed(row, columns, config.soft_labels), Usable)
 
 
 def _remember(manifest: Manifest, source: Source) -> None:

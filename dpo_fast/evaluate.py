@@ -224,7 +224,7 @@ def _open_pairs(config: EvaluateConfig, ranks: "Ranks") -> "tuple[Source, PairIn
             max_rows=config.max_pairs,
         )
         sets = build_index(source, seed=0, max_bad_fraction=_bad_fraction(config), progress=ranks.is_main)
-        say(f"{source.description}: {len(sets.train)} pairs, {sets.ties_dropped} ties left out, {sets.bad_rows} bad")
+        say(f"{source.description}: {len(sets.train)} pairs; {sets.left_out}")
         return source, sets.train
 
     return ranks.on_all(work)

@@ -212,7 +212,10 @@ class _Pairs:
 
     @property
     def identity(self) -> str:
-        return (self.source or self.manifest.stream()).identity()
+        identity, sets = (self.source or self.manifest.stream()).identity(), self.sets
+        if sets is not None and (sets.unlabelled or sets.contradicted):  # what is trained on follows from them
+            identity += f" unlabelled={sets.unlabelled} contradicted={sets.contradicted}"
+        return identity
 
 
 def _open_pairs(config: TrainConfig, ranks: Ranks, report_path: Path | None) -> _Pairs:

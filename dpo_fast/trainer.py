@@ -18,7 +18,8 @@ from dpo_fast import checkpoint, hub, run_folder, sampling
 from dpo_fast.card import model_card
 from dpo_fast.config import public
 from dpo_fast.data import BadRow, Batch, validation_loader, write_report
-from dpo_fast.data.pairs import too_many_bad
+from dpo_fast.data.images import SAME
+from dpo_fast.data.pairs import faulty, too_many_bad
 from dpo_fast.errors import BadInput
 from dpo_fast.files import write_json, write_text
 from dpo_fast.inputs import add_noise, conditioning_of
@@ -295,8 +296,9 @@ class Trainer:
         if self.ranks.is_main:
             write_report(run.report_path, run.bad_rows.values())
         rows = max(run.sets.rows, 1000) if self.config.streaming else run.sets.rows  # a stream may just have begun
-        if len(run.bad_rows) > allowed * rows:
-            self.problem = too_many_bad(list(run.bad_rows.values()), rows, allowed, run.report_path)
+        bad = faulty(run.bad_rows.values())
+        if len(bad) > allowed * rows:
+            self.problem = too_many_bad(bad, rows, allowed, run.report_path)
 
     def _finish_queued_work(self) -> None:
         """Wait for the device, so that what it still has to train counts as training time."""
@@ -429,7 +431,11 @@ class Trainer:
             "validation_accuracy": run.notes.get("validation_accuracy"),
             "validation_accuracy_ci95": run.notes.get("validation_accuracy_ci95"),
             "ties_dropped": run.sets.ties_dropped,
+            "unlabelled": run.sets.unlabelled,
+            "contradicted": run.sets.contradicted,  # None: images were not told apart
+            "duplicates": run.sets.duplicates,
             "bad_rows": len(run.bad_rows),
+            "identical_images": sum(bad.reason.endswith(SAME) for bad in run.bad_rows.values()),  # of the bad rows
             "initial_margin_rms": run.notes.get("initial_margin_rms"),
             "skipped_updates": line["skipped_updates"],
             "overoptimised_at": run.notes.get("overoptimised_at"),
@@ -444,12 +450,7 @@ class Trainer:
         if config.streaming:
             pairs = "pairs: streamed"
         else:
-            pairs = (
-                f"pairs: {len(run.sets.train)} of {run.sets.rows} rows{held_out},"
-                f" {run.sets.ties_dropped} ties dropped, {len(run.bad_rows)} bad"
-            )
-            if run.sets.shared_with_validation:
-                pairs += f", {run.sets.shared_with_validation} left out for sharing an image with held-out pairs"
+            pairs = f"pairs: {len(run.sets.train)} of {run.sets.rows} rows{held_out}, {run.sets.left_out}"
         return "\n".join(
             (
                 f"{self.family.name} {config.tuning} on {self.ranks.world_size} x {self.ranks.device.type},"

@@ -16,6 +16,8 @@ from dpo_fast.data.colour import to_srgb
 Image.init()
 FORMATS = [f for f in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000") if f in Image.OPEN]
 
+SAME = "is the same image as the other one"
+
 KEY_BYTES = 16  # of the name of an image, or of whatever else is named by a hash of its contents
 
 # How an encoded image becomes what the VAE sees, in words: part of what identifies a cached latent. A change of

@@ -47,7 +47,10 @@ class Source(Protocol):
         """One a row, as stored: text, or whatever stands there instead."""
 
     def labels(self) -> list[Any]:
-        """One a row, as stored: how probably image 0 is the better one (1.0 everywhere without a label column)."""
+        """One a row, as `Columns.label_of` has it: how probably image 0 is the better one."""
+
+    def image_names(self) -> list[tuple[str, str] | None] | None:
+        """One a row: names that are equal where images are, as far as known without reading one. None: not known."""
 
     def image_bytes(self, row: int) -> tuple[bytes, bytes]:
         """The two encoded images. Raises BadImage, naming the column, where one is not there."""
@@ -107,7 +110,16 @@ class TableSource(_Encoded):
         return self._column(self.columns.caption)
 
     def labels(self) -> list[Any]:
-        return [1.0] * len(self) if self.columns.label is None else self._column(self.columns.label)
+        stored = {name: self._column(name) for name in self.columns.of_label}
+        if len(stored) == 1:
+            return stored[self.columns.label]
+        return [self.columns.label_of({name: stored[name][row] for name in stored}) for row in range(len(self))]
+
+    def image_names(self) -> list[tuple[str, str] | None] | None:
+        if self.columns.names is None:
+            return None
+        named = zip(*map(self._column, self.columns.names), strict=True)
+        return [(first, second) if first and second else None for first, second in named]
 
     def image_bytes(self, row: int) -> tuple[bytes, bytes]:
         try:
@@ -147,7 +159,7 @@ class JsonlSource(_Encoded):
         self.columns = wanted.find(list(dict.fromkeys(key for record in records for key in record)), name)
         # Kept column by column: a million small dicts would take a gigabyte.
         self._captions = [record.get(self.columns.caption) for record in records]
-        self._labels = [1.0 if self.columns.label is None else record.get(self.columns.label) for record in records]
+        self._labels = [self.columns.label_of(record) for record in records]
         self._paths = [tuple(record.get(column) for column in self.columns.images) for record in records]
         self._name, self._split, self._root = name, split, Path(os.path.realpath(root))
         self.description = _describe(name, split, self.columns, len(self))
@@ -160,6 +172,12 @@ class JsonlSource(_Encoded):
 
     def labels(self) -> list[Any]:
         return self._labels
+
+    def image_names(self) -> list[tuple[str, str] | None] | None:
+        return [
+            tuple(map(os.path.normpath, paths)) if all(isinstance(path, str) for path in paths) else None
+            for paths in self._paths
+        ]
 
     def image_bytes(self, row: int) -> tuple[bytes, bytes]:
         first, second = (self._read(row, side) for side in (0, 1))
@@ -258,9 +276,8 @@ class StreamedSource:
                     ) from error
                 if record is None:
                     return
-                label = 1.0 if columns.label is None else record[columns.label]
                 images = tuple(_or_reason(_embedded, record[column], column) for column in columns.images)
-                yield StreamedRow(row, record[columns.caption], label, images)
+                yield StreamedRow(row, record[columns.caption], columns.label_of(record), images)
                 row += 1
 
         description, identity = _describe(name, split, columns, None), _identity(name, split, columns, max_rows)
@@ -316,7 +333,7 @@ def _read_jsonl(file: Path) -> list[dict[str, Any]]:
 
 def _raw_images(table, columns: Columns, name: str):
     """Keep the pair's columns only, images undecoded; refuse columns that cannot hold images."""
-    table = table.select_columns([c for c in (*columns.images, columns.label, columns.caption) if c is not None])
+    table = table.select_columns([*columns.images, *columns.of_label, columns.caption, *(columns.names or ())])
     for column in columns.images:
         feature = (table.features or {}).get(column)
         if isinstance(feature, datasets.Image):

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from dpo_fast.data import BadImage, Source
+from dpo_fast.data.columns import UNLABELLED
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.judging import Scores
 from dpo_fast.evaluation.statistics import binomial_interval
@@ -222,4 +223,4 @@ def note_of(path: Path) -> dict | None:
 
 def human_labels(source: Source) -> list[float]:
     """The labels as they are stored, NaN where there is none."""
-    return [math.nan if value is None else float(value) for value in source.labels()]
+    return [math.nan if value is None or value == UNLABELLED else float(value) for value in source.labels()]

@@ -10,7 +10,7 @@ from dpo_fast.data.batch import Batch, EncodedPair, PairTransform
 from dpo_fast.data.cache.errors import RefErrors
 from dpo_fast.data.cache.recipe import Recipe, caption_key, mirrored
 from dpo_fast.data.cache.store import Store
-from dpo_fast.data.images import BadImage
+from dpo_fast.data.images import SAME, BadImage
 
 
 class CachedItems:
@@ -115,6 +115,8 @@ class CachedTransform:
         for side, image in enumerate(pair.images):
             if isinstance(image, BadImage):
                 return keys, [], str(image)
+            if side == 1 and image == pair.images[0]:
+                return keys, [], str(BadImage(SAME, "rejected image"))
             keys[side] = mirrored(image) if mirror else image
         for name, noted in zip(("chosen image", "rejected image"), self.latents.meta(keys), strict=True):
             if isinstance(noted, dict):
