@@ -18,6 +18,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -147,7 +148,7 @@ def fill(
     `reopen` opens the stream that was not given, should its images be needed after all. `repair` encodes shards again
     whose files do not fit their index; otherwise they are refused. `waiting` is told that another process builds, which
     is waited for; without it that is refused. Raises BadInput for a cache that cannot be used or written, a disk that
-    is too small, too many bad images, and an image whose latent is not finite.
+    is too small, too many bad images, and an image or a caption whose encoding is not finite.
     """
     work = _Work(config, ranks, source, manifest, wanted, family)
     if repair:
@@ -461,6 +462,9 @@ class _Work:
             for captions in _groups(iter(missing), PROMPTS_A_CALL):
                 encoded = self.family.encode_prompts(captions)
                 fields = [encoded[field.name].cpu().numpy() for field in self.recipes[1].fields]
+                finite = np.logical_and.reduce([np.isfinite(f.reshape(len(captions), -1)).all(1) for f in fields])
+                if not finite.all():
+                    raise self.family.text_not_finite(f"caption {captions[int(np.argmin(finite))]!r:.200}")
                 for i, caption in enumerate(captions):
                     writer.add(caption_key(caption), b"".join(field[i].tobytes() for field in fields))
                 bar.update(len(captions))

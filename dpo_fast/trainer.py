@@ -46,6 +46,7 @@ class Trainer:
         self.objective = OBJECTIVES[run.config.objective]
         self.sums = PairSums(run.ranks.device, run.family.schedule.num_train_timesteps)
         self.nonfinite_pair = torch.tensor(-1, device=run.ranks.device)  # id of a pair whose latents are not finite
+        self.nonfinite_caption = self.nonfinite_pair.clone()  # id of a pair whose caption's embedding is not finite
         self.grad_norm = torch.zeros((), device=run.ranks.device)
         self.clock = Clock(run.step)
         self.last_line: dict[str, object] = {}
@@ -100,6 +101,9 @@ class Trainer:
             nonfinite = nonfinite_rows(latents).view(2, -1).any(0)
             self.nonfinite_pair = torch.maximum(self.nonfinite_pair, torch.where(nonfinite, batch.pair_id, -1).max())
             encoded = self.family.encode_prompts(batch.captions)
+            for embeddings in encoded.values():
+                bad = torch.where(nonfinite_rows(embeddings), batch.pair_id, -1).max()
+                self.nonfinite_caption = torch.maximum(self.nonfinite_caption, bad)
         return latents, conditioning_of(self.family, batch, encoded)
 
     def add_noise(self, latents: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -315,6 +319,8 @@ class Trainer:
         in_a_row = int(self.masters.skipped_in_a_row.item())
         if bad_pair >= 0:
             self.problem = self.family.not_finite(bad_pair)
+        elif (bad_caption := int(self.nonfinite_caption.item())) >= 0:
+            self.problem = self.family.text_not_finite(f"row {bad_caption}")
         elif in_a_row >= self.config.max_skipped_updates:
             self.problem = BadInput(
                 f"step {line['step']}: the last {in_a_row} updates were not finite and were skipped"
@@ -434,6 +440,7 @@ class Trainer:
             "unlabelled": run.sets.unlabelled,
             "contradicted": run.sets.contradicted,  # None: images were not told apart
             "duplicates": run.sets.duplicates,
+            "captions_cut": run.captions_cut,  # pairs whose captions are longer than the text encoders take
             "bad_rows": len(run.bad_rows),
             "identical_images": sum(bad.reason.endswith(SAME) for bad in run.bad_rows.values()),  # of the bad rows
             "initial_margin_rms": run.notes.get("initial_margin_rms"),

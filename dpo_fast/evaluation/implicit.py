@@ -362,7 +362,12 @@ class _Models:
         overflown = nonfinite_rows(latents).view(2, -1).any(0).cpu()
         if overflown.any():
             raise family.not_finite(int(batch.pair_id[overflown][0]))
-        conditioning = conditioning_of(family, there, family.encode_prompts(there.captions))
+        encoded = family.encode_prompts(there.captions)
+        for embeddings in encoded.values():
+            overflown = nonfinite_rows(embeddings).cpu()
+            if overflown.any():
+                raise family.text_not_finite(f"row {int(batch.pair_id[overflown][0])}")
+        conditioning = conditioning_of(family, there, encoded)
         found = []
         for k, of_draw in enumerate(drawn):
             visit = replace(there, draw=torch.full_like(there.draw, k), timesteps=of_draw.to(self.device))
