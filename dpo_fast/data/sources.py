@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,7 +151,10 @@ class TableSource(_Encoded):
 
 
 class JsonlSource(_Encoded):
-    """Lines of JSON naming image files beside them. A path may not lead out of the folder, by `..` or by a link."""
+    """Lines of JSON naming image files beside them. A path may not lead out of the folder, by `..` or by a link.
+
+    In a snapshot of the hub's cache every file is a link into the repository's folder `blobs`, which is allowed.
+    """
 
     def __init__(
         self, name: str, split: str, files: list[Path], root: Path, wanted: "WantedColumns", max_rows: int | None
@@ -162,6 +166,7 @@ class JsonlSource(_Encoded):
         self._labels = [self.columns.label_of(record) for record in records]
         self._paths = [tuple(record.get(column) for column in self.columns.images) for record in records]
         self._name, self._split, self._root = name, split, Path(os.path.realpath(root))
+        self._blobs = _blobs_of(self._root)
         self.description = _describe(name, split, self.columns, len(self))
 
     def __len__(self) -> int:
@@ -217,7 +222,9 @@ class JsonlSource(_Encoded):
             path = Path(os.path.realpath(self._root / given))
         except ValueError as error:  # a null character, or half a surrogate pair
             raise BadImage(f"is not a file path ({given!r:.200})", column) from error
-        if not path.is_relative_to(self._root):
+        inside = os.path.normpath(self._root / given).startswith(f"{self._root}{os.sep}")
+        in_blobs = self._blobs is not None and path.parent == self._blobs and inside
+        if not (path.is_relative_to(self._root) or in_blobs):
             raise BadImage(f"leads out of the folder ({given!r:.200})", column)
         if not os.path.isfile(path):
             raise BadImage(f"is not an existing file ({given!r:.200})", column)
@@ -329,6 +336,15 @@ def _read_jsonl(file: Path) -> list[dict[str, Any]]:
             )
         records.append(record)
     return records
+
+
+def _blobs_of(root: Path) -> Path | None:
+    """The folder of the files' contents, where `root` is in a snapshot of the hub's cache:
+    datasets--owner--name/snapshots/<commit>."""
+    for snapshots in root.parents:
+        if snapshots.name == "snapshots" and re.match(r"(datasets|models|spaces)--", snapshots.parent.name):
+            return snapshots.parent / "blobs"
+    return None
 
 
 def _raw_images(table, columns: Columns, name: str):

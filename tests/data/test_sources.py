@@ -419,3 +419,22 @@ def test_paths_stay_inside_the_folder(tmp_path):
         with pytest.raises(BadImage, match=f"^chosen .*{reason}"):
             source.image_bytes(bad.row)
     assert source.image_bytes(len(hostile)) == (DECIDED["chosen"][0], DECIDED["rejected"][0])
+
+
+def test_lines_in_a_snapshot_of_the_hubs_cache(tmp_path):
+    """Every file there is a link into the repository's blobs; one into another repository's is refused."""
+    repository, other = tmp_path / "datasets--me--set", tmp_path / "datasets--you--set"
+    snapshot = write_jsonl(repository / "snapshots" / "abc", COLUMNS)
+    (repository / "blobs").mkdir()
+    (other / "blobs").mkdir(parents=True)
+    for number, file in enumerate(sorted(snapshot.rglob("*.*"))):
+        blob = (other if file.name == "2-chosen.jpg" else repository) / "blobs" / f"{number:040d}"
+        file.rename(blob)
+        file.symlink_to(os.path.relpath(blob, file.parent))
+    for given in (snapshot, snapshot / "train.jsonl"):
+        source = open_source(given)
+        assert [(bad.row, bad.column) for bad in source.missing_images()] == [(2, "chosen")]
+        assert source.image_bytes(3) == (DECIDED["chosen"][3], DECIDED["rejected"][3])
+    lines = [{"prompt": "a", "chosen": f"../../blobs/{0:040d}", "rejected": "images/1-chosen.jpg"}]
+    (snapshot / "named.jsonl").write_text(json.dumps(lines[0]))
+    assert "leads out" in open_source(snapshot / "named.jsonl").missing_images()[0].reason
