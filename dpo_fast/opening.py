@@ -35,6 +35,7 @@ from dpo_fast.data import (
 )
 from dpo_fast.data.cache.manifest import Manifest, RememberedSource
 from dpo_fast.data.cache.reader import CachedImages, CachedTransform
+from dpo_fast.data.images import SAME
 from dpo_fast.data.opening import is_local
 from dpo_fast.data.stream import VALIDATION_DRAWS, WINDOW
 from dpo_fast.errors import BadInput
@@ -216,8 +217,10 @@ class _Pairs:
     @property
     def identity(self) -> str:
         identity, sets = (self.source or self.manifest.stream()).identity(), self.sets
-        if sets is not None and (sets.unlabelled or sets.contradicted):  # what is trained on follows from them
-            identity += f" unlabelled={sets.unlabelled} contradicted={sets.contradicted}"
+        if sets is not None:  # the order of training follows from what is left out
+            same = sum(bad.reason.endswith(SAME) for bad in sets.bad)
+            left_out = {"unlabelled": sets.unlabelled, "contradicted": sets.contradicted, "same_image": same}
+            identity += "".join(f" {name}={count}" for name, count in left_out.items() if count)
         return identity
 
 
