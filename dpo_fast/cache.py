@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dpo_fast.config import parse
+from dpo_fast.config import parse, refuse_empty
 from dpo_fast.door import guarded, say, show_log
 from dpo_fast.errors import BadInput
-from dpo_fast.files import in_words
+from dpo_fast.files import in_words, user_path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,10 +38,11 @@ def _run(argv: list[str]) -> int:
         return _build(argv[1:])
     if argv[:1] == ["reference"]:
         return _reference(argv[1:])
+    refuse_empty(argv)
     arguments = _parse(argv)
     from dpo_fast.data.cache import store, upkeep
 
-    root = (arguments.latent_cache_dir or store.default_root()).expanduser()
+    root = user_path(arguments.latent_cache_dir or store.default_root())
     if arguments.command == "verify":
         return _verify(upkeep, root, arguments.remove)
     found = upkeep.entries(root)

@@ -17,6 +17,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -37,10 +38,10 @@ from dpo_fast.data.cache.store import (
 )
 from dpo_fast.data.columns import Columns
 from dpo_fast.data.images import RULE, BadImage, crop_corner, decode, mirror, resize, to_pixels
-from dpo_fast.data.pairs import read_row, too_many_bad
+from dpo_fast.data.pairs import Usable, judge_streamed, too_many_bad
 from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
 from dpo_fast.errors import FORBIDDEN, BadInput, disk_error, remedy
-from dpo_fast.files import in_words
+from dpo_fast.files import in_words, user_path
 from dpo_fast.models import Family, image_encoding, nonfinite_rows, text_encoding
 from dpo_fast.parallel import Ranks
 
@@ -102,7 +103,7 @@ class _Unit(NamedTuple):
 
 def root_of(config: TrainConfig) -> Path:
     """The cache folder of a run."""
-    return config.latent_cache_dir.expanduser() if config.latent_cache_dir else default_root()
+    return user_path(config.latent_cache_dir) if config.latent_cache_dir else default_root()
 
 
 def manifest_of(config: TrainConfig, stamp: str) -> Manifest:
@@ -146,7 +147,7 @@ def fill(
     `reopen` opens the stream that was not given, should its images be needed after all. `repair` encodes shards again
     whose files do not fit their index; otherwise they are refused. `waiting` is told that another process builds, which
     is waited for; without it that is refused. Raises BadInput for a cache that cannot be used or written, a disk that
-    is too small, too many bad images, and an image whose latent is not finite.
+    is too small, too many bad images, and an image or a caption whose encoding is not finite.
     """
     work = _Work(config, ranks, source, manifest, wanted, family)
     if repair:
@@ -460,6 +461,9 @@ class _Work:
             for captions in _groups(iter(missing), PROMPTS_A_CALL):
                 encoded = self.family.encode_prompts(captions)
                 fields = [encoded[field.name].cpu().numpy() for field in self.recipes[1].fields]
+                finite = np.logical_and.reduce([np.isfinite(f.reshape(len(captions), -1)).all(1) for f in fields])
+                if not finite.all():
+                    raise self.family.text_not_finite(f"caption {captions[int(np.argmin(finite))]!r:.200}")
                 for i, caption in enumerate(captions):
                     writer.add(caption_key(caption), b"".join(field[i].tobytes() for field in fields))
                 bar.update(len(captions))
@@ -503,10 +507,7 @@ def _known_rows(
 
 def _usable(config: TrainConfig, row: StreamedRow, columns: Columns) -> bool:
     """Whether `StreamedPairs` trains on a row."""
-    verdict = read_row(row.row, row.caption, row.label, columns, config.soft_labels)
-    if verdict is None or isinstance(verdict, BadRow):
-        return False
-    return not any(isinstance(image, BadImage) for image in row.images)
+    return isinstance(judge_streamed(row, columns, config.soft_labels), Usable)
 
 
 def _remember(manifest: Manifest, source: Source) -> None:

@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -341,8 +341,10 @@ def parse(argv: list[str]) -> tuple[TrainConfig, list[str]]:
 
     Raises BadInput for an unknown flag (naming the nearest), an unreadable recipe or a refused value.
     """
+    refuse_empty(argv)
     recipe = _early(_with_values(argv)).config
     flags = _with_values([*(_recipe_flags(recipe) if recipe else []), *argv])
+    refuse_empty(flags)
     early = _early(flags)
     preset = early.preset
     if preset is None and early.pretrained_model_name_or_path is None and early.dataset_name is None:
@@ -351,6 +353,22 @@ def parse(argv: list[str]) -> tuple[TrainConfig, list[str]]:
     with one_line_errors(TrainConfig):
         config = tyro.cli(TrainConfig, args=flags, default=defaults, prog="python -m dpo_fast.train")
     return resolve(config)
+
+
+def refuse_empty(argv: Sequence[str]) -> None:
+    """Raise BadInput where a flag is given an empty text, which as a path means the current folder.
+
+    Most come from a shell variable that is not set.
+    """
+    flag = ""
+    for word in argv:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            empty = bool(equals) and not value.strip()
+        else:
+            empty = flag != "" and not word.strip()
+        if empty:
+            raise BadInput(f"{flag} is given an empty text: give it a value, or leave the flag out")
 
 
 def _with_values(flags: list[str]) -> list[str]:
@@ -442,7 +460,7 @@ def _recipe_flags(path: Path) -> list[str]:
         elif isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
         else:
-            flags += [f"--{name}", str(value)]
+            flags.append(f"--{name}={value}")  # one word: the value may begin with a dash
     return flags
 
 

@@ -22,6 +22,7 @@ from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.evaluate_options import OF_GENERATION, EvaluateConfig, parse, refuse_idle
 from dpo_fast.evaluation.generate_options import seeds_of
 from dpo_fast.evaluation.prompts import Prompt, Where, read_prompts
+from dpo_fast.files import user_path
 
 if TYPE_CHECKING:
     from dpo_fast.config import TrainConfig
@@ -131,7 +132,7 @@ def _sides(config: EvaluateConfig) -> "tuple[dict[str, ModelSource], tuple[Side,
     left, sides = list(models), []
     for path in (baseline, policy):
         if path in folders:
-            folder = Path(path).expanduser()
+            folder = user_path(path)
             name = folder.resolve().name
             taken = name in models or (sides and name == sides[0].name)
             sides.append(Side(f"{name}-images" if taken else name, folder))
@@ -172,7 +173,7 @@ def _comparison(
         prompt_set=_in_words(config, prompts),
         scorers=scorers,
         scoring={
-            "where": where and where.expanduser(),
+            "where": where and user_path(where),
             "cache_dir": config.cache_dir,
             "token": config.hub_token,
         },
@@ -227,7 +228,7 @@ def _open_pairs(config: EvaluateConfig, ranks: "Ranks") -> "tuple[Source, PairIn
             max_rows=config.max_pairs,
         )
         sets = build_index(source, seed=0, max_bad_fraction=_bad_fraction(config), progress=ranks.is_main)
-        say(f"{source.description}: {len(sets.train)} pairs, {sets.ties_dropped} ties left out, {sets.bad_rows} bad")
+        say(f"{source.description}: {len(sets.train)} pairs; {sets.left_out}")
         return source, sets.train
 
     return ranks.on_all(work)

@@ -218,6 +218,22 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def user_path(name: str | Path) -> Path:
+    """The path that a user means by `name`: that very file, but for a leading `~`.
+
+    `~` and `~/...` are the home folder. `~name` is a file of that name where there is one, else the home folder of the
+    user `name` where there is such a user.
+    """
+    path = Path(name)
+    first = path.parts[0] if path.parts else ""
+    if not first.startswith("~") or (first != "~" and path.exists()):
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user
+        return path
+
+
 def in_words(size: float) -> str:
     """A number of bytes as people read it."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

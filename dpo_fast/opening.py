@@ -35,6 +35,7 @@ from dpo_fast.data import (
 )
 from dpo_fast.data.cache.manifest import Manifest, RememberedSource
 from dpo_fast.data.cache.reader import CachedImages, CachedTransform
+from dpo_fast.data.images import SAME
 from dpo_fast.data.opening import is_local
 from dpo_fast.data.stream import VALIDATION_DRAWS, WINDOW
 from dpo_fast.errors import BadInput
@@ -90,6 +91,7 @@ class Run:
     bad_rows: dict[int, BadRow] = field(default_factory=dict)
     cached: caching.Counts | None = None  # None: images and captions are encoded at every visit
     scored: Scored | None = None  # None: the reference, where there is one, is run at every visit
+    captions_cut: int | None = None  # pairs with a caption of more tokens than are encoded; None: not known
     start: Start | None = None  # how far the policy was from the scored errors before the first step
 
     @property
@@ -161,6 +163,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     cached = None
     if config.cache and trains:
         cached = _fill_cache(config, ranks, pairs, _wanted(config, pairs), family, waiting=logger.warning)
+    captions_cut = ranks.share(_count_cut_captions(config, pairs, family) if ranks.is_main else None)
     if cached and not config.run_validation:  # samples need them
         family.free_encoders(keep=config.tuning == "full")
     scored = None
@@ -175,6 +178,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
         _restore(masters, kl, files, saved)
     run = Run(config, ranks, sets, batches, validation, prompts, family, masters, reference, fingerprints, step, kl)
     run.cached = cached and cached.counts
+    run.captions_cut = captions_cut
     if scored:
         run.scored, run.start = scored.train, scored.start
         if config.compile == "off":  # compiled, the first step tells: scoring runs as written
@@ -244,7 +248,12 @@ class _Pairs:
 
     @property
     def identity(self) -> str:
-        return (self.source or self.manifest.stream()).identity()
+        identity, sets = (self.source or self.manifest.stream()).identity(), self.sets
+        if sets is not None:  # the order of training follows from what is left out
+            same = sum(bad.reason.endswith(SAME) for bad in sets.bad)
+            left_out = {"unlabelled": sets.unlabelled, "contradicted": sets.contradicted, "same_image": same}
+            identity += "".join(f" {name}={count}" for name, count in left_out.items() if count)
+        return identity
 
 
 def _open_pairs(config: TrainConfig, ranks: Ranks, report_path: Path | None) -> _Pairs:
@@ -360,6 +369,31 @@ def build_reference(config: TrainConfig, ranks: Ranks) -> Scored:
     return _score(config, ranks, pairs, cached, family, model, repair=True, everything=True).train
 
 
+def _count_cut_captions(config: TrainConfig, pairs: _Pairs, family: Family) -> int | None:
+    """The number of pairs whose captions are cut off, which is logged; None for a stream whose rows are not known."""
+    if pairs.sets is not None:
+        rows = [(i, c) for index in (pairs.sets.train, pairs.sets.validation) for i, c in _captions_of(index)]
+    elif pairs.manifest is not None:
+        picked, pair_of = scoring.pairs_of_stream(config, pairs.manifest, _wanted_of_stream(config))
+        rows = [(row, pair_of(row).caption) for row in picked]
+    else:
+        return None
+    captions = list(dict.fromkeys(caption for _, caption in rows))
+    cut, limit = family.cut_off(captions)
+    long = {caption for caption, is_cut in zip(captions, cut, strict=True) if is_cut}
+    cut_rows = [row for row, caption in rows if caption in long]
+    if cut_rows:
+        logger.warning(
+            "%d of %d captions are longer than %d tokens and are cut off there, for example that of row %d",
+            *(len(cut_rows), len(rows), limit, min(cut_rows)),
+        )
+    return len(cut_rows)
+
+
+def _captions_of(index: PairIndex) -> Iterator[tuple[int, str]]:
+    return zip(index.pair_id.tolist(), index.captions, strict=True)
+
+
 def _load_model(config: TrainConfig, ranks: Ranks) -> Family:
     dtype = COMPUTE_DTYPES[config.mixed_precision]
     family = load_family(
@@ -396,7 +430,13 @@ def _load_model(config: TrainConfig, ranks: Ranks) -> Family:
     family.timesteps = family.timesteps[wanted]
     if config.init_lora:
         merge_lora(family.pipeline, config.init_lora, cache_dir=config.cache_dir, token=config.hub_token)
+    if config.proportion_empty_prompts and any(map(_not_finite, family.empty_prompt().values())):
+        raise family.text_not_finite("--proportion_empty_prompts: the empty caption")
     return family
+
+
+def _not_finite(tensor: torch.Tensor) -> bool:
+    return not bool(tensor.isfinite().all())
 
 
 def make_trainable(config: TrainConfig, ranks: Ranks, family: Family) -> tuple[MasterOptimizer, Reference]:

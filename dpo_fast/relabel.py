@@ -13,12 +13,12 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_fast.door import guarded, refuse, say, show_log
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.relabel_options import RelabelConfig, parse
+from dpo_fast.files import user_path
 
 if TYPE_CHECKING:
     from dpo_fast.data import Source
@@ -94,7 +94,7 @@ def _check_places(config: RelabelConfig) -> None:
 
     if config.output.is_file() and not config.overwrite and note_of(config.output) is None:
         raise BadInput(f"--output {config.output} exists: name another file, or replace it with --overwrite")
-    data, output = Path(config.dataset_name).expanduser(), config.output.resolve()
+    data, output = user_path(config.dataset_name), config.output.resolve()
     if data.exists() and (data.resolve() == output or (data.is_dir() and output.is_relative_to(data.resolve()))):
         raise BadInput(f"--output {config.output} is among the pairs that are read: name a file elsewhere")
     if config.output.is_dir():
@@ -185,6 +185,7 @@ def _relabel(config: RelabelConfig, ranks: "Ranks", source: "Source", scorers: d
             source,
             seed=0,
             soft_labels=True,  # a tie of people is a pair as good as any
+            for_scorers=True,
             max_bad_fraction=config.max_bad_fraction,
             report_path=bad_report if ranks.is_main else None,
             progress=ranks.is_main,

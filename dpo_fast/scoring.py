@@ -31,9 +31,7 @@ from dpo_fast.data.cache.manifest import Manifest, RememberedSource
 from dpo_fast.data.cache.reader import CachedImages, CachedTransform
 from dpo_fast.data.cache.recipe import Recipe
 from dpo_fast.data.cache.store import Store, Writer, begin_folder, drop_damaged, finish_orphans, locked, log_keys
-from dpo_fast.data.images import BadImage
-from dpo_fast.data.pairs import read_row
-from dpo_fast.data.sources import BadRow
+from dpo_fast.data.pairs import Usable, judge_streamed
 from dpo_fast.errors import BadInput
 from dpo_fast.inputs import add_noise, conditioning_of
 from dpo_fast.kernels import dispatch, pair_errors
@@ -84,10 +82,9 @@ def pairs_of_stream(config: TrainConfig, manifest: Manifest, wanted: Wanted) -> 
     for streamed in manifest.streamed_rows():
         if len(chosen) == wanted.pairs:
             break
-        verdict = read_row(streamed.row, streamed.caption, streamed.label, manifest.columns, config.soft_labels)
-        missing = any(isinstance(image, BadImage) for image in streamed.images)
-        if verdict is not None and not isinstance(verdict, BadRow) and not missing:
-            chosen[streamed.row] = verdict[0]
+        verdict = judge_streamed(streamed, manifest.columns, config.soft_labels)
+        if isinstance(verdict, Usable):
+            chosen[streamed.row] = verdict.chosen
 
     def pair_of(row: int) -> ScoredPair:
         streamed = manifest.streamed_row(row)

@@ -19,7 +19,8 @@ from dpo_fast.card import model_card
 from dpo_fast.checksums import write_signed_json
 from dpo_fast.config import public
 from dpo_fast.data import BadRow, Batch, validation_loader, write_report
-from dpo_fast.data.pairs import too_many_bad
+from dpo_fast.data.images import SAME
+from dpo_fast.data.pairs import faulty, too_many_bad
 from dpo_fast.door import acknowledge, on_signals
 from dpo_fast.errors import BadInput
 from dpo_fast.files import write_text
@@ -60,6 +61,7 @@ class Trainer:
         self.objective = OBJECTIVES[run.config.objective]
         self.sums = PairSums(run.ranks.device, run.family.schedule.num_train_timesteps)
         self.nonfinite_pair = torch.tensor(-1, device=run.ranks.device)  # id of a pair whose latents are not finite
+        self.nonfinite_caption = self.nonfinite_pair.clone()  # id of a pair whose caption's embedding is not finite
         self.grad_norm = torch.zeros((), device=run.ranks.device)
         self.clock = Clock(run.step)
         self.seconds_before = run.notes.get("seconds", 0.0)  # trained by earlier processes of this run, and
@@ -123,6 +125,9 @@ class Trainer:
             nonfinite = nonfinite_rows(latents).view(2, -1).any(0)
             self.nonfinite_pair = torch.maximum(self.nonfinite_pair, torch.where(nonfinite, batch.pair_id, -1).max())
             encoded = self.family.encode_prompts(batch.captions)
+            for embeddings in encoded.values():
+                bad = torch.where(nonfinite_rows(embeddings), batch.pair_id, -1).max()
+                self.nonfinite_caption = torch.maximum(self.nonfinite_caption, bad)
         return latents, conditioning_of(self.family, batch, encoded)
 
     def add_noise(self, latents: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -336,8 +341,9 @@ class Trainer:
         if self.ranks.is_main:
             write_report(run.report_path, run.bad_rows.values())
         rows = max(run.sets.rows, 1000) if self.config.streaming else run.sets.rows  # a stream may just have begun
-        if len(run.bad_rows) > allowed * rows:
-            self.problem = too_many_bad(list(run.bad_rows.values()), rows, allowed, run.report_path)
+        bad = faulty(run.bad_rows.values())
+        if len(bad) > allowed * rows:
+            self.problem = too_many_bad(bad, rows, allowed, run.report_path)
 
     def _finish_queued_work(self) -> None:
         """Wait for the device, so that what it still has to train counts as training time."""
@@ -354,6 +360,8 @@ class Trainer:
         in_a_row = int(self.masters.skipped_in_a_row.item())
         if bad_pair >= 0:
             self.problem = self.family.not_finite(bad_pair)
+        elif (bad_caption := int(self.nonfinite_caption.item())) >= 0:
+            self.problem = self.family.text_not_finite(f"row {bad_caption}")
         elif in_a_row >= self.config.max_skipped_updates:
             self.problem = BadInput(
                 f"step {line['step']}: the last {in_a_row} updates were not finite and were skipped"
@@ -491,7 +499,12 @@ class Trainer:
             "validation_accuracy": run.notes.get("validation_accuracy"),
             "validation_accuracy_ci95": run.notes.get("validation_accuracy_ci95"),
             "ties_dropped": run.sets.ties_dropped,
+            "unlabelled": run.sets.unlabelled,
+            "contradicted": run.sets.contradicted,  # None: images were not told apart
+            "duplicates": run.sets.duplicates,
+            "captions_cut": run.captions_cut,  # pairs whose captions are longer than the text encoders take
             "bad_rows": len(run.bad_rows),
+            "identical_images": sum(bad.reason.endswith(SAME) for bad in run.bad_rows.values()),  # of the bad rows
             "initial_margin_rms": run.notes.get("initial_margin_rms"),
             "skipped_updates": int(self.masters.skipped.item()),
             "overoptimised_at": run.notes.get("overoptimised_at"),
@@ -506,12 +519,7 @@ class Trainer:
         if config.streaming:
             pairs = "pairs: streamed"
         else:
-            pairs = (
-                f"pairs: {len(run.sets.train)} of {run.sets.rows} rows{held_out},"
-                f" {run.sets.ties_dropped} ties dropped, {len(run.bad_rows)} bad"
-            )
-            if run.sets.shared_with_validation:
-                pairs += f", {run.sets.shared_with_validation} left out for sharing an image with held-out pairs"
+            pairs = f"pairs: {len(run.sets.train)} of {run.sets.rows} rows{held_out}, {run.sets.left_out}"
         return "\n".join(
             (
                 f"{self.family.name} {config.tuning} on {self.ranks.world_size} x {self.ranks.device.type},"

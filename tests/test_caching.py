@@ -316,3 +316,70 @@ def test_the_disk_it_takes_is_what_is_predicted(kind, tmp_path, request):
         assert size == count * each
     index = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/shard-*.json"))
     assert index < 120 * 3 * n
+
+
+@pytest.mark.parametrize("where", ["--cache", "--no-cache"])
+def test_an_embedding_that_overflows_is_refused_by_name(sd15_path, tmp_path, monkeypatch, capfd, where):
+    pairs = write_pickapic(tmp_path / "p.parquet", n=4, captions=["one", "two", "too much", "four"])
+    encode = Family.encode_prompts
+
+    def overflowing(family, prompts):
+        encoded = encode(family, prompts)
+        for row, prompt in enumerate(prompts):
+            if prompt == "too much":
+                encoded["prompt_embeds"][row, 3, 5] = torch.inf
+        return encoded
+
+    monkeypatch.setattr(Family, "encode_prompts", overflowing)
+    more = ["--latent_cache_dir", tmp_path / "cache", where]
+    assert main(flags_for(sd15_path, pairs, tmp_path / "run", *more)) == 2
+    said = capfd.readouterr().err
+    named = "caption 'too much'" if where == "--cache" else "row 2"
+    assert f"error: {named}: the text encoders gave a non-finite embedding" in said and "Traceback" not in said
+
+
+def test_an_embedding_that_overflowed_in_an_older_cache_is_refused(sd15_path, tmp_path, monkeypatch, capfd):
+    pairs = write_pickapic(tmp_path / "p.parquet", n=4, captions=["one", "two", "too much", "four"])
+    encode, more = Family.encode_prompts, ["--latent_cache_dir", tmp_path / "cache"]
+
+    def overflowing(family, prompts):
+        return {
+            name: t if prompts == [""] else t.clone().fill_(torch.inf) for name, t in encode(family, prompts).items()
+        }
+
+    with monkeypatch.context() as older:
+        older.setattr(Family, "encode_prompts", overflowing)
+        older.setattr("dpo_fast.caching.np.isfinite", np.ones_like)
+        assert cache_main(["build", *flags_for(sd15_path, pairs, tmp_path / "run", *more)]) == 0
+    assert main(flags_for(sd15_path, pairs, tmp_path / "run", *more)) == 2
+    said = capfd.readouterr().err
+    assert re.search(r"error: \S+text-\w+ holds a non-finite embedding of the caption '[a-z ]+': delete that", said)
+
+
+@pytest.mark.parametrize("more", [["--cache"], ["--no-cache"], ["--streaming"], ["--streaming", "--no-cache"]], ids=str)
+def test_captions_that_are_cut_off_are_counted_and_said(sd15_path, tmp_path, caplog, more):
+    captions = ["short", "word " * 100, "word " * 100, "other " * 90, "so", "brief"]
+    pairs = write_pickapic(tmp_path / "p.parquet", n=6, captions=captions)
+    folder = train(sd15_path, pairs, tmp_path / "run", "--latent_cache_dir", tmp_path / "cache", *more)
+    unknown = more == ["--streaming", "--no-cache"]
+    assert json.loads((folder / "summary.json").read_text())["captions_cut"] == (None if unknown else 3)
+    said = "3 of 6 captions are longer than 77 tokens and are cut off there, for example that of row 1"
+    assert (said in caplog.text) is not unknown
+
+
+def test_pairs_that_say_nothing_are_counted_in_a_run(sd15_path, tmp_path, capfd):
+    columns = pickapic(n=8, labels=[1.0, 0.0] * 4)
+    columns["has_label"] = [True] * 7 + [False]
+    columns["jpg_1"][2] = columns["jpg_0"][2]
+    columns["image_0_uid"], columns["image_1_uid"] = ([f"{side}{k}" for k in range(8)] for side in "ab")
+    pairs = write_table(tmp_path / "p.parquet", columns)
+    kept = []
+    for more in (["--cache"], ["--no-cache"]):
+        folder = tmp_path / f"run{more[0]}"
+        kept.append(train(sd15_path, pairs, folder, "--latent_cache_dir", tmp_path / "cache", *more))
+        assert "pairs: 7 of 8 rows, 0 ties dropped, 1 without a label dropped, 0 bad" in capfd.readouterr().err
+        summary = json.loads((folder / "summary.json").read_text())
+        names = ("unlabelled", "contradicted", "duplicates", "identical_images", "bad_rows")
+        assert [summary[name] for name in names] == [1, 0, 0, 1, 1]
+        assert "is the same image" in (folder / "bad_rows.jsonl").read_text()
+    assert_same_state(*kept)

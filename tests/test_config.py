@@ -32,6 +32,37 @@ def test_dashes_underscores_and_the_last_of_a_repeated_flag():
     assert parsed("--hflip", "--no_hflip").hflip is False
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--dataset_name", ""],
+        ["--dataset_name="],
+        ["--pretrained_model_name_or_path", " "],
+        ["--config", ""],
+        ["--output_dir="],
+        ["--latent_cache_dir", ""],
+        ["--eval_prompts", ""],
+        ["--validation_prompts", "a cat", ""],
+        ["--init-lora", ""],
+    ],
+)
+def test_an_empty_text_is_refused(flags):
+    with pytest.raises(BadInput, match=rf"^{flags[0].rstrip('=')} is given an empty text"):
+        parsed(*flags)
+
+
+def test_an_empty_text_in_a_recipe_is_refused(tmp_path):
+    (tmp_path / "r.yaml").write_text("dataset_name: ''\n")
+    with pytest.raises(BadInput, match="--dataset_name is given an empty text"):
+        bare("--config", str(tmp_path / "r.yaml"))
+
+
+def test_a_value_in_a_recipe_may_begin_with_a_dash(tmp_path):
+    (tmp_path / "r.yaml").write_text("output_dir: -run\ndataset_name: --pairs\npretrained_model_name_or_path: m\n")
+    config = bare("--config", str(tmp_path / "r.yaml"))
+    assert (str(config.output_dir), config.dataset_name) == ("-run", "--pairs")
+
+
 def test_names_of_the_public_scripts():
     config = parsed("--loss_type", "sigmoid", "--use_8bit_adam", "--enable_xformers_memory_efficient_attention")
     assert (config.objective, config.optimizer, config.attention) == ("dpo", "adamw8bit", "xformers")

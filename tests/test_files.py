@@ -28,6 +28,7 @@ from dpo_fast.files import (
     remove_temporaries,
     remove_temporaries_of,
     rename_away,
+    user_path,
     write_json,
     write_text,
 )
@@ -340,3 +341,14 @@ def test_json_is_strict(tmp_path):
     with pytest.raises(ValueError):
         write_json(tmp_path / "a.json", {"a": math.nan})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, None]}
+
+
+def test_a_path_of_the_user_names_that_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert user_path("~") == Path("/home/me") and user_path("~/x") == Path("/home/me/x")
+    assert user_path("~nobody-has-this-name/x") == Path("~nobody-has-this-name/x")
+    assert user_path("a/~") == Path("a/~") and user_path("") == Path()
+    for name in ("~root", "~notes.txt"):  # a user of most systems, and of none
+        Path(name).touch()
+        assert user_path(name) == Path(name)

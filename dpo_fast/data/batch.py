@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast import draws
-from dpo_fast.data.images import BadImage, crop_corner, mirror, scaled, to_pixels
+from dpo_fast.data.images import SAME, BadImage, crop_corner, mirror, scaled, to_pixels
 from dpo_fast.data.pairs import PairIndex
 from dpo_fast.data.sources import Source
 from dpo_fast.errors import BadInput
@@ -124,6 +124,8 @@ class PairTransform:
         self, images: tuple[bytes | BadImage, bytes | BadImage], mirrored: bool, where: tuple[float, float] | None
     ) -> tuple[Tensor, tuple[float, ...]]:
         squares, conditions = [], []
+        if images[0] == images[1]:
+            raise images[0] if isinstance(images[0], BadImage) else BadImage(SAME, "rejected image")
         for name, encoded in zip(("chosen image", "rejected image"), images, strict=True):
             if isinstance(encoded, BadImage):
                 raise encoded

@@ -1,8 +1,8 @@
 """Which columns of a data set hold a pair's images, label and caption."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dpo_fast.errors import BadInput
 
@@ -11,6 +11,7 @@ LAYOUTS = (
     "or a folder with JSONL (prompt, chosen, rejected with file paths)"
 )
 NO_LABEL = "none"  # the label_column that says: the first image column is always the better one
+UNLABELLED = {"has_label": False}  # in the place of a label: nobody gave one. JSON, and like no label
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,26 @@ class Columns:
     images: tuple[str, str]
     label: str | None
     caption: str
+    second_label: str | None = None  # Pick-a-Pic's label_1, that of the second image
+    has_label: str | None = None  # Pick-a-Pic's: False where people gave none, whatever the others say
+    names: tuple[str, str] | None = None  # Pick-a-Pic's image_0_uid and image_1_uid
+
+    @property
+    def of_label(self) -> tuple[str, ...]:
+        """The columns that a row's label follows from."""
+        return tuple(c for c in (self.label, self.second_label, self.has_label) if c is not None)
+
+    def label_of(self, row: Mapping[str, Any]) -> Any:
+        """How probably the first image of a row is the better one, as stored. UNLABELLED where people gave no label;
+        0.5 where both images have the same one."""
+        if self.label is None:
+            return 1.0
+        if self.has_label is not None and row.get(self.has_label) in (False, 0):
+            return UNLABELLED
+        label = row.get(self.label)
+        if self.second_label is not None and isinstance(label, (int, float)) and 0 <= label <= 1:
+            return 0.5 if row.get(self.second_label) == label else label
+        return label
 
 
 class WantedColumns(NamedTuple):
@@ -64,4 +85,9 @@ class WantedColumns(NamedTuple):
         caption = self.caption or next((column for column in ("caption", "prompt") if column in columns), None)
         if caption is None:
             raise missing("no caption or prompt column", "Or name one with --caption_column.")
-        return Columns(images, None if label == NO_LABEL else label, caption)
+        if label == NO_LABEL:
+            label = None
+        has = {name: name if name in columns and label == "label_0" else None for name in ("label_1", "has_label")}
+        uids = ("image_0_uid", "image_1_uid")
+        names = uids if images == ("jpg_0", "jpg_1") and set(uids) <= set(columns) else None
+        return Columns(images, label, caption, has["label_1"], has["has_label"], names)

@@ -9,16 +9,23 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from dpo_fast.data.colour import to_srgb
+
 # Only codecs that are data: PIL would hand EPS to Ghostscript, and the exotic ones are where decoders break.
 # Not every PIL is built with every one, and Image.open fails on a name that it does not know.
 Image.init()
 FORMATS = [f for f in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000") if f in Image.OPEN]
 
+SAME = "is the same image as the other one"
+
 KEY_BYTES = 16  # of the name of an image, or of whatever else is named by a hash of its contents
 
 # How an encoded image becomes what the VAE sees, in words: part of what identifies a cached latent. A change of
 # `decode`, `resize` or `crop_corner` that changes pixels must change this line.
-RULE = "upright, over white; shorter side to the resolution, bilinear with antialiasing; mirrored before a centre crop"
+RULE = (
+    "upright, in sRGB, over white; shorter side to the resolution, bilinear with antialiasing;"
+    " mirrored before a centre crop"
+)
 
 # PIL warns above its pixel limit and refuses above twice that; `decode` refuses at the limit, so the warning is noise.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -39,7 +46,10 @@ def image_key(data: bytes) -> bytes:
 
 
 def decode(data: bytes) -> Image.Image:
-    """Encoded bytes to an upright RGB image, 8 bits a channel: EXIF rotation applied, transparency laid over white.
+    """Encoded bytes to an upright sRGB image, 8 bits a channel: what its author saw.
+
+    EXIF rotation is applied, then an embedded colour profile (see `colour`), then transparency is laid over white (its
+    values mix as they are, as in browsers). Palettes, grey and CMYK become RGB; of 16 bits the upper 8 stay, rounded.
 
     Raises BadImage for what is not an image, is truncated, is animated, or has more pixels than PIL's limit.
     """
@@ -49,7 +59,8 @@ def decode(data: bytes) -> Image.Image:
         # A camera's MPO is a JPEG with further views behind the photograph, which is the first frame.
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise BadImage(f"is animated or has several pages ({image.format}, {image.n_frames} frames)")
-        return _to_rgb(ImageOps.exif_transpose(image))
+        profile = image.info.get("icc_profile")
+        return _to_rgb(ImageOps.exif_transpose(image), profile)
     except BadImage:
         raise
     except Exception as error:  # decoders fed a broken file raise nearly anything, and one file must not end a run
@@ -99,15 +110,26 @@ def _check_size(width: int, height: int) -> None:
         raise BadImage(f"is too large ({width} x {height} pixels; the limit is {limit} pixels)")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        return _from_16_bit(image)
+def _to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     if image.mode == "F":
         raise BadImage("has floating-point pixels, whose range is unknown")
+    if image.mode.startswith("I"):
+        image = _from_16_bit(image)
     if image.has_transparency_data:
+        grey = image.mode in ("1", "L", "LA", "La")
         image = image.convert("RGBA")
+        colours = image.convert("L" if grey else "RGB") if profile else image  # all channels are equal where grey
+        if profile and (converted := to_srgb(colours, profile)) is not colours:
+            converted.putalpha(image.getchannel("A"))
+            image = converted
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
+    if profile:
+        if image.mode == "1":
+            image = image.convert("L")
+        elif image.mode not in ("L", "CMYK"):
+            image = image.convert("RGB")
+        image = to_srgb(image, profile)
     return image.convert("RGB")
 
 
@@ -118,4 +140,4 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
         raise BadImage(f"has integer pixels outside 16 bits ({values.min()} to {values.max()})")
     if (transparent := image.info.get("transparency")) is not None:
         values[values == transparent] = 65535
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))

@@ -9,8 +9,11 @@ Three layouts are understood:
 `image_columns`, `label_column` and `caption_column` name other columns in any of them.
 """
 
+import glob
 import json
+import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +23,9 @@ import pyarrow.parquet as pq
 
 from dpo_fast.data.columns import LAYOUTS, WantedColumns
 from dpo_fast.data.relabelled import check_labels
-from dpo_fast.data.sources import JsonlSource, Source, StreamedSource, TableSource, as_bad_input
+from dpo_fast.data.sources import JsonlSource, Source, StreamedSource, TableSource, as_bad_input, stamp_of
 from dpo_fast.errors import BadInput
-from dpo_fast.files import regular_file, regular_files
+from dpo_fast.files import regular_file, regular_files, user_path
 
 
 def open_source(
@@ -51,7 +54,7 @@ def open_source(
     if max_rows is not None and max_rows < 1:
         raise BadInput(f"max_train_samples ({max_rows}) must be at least 1")
     wanted = WantedColumns(image_columns, label_column, caption_column)
-    path = Path(name_or_path).expanduser()
+    path = user_path(name_or_path)
     if path.exists():
         if config_name or revision:
             raise BadInput(
@@ -71,12 +74,12 @@ def open_source(
     else:
         name = str(name_or_path)
         with as_bad_input(f"data set {name!r}"):
+            root = _cache_root(cache_dir)
             # The split is settled first: loading without one would download them all.
             hub = {"revision": revision, "token": token}
             split = _pick_split(split, datasets.get_dataset_split_names(name, config_name, **hub), name)
-            table = datasets.load_dataset(
-                name, config_name, split=split, streaming=streaming, cache_dir=_text(cache_dir), **hub
-            )
+            kept = root if cache_dir is not None else None
+            table = datasets.load_dataset(name, config_name, split=split, streaming=streaming, cache_dir=kept, **hub)
             files = []
             name = "@".join([f"{name}/{config_name}" if config_name else name] + ([revision] if revision else []))
     if streaming:
@@ -85,9 +88,26 @@ def open_source(
     return TableSource(name, split, table, wanted, max_rows)
 
 
+def stream_columns(path: Path, columns: list[str], *, split: str | None = None) -> datasets.IterableDataset:
+    """Some columns of a set of parquet or Arrow files on this disk, row by row; the others are not read.
+
+    Raises BadInput for what cannot be opened and a split that it does not have.
+    """
+    shards, root = _local_splits(path)
+    split = _pick_split(split, list(shards), path.name)
+    if root is not None:
+        raise BadInput(f"data set {str(path)!r} holds JSONL: name a .parquet or .arrow file, or a folder of them")
+    return _load_local(shards[split], True, None, columns)
+
+
+def split_names(path: Path) -> list[str]:
+    """The splits of a set on this disk. Raises BadInput for what holds none."""
+    return list(_local_splits(path)[0])
+
+
 def is_local(name_or_path: str | Path) -> bool:
     """Whether a name means something on this disk, there or not, and no hub id."""
-    return Path(name_or_path).expanduser().exists() or _looks_local(str(name_or_path))
+    return user_path(name_or_path).exists() or _looks_local(str(name_or_path))
 
 
 def _local_splits(path: Path) -> tuple[dict[str, list[Path]], Path | None]:
@@ -135,27 +155,70 @@ def _pick_split(wanted: str | None, splits: list[str], name: str) -> str:
     return wanted
 
 
-def _load_local(files: list[Path], streaming: bool, cache_dir: str | Path | None):
+def _load_local(
+    files: list[Path], streaming: bool, cache_dir: str | Path | None, columns: list[str] | None = None
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The rows of files of one kind; `columns`: only these, where it streams."""
     with as_bad_input(f"data set {str(files[0])!r}"), _quiet(files):
+        root = _cache_root(cache_dir)
         if files[0].is_dir():
             regular_files(files[0])
-            table = datasets.load_from_disk(str(files[0]))
+            table = datasets.load_from_disk(_literal(files[0], root))
             return table.to_iterable_dataset() if streaming else table
         kind = files[0].suffix[1:]  # "parquet" and "arrow" are also the loaders' names
         if kind == "parquet":  # the loader stumbles over files without a row
-            filled = [file for file in files if pq.read_metadata(file).num_rows]
+            filled = [file for file in files if pq.read_metadata(os.path.abspath(file)).num_rows]
             if not filled:
                 raise BadInput(f"data set {str(files[0])!r} is empty: it has no rows")
             files = filled
             for file in files:
                 check_labels(file)
+        only = {"columns": columns} if columns and kind == "parquet" else {}
         return datasets.load_dataset(
             kind,
-            data_files={"train": [str(file) for file in files]},
+            data_files={"train": [glob.escape(_literal(file, root)) for file in files]},
             split="train",
             streaming=streaming,
-            cache_dir=_text(cache_dir),
+            cache_dir=root if cache_dir is not None else None,
+            **only,
         )
+
+
+def _cache_root(cache_dir: str | Path | None) -> str:
+    """The folder where `datasets` keeps what it makes. Raises BadInput for a name under which it would mix up sets."""
+    root = _absolute(datasets.config.HF_DATASETS_CACHE if cache_dir is None else cache_dir)
+    if "::" in root:
+        raise BadInput(
+            f"the cache of data sets ({root}) cannot be used: a name with '::' means a chain of file systems to the"
+            " library `datasets`; name another folder with --cache_dir, or HF_HOME"
+        )
+    return root
+
+
+def _literal(file: Path, root: str) -> str:
+    """A path by which `datasets` opens `file` and nothing else.
+
+    It takes a relative `a:b` for a URL, and `::` for a chain of file systems. A file with `::` in its path gets a link
+    beside the Arrow copies under `root`. The link is named by a hash of the file's path, size and time of change, so
+    that one copy is made of one state of the file.
+    """
+    name = _absolute(file)
+    if "::" not in name:
+        return name
+    folder = Path(root, "dpo_fast-links")
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / f"{stamp_of([name])}{file.suffix}"
+    if not link.is_symlink() or os.readlink(link) != name:
+        temporary = Path(tempfile.mkdtemp(dir=folder), link.name)
+        temporary.symlink_to(name)
+        os.replace(temporary, link)
+        temporary.parent.rmdir()
+    return str(link)
+
+
+def _absolute(name: str | Path) -> str:
+    """A name as it is, or the absolute path where a relative one could be taken for a URL or a home folder."""
+    return os.path.abspath(user_path(name)) if re.search(r"^~|:", str(name)) else str(name)
 
 
 @contextmanager
@@ -178,7 +241,3 @@ def _looks_local(name: str) -> bool:
         or name.count("/") > 1
         or Path(name).suffix in (".parquet", ".arrow", ".jsonl")
     )
-
-
-def _text(path: str | Path | None) -> str | None:
-    return None if path is None else str(path)

@@ -7,20 +7,36 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dpo_fast.data.columns import Columns
-from dpo_fast.data.images import BadImage
-from dpo_fast.data.sources import BadRow, Source
+from dpo_fast.data.columns import UNLABELLED, Columns
+from dpo_fast.data.images import SAME, BadImage
+from dpo_fast.data.sources import BadRow, Source, StreamedRow
+from dpo_fast.data.votes import count_votes
 from dpo_fast.errors import BadInput
 from dpo_fast.files import write_text
 
 T = TypeVar("T")
+
+
+class SaysNothing(Enum):
+    """Why a row without a fault is left out."""
+
+    TIE = "tie"
+    UNLABELLED = "no label"
+
+
+class Usable(NamedTuple):
+    """What a row says."""
+
+    chosen: int  # which image is chosen, 0 or 1
+    label: float  # how probably it is the better one, in [0.5, 1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +59,8 @@ class PairIndex:
 
 @dataclass(frozen=True, eq=False)
 class PairSets:
-    """What became of a source's rows: rows = train + validation + ties_dropped + bad_rows + shared_with_validation."""
+    """What became of a source's rows: rows = train + validation + ties_dropped + unlabelled + contradicted + bad_rows
+    + shared_with_validation."""
 
     train: PairIndex
     validation: PairIndex
@@ -51,10 +68,25 @@ class PairSets:
     ties_dropped: int
     shared_with_validation: int  # training pairs left out because validation has one of their images
     bad: list[BadRow]
+    unlabelled: int = 0  # nobody gave a label
+    # Known where the images have names, or are hashed because validation is asked for; else None.
+    contradicted: int | None = None  # rows left out: as many others say the opposite of the same images and caption
+    duplicates: int | None = None  # rows that say what an earlier one says; each is a vote, and trained on
 
     @property
     def bad_rows(self) -> int:
         return len(self.bad)
+
+    @property
+    def left_out(self) -> str:
+        """In words: what was dropped, and what recurs."""
+        parts = [f"{self.ties_dropped} ties dropped"]
+        parts += [f"{self.unlabelled} without a label dropped"] if self.unlabelled else []
+        parts += [f"{self.contradicted} dropped because as many rows say the opposite"] if self.contradicted else []
+        parts += [f"{self.duplicates} duplicates kept"] if self.duplicates else []
+        if self.shared_with_validation:
+            parts.append(f"{self.shared_with_validation} dropped for sharing an image with held-out pairs")
+        return ", ".join([*parts, f"{self.bad_rows} bad"])
 
 
 def build_index(
@@ -67,13 +99,18 @@ def build_index(
     report_path: Path | None = None,
     check_pairs: int = 1000,
     progress: bool = True,
+    for_scorers: bool = False,
 ) -> PairSets:
     """Sort a source's rows into training, validation and left out.
 
-    Ties are dropped and counted, or kept with `soft_labels` (which allows any label in [0, 1]). Rows without a caption,
-    a label or an image file are bad rows; so are those of `check_pairs` evenly spaced pairs whose images do not decode.
-    Bad rows are listed in `report_path`. A share of the captions goes to validation, picked by a hash of (seed,
-    caption); training pairs that share an image with validation are left out.
+    Ties are dropped and counted, or kept with `soft_labels` (which allows any label in [0, 1]). Rows that Pick-a-Pic
+    marks as unlabelled are dropped and counted, and so are votes that contradict each other, where images can be told
+    apart (see `votes`; with soft labels they stay). `for_scorers` keeps both: what people said does not matter.
+
+    Rows without a caption, a label or an image file are bad rows; so are those with the same image twice, where that is
+    known, and those of `check_pairs` evenly spaced pairs whose images do not decode. Bad rows are listed in
+    `report_path`. A share of the captions goes to validation, picked by a hash of (seed, caption); training pairs that
+    share an image with validation are left out.
 
     Raises BadInput for labels that are no labels, for a set in which nothing is left to train on, and when bad rows are
     more than `max_bad_fraction` of the rows looked at.
@@ -89,13 +126,13 @@ def build_index(
         bad.extend(found)
         if report_path is not None:
             write_report(report_path, bad)
-        if len(found) > max_bad_fraction * looked_at:
-            raise too_many_bad(found, looked_at, max_bad_fraction, report_path)
+        if len(faulty(found)) > max_bad_fraction * looked_at:
+            raise too_many_bad(faulty(found), looked_at, max_bad_fraction, report_path)
 
-    index, ties, unusable = _read_rows(source, soft_labels, progress)
+    index, ties, unlabelled, unusable = _read_rows(source, soft_labels, for_scorers, progress)
     settle(unusable, rows)
     if len(index) == 0:
-        raise nothing_to_train_on(source.description, rows, ties)
+        raise nothing_to_train_on(source.description, rows, ties, unlabelled)
 
     spread = torch.linspace(0, len(index) - 1, min(check_pairs, len(index)), dtype=torch.float64).round().long()
     unusable = _each_pair(source.check_images, index.pair_id[spread], "Checking images", progress)[1]
@@ -103,30 +140,56 @@ def build_index(
     index = _without(index, unusable)
 
     validation, shared = index.keep(torch.zeros(len(index), dtype=torch.bool)), 0
+    hashes: dict[int, tuple[bytes, bytes]] | None = None
     if validation_fraction > 0:
         held_out = _validation_captions(index.captions, validation_fraction, seed)
         hashes, unusable = _each_pair(source.image_keys, index.pair_id, "Hashing images", progress)
         settle(unusable, len(index))
         index = _without(index, unusable)
+    same, contradicted, duplicates = [], None, None
+    if not for_scorers:
+        same, contradicted, duplicates = _find_recurring(source, index, hashes, progress)
+    settle(same, len(index))
+    if soft_labels:
+        contradicted = contradicted and []
+    index = _without(index, [*same, *(contradicted or ())])
+    if validation_fraction > 0:
         held = torch.tensor([_caption_key(caption) in held_out for caption in index.captions], dtype=torch.bool)
         seen = {digest for row in index.pair_id[held].tolist() for digest in hashes[row]}
         shares = torch.tensor([not seen.isdisjoint(hashes[row]) for row in index.pair_id.tolist()], dtype=torch.bool)
         validation, index, shared = index.keep(held), index.keep(~shares), int((shares & ~held).sum())
+    contradictions = None if contradicted is None else len(contradicted)
+    sets = PairSets(index, validation, rows, ties, shared, bad, unlabelled, contradictions, duplicates)
     if len(index) == 0:
         raise BadInput(
-            f"{source.description}: no training pair is left, all share an image with validation or cannot be decoded; "
-            "lower --validation_fraction"
+            f"{source.description}: no training pair is left, all share an image with validation, cannot be decoded or"
+            f" say nothing ({sets.left_out}); lower --validation_fraction, or mend the set"
         )
-    return PairSets(index, validation, rows, ties, shared, bad)
+    return sets
+
+
+def judge_streamed(row: StreamedRow, columns: Columns, soft_labels: bool) -> Usable | SaysNothing | BadRow:
+    """As `read_row`, and a row is bad where an image is missing or both are the same (bytes, or keys)."""
+    verdict = read_row(row.row, row.caption, row.label, columns, soft_labels)
+    if not isinstance(verdict, Usable):
+        return verdict
+    for image in row.images:
+        if isinstance(image, BadImage):
+            return BadRow(row.row, image.column, image.reason)
+    return BadRow(row.row, columns.images[1], SAME) if row.images[0] == row.images[1] else verdict
 
 
 def read_row(
-    row: int, caption: Any, label: Any, columns: Columns, soft_labels: bool
-) -> tuple[int, float] | BadRow | None:
-    """Which image of a row is chosen (0 or 1) and how probably it is the better one; None is a tie that is dropped.
+    row: int, caption: Any, label: Any, columns: Columns, soft_labels: bool, keep_unlabelled: bool = False
+) -> Usable | SaysNothing | BadRow:
+    """Which image of a row is chosen, by its label and caption; or why it is left out.
 
     Raises BadInput where the label is not one at all, for then the column means something else.
     """
+    if label == UNLABELLED:
+        if not keep_unlabelled:
+            return SaysNothing.UNLABELLED
+        label = 0.5
     if label is None or (isinstance(label, float) and math.isnan(label)):
         return BadRow(row, columns.label or "", "has no label")
     if not isinstance(label, (int, float)):
@@ -142,17 +205,23 @@ def read_row(
             f"row {row}: {columns.label} is {label}, neither 0, 0.5 nor 1; --soft_labels trains on it as a probability"
         )
     if label == 0.5 and not soft_labels:
-        return None
+        return SaysNothing.TIE
     if caption is None or (isinstance(caption, str) and not caption.strip()):
         return BadRow(row, columns.caption, "is empty")
     if not isinstance(caption, str) or not _is_utf8(caption):
         return BadRow(row, columns.caption, f"is not text ({caption!r:.200})")
-    return (0, float(label)) if label >= 0.5 else (1, 1.0 - label)
+    return Usable(0, float(label)) if label >= 0.5 else Usable(1, 1.0 - label)
 
 
 def write_report(path: Path, bad: Iterable[BadRow]) -> None:
     """The bad rows as JSON lines of row, column and reason; an empty file says that there were none."""
     write_text(path, "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in bad))
+
+
+def faulty(bad: Iterable[BadRow]) -> list[BadRow]:
+    """The bad rows that count against max_bad_fraction. A pair of one image twice is no fault of the data: a set may
+    hold many, most of them ties."""
+    return [row for row in bad if not row.reason.endswith(SAME)]
 
 
 def too_many_bad(bad: Sequence[BadRow], looked_at: int, max_bad_fraction: float, report_path: Path | None) -> BadInput:
@@ -165,31 +234,36 @@ def too_many_bad(bad: Sequence[BadRow], looked_at: int, max_bad_fraction: float,
     )
 
 
-def nothing_to_train_on(description: str, rows: int, ties: int) -> BadInput:
+def nothing_to_train_on(description: str, rows: int, ties: int, unlabelled: int = 0) -> BadInput:
     """The error for a set with no usable pair."""
+    without = f", {unlabelled} without a label" if unlabelled else ""
     why = (
-        f"all {rows} rows are ties or unusable ({ties} ties; --soft_labels trains on ties)"
+        f"all {rows} rows are ties or unusable ({ties} ties{without}; --soft_labels trains on ties)"
         if rows
         else "it has no rows"
     )
     return BadInput(f"{description}: nothing to train on, {why}")
 
 
-def _read_rows(source: Source, soft_labels: bool, progress: bool) -> tuple[PairIndex, int, list[BadRow]]:
-    """Judge every row by its caption, label and files, without reading an image: the index, the ties, the bad rows."""
+def _read_rows(
+    source: Source, soft_labels: bool, keep_unlabelled: bool, progress: bool
+) -> tuple[PairIndex, int, int, list[BadRow]]:
+    """Judge every row by its caption, label and files, without reading an image: the index, the numbers of ties and of
+    unlabelled rows, the bad rows."""
     unusable = {bad.row: bad for bad in source.missing_images(progress)}
-    pair_id, chosen, label, captions, ties = [], [], [], [], 0
+    pair_id, chosen, label, captions = [], [], [], []
+    nothing = dict.fromkeys(SaysNothing, 0)
     for row, (caption, stored) in enumerate(zip(source.captions(), source.labels(), strict=True)):
-        verdict = read_row(row, caption, stored, source.columns, soft_labels)
-        if verdict is None:
-            ties += 1
-            unusable.pop(row, None)  # a tie is left out whatever its images are
+        verdict = read_row(row, caption, stored, source.columns, soft_labels, keep_unlabelled)
+        if isinstance(verdict, SaysNothing):
+            nothing[verdict] += 1
+            unusable.pop(row, None)  # it is left out whatever its images are
         elif isinstance(verdict, BadRow):
             unusable[row] = verdict
         elif row not in unusable:
             pair_id.append(row)
-            chosen.append(verdict[0])
-            label.append(verdict[1])
+            chosen.append(verdict.chosen)
+            label.append(verdict.label)
             captions.append(caption)
     index = PairIndex(
         torch.tensor(pair_id, dtype=torch.int64),
@@ -197,7 +271,41 @@ def _read_rows(source: Source, soft_labels: bool, progress: bool) -> tuple[PairI
         torch.tensor(label, dtype=torch.float32),
         captions,
     )
-    return index, ties, sorted(unusable.values())
+    return index, nothing[SaysNothing.TIE], nothing[SaysNothing.UNLABELLED], sorted(unusable.values())
+
+
+def _find_recurring(
+    source: Source, index: PairIndex, hashes: dict[int, tuple[bytes, bytes]] | None, progress: bool
+) -> tuple[list[BadRow], list[BadRow] | None, int | None]:
+    """Pairs of one image twice, pairs that contradict as many others, and the number of duplicates.
+
+    Images are told apart by `hashes` of their bytes; else by the names that the source has for them, and what would be
+    left out is then hashed: names may be wrong. The last two are None where neither is known.
+    """
+    names = None if hashes is not None else source.image_names()
+    if hashes is None and names is None:
+        return [], None, None
+    rows, chosen = index.pair_id.tolist(), index.chosen.tolist()
+
+    def named(position: int) -> tuple | None:
+        return names[rows[position]] if hashes is None else hashes[rows[position]]
+
+    same = [k for k in range(len(rows)) if (pair := named(k)) is not None and pair[0] == pair[1]]
+    votes = count_votes(index.captions, chosen, named)
+    even = votes.even
+    if hashes is None and (same or even):
+        suspects = sorted({rows[k] for k in [*same, *(k for group in even for k in group)]})
+        known, _ = _each_pair(source.image_keys, torch.tensor(suspects), "Comparing images", progress)
+        same = [k for k in same if rows[k] in known and len(set(known[rows[k]])) == 1]
+        even = [
+            group
+            for group in even
+            if all(rows[k] in known for k in group)
+            and count_votes([""] * len(group), [chosen[k] for k in group], lambda i, g=group: known[rows[g[i]]]).even
+            == [list(range(len(group)))]
+        ]
+    left_out = [BadRow(rows[k], source.columns.label or "", "is contradicted") for group in even for k in group]
+    return [BadRow(rows[k], source.columns.images[1], SAME) for k in same], sorted(left_out), votes.repeated
 
 
 def _each_pair(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,10 @@ class Source(Protocol):
         """One a row, as stored: text, or whatever stands there instead."""
 
     def labels(self) -> list[Any]:
-        """One a row, as stored: how probably image 0 is the better one (1.0 everywhere without a label column)."""
+        """One a row, as `Columns.label_of` has it: how probably image 0 is the better one."""
+
+    def image_names(self) -> list[tuple[str, str] | None] | None:
+        """One a row: names that are equal where images are, as far as known without reading one. None: not known."""
 
     def image_bytes(self, row: int) -> tuple[bytes, bytes]:
         """The two encoded images. Raises BadImage, naming the column, where one is not there."""
@@ -107,7 +111,16 @@ class TableSource(_Encoded):
         return self._column(self.columns.caption)
 
     def labels(self) -> list[Any]:
-        return [1.0] * len(self) if self.columns.label is None else self._column(self.columns.label)
+        stored = {name: self._column(name) for name in self.columns.of_label}
+        if len(stored) == 1:
+            return stored[self.columns.label]
+        return [self.columns.label_of({name: stored[name][row] for name in stored}) for row in range(len(self))]
+
+    def image_names(self) -> list[tuple[str, str] | None] | None:
+        if self.columns.names is None:
+            return None
+        named = zip(*map(self._column, self.columns.names), strict=True)
+        return [(first, second) if first and second else None for first, second in named]
 
     def image_bytes(self, row: int) -> tuple[bytes, bytes]:
         try:
@@ -138,7 +151,10 @@ class TableSource(_Encoded):
 
 
 class JsonlSource(_Encoded):
-    """Lines of JSON naming image files beside them. A path may not lead out of the folder, by `..` or by a link."""
+    """Lines of JSON naming image files beside them. A path may not lead out of the folder, by `..` or by a link.
+
+    In a snapshot of the hub's cache every file is a link into the repository's folder `blobs`, which is allowed.
+    """
 
     def __init__(
         self, name: str, split: str, files: list[Path], root: Path, wanted: "WantedColumns", max_rows: int | None
@@ -147,9 +163,10 @@ class JsonlSource(_Encoded):
         self.columns = wanted.find(list(dict.fromkeys(key for record in records for key in record)), name)
         # Kept column by column: a million small dicts would take a gigabyte.
         self._captions = [record.get(self.columns.caption) for record in records]
-        self._labels = [1.0 if self.columns.label is None else record.get(self.columns.label) for record in records]
+        self._labels = [self.columns.label_of(record) for record in records]
         self._paths = [tuple(record.get(column) for column in self.columns.images) for record in records]
         self._name, self._split, self._root = name, split, Path(os.path.realpath(root))
+        self._blobs = _blobs_of(self._root)
         self.description = _describe(name, split, self.columns, len(self))
 
     def __len__(self) -> int:
@@ -160,6 +177,12 @@ class JsonlSource(_Encoded):
 
     def labels(self) -> list[Any]:
         return self._labels
+
+    def image_names(self) -> list[tuple[str, str] | None] | None:
+        return [
+            tuple(map(os.path.normpath, paths)) if all(isinstance(path, str) for path in paths) else None
+            for paths in self._paths
+        ]
 
     def image_bytes(self, row: int) -> tuple[bytes, bytes]:
         first, second = (self._read(row, side) for side in (0, 1))
@@ -199,7 +222,9 @@ class JsonlSource(_Encoded):
             path = Path(os.path.realpath(self._root / given))
         except ValueError as error:  # a null character, or half a surrogate pair
             raise BadImage(f"is not a file path ({given!r:.200})", column) from error
-        if not path.is_relative_to(self._root):
+        inside = os.path.normpath(self._root / given).startswith(f"{self._root}{os.sep}")
+        in_blobs = self._blobs is not None and path.parent == self._blobs and inside
+        if not (path.is_relative_to(self._root) or in_blobs):
             raise BadImage(f"leads out of the folder ({given!r:.200})", column)
         if not os.path.isfile(path):
             raise BadImage(f"is not an existing file ({given!r:.200})", column)
@@ -258,9 +283,8 @@ class StreamedSource:
                     ) from error
                 if record is None:
                     return
-                label = 1.0 if columns.label is None else record[columns.label]
                 images = tuple(_or_reason(_embedded, record[column], column) for column in columns.images)
-                yield StreamedRow(row, record[columns.caption], label, images)
+                yield StreamedRow(row, record[columns.caption], columns.label_of(record), images)
                 row += 1
 
         description, identity = _describe(name, split, columns, None), _identity(name, split, columns, max_rows)
@@ -314,9 +338,18 @@ def _read_jsonl(file: Path) -> list[dict[str, Any]]:
     return records
 
 
+def _blobs_of(root: Path) -> Path | None:
+    """The folder of the files' contents, where `root` is in a snapshot of the hub's cache:
+    datasets--owner--name/snapshots/<commit>."""
+    for snapshots in root.parents:
+        if snapshots.name == "snapshots" and re.match(r"(datasets|models|spaces)--", snapshots.parent.name):
+            return snapshots.parent / "blobs"
+    return None
+
+
 def _raw_images(table, columns: Columns, name: str):
     """Keep the pair's columns only, images undecoded; refuse columns that cannot hold images."""
-    table = table.select_columns([c for c in (*columns.images, columns.label, columns.caption) if c is not None])
+    table = table.select_columns([*columns.images, *columns.of_label, columns.caption, *(columns.names or ())])
     for column in columns.images:
         feature = (table.features or {}).get(column)
         if isinstance(feature, datasets.Image):
@@ -354,7 +387,7 @@ def _or_reason(function, *arguments):
 def _length(table: datasets.IterableDataset, split: str, files: Sequence[Path]) -> int | None:
     """The number of rows of a stream, where it is written somewhere."""
     if files and all(file.suffix == ".parquet" for file in files):
-        return sum(pq.read_metadata(file).num_rows for file in files)
+        return sum(pq.read_metadata(os.path.abspath(file)).num_rows for file in files)
     known = (table.info.splits or {}).get(split)
     return known.num_examples or None if known is not None else None
 

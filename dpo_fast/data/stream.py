@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from dpo_fast import draws
 from dpo_fast.data.batch import Batch, EncodedPair, PairDataset, PairItem, PairTransform, chosen_first, collate
-from dpo_fast.data.pairs import nothing_to_train_on, read_row, too_many_bad
+from dpo_fast.data.pairs import SaysNothing, Usable, faulty, judge_streamed, nothing_to_train_on, too_many_bad
 from dpo_fast.data.sources import BadRow, StreamedSource
 from dpo_fast.errors import BadInput, Unresponsive
 
@@ -81,8 +81,9 @@ class StreamedPairs:
 
     Usable pairs are counted in the order of the source and shuffled within windows of 1024; epochs repeat, each with
     its own shuffle. Rows are judged as `build_index` judges them (a tie is dropped, an empty caption is a bad row),
-    when they are met; an image that does not decode leaves its pair in its place with weight 0. Each rank reads the
-    whole stream and decodes its own share. Resuming reads again from the start, up to where the run was.
+    when they are met, and a row with the same image twice is a bad one. An image that does not decode leaves its pair
+    in its place with weight 0. Each rank reads the whole stream and decodes its own share. Resuming reads again from
+    the start, up to where the run was. Rows that contradict or repeat others are not found.
     """
 
     def __init__(
@@ -101,9 +102,12 @@ class StreamedPairs:
         self._source, self._transform = source, transform
         self._slice = _Slice(pairs_per_step, batch_size, rank, world_size)
         self._soft_labels, self._max_bad_fraction, self._progress = soft_labels, max_bad_fraction, progress
-        self.rows = 0  # met so far, in the first epoch; so are the next two
+        self.rows = 0  # met so far, in the first epoch; so are the next three
         self.ties_dropped = 0
+        self.unlabelled = 0
         self.bad: list[BadRow] = []
+
+    contradicted = duplicates = None  # of a stream nobody knows
 
     @property
     def bad_rows(self) -> int:
@@ -168,7 +172,7 @@ class StreamedPairs:
                     bar.close()
             length = start - begin
             if length == 0:
-                raise nothing_to_train_on(self._source.description, self.rows, self.ties_dropped)
+                raise nothing_to_train_on(self._source.description, self.rows, self.ties_dropped, self.unlabelled)
             skipped = max(first - start, 0) // length  # every epoch is as long as the first
             epoch, start = epoch + 1 + skipped, start + skipped * length
 
@@ -176,27 +180,26 @@ class StreamedPairs:
         """The usable pairs of the source in its order; the first time through, count what is left out."""
         counting = epoch == 0
         if counting:
-            self.rows, self.ties_dropped, self.bad = 0, 0, []
-        for row, caption, label, images in self._source.rows():
-            verdict = read_row(row, caption, label, self._source.columns, self._soft_labels)
-            missing = next((image for image in images if not isinstance(image, bytes)), None)
-            if verdict is not None and not isinstance(verdict, BadRow) and missing is not None:
-                verdict = BadRow(row, missing.column, missing.reason)
+            self.rows, self.ties_dropped, self.unlabelled, self.bad = 0, 0, 0, []
+        for streamed in self._source.rows():
+            verdict = judge_streamed(streamed, self._source.columns, self._soft_labels)
             if counting:
                 self.rows += 1
-                self.ties_dropped += verdict is None
+                self.ties_dropped += verdict is SaysNothing.TIE
+                self.unlabelled += verdict is SaysNothing.UNLABELLED
                 if isinstance(verdict, BadRow):
                     self.bad.append(verdict)
                     self._refuse_too_many(max(self.rows, 1000))
-            if isinstance(verdict, tuple) and not isinstance(verdict, BadRow):
-                chosen, probability = verdict
-                yield row, EncodedPair(chosen_first(images, chosen), caption, probability, chosen)
+            if isinstance(verdict, Usable):
+                images = chosen_first(streamed.images, verdict.chosen)
+                yield streamed.row, EncodedPair(images, streamed.caption, verdict.label, verdict.chosen)
         if counting:
             self._refuse_too_many(self.rows)
 
     def _refuse_too_many(self, rows: int) -> None:
-        if len(self.bad) > self._max_bad_fraction * rows:
-            raise too_many_bad(self.bad, rows, self._max_bad_fraction, None)
+        bad = faulty(self.bad)
+        if len(bad) > self._max_bad_fraction * rows:
+            raise too_many_bad(bad, rows, self._max_bad_fraction, None)
 
 
 def make_loader(

@@ -16,7 +16,7 @@ from dpo_fast.evaluation.prompts import read_lines
 from dpo_fast.evaluation.scored import Scored, write_scores
 from dpo_fast.evaluation.scorers import Scorer, check_names, load_scorer, provenance
 from dpo_fast.evaluation.signals import measure
-from dpo_fast.files import write_text
+from dpo_fast.files import user_path, write_text
 from dpo_fast.models import Family
 from dpo_fast.parallel import Ranks
 from dpo_fast.sampling import before_after, sample, save_png, to_picture
@@ -129,7 +129,7 @@ def _scorer(name: str, config: TrainConfig, device: torch.device) -> Scorer:
 
 def _files(config: TrainConfig) -> dict[str, object]:
     """Where the scorers' files are."""
-    return {"where": config.scorer_models and config.scorer_models.expanduser(), "cache_dir": config.cache_dir}
+    return {"where": config.scorer_models and user_path(config.scorer_models), "cache_dir": config.cache_dir}
 
 
 def _about(config: TrainConfig, base: Family, device: torch.device) -> About:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from dpo_fast.config import one_line_errors
+from dpo_fast.config import one_line_errors, refuse_empty
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation import generate_options
 from dpo_fast.evaluation.generate_options import GenerateConfig, gathered
@@ -89,6 +89,7 @@ class EvaluateConfig(GenerateConfig):
 def parse(argv: list[str]) -> EvaluateConfig:
     """Parse a command line. Raises BadInput for an unknown flag and for a value that nothing can be compared with."""
     words = gathered(gathered(argv, "prompts"), "scorers")
+    refuse_empty(argv)
     with one_line_errors(EvaluateConfig):
         config = tyro.cli(EvaluateConfig, args=words, prog="python -m dpo_fast.evaluate")
     check(config)

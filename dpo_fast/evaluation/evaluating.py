@@ -29,7 +29,7 @@ from dpo_fast.evaluation.pairing import Files, Pairs, pair_up
 from dpo_fast.evaluation.scored import Scored, write_scores
 from dpo_fast.evaluation.scorers import default_dtype, facts, load_scorer, provenance
 from dpo_fast.evaluation.signals import measure
-from dpo_fast.files import remove_temporaries, write_json, write_text
+from dpo_fast.files import remove_temporaries, user_path, write_json, write_text
 from dpo_fast.parallel import Ranks
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Comparison:
 
 def is_images(path: str) -> bool:
     """Whether `path` is a folder of images, and neither run nor pipeline. Raises BadInput where it has several."""
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if not folder.is_dir() or any((folder / name).is_file() for name in ("config.yaml", "model_index.json")):
         return False
     if (folder / "images.json").is_file():

@@ -7,8 +7,9 @@ from typing import Literal
 
 import tyro
 
-from dpo_fast.config import one_line_errors
+from dpo_fast.config import one_line_errors, refuse_empty
 from dpo_fast.errors import BadInput
+from dpo_fast.files import user_path
 
 MOST_SEEDS = 10_000  # of a prompt
 STRENGTH = 0.6  # of SDEdit, as in the paper (supplement, TEdBench)
@@ -59,6 +60,7 @@ class GenerateConfig:
 
 def parse(argv: list[str]) -> GenerateConfig:
     """Parse a command line. Raises BadInput for an unknown flag and for a value that nothing can be made with."""
+    refuse_empty(argv)
     with one_line_errors(GenerateConfig):
         config = tyro.cli(GenerateConfig, args=gathered(argv, "prompts"), prog="python -m dpo_fast.generate")
     check(config)
@@ -71,7 +73,7 @@ def expand(config: GenerateConfig) -> None:
     for name in ("policy", "baseline"):
         value = getattr(config, name)
         if value is not None and value.startswith("~"):
-            setattr(config, name, str(Path(value).expanduser()))
+            setattr(config, name, str(user_path(value)))
 
 
 def check(config: GenerateConfig) -> None:

@@ -33,7 +33,7 @@ from dpo_fast.evaluation.models import ModelSource, OneAtATime, compute_dtype, f
 from dpo_fast.evaluation.naming import IMAGE_FILES, file_stem, image_files, images_of
 from dpo_fast.evaluation.pairing import THREADS
 from dpo_fast.evaluation.prompts import Prompt
-from dpo_fast.files import remove_temporaries
+from dpo_fast.files import remove_temporaries, user_path
 from dpo_fast.models import Family
 from dpo_fast.models.encoding import weights_digest
 from dpo_fast.parallel import Ranks
@@ -107,7 +107,7 @@ def wanted_of(
         models,
         prompts,
         seeds,
-        layouts=read_layouts(config.layout.expanduser(), prompts) if of_layouts else None,
+        layouts=read_layouts(user_path(config.layout), prompts) if of_layouts else None,
         strength=(config.strength or STRENGTH) if of_layouts else None,
         batch_size=config.batch_size,
     )

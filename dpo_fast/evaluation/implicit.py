@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dpo_fast.data import BadRow, Batch, PairDataset, PairIndex, PairTransform, Source, validation_loader
-from dpo_fast.data.pairs import too_many_bad
+from dpo_fast.data.pairs import faulty, too_many_bad
 from dpo_fast.draws import timesteps
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.findings import FEW, counted
@@ -106,8 +106,8 @@ def implicit_rewards(
         with tqdm(total=len(index), desc="Implicit rewards", unit=" pairs", disable=not ranks.is_main) as bar:
             for batch in loader:
                 measured.add(batch, *models.measure(batch, transform, draws))
-                if len(measured.bad) > max_bad_fraction * len(index):
-                    raise too_many_bad(measured.bad, len(index), max_bad_fraction, None)
+                if len(faulty(measured.bad)) > max_bad_fraction * len(index):
+                    raise too_many_bad(faulty(measured.bad), len(index), max_bad_fraction, None)
                 bar.update(min(ranks.world_size * batch_size, len(index) - bar.n))  # the others keep pace
         found.append((measured, noise_levels(allowed, grid=models.family.timestep_grid)))
 
@@ -115,8 +115,8 @@ def implicit_rewards(
     measured, levels = found[0]
     parts = ranks.gather(measured)
     bad = sorted(row for part in parts for row in part.bad)
-    if len(bad) > max_bad_fraction * len(index):
-        raise too_many_bad(bad, len(index), max_bad_fraction, None)
+    if len(faulty(bad)) > max_bad_fraction * len(index):
+        raise too_many_bad(faulty(bad), len(index), max_bad_fraction, None)
     if len(bad) == len(index):
         raise BadInput(f"{source.description}: none of its {len(bad)} held-out pairs decodes; name others")
     if not ranks.is_main:
@@ -364,7 +364,12 @@ class _Models:
         overflown = nonfinite_rows(latents).view(2, -1).any(0).cpu()
         if overflown.any():
             raise family.not_finite(int(batch.pair_id[overflown][0]))
-        conditioning = conditioning_of(family, there, family.encode_prompts(there.captions))
+        encoded = family.encode_prompts(there.captions)
+        for embeddings in encoded.values():
+            overflown = nonfinite_rows(embeddings).cpu()
+            if overflown.any():
+                raise family.text_not_finite(f"row {int(batch.pair_id[overflown][0])}")
+        conditioning = conditioning_of(family, there, encoded)
         found = []
         for k, of_draw in enumerate(drawn):
             visit = replace(there, draw=torch.full_like(there.draw, k), timesteps=of_draw.to(self.device))

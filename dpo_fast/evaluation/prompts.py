@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.naming import composed
-from dpo_fast.files import regular_file
+from dpo_fast.files import regular_file, user_path
 
 PICKAPIC = "yuvalkirstain/pickapic_v2"
 PICKAPIC_SPLITS = ("validation_unique", "validation")  # the first that there is
@@ -91,8 +91,8 @@ def read_lines(path: Path, flag: str) -> list[str]:
 def _read(given: str, where: Where) -> list[Prompt]:
     name, equals, copy = given.partition("=")
     if name in SETS and (equals or given == name):
-        return SETS[name](Path(copy).expanduser() if equals else None, where)
-    path = Path(given).expanduser()
+        return SETS[name](user_path(copy) if equals else None, where)
+    path = user_path(given)
     if _is_file(path):
         if path.suffix == ".tsv":
             return _parti_table(path, path.name)
@@ -177,30 +177,32 @@ def _pickapic(copy: Path | None, where: Where) -> list[Prompt]:
     """
     import datasets
 
-    name, options = PICKAPIC, {"cache_dir": where.cache_dir, "token": where.token}
-    if copy is not None:
-        name = str(copy)
-        if not copy.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            raise BadInput(
-                f"--prompts pickapic-validation={copy} does not exist: name the set's folder, parquet file or"
-                " repository on the hub"
-            )
-        if copy.is_file():
-            name, options = "parquet", {"data_files": name}
+    from dpo_fast.data.opening import split_names, stream_columns
+
+    name, columns = PICKAPIC if copy is None else str(copy), ["caption"]
+    local = copy is not None and copy.exists()
+    if copy is not None and not local and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise BadInput(
+            f"--prompts pickapic-validation={copy} does not exist: name the set's folder, parquet file or repository on"
+            " the hub"
+        )
     try:
-        splits = datasets.load_dataset(name, streaming=True, columns=["caption"], **options)
+        if local:
+            splits = split_names(copy)
+        else:
+            options = {"cache_dir": where.cache_dir, "token": where.token}
+            splits = datasets.load_dataset(name, streaming=True, columns=columns, **options)
+        # a single file is the set, whatever split it is of
+        split = "train" if local and copy.is_file() else next((s for s in PICKAPIC_SPLITS if s in splits), None)
+        rows = () if split is None else stream_columns(copy, columns, split=split) if local else splits[split]
+        captions = [row["caption"] for row in rows]
     except Exception as error:  # the network and the file formats raise what they like
         raise _unreachable("pickapic-validation", error) from error
-    split = "train" if name == "parquet" else next((split for split in PICKAPIC_SPLITS if split in splits), None)
     if split is None:
         raise BadInput(
             f"--prompts pickapic-validation: {name} has no split {' or '.join(PICKAPIC_SPLITS)}, only"
             f" {', '.join(splits)}: name another repository, or one parquet file, --prompts pickapic-validation=PATH"
         )
-    try:
-        captions = [row["caption"] for row in splits[split]]
-    except Exception as error:
-        raise _unreachable("pickapic-validation", error) from error
     texts = list(dict.fromkeys(text.strip() for text in captions if text and text.strip()))
     if not texts:
         raise BadInput(f"--prompts pickapic-validation: the column caption of {name} is empty; copy it again")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import tyro
 
-from dpo_fast.config import one_line_errors
+from dpo_fast.config import one_line_errors, refuse_empty
 from dpo_fast.errors import BadInput
+from dpo_fast.files import user_path
 
 
 @dataclass
@@ -87,7 +88,7 @@ class RelabelConfig:
     @property
     def scores(self) -> Path:
         """The folder of the scores."""
-        return self.scores_dir.expanduser() if self.scores_dir else self.output.with_suffix(".scores")
+        return user_path(self.scores_dir) if self.scores_dir else self.output.with_suffix(".scores")
 
 
 # Numbers that can be used; the second column is how the limits read in the error.
@@ -104,12 +105,13 @@ _NUMBERS = {
 
 def parse(argv: list[str]) -> RelabelConfig:
     """Parse a command line. Raises BadInput for an unknown flag and for a value that cannot be used."""
+    refuse_empty(argv)
     with one_line_errors(RelabelConfig):
         config = tyro.cli(RelabelConfig, args=argv, prog="python -m dpo_fast.relabel")
     check(config)
     for name in ("output", "scorer_models"):
         if getattr(config, name) is not None:
-            setattr(config, name, getattr(config, name).expanduser())
+            setattr(config, name, user_path(getattr(config, name)))
     return config
 
 

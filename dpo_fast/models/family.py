@@ -7,7 +7,7 @@ is [B,...], one row a pair, and only `denoise` expands it.
 import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -156,6 +156,32 @@ class Family(ABC):
             " that is safe in fp16, for SDXL --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix,"
             " or --mixed_precision bf16 or no"
         )
+
+    def text_not_finite(self, where: str) -> BadInput:
+        """The error for an embedding that `encode_prompts` gave for a caption and that is not finite."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return BadInput(
+            f"{where}: the text encoders gave a non-finite embedding of the caption (they compute in"
+            f" {dtype}, embeddings are kept in fp16); use --mixed_precision bf16 or no,"
+            " and if that does not help leave the row out, or use other text encoders"
+        )
+
+    def cut_off(self, prompts: Sequence[str]) -> tuple[list[bool], int]:
+        """Which prompts have more tokens than the text encoders take, which drop the rest; and how many they take."""
+        cut, limit = [False] * len(prompts), 0
+        for suffix in ("", "_2"):
+            tokenizer = getattr(self.pipeline, f"tokenizer{suffix}", None)
+            if tokenizer is None:
+                continue
+            encoder = getattr(self.pipeline, f"text_encoder{suffix}", None)
+            positions = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
+            takes = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+            limit = min(limit, takes) if limit else takes
+            for first in range(0, len(prompts), 4096):
+                some = list(prompts[first : first + 4096])
+                for place, ids in enumerate(tokenizer(some, verbose=False)["input_ids"], start=first):
+                    cut[place] |= len(ids) > takes
+        return cut, limit
 
     def free_encoders(self, *, keep: bool) -> None:
         """Give back the device memory of VAE and text encoders, for training from encoded images and prompts.

@@ -109,6 +109,58 @@ def test_layouts_streamed(layout, tmp_path):
     assert source.identity() != open_source(path, **options).identity()
 
 
+# a name -> a neighbour that it would match as a pattern, or be taken for
+ODD_NAMES = {
+    "run[1]": "run1",
+    "w?t": "wat",
+    "a*b": "acb",
+    "[!a]": "b",
+    "a::b": "a",
+    "file:x": "x",
+    "hf:": "hf",
+    "~tmp": "tmp",
+    "{x}": "x",
+    "#": "h",
+    "%20": " ",
+    " sp ": "sp",
+    "-x": "x",
+    "bäume": "baume",
+    "two\nlines": "two",
+}
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_path_names_that_file_and_no_other(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for text, folder in (("neighbour", ODD_NAMES[name]), ("right", name)):
+        columns = pickapic(n=2, captions=[text] * 2, size=8)
+        write_table(tmp_path / folder / "train.parquet", columns)
+        write_arrow_file(tmp_path / f"{folder}.arrow", columns)
+    (tmp_path / "other").mkdir()
+    as_image_feature(pickapic(n=2, captions=["right"] * 2, size=8)).save_to_disk(tmp_path / "other" / "saved")
+    os.rename(tmp_path / "other" / "saved", tmp_path / f"saved {name}")
+    write_jsonl(tmp_path / f"lines {name}", pickapic(n=2, captions=["right"] * 2, size=8))
+    for given in (name, f"{name}.arrow", tmp_path / name / "train.parquet", f"saved {name}", f"./lines {name}"):
+        for streaming in (False, True):
+            source = open_source(given, streaming=streaming, cache_dir="cache[1]")
+            captions = [row.caption for row in source.rows()] if streaming else source.captions()
+            assert captions == ["right"] * 2, (given, streaming)
+
+
+def test_a_file_whose_name_needs_a_link_is_copied_once_and_again_when_it_changes(tmp_path):
+    file = write_pickapic(tmp_path / "a::b.parquet", n=3, size=8)
+    stamps = {open_source(file, cache_dir=tmp_path / "cache").stamp() for _ in range(2)}
+    assert len(stamps) == 1
+    write_pickapic(file, n=4, size=8)
+    source = open_source(file, cache_dir=tmp_path / "cache")
+    assert len(source) == 4 and source.stamp() not in stamps
+
+
+def test_a_cache_in_which_sets_would_be_mixed_up_is_refused(tmp_path):
+    with pytest.raises(BadInput, match=r"a::b.*--cache_dir"):
+        open_source(write_pickapic(tmp_path / "a.parquet", n=2), cache_dir=tmp_path / "a::b")
+
+
 def test_the_real_sample(sample):
     source = open_source(sample)
     assert source.labels() == [1, 0, 1, 0, 1, 0, 0.5]
@@ -367,3 +419,22 @@ def test_paths_stay_inside_the_folder(tmp_path):
         with pytest.raises(BadImage, match=f"^chosen .*{reason}"):
             source.image_bytes(bad.row)
     assert source.image_bytes(len(hostile)) == (DECIDED["chosen"][0], DECIDED["rejected"][0])
+
+
+def test_lines_in_a_snapshot_of_the_hubs_cache(tmp_path):
+    """Every file there is a link into the repository's blobs; one into another repository's is refused."""
+    repository, other = tmp_path / "datasets--me--set", tmp_path / "datasets--you--set"
+    snapshot = write_jsonl(repository / "snapshots" / "abc", COLUMNS)
+    (repository / "blobs").mkdir()
+    (other / "blobs").mkdir(parents=True)
+    for number, file in enumerate(sorted(snapshot.rglob("*.*"))):
+        blob = (other if file.name == "2-chosen.jpg" else repository) / "blobs" / f"{number:040d}"
+        file.rename(blob)
+        file.symlink_to(os.path.relpath(blob, file.parent))
+    for given in (snapshot, snapshot / "train.jsonl"):
+        source = open_source(given)
+        assert [(bad.row, bad.column) for bad in source.missing_images()] == [(2, "chosen")]
+        assert source.image_bytes(3) == (DECIDED["chosen"][3], DECIDED["rejected"][3])
+    lines = [{"prompt": "a", "chosen": f"../../blobs/{0:040d}", "rejected": "images/1-chosen.jpg"}]
+    (snapshot / "named.jsonl").write_text(json.dumps(lines[0]))
+    assert "leads out" in open_source(snapshot / "named.jsonl").missing_images()[0].reason

@@ -352,3 +352,13 @@ def test_save_full_refuses_a_state_that_is_not_the_unets(request, tmp_path):
     del state["conv_in.weight"]
     with pytest.raises(RuntimeError, match=r"conv_in\.weight"):
         family.save_full(tmp_path, state)
+
+
+def test_prompts_that_are_cut_off_are_those_whose_last_words_say_nothing(family):
+    prompts = ["word " * n + "end" for n in range(10, 40)]  # a letter is a token in these tokenizers
+    cut, limit = family.cut_off(prompts)
+    assert limit == 77 and any(cut) and not all(cut)
+    for prompt, is_cut in zip(prompts, cut, strict=True):
+        one, other = (family.encode_prompts([text])["prompt_embeds"] for text in (prompt, prompt[:-1] + "q"))
+        assert torch.equal(one, other) == is_cut
+    assert cut == sorted(cut)

@@ -217,6 +217,9 @@ class RememberedSource:
     def labels(self) -> list[Any]:
         return self._source.labels()
 
+    def image_names(self) -> list[tuple[str, str] | None] | None:
+        return self._source.image_names()
+
     def missing_images(self, progress: bool = False) -> list[BadRow]:
         return self._source.missing_images(progress)
 

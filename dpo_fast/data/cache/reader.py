@@ -1,6 +1,7 @@
 """Batches from the cache: pairs by the keys of their images and captions, copied once, each record checked."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from dpo_fast.data.batch import Batch, EncodedPair, PairTransform
 from dpo_fast.data.cache.errors import RefErrors
 from dpo_fast.data.cache.recipe import Recipe, caption_key, mirrored
 from dpo_fast.data.cache.store import Store
-from dpo_fast.data.images import BadImage
+from dpo_fast.data.images import SAME, BadImage
+from dpo_fast.errors import BadInput
 
 
 class CachedItems:
@@ -27,6 +29,10 @@ class CachedItems:
     @property
     def recipe(self) -> Recipe:
         return self._store.recipe
+
+    @property
+    def folder(self) -> Path:
+        return self._store.folder
 
     def meta(self, keys: Sequence[bytes]) -> list:
         """What was noted beside each record."""
@@ -91,6 +97,8 @@ class CachedTransform:
             for side, key in zip(sides, keys, strict=True):
                 side.append(None if fault else key)
         ids = pair_id.tolist()
+        conditioning = self.text.read([caption_key(pair.caption) for pair in pairs])
+        self._check_finite(pairs, conditioning)
         chosen = [pair.chosen for pair in pairs]
         return Batch(
             pixels=None,
@@ -104,9 +112,19 @@ class CachedTransform:
             time_ids=torch.tensor(time_ids, dtype=torch.float32),
             bad=[(row, fault) for row, fault in zip(ids, bad, strict=True) if fault],
             latents=self.latents.read([*sides[0], *sides[1]])["latents"],
-            conditioning=self.text.read([caption_key(pair.caption) for pair in pairs]),
+            conditioning=conditioning,
             ref_errors=self.errors.read(pair_id, draw, chosen) if self.errors is not None else None,
         )
+
+    def _check_finite(self, pairs: Sequence[EncodedPair], conditioning: dict[str, Tensor]) -> None:
+        for embeddings in conditioning.values():
+            finite = np.isfinite(embeddings.view(len(pairs), -1).numpy()).all(1)
+            if not finite.all():
+                caption = pairs[int(np.argmin(finite))].caption
+                raise BadInput(
+                    f"{self.text.folder} holds a non-finite embedding of the caption {caption!r:.200}: delete that"
+                    " folder; when it is made again, what is wrong is said"
+                )
 
     def _look_up(self, pair: EncodedPair, mirror: bool) -> tuple[list[bytes | None], list, str | None]:
         """The keys of a pair's images, their sizes and crops, and what is wrong with the first bad one."""
@@ -115,6 +133,8 @@ class CachedTransform:
         for side, image in enumerate(pair.images):
             if isinstance(image, BadImage):
                 return keys, [], str(image)
+            if side == 1 and image == pair.images[0]:
+                return keys, [], str(BadImage(SAME, "rejected image"))
             keys[side] = mirrored(image) if mirror else image
         for name, noted in zip(("chosen image", "rejected image"), self.latents.meta(keys), strict=True):
             if isinstance(noted, dict):

@@ -28,7 +28,7 @@ from dpo_fast.checksums import Damaged, digest, parse_signed, sha256_of, write_s
 from dpo_fast.data.cache.recipe import Recipe
 from dpo_fast.data.images import KEY_BYTES
 from dpo_fast.errors import DISK_ERRORS, FORBIDDEN, BadInput, remedy
-from dpo_fast.files import flush, regular_file, remove_temporaries, write_json
+from dpo_fast.files import flush, regular_file, remove_temporaries, user_path, write_json
 
 SHARD_BYTES = 256 << 20  # a full shard's records, about
 _SHARD = re.compile(r"shard-(\d+)-(\d+)\.(json|bin|part|log)$")
@@ -265,8 +265,8 @@ def log_keys(folder: Path) -> set[bytes]:
 def default_root() -> Path:
     """Where the cache is kept when nobody says: $DPO_FAST_CACHE, or dpo_fast in $HF_HOME or in ~/.cache."""
     if given := os.environ.get("DPO_FAST_CACHE"):
-        return Path(given).expanduser()
-    return Path(os.environ.get("HF_HOME") or "~/.cache").expanduser() / "dpo_fast"
+        return user_path(given)
+    return user_path(os.environ.get("HF_HOME") or "~/.cache") / "dpo_fast"
 
 
 def not_writable(folder: Path, error: OSError) -> BadInput:

@@ -1,0 +1,53 @@
+"""Embedded colour profiles: an image's numbers to sRGB, which is what models are trained on and screens are sent.
+
+A profile is applied by LittleCMS, relative colorimetric with black point compensation, where it is of the image's own
+colour space: RGB (palettes too), grey or CMYK. As in browsers, a profile that cannot be read or is of another colour
+space is ignored, and an image without one is taken for sRGB. A profile that is sRGB, up to rounding, changes no pixel.
+PNG's gAMA and cHRM chunks are not applied.
+"""
+
+import io
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageCms
+
+SAME = 2  # of 255: the tables of the sRGB profiles in use differ by so much from each other
+
+# The colour spaces of profiles: PIL's mode of what they are applied to.
+_SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+
+
+def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """An image of mode RGB, L or CMYK in sRGB: of mode RGB if its ICC `profile` was applied, else as it is."""
+    transform = _transform(profile, image.mode) if profile else None
+    return image if transform is None else transform.apply(image)
+
+
+@lru_cache(maxsize=64)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From `profile` to sRGB; None: leave the pixels. Any thread may use it: LittleCMS keeps nothing between calls."""
+    flags = ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.NOCACHE
+    intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if _SPACES.get(source.profile.xcolor_space.strip()) != mode:
+            return None
+        srgb = ImageCms.createProfile("sRGB")
+        transform = ImageCms.buildTransform(source, srgb, mode, "RGB", renderingIntent=intent, flags=flags)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+    if mode == "CMYK":
+        return transform
+    samples = _samples(mode)
+    as_it_is = np.asarray(samples.convert("RGB")).astype(int)
+    return None if np.abs(np.asarray(transform.apply(samples)) - as_it_is).max() <= SAME else transform
+
+
+def _samples(mode: str) -> Image.Image:
+    """Every grey, and for RGB a lattice of 16^3 colours too."""
+    grey = np.arange(256, dtype=np.uint8)
+    if mode == "L":
+        return Image.fromarray(grey[None])
+    lattice = np.stack(np.meshgrid(*[grey[::17]] * 3, indexing="ij"), -1).reshape(-1, 3)
+    return Image.fromarray(np.concatenate([np.repeat(grey[:, None], 3, 1), lattice])[None])
