@@ -7,7 +7,6 @@ same files. Inputs (model, pairs, a trained policy) are shared.
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from tests.helpers import pipelines
 from tests.helpers.pairs import write_pickapic, write_table
 
 SHAPES = Path(shapes.__file__).parent
-TEXTS = SHAPES.joinpath("held_out.txt").read_text().splitlines()[:2]
 
 # Of two runs that do the same, these differ: how long it took, and how much memory there was.
 MEASURED = frozenset(
@@ -35,107 +33,61 @@ class Inputs:
     folder: Path
 
     @property
+    def world(self) -> Path:
+        """The built-in pipeline."""
+        return SHAPES / "pipeline"
+
+    @property
     def pairs(self) -> Path:
-        return self.folder / "shapes.parquet"
+        """Pairs of the built-in world, one of which does not decode."""
+        return self.folder / "pairs.parquet"
 
     @property
     def photos(self) -> Path:
+        """Other pairs."""
         return self.folder / "photos.parquet"
 
     @property
+    def prompts(self) -> Path:
+        """Two captions of the built-in world, a line each."""
+        return self.folder / "prompts.txt"
+
+    @property
     def model(self) -> Path:
+        """A tiny pipeline of Stable Diffusion 1.5's classes."""
         return self.folder / "sd15"
 
     @property
     def policy(self) -> Path:
+        """The output folder of a training."""
         return self.folder / "policy"
 
 
-@dataclass(frozen=True)
-class Command:
-    """`python -m dpo_fast.<module> argv`."""
+_RUN = (
+    " --latent_cache_dir cache --output_dir out --seed 0 --train_batch_size 2 --max_train_steps 3 --log_every 1"
+    " --dataloader_num_workers 0 --learning_rate 1e-3"
+)
+_WORLD = (
+    " --pretrained_model_name_or_path {world} --dataset_name {pairs} --resolution 16 --max_bad_fraction 0.5"
+) + _RUN  # fmt: skip
+_IMAGES = " --policy {policy} --prompts {prompts} --seeds 2 --sampling_steps 2 --batch_size 2 --output_dir out"
 
-    module: str
-    argv: Callable[[Inputs], list[object]]
-
-
-def _training(model: Path, pairs: Path, *more: object) -> list[object]:
-    return [
-        *("--pretrained_model_name_or_path", model, "--dataset_name", pairs, "--latent_cache_dir", "cache"),
-        *("--output_dir", "out", "--seed", 0, "--train_batch_size", 2, "--max_train_steps", 3, "--log_every", 1),
-        *("--dataloader_num_workers", 0, "--learning_rate", 1e-3, *more),
-    ]
-
-
-def _shapes(inputs: Inputs, *more: object) -> list[object]:
-    return _training(SHAPES / "pipeline", inputs.pairs, "--resolution", 16, "--max_bad_fraction", 0.5, *more)
-
-
-_GENERATION = ("--prompts", *TEXTS, "--sampling_steps", 2, "--batch_size", 2, "--output_dir", "out", "--seeds", 2)
-
+# The words after `python -m dpo_fast.`; in braces, inputs.
 COMMANDS = {
     # the whole of a training: cache, reference's errors, validation, pruned checkpoints, result, evaluation, page
-    "train": Command(
-        "train",
-        lambda inputs: _shapes(
-            inputs,
-            *("--checkpointing_steps", 1, "--checkpoints_total_limit", 2, "--cached_reference", 1),
-            *("--run_validation", "--validation_steps", 2, "--validation_fraction", 0.3, "--sampling_steps", 2),
-            *("--eval_scorers", "appeal", "--eval_prompts", inputs.folder / "prompts.txt", "--eval_images", 4),
-            *("--resume_from_checkpoint", "auto"),
-        ),
-    ),
+    "train": "train --checkpointing_steps 1 --checkpoints_total_limit 2 --cached_reference 1 --run_validation"
+    " --validation_steps 2 --validation_fraction 0.3 --sampling_steps 2 --eval_scorers appeal --eval_prompts {prompts}"
+    " --eval_images 4 --resume_from_checkpoint auto" + _WORLD,
     # the whole UNet: a pipeline of many files as the result
-    "train full": Command(
-        "train",
-        lambda inputs: _training(
-            inputs.model,
-            inputs.photos,
-            "--resolution",
-            64,
-            "--tuning",
-            "full",
-            "--use_ema",
-            "--checkpointing_steps",
-            1,
-            *("--resume_from_checkpoint", "auto"),
-        ),  # fmt: skip
-    ),
-    "cache build": Command("cache", lambda inputs: ["build", *_shapes(inputs, "--hflip")]),
-    "cache reference": Command("cache", lambda inputs: ["reference", "--draws", 2, *_shapes(inputs)]),
-    "relabel": Command(
-        "relabel",
-        lambda inputs: [
-            *(
-                "--dataset_name",
-                inputs.pairs,
-                "--output",
-                "labelled.parquet",
-                "--batch_size",
-                2,
-                "--scorer",
-                "appeal:1",
-            ),
-            *("--scorer", "faithfulness:0.5", "--temperature", 0.5, "--max_bad_fraction", 0.5),
-        ],
-    ),
-    "generate": Command("generate", lambda inputs: ["--policy", inputs.policy, "--baseline", "base", *_GENERATION]),
-    "evaluate": Command(
-        "evaluate",
-        lambda inputs: [
-            *("--policy", inputs.policy, "--scorers", "appeal", "faithfulness", *_GENERATION),
-            *(
-                "--dataset_name",
-                inputs.photos,
-                "--label_column",
-                "label_0",
-                "--dataloader_num_workers",
-                0,
-                "--draws",
-                2,
-            ),
-        ],
-    ),
+    "train full": "train --pretrained_model_name_or_path {model} --dataset_name {photos} --resolution 64 --tuning full"
+    " --use_ema --checkpointing_steps 1 --resume_from_checkpoint auto" + _RUN,
+    "cache build": "cache build --hflip" + _WORLD,
+    "cache reference": "cache reference --draws 2" + _WORLD,
+    "relabel": "relabel --dataset_name {pairs} --max_bad_fraction 0.5 --scorer appeal:1 --scorer faithfulness:0.5"
+    " --temperature 0.5 --batch_size 2 --output labelled.parquet",
+    "generate": "generate --baseline base" + _IMAGES,
+    "evaluate": "evaluate --scorers appeal faithfulness --dataset_name {photos} --label_column label_0 --draws 2"
+    " --dataloader_num_workers 0" + _IMAGES,
 }
 
 
@@ -150,12 +102,12 @@ def write_inputs(server: Server, folder: Path) -> Inputs:
     rows["jpg_1"][3] = rows["jpg_1"][3][:60]  # does not decode
     write_table(inputs.pairs, rows)
     write_pickapic(inputs.photos, n=6, size=16)
-    inputs.folder.joinpath("prompts.txt").write_text("\n".join(TEXTS) + "\n")
+    inputs.prompts.write_text("\n".join(SHAPES.joinpath("held_out.txt").read_text().splitlines()[:2]) + "\n")
     pipelines.make_sd15(inputs.model)
-    argv = _training(SHAPES / "pipeline", inputs.photos, "--resolution", 16, "--sampling_steps", 2)
     work = inputs.folder / "training"
     work.mkdir()
-    done = server.run("train", argv, work)
+    line = "--pretrained_model_name_or_path {world} --dataset_name {photos} --resolution 16 --sampling_steps 2" + _RUN
+    done = server.run("train", words(line, inputs), work)
     if done.status:
         raise RuntimeError(f"the policy could not be trained: {done.err}")
     (work / "out").rename(inputs.policy)
@@ -163,31 +115,23 @@ def write_inputs(server: Server, folder: Path) -> Inputs:
     return inputs
 
 
-RESUME_AUTO = False  # whether --resume_from_checkpoint auto is there
-
-
-def _without_auto(argv: list[object], out: Path) -> list[object]:
-    """What a person would type in its place."""
-    if RESUME_AUTO or "auto" not in argv:
-        return argv
-    saved = any(path.is_dir() for path in out.glob("checkpoint-*"))
-    flags = argv[:-2] if argv[-1] == "auto" else argv
-    if saved:
-        return [*flags, "--resume_from_checkpoint", "latest"]
-    return [*flags, "--overwrite"] if (out / "config.yaml").is_file() else flags
+def words(line: str, inputs: Inputs) -> list[str]:
+    """A command line's words, with the inputs."""
+    paths = {name: getattr(inputs, name) for name in ("world", "pairs", "photos", "prompts", "model", "policy")}
+    return [word.format(**paths) for word in line.split()]
 
 
 class Case:
     """A command in a folder of its own, run as often as one likes."""
 
     def __init__(self, server: Server, inputs: Inputs, name: str, folder: Path) -> None:
-        self.server, self.inputs, self.command, self.folder = server, inputs, COMMANDS[name], folder.resolve()
+        self.server, self.folder = server, folder.resolve()
+        self.module, *self.argv = words(COMMANDS[name], inputs)
         self.folder.mkdir(parents=True)
 
     def run(self, fault: Fault | None = None, signal: Signal | None = None, root: Path | None = None) -> Outcome:
         """Run the command line, always the same."""
-        argv = _without_auto(self.command.argv(self.inputs), self.folder / "out")
-        return self.server.run(self.command.module, argv, self.folder, fault=fault, signal=signal, root=root)
+        return self.server.run(self.module, self.argv, self.folder, fault=fault, signal=signal, root=root)
 
     def remove(self) -> None:
         """Delete what it wrote."""

@@ -108,5 +108,5 @@ def test_all_libraries_come_through_it(checks):
     writes = [call.path for call in checks.whole("train").calls if call.kind == "WRITE"]
     for part in ("metrics.jsonl", "-checkpoint-1/.tmp", "rows-", "shard-", ".png", "scores.parquet"):
         assert any(part in path for path in writes), part
-    assert any("shapes.parquet" in call.path for call in checks.whole("relabel").reads)
+    assert any("pairs.parquet" in call.path for call in checks.whole("relabel").reads)
     assert any("/policy/" in call.path for call in checks.whole("evaluate").reads)
