@@ -26,7 +26,8 @@ PREFIX = "checkpoint-"
 # visit). Any other difference is refused. Of the cached reference's draws the opening of a run judges.
 MAY_CHANGE = frozenset(
     "preset dataset_name max_train_steps num_train_epochs log_every report_to logging_dir tracker_name output_dir"
-    " overwrite resume_from_checkpoint checkpointing_steps checkpoints_total_limit validation_steps push_to_hub"
+    " overwrite resume_from_checkpoint checkpointing_steps checkpointing_minutes checkpoints_total_limit"
+    " validation_steps push_to_hub"
     " hub_model_id cache_dir dataloader_num_workers vae_encode_batch_size max_skipped_updates train_batch_size"
     " gradient_accumulation_steps backend compile gradient_checkpointing cache latent_cache_dir cached_reference"
     " eval_scorers eval_prompts eval_images eval_batch_size scorer_models".split()
@@ -35,7 +36,7 @@ MAY_CHANGE = frozenset(
 
 def save(output_dir: Path, step: int, files: dict[str, dict[str, torch.Tensor]], state: dict[str, object]) -> Path:
     """Write checkpoint-`step` under a temporary name and rename it. Returns its path. Raises OSError."""
-    target = output_dir / f"{PREFIX}{step}"
+    target = folder_of(output_dir, step)
     with atomic_folder(target) as folder:
         for name, tensors in files.items():
             # copies, because safetensors refuses tensors that share memory: the code books of 8-bit states do
@@ -59,6 +60,11 @@ def load(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, ob
     return files, state
 
 
+def folder_of(output_dir: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` optimizer steps."""
+    return output_dir / f"{PREFIX}{step}"
+
+
 def step_of(folder: Path) -> int:
     """The N of checkpoint-N."""
     return int(folder.name.removeprefix(PREFIX))
@@ -70,13 +76,20 @@ def all_of(output_dir: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def find(output_dir: Path, wanted: str) -> Path:
-    """The folder `--resume_from_checkpoint` means: `latest`, a path, or the name of one inside `output_dir`."""
-    if wanted == "latest":
-        found = all_of(output_dir)
-        if not found:
-            raise BadInput(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint-N folder to go on from")
-        return found[-1]
+def find(output_dir: Path, wanted: str) -> Path | None:
+    """The folder `--resume_from_checkpoint` means: `latest`, a path, or the name of one inside `output_dir`.
+
+    `auto` is `latest` where there is one, else None. Raises BadInput for a checkpoint that does not exist.
+    """
+    if wanted in ("latest", "auto"):
+        if checkpoints := all_of(output_dir):
+            return checkpoints[-1]
+        if wanted == "auto":
+            return None
+        raise BadInput(
+            f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint-N folder to go on from; auto starts"
+            " such a run from the beginning"
+        )
     for path in (Path(wanted), output_dir / wanted):
         if path.is_dir():
             return path

@@ -285,9 +285,12 @@ class TrainConfig:
     overwrite: bool = False
     """Replace what an earlier run left in output_dir."""
     resume_from_checkpoint: str | None = None
-    """`latest`, or a checkpoint folder: go on from there, to the same result."""
+    """Go on to the same result from a checkpoint: `latest`, a checkpoint folder, or `auto`: from the latest one where
+    there is one, else from the start, so that one command line works the first time and after any interruption."""
     checkpointing_steps: int = 500
     """Save the training state every N optimizer steps."""
+    checkpointing_minutes: float | None = None
+    """Also save it when this many minutes have passed since the last save, after the optimizer step in progress."""
     checkpoints_total_limit: int | None = None
     """Keep only the newest N checkpoints."""
     log_every: int = 10
@@ -461,7 +464,12 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
         config.attention, config.enable_xformers_memory_efficient_attention = "xformers", False
     if config.mixed_precision is None:
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        config.mixed_precision = launched if launched in ("fp16", "bf16") else "no"
+        if launched not in ("no", "fp16", "bf16"):
+            raise BadInput(
+                f"accelerate launch --mixed_precision {launched} is not supported: give --mixed_precision no, fp16 or"
+                " bf16 to it, or to this command"
+            )
+        config.mixed_precision = launched
     if config.preference:
         if config.eval_scorers:
             others = (name for name in config.eval_scorers if name != config.preference)
@@ -505,6 +513,7 @@ _NUMBERS = {
     "max_skipped_updates": (lambda v: v >= 1, "at least 1"),
     "seed": (lambda v: 0 <= v < 2**63, "in [0, 2^63)"),
     "checkpointing_steps": (lambda v: v >= 1, "at least 1"),
+    "checkpointing_minutes": (lambda v: v > 0, "greater than 0"),
     "checkpoints_total_limit": (lambda v: v >= 1, "at least 1"),
     "log_every": (lambda v: v >= 1, "at least 1"),
     "validation_steps": (lambda v: v >= 1, "at least 1"),
@@ -556,6 +565,8 @@ def check(config: TrainConfig) -> None:
         raise BadInput("--cached_reference needs the cache: errors belong to fixed latents; leave out --no-cache")
     if config.overwrite and config.resume_from_checkpoint:
         raise BadInput("--overwrite and --resume_from_checkpoint exclude each other: one deletes what the other needs")
+    if config.resume_from_checkpoint == "auto" and config.output_dir is None:
+        raise BadInput("--resume_from_checkpoint auto needs --output_dir: without it every start makes a new folder")
 
 
 # Folded into other flags by `resolve`, or without effect.

@@ -1,4 +1,4 @@
-"""What all doors share: what went wrong as one line and an exit status, and what is said on stderr.
+"""What all commands share: errors as one line and an exit status, signals, and output that never ends a run.
 
 Exit status: 0 done, 2 input that cannot be used (one line on stderr), 130 interrupted, 1 a fault of ours (with a
 traceback).
@@ -6,29 +6,129 @@ traceback).
 
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import IO
 
-from dpo_fast.errors import DISK_ERRORS, BadInput
+from dpo_fast.errors import DISK_ERRORS, BadInput, Unresponsive
 
 
 def guarded(work: Callable[[], int], *, kept: str, go_on: str) -> int:
     """The exit status of `work`, or of what it raised, said in one line.
 
     kept: what an interruption leaves. go_on: what to do about a disk that is full or cannot be written.
+    Within `work` a SIGTERM, SIGHUP or SIGUSR1 ends it as Ctrl-C does, and output that is closed or full is dropped.
     """
+    with steady_output(), on_signals(_ENDING, _interrupt):
+        return _guarded(work, kept, go_on)
+
+
+def _guarded(work: Callable[[], int], kept: str, go_on: str) -> int:
     try:
         return work()
     except BadInput as error:
         return refuse(str(error))
+    except Unresponsive as error:
+        refuse(str(error), any_rank=True)
+        return 1
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
         where = f" ({error.filename})" if error.filename else ""
         return refuse(f"{error.strerror}{where}: nothing half-written is left; {go_on}")
-    except KeyboardInterrupt:
-        say(f"interrupted at once; {kept}")
+    except KeyboardInterrupt as error:
+        say(f"interrupted at once{f' by {error}' if str(error) else ''}; {kept}")
         return 130
+
+
+_ENDING = tuple(  # signals that end a command as Ctrl-C does; SIGHUP and SIGUSR1 are not on every system
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+@contextmanager
+def on_signals(numbers: Iterable[int], handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Within the block `handler` answers these signals, except those that the process was started to ignore (nohup).
+
+    Only the main thread can set handlers: elsewhere (in a notebook's worker, for one) nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
+    answered = [number for number, old in before.items() if old is not signal.SIG_IGN]
+    for number in answered:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in answered:
+            signal.signal(number, before[number] or signal.SIG_DFL)  # None: it was not set from Python
+
+
+def acknowledge(message: str) -> None:
+    """Write a line to stderr from a signal handler: print may be in the middle of another line and cannot be used."""
+    with suppress(OSError):
+        os.write(2, f"\ndpo_fast: {message}\n".encode())
+
+
+class SteadyStream:
+    """A text stream that drops what it cannot write: a closed terminal or a full log disk must not end a run."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except UnicodeEncodeError:  # a terminal or log in ASCII
+            return self._stream.write(text.encode("ascii", "backslashreplace").decode())
+        except (OSError, ValueError):  # ValueError: closed
+            return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def steady_output() -> Iterator[None]:
+    """Within the block stdout and stderr are `SteadyStream`s; missing ones are replaced by the null device."""
+    for number in (0, 1, 2):  # a closed one would be the number of the next file opened, and get a library's messages
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    before = sys.stdout, sys.stderr
+    streams = [SteadyStream(stream or open(os.devnull, "w", encoding="utf-8")) for stream in before]
+    sys.stdout, sys.stderr = streams
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for stream in before:
+            _give_up_if_broken(stream)
+
+
+def _give_up_if_broken(stream: IO[str] | None) -> None:
+    """Point a stream that takes nothing at the null device: else Python fails at its exit, writing what is left."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError), open(os.devnull, "w", encoding="utf-8") as null:
+            os.dup2(null.fileno(), stream.fileno())
+            stream.flush()
 
 
 def refuse(message: str, any_rank: bool = False) -> int:

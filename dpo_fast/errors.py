@@ -10,6 +10,13 @@ class BadInput(ValueError):
     """Input that cannot be used. The message carries the value and the remedy."""
 
 
+class Unresponsive(RuntimeError):
+    """What a command waited for is dead or never answers: a worker process, another rank, a disk.
+
+    Commands turn it into one line and exit status 1.
+    """
+
+
 def missing_extra(package: str, extra: str, needed_for: str) -> BadInput:
     """The error for an optional package that is not installed, naming the extra that brings it."""
     return BadInput(

@@ -47,6 +47,7 @@ from dpo_fast.models import (
     compile_unet,
     load_family,
     merge_lora,
+    nonfinite_tensors,
     not_compiled,
     prediction,
     recompute_activations,
@@ -60,6 +61,10 @@ from dpo_fast.scoring import PairsOf, Scored, Scoring, Start
 SAMPLE_PROMPTS = 4
 
 logger = logging.getLogger(__name__)
+
+
+class AlreadyDone(Exception):
+    """`--resume_from_checkpoint auto` found a run that wrote all it was asked for."""
 
 
 @dataclass
@@ -94,7 +99,10 @@ class Run:
 
 
 def open_run(config: TrainConfig, ranks: Ranks) -> Run:
-    """Open everything that `config` names. Every rank calls this. Raises BadInput for whatever the user can mend."""
+    """Open everything that `config` names. Every rank calls this.
+
+    Raises BadInput for whatever the user can mend, and AlreadyDone.
+    """
     config = _settle(config, ranks)
     try:
         return _open(config, ranks)
@@ -110,6 +118,8 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     if config.compile != "off":
         check_compiler(ranks.device)
     files, saved = _saved_state(config)
+    restarting = config.resume_from_checkpoint == "auto" and not saved
+    overwrite = config.overwrite or (restarting and run_folder.is_unfinished(config.output_dir, config.logging_dir))
     if saved:
         config.seed = saved["config"]["seed"] if config.seed is None else config.seed
         config.resolution = config.resolution or saved["config"]["resolution"]
@@ -118,12 +128,17 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
         config.seed = ranks.share(secrets.randbits(31))
     if config.push_to_hub:
         ranks.on_main(lambda: hub.check_login(config.hub_token))  # found out now, not after the training
-    ranks.on_main(lambda: run_folder.claim(config.output_dir, overwrite=config.overwrite, resuming=bool(saved)))
+    ranks.on_main(lambda: run_folder.claim(config.output_dir, overwrite=overwrite, resuming=bool(saved)))
 
     pairs = _open_pairs(config, ranks, config.output_dir / run_folder.REPORT)
     family = _load_model(config, ranks)
     if config.max_train_steps is None:
         config.max_train_steps = max(1, len(pairs.sets.train) * config.num_train_epochs // config.pairs_per_step)
+    if bad := nonfinite_tensors(family.unet.named_parameters()):
+        raise BadInput(
+            f"{config.pretrained_model_name_or_path}: {len(bad)} tensors of the UNet are not finite, first {bad[0]};"
+            " download the model again, or name another"
+        )
     fingerprints = {"base model": fingerprint(family.unet), "pairs": pairs.identity}
     model = prediction(family) if config.cached_reference else None  # before adapters come
     masters, reference = make_trainable(config, ranks, family)
@@ -132,14 +147,16 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     if saved:
         step = _check_saved(config, fingerprints, saved)
         _check_draws(config, pairs, saved)
+        _check_whether_done(config, ranks, step)
     ranks.on_main(lambda: _check_space(config, family, masters))
+    trains = step < config.max_train_steps  # else only the result is to be written
     cached = None
-    if config.cache:
+    if config.cache and trains:
         cached = _fill_cache(config, ranks, pairs, _wanted(config, pairs), family, waiting=logger.warning)
     if cached and not config.run_validation:  # samples need them
         family.free_encoders(keep=config.tuning == "full")
     scored = None
-    if model:
+    if model and trains:
         with not_compiled():  # of other batch shapes than training's
             scored = _score(config, ranks, pairs, cached, family, model)  # while the policy is the base
     if saved:
@@ -155,7 +172,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     if saved:
         run.notes |= saved["notes"]
         run.bad_rows |= {row[0]: BadRow(*row) for row in saved["bad_rows"]}
-    ranks.on_main(lambda: run_folder.begin(config.output_dir, overwrite=config.overwrite, config_yaml=to_yaml(config)))
+    ranks.on_main(lambda: run_folder.begin(config.output_dir, overwrite=overwrite, config_yaml=to_yaml(config)))
     return run
 
 
@@ -189,9 +206,9 @@ def _settle(config: TrainConfig, ranks: Ranks) -> TrainConfig:
 
 
 def _saved_state(config: TrainConfig) -> tuple[dict, dict]:
-    if config.resume_from_checkpoint is None:
-        return {}, {}
-    return checkpoint.load(checkpoint.find(config.output_dir, config.resume_from_checkpoint))
+    """The files and the state of the checkpoint to go on from; both empty where the run starts."""
+    folder = config.resume_from_checkpoint and checkpoint.find(config.output_dir, config.resume_from_checkpoint)
+    return checkpoint.load(folder) if folder else ({}, {})
 
 
 def _check_backend(config: TrainConfig, ranks: Ranks) -> None:
@@ -400,10 +417,10 @@ def _check_saved(config: TrainConfig, fingerprints: dict[str, str], saved: dict)
     """The step of a checkpoint. Raises BadInput where model or pairs are not those it is of."""
     before = saved["fingerprints"]
     _refuse_changes([f"{name}: {before[name]} -> {now}" for name, now in fingerprints.items() if before[name] != now])
-    if saved["step"] >= config.max_train_steps:
+    if saved["step"] > config.max_train_steps:
         raise BadInput(
-            f"--resume_from_checkpoint: step {saved['step']} of --max_train_steps {config.max_train_steps} is done"
-            " already; raise --max_train_steps to train on"
+            f"--resume_from_checkpoint: the checkpoint is of step {saved['step']}, after the last of --max_train_steps"
+            f" {config.max_train_steps}; give at least {saved['step']}, or resume from an earlier checkpoint"
         )
     there = checkpoint.all_of(config.output_dir)
     later = [folder.name for folder in there if checkpoint.step_of(folder) > saved["step"]]
@@ -413,6 +430,15 @@ def _check_saved(config: TrainConfig, fingerprints: dict[str, str], saved: dict)
             f" ({', '.join(later)}); move them away, or go on from it in a new --output_dir"
         )
     return saved["step"]
+
+
+def _check_whether_done(config: TrainConfig, ranks: Ranks, step: int) -> None:
+    """Raise AlreadyDone where `auto` has nothing left to do. Every rank calls this."""
+    if config.resume_from_checkpoint != "auto" or step < config.max_train_steps:
+        return
+    parts = dict(evaluated=bool(config.eval_scorers), uploaded=config.push_to_hub)
+    if ranks.share(run_folder.is_finished(config.output_dir, step, **parts)):
+        raise AlreadyDone(f"{config.output_dir} is done already, all {step} steps; --overwrite trains anew")
 
 
 def _restore(masters: MasterOptimizer, kl: torch.Tensor, files: dict, saved: dict) -> None:

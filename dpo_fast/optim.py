@@ -90,6 +90,11 @@ class MasterOptimizer:
         for parameter in self.parameters:
             parameter.grad = None
 
+    def drop_gradients(self) -> None:
+        """Forget what was accumulated since the last step."""
+        for tensor in (*self.parameters, *self.masters):
+            tensor.grad = None
+
     def gradients(self) -> list[torch.Tensor]:
         """The masters' fp32 gradients, in the order of `names`."""
         return [m.grad for m in self.masters]

@@ -6,7 +6,8 @@ backward pass, and the reference runs on the very module that is trained.
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,11 +20,14 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from PIL import Image
 
-from dpo_fast.errors import BadInput, missing_extra
+from dpo_fast import heartbeat
+from dpo_fast.errors import BadInput, Unresponsive, missing_extra
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=1)  # others wait while the main rank samples, saves and uploads
+# The others wait while the main rank samples, saves and uploads. A dead rank is noticed long before this, by its
+# heartbeat; this ends the wait for one that lives and never answers.
+PATIENCE = timedelta(days=1)
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
 BUCKET_ELEMENTS = 32 * 1024 * 1024  # 128 MiB of fp32 a collective: large enough for full bandwidth
 
@@ -37,6 +41,8 @@ class Ranks:
     world_size: int
     device: torch.device
     signals: "dist.ProcessGroup | None"  # a CPU group, so that agreeing on a flag never waits for the GPU
+    waiting_for: str | None = None  # what this rank waits for in a collective operation, for the heartbeat
+    heartbeat: "heartbeat.Heartbeat | None" = None
 
     @property
     def is_main(self) -> bool:
@@ -48,7 +54,8 @@ class Ranks:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([t.reshape(-1) for t in bucket])
-            dist.all_reduce(flat)
+            with self._waiting("the other ranks' gradients"):
+                dist.all_reduce(flat)
             torch._foreach_copy_(
                 bucket, [part.view_as(t) for part, t in zip(_split(flat, bucket), bucket, strict=True)]
             )
@@ -56,22 +63,25 @@ class Ranks:
     def broadcast_(self, tensors: list[torch.Tensor]) -> None:
         """Give every rank the main rank's values, in place."""
         if self.world_size > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+            with self._waiting("the main rank's weights"):
+                for tensor in tensors:
+                    dist.broadcast(tensor, src=0)
 
     def any(self, flag: bool) -> bool:
         """True on every rank where `flag` is true on any."""
         if self.world_size == 1:
             return flag
         votes = torch.tensor([int(flag)])
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.signals)
+        with self._waiting("the other ranks to agree"):
+            dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.signals)
         return bool(votes.item())
 
     def share(self, value: object) -> object:
         """The main rank's `value` on every rank (a small picklable object of our own making)."""
         box = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0, group=self.signals)
+            with self._waiting("the main rank's work"):
+                dist.broadcast_object_list(box, src=0, group=self.signals)
         return box[0]
 
     def gather(self, value: object) -> list[object]:
@@ -79,7 +89,8 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[object] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.signals)
+        with self._waiting("the other ranks' work"):
+            dist.all_gather_object(values, value, group=self.signals)
         return values
 
     def on_main(self, work: Callable[[], None]) -> None:
@@ -129,10 +140,25 @@ class Ranks:
     def wait(self) -> None:
         """Return once every rank has come here."""
         if self.world_size > 1:
-            dist.barrier(group=self.signals)
+            with self._waiting("the other ranks"):
+                dist.barrier(group=self.signals)
+
+    @contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        """The block waits for other ranks. Raises Unresponsive where one of them is gone."""
+        self.waiting_for = what
+        try:
+            yield
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise Unresponsive(f"another rank ended while rank {self.rank} waited for {what} ({reason})") from error
+        finally:
+            self.waiting_for = None
 
     def close(self) -> None:
         """Leave the process group."""
+        if self.heartbeat is not None:
+            self.heartbeat.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -141,8 +167,10 @@ def start(report_to: str) -> Ranks:
     """Join the launched processes (`accelerate launch`, torchrun), or run alone.
 
     `report_to` is a comma-separated list of trackers, `all` or `none`. Raises BadInput for one that is not known or not
-    installed, and RuntimeError when the launcher started more processes than joined.
+    installed and for a launcher that asks for what is not done here, and RuntimeError when it started more processes
+    than joined.
     """
+    _check_launcher()
     trackers = None if report_to == "none" else report_to.split(",")
     for name in trackers or ():
         if name not in (*TRACKERS, "all"):
@@ -158,8 +186,34 @@ def start(report_to: str) -> Ranks:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise RuntimeError(f"{launched} processes were launched but {accelerator.num_processes} joined")
-    signals = dist.new_group(backend="gloo", timeout=PATIENCE) if accelerator.num_processes > 1 else None
-    return Ranks(accelerator, accelerator.process_index, accelerator.num_processes, accelerator.device, signals)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    signals = dist.new_group(backend="gloo", timeout=PATIENCE) if world_size > 1 else None
+    ranks = Ranks(accelerator, rank, world_size, accelerator.device, signals)
+    if world_size > 1:
+        ranks.heartbeat = heartbeat.start(signals, lambda: ranks.waiting_for)
+    return ranks
+
+
+# What `accelerate launch` may ask for by its environment and nothing here heeds; with the value that asks for nothing.
+_NOT_HEEDED = {
+    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "false"),
+    "ACCELERATE_USE_FSDP": ("FSDP", "false"),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "false"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism config", "false"),
+    "ACCELERATE_DYNAMO_BACKEND": ("a dynamo backend (--compile regional compiles here)", "no"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient accumulation (--gradient_accumulation_steps here)", "1"),
+}
+
+
+def _check_launcher() -> None:
+    """Raise BadInput where the launcher asks for something that would silently not happen."""
+    for variable, (what, nothing) in _NOT_HEEDED.items():
+        value = os.environ.get(variable, nothing)
+        if value.lower() not in (nothing, "", "0", "none", "no"):
+            raise BadInput(
+                f"accelerate asks for {what} ({variable}={value}), which has no effect here: launch without it, for"
+                " example by `accelerate launch --multi_gpu`, or mend its configuration with `accelerate config`"
+            )
 
 
 def _buckets(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:

@@ -5,6 +5,7 @@ with an evaluation: report.html  scores.parquet  samples.png
 and the result: pytorch_lora_weights.safetensors, or a diffusers pipeline
 """
 
+import json
 import os
 import shutil
 import tempfile
@@ -16,6 +17,9 @@ from dpo_fast.errors import BadInput
 from dpo_fast.files import filled, remove_temporaries, write_text
 
 REPORT = "bad_rows.jsonl"
+SUMMARY = "summary.json"
+# What a run writes before its first checkpoint, beside its report, its trackers' logs and temporary files.
+_BEFORE_CHECKPOINTS = frozenset(("config.yaml", "metrics.jsonl", "validation.jsonl", "samples"))
 
 
 def claim(folder: Path, *, overwrite: bool, resuming: bool) -> None:
@@ -42,6 +46,29 @@ def claim(folder: Path, *, overwrite: bool, resuming: bool) -> None:
         raise BadInput(
             f"--output_dir {folder} cannot be written ({error.strerror or error}); name a folder that can"
         ) from error
+
+
+def is_unfinished(folder: Path, logging_dir: str) -> bool:
+    """Whether `folder` holds a run that ended before its first checkpoint, and nothing else."""
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    ours = _BEFORE_CHECKPOINTS | {REPORT, Path(logging_dir).parts[0]}
+    return "config.yaml" in names and all(name in ours or name.startswith(".") for name in names)
+
+
+def is_finished(folder: Path, step: int, *, evaluated: bool, uploaded: bool) -> bool:
+    """Whether the run in `folder` wrote all of its results at `step`, its last: with an evaluation or upload, that too.
+
+    A summary that cannot be read is one that is not there.
+    """
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        return (
+            summary["steps"] == step
+            and (not evaluated or "win_rate" in summary)
+            and (not uploaded or bool(summary["uploaded"]))
+        )
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def begin(folder: Path, *, overwrite: bool, config_yaml: str) -> None:

@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
 
     return guarded(
         work,
-        kept="checkpoints saved before are whole",
-        go_on="make room or name another --output_dir, then go on with --resume_from_checkpoint latest",
+        kept="checkpoints saved before are whole, and the same command with --resume_from_checkpoint auto goes on",
+        go_on="make room or name another --output_dir, then go on with --resume_from_checkpoint auto",
     )
 
 
@@ -44,7 +44,7 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
     import torch
 
     from dpo_fast import parallel
-    from dpo_fast.opening import open_run
+    from dpo_fast.opening import AlreadyDone, open_run
     from dpo_fast.trainer import Interrupted, Trainer
 
     show_log()
@@ -66,6 +66,8 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
             del run  # its memory is wanted
             remedy = f"the run is done: `python -m dpo_fast.evaluate --policy {config.output_dir} --batch_size 1`"
             _evaluate(evaluation, config, ranks)
+    except AlreadyDone as done:
+        say(str(done))
     except Interrupted as stop:
         say(str(stop))
         return 130

@@ -19,16 +19,30 @@ from dpo_fast.card import model_card
 from dpo_fast.config import public
 from dpo_fast.data import BadRow, Batch, validation_loader, write_report
 from dpo_fast.data.pairs import too_many_bad
+from dpo_fast.door import acknowledge, on_signals
 from dpo_fast.errors import BadInput
 from dpo_fast.files import write_json, write_text
 from dpo_fast.inputs import add_noise, conditioning_of
 from dpo_fast.kernels import dispatch
 from dpo_fast.metrics import Clock, MetricsFile, PairSums, for_trackers, interval95, overoptimised
-from dpo_fast.models import Conditioning, nonfinite_rows, not_compiled, programs_made, save_lora
+from dpo_fast.models import (
+    Conditioning,
+    nonfinite_rows,
+    nonfinite_tensors,
+    not_compiled,
+    programs_made,
+    save_lora,
+)
 from dpo_fast.objectives import OBJECTIVES, Terms, evaluate
 from dpo_fast.opening import Run
 
 OVEROPTIMISED_LINES = 3  # consecutive lines with its signature before it is called that: one line may be chance
+MANY_SKIPPED = 0.2  # the share of skipped updates above which a finished run says so
+# What asks a run to stop: Ctrl-C, a scheduler's end, Slurm's warning before it, a closed terminal.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+_GO_ON = "the same command with --resume_from_checkpoint latest goes on"
 
 
 class Interrupted(Exception):
@@ -47,23 +61,31 @@ class Trainer:
         self.nonfinite_pair = torch.tensor(-1, device=run.ranks.device)  # id of a pair whose latents are not finite
         self.grad_norm = torch.zeros((), device=run.ranks.device)
         self.clock = Clock(run.step)
-        self.last_line: dict[str, object] = {}
+        self.seconds_before = run.notes.get("seconds", 0.0)  # trained by earlier processes of this run, and
+        self.timed_from = 0 if "seconds" in run.notes else run.step  # the step their time counts from
+        self.last_line: dict[str, object] = run.notes.get("last_line", {})
         self.bad_rows_met: list[BadRow] = []  # by this rank, since all ranks last told each other
         self.signs = 0  # of over-optimisation, in consecutive lines
         self.programs: int | None = None  # compiled by the first step
         self.signal: str | None = None
         self.problem: BadInput | None = None
+        self.saved_at = time.monotonic()
 
     # ---- one step ----------------------------------------------------------------------------------------------
 
-    def train_step(self) -> None:
-        """One optimizer step over `pairs_per_step` pairs. Nothing in it waits for the device, but for optimizers that
-        cannot skip on the device (`MasterOptimizer`) and, without the cache, for captions' tokens on their way to it.
+    def train_step(self) -> bool:
+        """One optimizer step over `pairs_per_step` pairs, or False where the run was asked to stop before it was whole.
+
+        No CPU-GPU synchronisation, except for optimizers that cannot skip an update on the device (`MasterOptimizer`)
+        and, without the cache, for the copy of the captions' tokens.
         """
         passes = self.config.gradient_accumulation_steps
         loss = torch.zeros(1, device=self.ranks.device)
         reward = torch.zeros(1, device=self.ranks.device)
         for _ in range(passes):
+            if self.ranks.any(self.signal is not None):
+                self.masters.drop_gradients()
+                return False
             # draw: the loader drew timestep, flip, crop and dropout of each pair
             batch = self._next_batch()
             latents, conditioning = self.encode(batch)
@@ -88,6 +110,7 @@ class Trainer:
         self.grad_norm = self.masters.step(self.run_.step, loss[0], self.ranks.world_size * passes)
         self.run_.kl = (reward[0] / self.ranks.world_size).nan_to_num(0.0, 0.0).clamp(min=0)
         self.run_.step += 1
+        return True
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> tuple[torch.Tensor, Conditioning]:
@@ -127,22 +150,24 @@ class Trainer:
         Raises Interrupted after a signal, the state being saved, and BadInput for what only shows during training.
         """
         config, run = self.config, self.run_
-        self._say(self._overview())
+        trains = run.step < config.max_train_steps
+        self._say(self._overview() if trains else f"all {run.step} steps are done: writing the result")
         backend = dispatch.backend(config.backend) if config.backend != "auto" else nullcontext()
         with backend, self._watch_signals(), self._reporting():
-            if config.run_validation:
+            if config.run_validation and trains:
                 with not_compiled():
                     self._sample_base()
             self.clock.restart(run.step)
             while run.step < config.max_train_steps:
-                self.train_step()
+                if not self.train_step():
+                    self._stop()
                 self.bar.update()
                 last = run.step == config.max_train_steps
                 if run.step == 1 or run.step % config.log_every == 0 or last:
                     self.log()
-                self._stop_if_asked()
+                    self._raise_problems()
                 validating = config.run_validation and (run.step % config.validation_steps == 0 or last)
-                saving = run.step % config.checkpointing_steps == 0 or last
+                saving = run.step % config.checkpointing_steps == 0 or last or self._minutes_are_up()
                 if validating or saving:
                     self._finish_queued_work()
                 with self.clock.paused(), not_compiled():
@@ -150,8 +175,12 @@ class Trainer:
                         self.validate()
                     if saving:
                         self.save()
+            if self.ranks.any(self.signal is not None):
+                self._stop()  # saved is enough: the result is written by the command that goes on
             with not_compiled():
                 self.finish()
+        if self.ranks.any(self.signal is not None):
+            raise Interrupted(f"{self.signal or 'stopped'} after the result was written; {_GO_ON}")
 
     def log(self) -> None:
         """Read the device's sums and write a line: the points where the CPU waits for the device."""
@@ -244,6 +273,7 @@ class Trainer:
         if self.ranks.is_main:
             files, values = self.masters.state()
             files["optimizer"]["|kl"] = run.kl
+            run.notes |= {"seconds": self._seconds(), "last_line": self.last_line}
             state = {
                 "step": run.step,
                 "pairs_seen": run.step * self.config.pairs_per_step,
@@ -256,20 +286,27 @@ class Trainer:
             checkpoint.save(run.folder, run.step, files, state)
             checkpoint.prune(run.folder, self.config.checkpoints_total_limit)
         self.ranks.wait()
+        self.saved_at = time.monotonic()
 
     def finish(self) -> None:
-        """Write the result, summary.json and the model card, and upload them if asked."""
+        """Write the result, summary.json and the model card, and upload them if asked.
+
+        Raises BadInput, on every rank, for weights that no update reached or that are not finite.
+        """
         run, config = self.run_, self.config
+        self._check_result()
         if self.ranks.is_main:
             run_folder.publish(run.folder, self._export)
             summary = self._summary()
-            write_json(run.folder / "summary.json", summary)
+            write_json(run.folder / run_folder.SUMMARY, summary)
             counts = {"rows": run.sets.rows, "ties_dropped": run.sets.ties_dropped, "bad_rows": len(run.bad_rows)}
             card = model_card(public(config), summary, counts, self.family.name, self.argv)
             write_text(run.folder / "README.md", card)
             self._say(f"done, the result is in {run.folder}")
             if config.push_to_hub:
-                self._say(f"uploaded to {hub.push(run.folder, config.hub_model_id, config.hub_token)}")
+                summary["uploaded"] = hub.push(run.folder, config.hub_model_id, config.hub_token)
+                write_json(run.folder / run_folder.SUMMARY, summary)
+                self._say(f"uploaded to {summary['uploaded']}")
         self.ranks.wait()
 
     # ---- small parts -------------------------------------------------------------------------------------------
@@ -320,6 +357,25 @@ class Trainer:
                 " or use --mixed_precision bf16 or no, and go on from an earlier checkpoint"
             )
 
+    def _check_result(self) -> None:
+        """Raise BadInput where what was trained is not worth publishing."""
+        run, skipped = self.run_, int(self.masters.skipped.item())
+        instead = (
+            f"; nothing was published, {checkpoint.folder_of(run.folder, run.step)} holds the state. Lower"
+            " --learning_rate, or use --mixed_precision bf16 or no, and start again in another --output_dir"
+        )
+        if skipped == run.step:
+            raise BadInput(f"no update was finite: all {run.step} were skipped, so the model has not changed{instead}")
+        weights = self.masters.export()
+        if bad := nonfinite_tensors(weights.items()):
+            raise BadInput(f"{len(bad)} trained tensors are not finite, first {bad[0]}{instead}")
+        if skipped > MANY_SKIPPED * run.step:
+            self._say(f"warning: {skipped} of {run.step} updates were not finite and were skipped")
+
+    def _seconds(self) -> float:
+        """Wall time spent on this run so far, over all processes that went on with it."""
+        return self.seconds_before + time.perf_counter() - self.started
+
     def _check_programs(self) -> None:
         """Tell once where something was compiled after the first step, which takes time and changes the rounding."""
         if self.config.compile == "off":
@@ -333,35 +389,47 @@ class Trainer:
             )
         self.programs = made
 
-    def _stop_if_asked(self) -> None:
-        """End the run after a signal or a problem on any rank; every rank does so at the same step."""
-        if not self.ranks.any(self.signal is not None or self.problem is not None):
-            return
+    def _raise_problems(self) -> None:
+        """End the run on every rank where one of them met a problem."""
         problems = self.ranks.gather(self.problem and str(self.problem))
         if any(problems):
             raise BadInput(next(filter(None, problems)))
-        self.save()
+
+    def _minutes_are_up(self) -> bool:
+        """Whether --checkpointing_minutes have passed since the last save, by the main rank's clock."""
+        minutes = self.config.checkpointing_minutes
+        if minutes is None:
+            return False
+        return self.ranks.any(self.ranks.is_main and time.monotonic() - self.saved_at >= 60 * minutes)
+
+    def _stop(self) -> None:
+        """Save the state after the last whole step and raise Interrupted. Every rank calls this."""
+        run = self.run_
+        if not checkpoint.folder_of(run.folder, run.step).is_dir():
+            self._finish_queued_work()
+            self.save()
         raise Interrupted(
-            f"{self.signal or 'stopped'} after step {self.run_.step}: saved as"
-            f" {self.run_.folder / checkpoint.PREFIX}{self.run_.step}; the same command with"
-            " --resume_from_checkpoint latest goes on"
+            f"{self.signal or 'stopped'} after step {run.step}: saved as"
+            f" {checkpoint.folder_of(run.folder, run.step)}; {_GO_ON}"
         )
 
     @contextmanager
     def _watch_signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the step in progress; a second one ends it at once."""
+        """A signal of STOP_SIGNALS ends the run after the micro-batch in progress; a second one ends it at once.
+
+        Signals that the process was started to ignore (nohup) stay ignored.
+        """
 
         def ask(number: int, frame: object) -> None:
+            name = signal.Signals(number).name
             if self.signal is not None:
                 raise KeyboardInterrupt
-            self.signal = signal.Signals(number).name
+            self.signal = name
+            if self.ranks.is_main:
+                acknowledge(f"{name}: stopping after the micro-batch in progress, then saving; again ends it at once")
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with on_signals(STOP_SIGNALS, ask):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -373,7 +441,7 @@ class Trainer:
         held_out = main and config.run_validation and run.validation is not None
         self.validations = MetricsFile(run.folder / "validation.jsonl" if held_out else Path(os.devnull), run.step)
         self.bar = tqdm(total=config.max_train_steps, initial=run.step, unit="step", disable=not main)
-        self.started, self.first_step = time.perf_counter(), run.step
+        self.started = time.perf_counter()
         try:
             yield
         finally:
@@ -416,22 +484,22 @@ class Trainer:
 
     def _summary(self) -> dict[str, object]:
         run, line = self.run_, self.last_line
-        seconds = time.perf_counter() - self.started
-        steps = run.step - self.first_step
+        seconds = self._seconds()
+        steps = run.step - self.timed_from
         return {
             "steps": run.step,
             "pairs_seen": run.step * self.config.pairs_per_step,
-            "seconds": seconds,  # of this process: a resumed run counts from where it went on
+            "seconds": seconds,  # over all processes that trained: those killed count up to their last checkpoint
             "pairs_per_second": steps * self.config.pairs_per_step / seconds,
             "loss_first": run.notes.get("loss_first"),
-            "loss_last": line["loss"],
-            "implicit_accuracy": line["implicit_accuracy"],
+            "loss_last": line.get("loss"),
+            "implicit_accuracy": line.get("implicit_accuracy"),
             "validation_accuracy": run.notes.get("validation_accuracy"),
             "validation_accuracy_ci95": run.notes.get("validation_accuracy_ci95"),
             "ties_dropped": run.sets.ties_dropped,
             "bad_rows": len(run.bad_rows),
             "initial_margin_rms": run.notes.get("initial_margin_rms"),
-            "skipped_updates": line["skipped_updates"],
+            "skipped_updates": int(self.masters.skipped.item()),
             "overoptimised_at": run.notes.get("overoptimised_at"),
         }
 

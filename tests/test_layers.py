@@ -11,7 +11,7 @@ ROOT = Path(dpo_fast.__file__).parent
 # From the ground up; modules of one level do not import each other, files of one package may.
 LEVELS = [
     ["errors", "quiet"],
-    ["files", "door"],
+    ["files", "door", "heartbeat"],
     ["kernels"],
     ["draws", "schedule", "objectives", "config"],
     ["models", "data", "shapes"],

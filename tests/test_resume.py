@@ -2,14 +2,18 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from dpo_fast import checkpoint
 from dpo_fast.train import main
+from dpo_fast.trainer import Trainer
 from tests.helpers.runs import STEPS, assert_same_state, flags_for, lines, start, train
 
 VARIANTS = {
@@ -34,6 +38,110 @@ def test_resuming_is_bit_identical(sdxl_path, pairs, tmp_path, name):
     for key in ("loss_first", "initial_margin_rms", "steps", "pairs_seen", "loss_last"):
         whole_summary, parts_summary = (json.loads((f / "summary.json").read_text()) for f in (whole, parts))
         assert whole_summary[key] == parts_summary[key]
+
+
+LAST_STEP = {
+    "lora": [],
+    "full": ["--tuning", "full", "--use_ema"],
+    "streamed": ["--streaming"],
+    "cached reference": ["--cached_reference", 2],
+}
+
+
+def results(folder: Path) -> dict[str, object]:
+    """The weights of a run's result, and the part of its summary that does not depend on time."""
+    files = [p for p in folder.rglob("*.safetensors") if not p.relative_to(folder).parts[0].startswith("checkpoint-")]
+    found = {f"{file.relative_to(folder)} {name}": t.tolist() for file in files for name, t in load_file(file).items()}
+    summary = json.loads((folder / "summary.json").read_text())
+    timed = ("seconds", "pairs_per_second", "evaluation_seconds")
+    return found | {key: value for key, value in summary.items() if key not in timed}
+
+
+@pytest.mark.parametrize("how", ["latest", "auto"])
+@pytest.mark.parametrize("name", LAST_STEP)
+def test_stopped_after_the_last_checkpoint_the_result_is_still_written(sdxl_path, pairs, tmp_path, capsys, name, how):
+    more = ["--max_train_steps", 2, *LAST_STEP[name]]
+    out = train(sdxl_path, pairs, tmp_path / "run", *more)
+    before, seconds = results(out), json.loads((out / "summary.json").read_text())["seconds"]
+    for path in out.iterdir():
+        if path.name not in ("config.yaml", "metrics.jsonl", "checkpoint-2"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    capsys.readouterr()
+    train(sdxl_path, pairs, out, *more, "--resume_from_checkpoint", how)
+    assert "all 2 steps are done: writing the result" in capsys.readouterr().err
+    assert results(out) == before
+    assert [line["step"] for line in lines(out)] == [1, 2]
+    assert json.loads((out / "summary.json").read_text())["seconds"] >= 0.9 * seconds - 1
+
+
+def test_auto_starts_goes_on_and_is_done(sdxl_path, pairs, tmp_path, capsys):
+    """The same command line, the first time and after every interruption."""
+    flags = [sdxl_path, pairs, tmp_path / "run", "--resume_from_checkpoint", "auto", "--checkpointing_steps", 2]
+    whole = train(*flags)
+    before = results(whole)
+    capsys.readouterr()
+    train(*flags)
+    assert "done already, all 4 steps" in capsys.readouterr().err
+    # killed before the first checkpoint: what was begun is begun anew
+    for path in whole.iterdir():
+        if path.name not in ("config.yaml", "metrics.jsonl"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (whole / ".tmp-abc-config.yaml").touch()
+    train(*flags)
+    assert results(whole) == before
+    # killed after a checkpoint
+    shutil.rmtree(whole / "checkpoint-4")
+    (whole / "summary.json").unlink()
+    train(*flags)
+    assert results(whole) == before
+    assert not list(whole.glob(".tmp-*"))
+
+
+def test_auto_replaces_nothing_that_it_does_not_know(sdxl_path, pairs, tmp_path, capsys):
+    out = train(sdxl_path, pairs, tmp_path / "run", "--max_train_steps", 1)
+    shutil.rmtree(out / "checkpoint-1")  # the result of a run whose checkpoints were deleted
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert main(flags_for(sdxl_path, pairs, out, "--resume_from_checkpoint", "auto")) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+def test_fewer_steps_than_were_done_are_refused(sdxl_path, pairs, tmp_path, capsys):
+    out = train(sdxl_path, pairs, tmp_path / "run", "--max_train_steps", 2)
+    assert main(flags_for(sdxl_path, pairs, out, "--max_train_steps", 1, "--resume_from_checkpoint", "latest")) == 2
+    assert "of step 2, after the last of --max_train_steps 1" in capsys.readouterr().err
+
+
+def test_checkpoints_by_the_clock(sdxl_path, pairs, tmp_path):
+    out = train(sdxl_path, pairs, tmp_path / "run", "--max_train_steps", 3, "--checkpointing_minutes", 1e-6)
+    assert [checkpoint.step_of(folder) for folder in checkpoint.all_of(out)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_signal_is_heard_between_micro_batches(sdxl_path, pairs, tmp_path, capfd, monkeypatch, sent, step):
+    """The step in progress is given up, the state after the last whole one is saved, and nothing changes by it."""
+    more = ["--gradient_accumulation_steps", 8, "--max_train_steps", 2]
+    loss, calls = Trainer.loss, []
+
+    def counted(self, *arguments):
+        calls.append(1)
+        if len(calls) == 8 * step + 3:
+            os.kill(os.getpid(), getattr(signal, sent))
+        return loss(self, *arguments)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "loss", counted)
+        assert main(flags_for(sdxl_path, pairs, out, *more)) == 130
+    assert len(calls) == 8 * step + 3  # the micro-batch in progress was the last
+    error = capfd.readouterr().err
+    assert f"{sent}: stopping after the micro-batch in progress" in error
+    assert f"{sent} after step {step}: saved as {out / f'checkpoint-{step}'}" in error
+    train(sdxl_path, pairs, out, *more, "--resume_from_checkpoint", "latest")
+    if (step, sent) in ((0, "SIGTERM"), (1, "SIGUSR1")):
+        whole = train(sdxl_path, pairs, tmp_path / "whole", *more)
+        assert_same_state(whole, out, 2)
 
 
 def test_another_batch_split_may_resume(sdxl_path, pairs, tmp_path):

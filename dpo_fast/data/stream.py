@@ -8,24 +8,29 @@ size, no pair is repeated or left out at an epoch's end, and resuming at a step 
 import os
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import closing
+from dataclasses import fields
 from functools import partial
 from itertools import islice
 from threading import Thread
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dpo_fast import draws
-from dpo_fast.data.batch import Batch, EncodedPair, PairDataset, PairTransform, chosen_first, collate
+from dpo_fast.data.batch import Batch, EncodedPair, PairDataset, PairItem, PairTransform, chosen_first, collate
 from dpo_fast.data.pairs import nothing_to_train_on, read_row, too_many_bad
 from dpo_fast.data.sources import BadRow, StreamedSource
-from dpo_fast.errors import BadInput
+from dpo_fast.errors import BadInput, Unresponsive
+
+PATIENCE = 600  # seconds without a batch from any worker after which they are taken for dead
 
 WINDOW = 1024  # pairs shuffled together when streaming: they wait encoded in memory, about 300 MB for Pick-a-Pic
 
@@ -273,31 +278,70 @@ def _load(
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=_packed if num_workers else collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
+        timeout=PATIENCE if num_workers else 0,
         worker_init_fn=partial(_start_worker, os.getpid()),
     )
     try:
-        yield from loader
+        for batch in loader:
+            yield batch.unpacked() if isinstance(batch, _Packed) else batch
     except Exception as error:
         message = str(error)
+        if "DataLoader timed out" in message:
+            raise Unresponsive(
+                f"no batch came from {num_workers} data loader workers in {PATIENCE} s: the disk that holds the images"
+                " does not answer, or the workers were stopped; --dataloader_num_workers 0 decodes in this process"
+            ) from error
         if "DataLoader worker" not in message:
             raise
         if "Traceback" in message:  # torch puts the worker's whole traceback into the message
             kind = BadInput if isinstance(error, BadInput) else RuntimeError
             raise kind(f"a data loader worker failed: {message.strip().splitlines()[-1]}") from error
-        raise RuntimeError(
-            f"a data loader worker died ({' '.join(message.split())}): often memory or /dev/shm ran out; "
+        raise Unresponsive(
+            f"a data loader worker died ({' '.join(message.split())}): often memory ran out; "
             "try fewer --dataloader_num_workers"
         ) from error
 
 
+class _Packed:
+    """A batch as plain arrays, which a worker process sends through a pipe.
+
+    torch would send tensors through shared memory. Where that is small (64 MB in Docker) the tensor is lost on its way
+    while its worker lives, and the trainer waits for ever.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.values = {field.name: _to_arrays(getattr(batch, field.name)) for field in fields(batch)}
+
+    def unpacked(self) -> Batch:
+        return Batch(**{name: _to_tensors(value) for name, value in self.values.items()})
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; torch's loader calls this in a thread of the trainer."""
+        return self.unpacked().pin_memory()
+
+
+def _packed(items: Sequence[PairItem]) -> _Packed:
+    return _Packed(collate(items))
+
+
+def _to_arrays(value: Any) -> Any:
+    return value.numpy() if isinstance(value, Tensor) else value
+
+
+def _to_tensors(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
 def _start_worker(trainer: int, worker: int) -> None:
-    # Ctrl-C and a cluster's SIGTERM reach every process of a run; the trainer answers them, and needs its workers until
+    # Ctrl-C and a cluster's signals reach every process of a run; the trainer answers them, and needs its workers until
     # it has saved. It ends them itself, by a SIGTERM of its own.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         Thread(target=_end_by, args=(trainer,), daemon=True).start()
@@ -345,8 +389,19 @@ def _in_threads(make_batch, items: Iterator, num_workers: int, pin_memory: bool)
         for item in items:
             pending.append(pool.submit(make, item))
             if len(pending) > 2 * num_workers:
-                yield pending.popleft().result()
+                yield _soon(pending.popleft())
         while pending:
-            yield pending.popleft().result()
+            yield _soon(pending.popleft())
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _soon(batch: Future[Batch]) -> Batch:
+    try:
+        return batch.result(timeout=PATIENCE)
+    except FutureTimeout:
+        if batch.done():  # raised by the work itself
+            raise
+        raise Unresponsive(
+            f"no batch came in {PATIENCE} s: the disk that holds the cache or the images does not answer"
+        ) from None

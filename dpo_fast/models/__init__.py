@@ -3,7 +3,7 @@
 from dpo_fast.models.attention import ATTENTIONS, set_attention, usable_attention
 from dpo_fast.models.compiling import check_compiler, compile_unet, not_compiled, programs_made
 from dpo_fast.models.encoding import image_encoding, prediction, text_encoding
-from dpo_fast.models.family import COMPUTE_DTYPES, Conditioning, Family, nonfinite_rows
+from dpo_fast.models.family import COMPUTE_DTYPES, Conditioning, Family, nonfinite_rows, nonfinite_tensors
 from dpo_fast.models.load import load_family
 from dpo_fast.models.lora import DEFAULT_TARGETS, AdapterSwitch, add_lora, merge_lora, save_lora
 from dpo_fast.models.recompute import recompute_activations
@@ -22,6 +22,7 @@ __all__ = [
     "load_family",
     "merge_lora",
     "nonfinite_rows",
+    "nonfinite_tensors",
     "not_compiled",
     "prediction",
     "programs_made",

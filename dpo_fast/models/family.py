@@ -6,7 +6,7 @@ is [B,...], one row a pair, and only `denoise` expands it.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -245,6 +245,15 @@ class Family(ABC):
 def nonfinite_rows(latents: torch.Tensor) -> torch.Tensor:  # [N,...] -> bool [N]
     """Which rows hold an infinity or a NaN; on the device of `latents`, without a synchronisation."""
     return ~latents.isfinite().flatten(1).all(1)
+
+
+def nonfinite_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+    """The names of the `tensors` (name, value of any float dtype) that hold a NaN or an infinity.
+
+    Waits for the device once.
+    """
+    names, sums = zip(*((name, tensor.detach().sum(dtype=torch.float64)) for name, tensor in tensors), strict=True)
+    return [name for name, finite in zip(names, torch.stack(sums).isfinite().tolist(), strict=True) if not finite]
 
 
 def _float32_twin(module: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
