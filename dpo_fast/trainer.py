@@ -298,10 +298,10 @@ class Trainer:
         if self.ranks.is_main:
             run_folder.publish(run.folder, self._export)
             summary = self._summary()
-            write_json(run.folder / run_folder.SUMMARY, summary)
             counts = {"rows": run.sets.rows, "ties_dropped": run.sets.ties_dropped, "bad_rows": len(run.bad_rows)}
             card = model_card(public(config), summary, counts, self.family.name, self.argv)
             write_text(run.folder / "README.md", card)
+            write_json(run.folder / run_folder.SUMMARY, summary)  # last: it says that the run is finished
             self._say(f"done, the result is in {run.folder}")
             if config.push_to_hub:
                 summary["uploaded"] = hub.push(run.folder, config.hub_model_id, config.hub_token)

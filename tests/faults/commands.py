@@ -162,12 +162,18 @@ def differences(whole: dict[str, bytes | str], other: dict[str, bytes | str]) ->
 
 def _settled(path: Path, folder: Path) -> bytes | str:
     data = path.read_bytes()
-    if path.suffix == ".json":
-        return json.dumps(_unmeasured(json.loads(data)))
-    if path.suffix == ".jsonl":
-        return "\n".join(json.dumps(_unmeasured(json.loads(line))) for line in data.splitlines())
-    if path.suffix == ".yaml":
-        return json.dumps(_unmeasured(yaml.safe_load(data)))
+    try:
+        if path.suffix == ".json":
+            return json.dumps(_unmeasured(json.loads(data)), sort_keys=True)
+        if path.suffix == ".jsonl":
+            return "\n".join(json.dumps(_unmeasured(json.loads(line))) for line in data.splitlines())
+        if path.suffix == ".yaml":
+            return json.dumps(_unmeasured(yaml.safe_load(data)))
+        if path.suffix == ".safetensors":  # the keys of its header are in no order
+            end = 8 + int.from_bytes(data[:8], "little")
+            return json.dumps(json.loads(data[8:end]), sort_keys=True).encode() + data[end:]
+    except (ValueError, yaml.YAMLError):  # half of one
+        return data
     return data.replace(os.fsencode(folder), b"")
 
 
