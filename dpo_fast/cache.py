@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     return guarded(
         lambda: _run(argv),
         kept="what was encoded is kept; the same command goes on from there",
-        go_on="make room, or the folder writable, then start the same command again",
+        go_on="start the same command again",
     )
 
 

@@ -6,7 +6,6 @@ read nor encoded; a process killed at any moment loses the items it had in hand,
 files as one that was never killed.
 """
 
-import errno
 import os
 import shutil
 from collections import deque
@@ -40,7 +39,7 @@ from dpo_fast.data.columns import Columns
 from dpo_fast.data.images import RULE, BadImage, crop_corner, decode, mirror, resize, to_pixels
 from dpo_fast.data.pairs import read_row, too_many_bad
 from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
-from dpo_fast.errors import DISK_ERRORS, BadInput
+from dpo_fast.errors import FORBIDDEN, BadInput, disk_error, remedy
 from dpo_fast.files import in_words
 from dpo_fast.models import Family, image_encoding, nonfinite_rows, text_encoding
 from dpo_fast.parallel import Ranks
@@ -550,15 +549,16 @@ def _groups(items: Iterator[T], size: int) -> Iterator[list[T]]:
 
 @contextmanager
 def said_in_one_line(root: Path) -> Iterator[None]:
-    """A disk that is full or cannot be written, as BadInput."""
+    """A disk that is full, failing or cannot be written, as BadInput."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
+    except Exception as error:
+        if isinstance(error, BadInput) or (found := disk_error(error)) is None:
             raise
-        if error.errno in (errno.EROFS, errno.EACCES):
-            raise not_writable(root, error) from error
+        if found.errno in FORBIDDEN:
+            raise not_writable(root, found) from error
+        where = f" at {found.filename}" if found.filename else ""
         raise BadInput(
-            f"the cache folder {root} took no more ({error.strerror}): what was encoded is kept; make room and start"
-            " the same command again, it goes on from there"
+            f"the cache folder {root} took no more ({found.strerror}{where}): what was encoded is kept;"
+            f" {remedy(found)}, then start the same command again, it goes on from there"
         ) from error

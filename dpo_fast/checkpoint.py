@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dpo_fast.errors import BadInput
-from dpo_fast.files import atomic_folder, write_json
+from dpo_fast.errors import BadInput, disk_error
+from dpo_fast.files import atomic_folder, regular_file, write_json
 
 PREFIX = "checkpoint-"
 
@@ -51,9 +51,13 @@ def save(output_dir: Path, step: int, files: dict[str, dict[str, torch.Tensor]],
 def load(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, object]]:
     """Read a checkpoint back. Raises BadInput for a folder that is not one, or is damaged."""
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        files = {name: load_file(folder / f"{name}.safetensors") for name in state.pop("files")}
+        state = json.loads(regular_file(folder / "state.json").read_text(encoding="utf-8"))
+        files = {name: load_file(regular_file(folder / f"{name}.safetensors")) for name in state.pop("files")}
+    except BadInput:
+        raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        if (found := disk_error(error)) is not None:
+            raise found from (None if found is error else error)  # it may be whole
         raise BadInput(
             f"{folder} is not a whole checkpoint ({error}); give another checkpoint-N folder, or `latest`"
         ) from error

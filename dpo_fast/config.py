@@ -20,6 +20,7 @@ import tyro
 import yaml
 
 from dpo_fast.errors import BadInput
+from dpo_fast.files import regular_file
 
 PICKAPIC = "yuvalkirstain/pickapic_v2"
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -418,7 +419,7 @@ def _did_you_mean(name: str, flags: type) -> str:
 def _recipe_flags(path: Path) -> list[str]:
     """A YAML mapping as command-line flags, so that one parser checks names and types."""
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        recipe = yaml.safe_load(regular_file(path, "--config").read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise BadInput(f"--config {path} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:

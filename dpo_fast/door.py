@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO
 
-from dpo_fast.errors import DISK_ERRORS, BadInput, Unresponsive
+from dpo_fast.errors import BadInput, Unresponsive, disk_error, remedy
 
 
 def guarded(work: Callable[[], int], *, kept: str, go_on: str) -> int:
     """The exit status of `work`, or of what it raised, said in one line.
 
-    kept: what an interruption leaves. go_on: what to do about a disk that is full or cannot be written.
+    kept: what an interruption leaves. go_on: what to do once the disk can be written again.
     Within `work` a SIGTERM, SIGHUP or SIGUSR1 ends it as Ctrl-C does, and output that is closed or full is dropped.
     """
     with steady_output(), on_signals(_ENDING, _interrupt):
@@ -34,14 +34,15 @@ def _guarded(work: Callable[[], int], kept: str, go_on: str) -> int:
     except Unresponsive as error:
         refuse(str(error), any_rank=True)
         return 1
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        return refuse(f"{error.strerror}{where}: nothing half-written is left; {go_on}")
     except KeyboardInterrupt as error:
         say(f"interrupted at once{f' by {error}' if str(error) else ''}; {kept}")
         return 130
+    except Exception as error:
+        if (found := disk_error(error)) is None:
+            raise
+        where = f" ({' -> '.join(str(name) for name in (found.filename, found.filename2) if name)})"
+        reason = found.strerror + where * bool(found.filename)
+        return refuse(f"{reason}: nothing half-written is left; {remedy(found)}, then {go_on}")
 
 
 _ENDING = tuple(  # signals that end a command as Ctrl-C does; SIGHUP and SIGUSR1 are not on every system

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = (
     "dpo_fast torch triton diffusers transformers accelerate peft datasets pyarrow safetensors numpy pillow"
-    " tyro xformers bitsandbytes tensorboard wandb"
+    " tyro xformers bitsandbytes ftfy tensorboard wandb"
 ).split()
 
 

@@ -1,9 +1,21 @@
 """What the user can mend: one exception, and a disk's errors. Doors turn them into one line and exit status 2."""
 
 import errno
+import os
+import re
 
-# What a disk answers that is full or may not be written: for the user to mend, no fault of ours.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+_OPEN_FILES = (errno.EMFILE, errno.ENFILE)
+_IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP)
+_FAILING = (errno.EIO, errno.ESTALE, errno.EBUSY, errno.ETXTBSY, errno.ENODEV, errno.ENXIO)
+
+# What a disk answers that is full, failing or may not be written: for the user to mend, no fault of ours.
+DISK_ERRORS = (*_FULL, *FORBIDDEN, *_OPEN_FILES, *_IN_THE_WAY, *_FAILING)
+
+# "[Errno 5] Input/output error: 'path'" of Python and pyarrow, "(os error 5)" of safetensors
+_NUMBER = re.compile(r"(?:\berrno|\bos error) (\d+)", re.IGNORECASE)
+_NAME = re.compile(r"\[Errno \d+\][^\n]*?: '([^'\n]+)'")
 
 
 class BadInput(ValueError):
@@ -22,3 +34,33 @@ def missing_extra(package: str, extra: str, needed_for: str) -> BadInput:
     return BadInput(
         f"{needed_for} needs the package {package!r}, which is not installed: pip install 'dpo_fast[{extra}]'"
     )
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """The disk error that `error` is, wraps or was raised from, as OSError with number and path; None: it is none.
+
+    Libraries report a disk's errors in their own ways: safetensors as SafetensorError, PyTorch's loader workers and
+    pyarrow as an OSError without a number, `datasets` as an error raised from an OSError.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return error
+        if (isinstance(error, OSError) and error.errno is None) or type(error).__name__ == "SafetensorError":
+            number, name = _NUMBER.search(str(error)), _NAME.search(str(error))
+            if number is not None and int(number[1]) in DISK_ERRORS:
+                return OSError(int(number[1]), os.strerror(int(number[1])), name and name[1])
+        error = error.__cause__
+    return None
+
+
+def remedy(error: OSError) -> str:
+    """What to do about a disk error, as the beginning of a sentence's second half."""
+    if error.errno in _FULL:
+        return "make room"
+    if error.errno in FORBIDDEN:
+        return "make the place writable, or name another"
+    if error.errno in _OPEN_FILES:
+        return "raise the limit of open files (ulimit -n) or lower --dataloader_num_workers"
+    if error.errno in _IN_THE_WAY:
+        return "move what stands in its place away, or name another"
+    return "check the disk or the network folder, or name another"

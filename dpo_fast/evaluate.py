@@ -12,6 +12,8 @@ import hashlib
 import json
 import sys
 import time
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     return guarded(
         lambda: _run(parse(argv)),
         kept="images and scores that were made stay; the same command goes on from there",
-        go_on="make room, or name another --output_dir, then start the same command again",
+        go_on="start the same command again",
     )
 
 
@@ -49,7 +51,7 @@ def _run(config: EvaluateConfig) -> int:
     # Imported here: flags are checked in a moment, before the heavy libraries are loaded.
     import torch
 
-    from dpo_fast import parallel
+    from dpo_fast import parallel, run_folder
     from dpo_fast.evaluation import evaluating
     from dpo_fast.evaluation.models import is_run, read_run
 
@@ -65,10 +67,11 @@ def _run(config: EvaluateConfig) -> int:
         say(f"{name}: {model}, {model.steps} steps, guidance {model.guidance:g}, {model.resolution} pixels a side")
 
     show_log()
-    ranks = parallel.start("none")
+    ranks, held = parallel.start("none"), ExitStack()
     try:
         # everything that may be refused comes before everything that takes long
         held_out = None if reference is None else _open_pairs(config, ranks)
+        ranks.on_main(lambda: held.enter_context(run_folder.hold(out)))
         ranks.on_main(lambda: evaluating.claim(out, _settings(config, sides, models, comparison)))
         pairs = result = implicit = None
         if comparison is not None:
@@ -82,6 +85,7 @@ def _run(config: EvaluateConfig) -> int:
     except torch.OutOfMemoryError as error:
         return refuse(f"out of GPU memory ({str(error).split('.')[0]}); lower --batch_size", any_rank=True)
     finally:
+        held.close()
         ranks.close()
     return 0
 
@@ -239,6 +243,8 @@ def _implicit(
 ) -> "ImplicitAccuracy | None":
     """The implicit-reward accuracy, on the main rank."""
     from dpo_fast.evaluation.implicit import accuracy, implicit_rewards
+    from dpo_fast.evaluation.models import revisions
+    from dpo_fast.hub_revisions import revision_of
 
     as_trained = {}
     if run is not None:
@@ -256,7 +262,13 @@ def _implicit(
         max_bad_fraction=_bad_fraction(config),
         **as_trained,
     )
-    return None if rewards is None else accuracy(rewards)
+    if rewards is None:
+        return None
+    pairs = {config.dataset_name: revision_of(config.dataset_name, kind="dataset")}
+    return replace(
+        accuracy(rewards),
+        files={"reference": revisions(reference), "policy": revisions(policy), "pairs": pairs},
+    )
 
 
 def _bad_fraction(config: EvaluateConfig) -> float:

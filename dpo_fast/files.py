@@ -1,9 +1,14 @@
-"""Writing files and folders whole or not at all: a temporary name beside the target, then a rename. Sizes in words."""
+"""Writing files and folders whole or not at all: a temporary name beside the target, then a rename. Sizes in words.
 
+What a killed process leaves has a temporary name, and whoever holds the folder next clears it away
+(`remove_temporaries`). Errors of the disk carry the path.
+"""
+
+import errno
 import json
 import os
-import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,75 +16,195 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from dpo_fast.errors import BadInput, disk_error
+
+LOCK = ".lock"  # files of `locks` begin with it
 _TEMPORARY = ".tmp-"
+_REPLACED = ".tmp-old-"  # and the name of a folder that is being replaced
+_GOING = ".tmp-gone-"  # and the name of a folder that is being deleted
+_NOT_CONTENT = (_TEMPORARY, LOCK, ".nfs")  # .nfs: what NFS keeps of a file that was deleted while it was open
+# what file systems answer that cannot flush folders (Windows: what was opened for reading) or change modes
+_NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF)
+_KINDS = {
+    stat.S_IFIFO: "a FIFO (or the end of a pipe)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed and renamed over `path`, on error removed."""
+    """Yield a temporary path beside `path`; on success it is flushed and renamed over `path`, on error removed.
+
+    Raises OSError, with the path. Killed at any moment it leaves the earlier file or the new one, and at most a
+    temporary beside it.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=_TEMPORARY, suffix="-" + path.name, dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        with open(name, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=_TEMPORARY, suffix=_suffix(path), dir=path.parent)
+        os.close(handle)
+        try:
+            yield Path(name)
+            flush(Path(name))
+            _open_to_others(Path(name), 0o666)
+            os.replace(name, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(name)
+            raise
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it takes the name `path`, replacing what was there."""
+    """Yield a temporary folder beside `path`; on success it takes the name `path`, replacing what was there.
+
+    Raises OSError, with the path. A process may be killed at any moment; who holds the parent folder next calls
+    `remove_temporaries`, which leaves, after a kill
+
+    - while the temporary folder is filled: the earlier folder, if there was one;
+    - between the two renames, when nothing has the name `path`: the earlier folder, under its name again;
+    - while the earlier folder is deleted: the new one, for what is being deleted has a temporary name by then.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, suffix="-" + path.name, dir=path.parent))
-    try:
-        with filled(temporary):
-            yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=_TEMPORARY, suffix="-old", dir=path.parent))
-            os.replace(path, old / path.name)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, suffix=_suffix(path), dir=path.parent))
+        replaced = path.parent / f"{_REPLACED}{path.name}"
+        try:
+            with filled(temporary):
+                yield temporary
+            _open_to_others(temporary, 0o777)
+            if os.path.lexists(path):
+                _recover_folder(replaced)
+                os.replace(path, replaced)
             os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        except BaseException:
+            with suppress(OSError):
+                _recover_folder(replaced)
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _recover_folder(replaced)
 
 
 @contextmanager
 def filled(folder: Path) -> Iterator[None]:
     """Within the block files are written into `folder`; at its end they are readable as usual and flushed to disk.
 
-    Some libraries leave their files private. A fault of the disk that safetensors reports in its own way is raised as
-    OSError with the number it has.
+    Some libraries leave their files private. A disk's error that a library reports in its own way (safetensors) is
+    raised as OSError with its number.
     """
+    folder = Path(folder)
+    with naming(folder):
+        yield
+        for path in folder.rglob("*"):
+            if path.is_file():
+                _open_to_others(path, 0o666)
+                flush(path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the disk in the block are OSErrors that have a number, and the name `path` where they have none."""
     try:
         yield
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
+    except (OSError, SafetensorError) as error:
+        found = disk_error(error)
+        if found is None or (found is error and error.filename is not None):
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
-    for path in Path(folder).rglob("*"):
-        if path.is_file():
-            os.chmod(path, 0o666 & ~_umask())
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        raise OSError(found.errno, found.strerror, str(found.filename or path)) from error
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Delete what a killed process left half-written in `folder`."""
-    for leftover in Path(folder).glob(_TEMPORARY + "*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+def flush(path: Path) -> None:
+    """Have a file's contents, or a folder's names, on the disk; where the file system does not offer that, go on."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if os.path.isdir(path):  # Windows opens no folders
+            return
+        raise
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NOT_OFFERED:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(handle)
+
+
+def is_content(name: str) -> bool:
+    """Whether a name in a folder is of a user's or a command's file: not of a lock, nor of a temporary one."""
+    return not name.startswith(_NOT_CONTENT)
+
+
+def contents(folder: Path) -> list[Path]:
+    """What a folder holds, locks and temporaries left out; of one that is not there nothing. Raises OSError."""
+    try:
+        return [entry for entry in Path(folder).iterdir() if is_content(entry.name)]
+    except FileNotFoundError:
+        return []
+
+
+def remove_temporaries(folder: Path, *, deep: bool = False) -> None:
+    """Clear away what killed processes left half-written in `folder`, and with `deep` in all folders under it.
+
+    The caller holds `folder` (`locks.hold`), or a living process's files would go. A folder that was being replaced
+    gets its name back where nothing has it (`atomic_folder`). Raises OSError.
+    """
+    folder = Path(folder)
+    if deep:
+        for root, names, _ in os.walk(folder):
+            names[:] = [name for name in names if is_content(name)]
+            remove_temporaries(Path(root))
+        return
+    for leftover in folder.glob(_TEMPORARY + "*"):
+        if leftover.name.startswith(_REPLACED):
+            _recover_folder(leftover)
+        else:
+            _delete(leftover)
+
+
+def remove_temporaries_of(path: Path) -> None:
+    """Delete what killed processes left of `path` alone. The caller holds the file (`locks.hold_file`)."""
+    path = Path(path)
+    for leftover in path.parent.glob(_TEMPORARY + "*"):
+        if leftover.name.endswith(_suffix(path)) and len(leftover.name) == len(f"{_TEMPORARY}12345678{_suffix(path)}"):
+            _delete(leftover)
+
+
+def rename_away(folder: Path) -> Path:
+    """Take a folder's name from it, so that nobody meets it half-deleted; the caller deletes what is returned.
+
+    What was left of another deletion of that folder goes first. Raises OSError.
+    """
+    going = folder.with_name(f"{_GOING}{folder.name}")
+    shutil.rmtree(going, ignore_errors=True)
+    os.replace(folder, going)
+    return going
+
+
+def regular_file(path: Path, flag: str = "") -> Path:
+    """`path` as it is, if it is a file or is missing. Raises BadInput for anything else, without opening it.
+
+    Opening a FIFO waits until somebody writes into it, and a device may give bytes without an end. `flag` names it in
+    the message.
+    """
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+    except (OSError, ValueError):  # whoever opens it says what is wrong
+        return path
+    if kind != stat.S_IFREG:
+        raise BadInput(f"{flag + ' ' if flag else ''}{path} is {_KINDS.get(kind, 'no file')}: name a regular file")
+    return path
+
+
+def regular_files(path: Path) -> None:
+    """Raise BadInput where `path`, or an entry of the folder `path` or of one in it, is neither file nor folder."""
+    for entry in (path, *path.glob("*"), *path.glob("*/*")) if path.is_dir() else (path,):
+        if not entry.is_dir():
+            regular_file(entry)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -96,6 +221,40 @@ def write_json(path: Path, value: object) -> None:
 def in_words(size: float) -> str:
     """A number of bytes as people read it."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
+
+
+def _suffix(path: Path) -> str:
+    """The end of a temporary's name; short, for the longest names that a file system takes leave no room."""
+    return "-" + os.fsdecode(os.fsencode(path.name)[-64:])
+
+
+def _recover_folder(replaced: Path) -> None:
+    """Give a folder that was being replaced its name back; where the new one has it, delete the old one."""
+    if not os.path.lexists(replaced):
+        return
+    path = replaced.with_name(replaced.name.removeprefix(_REPLACED))
+    if not os.path.lexists(path):
+        os.replace(replaced, path)
+        return
+    going = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=replaced.parent))
+    os.replace(replaced, going / path.name)  # half-deleted it must not get its name back
+    shutil.rmtree(going)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _open_to_others(path: Path, mode: int) -> None:
+    """The usual permissions, where the file system has any."""
+    try:
+        os.chmod(path, mode & ~_umask())
+    except OSError as error:
+        if error.errno not in (*_NOT_OFFERED, errno.EPERM):
+            raise
 
 
 def _umask() -> int:

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     return guarded(
         lambda: _run(parse(argv)),
         kept="the images that were made stay; the same command goes on from there",
-        go_on="make room, or name another --output_dir, then start the same command again",
+        go_on="start the same command again",
     )
 
 

@@ -6,6 +6,7 @@ weight 0 and counts nowhere.
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from dpo_fast.files import write_text
+from dpo_fast.files import regular_file, write_text
 
 TIMESTEP_BUCKETS = 10  # of the schedule's length each: [0, T/10), ...
 
@@ -125,6 +126,8 @@ class MetricsFile:
     """One JSON object a line, flushed at once. Resuming drops the lines after the checkpoint's step."""
 
     def __init__(self, path: Path, keep_through_step: int = 0) -> None:
+        if path != Path(os.devnull):
+            regular_file(path)
         if path.is_file():
             kept = []
             for text in path.read_text(encoding="utf-8").splitlines():

@@ -101,9 +101,10 @@ class Run:
 def open_run(config: TrainConfig, ranks: Ranks) -> Run:
     """Open everything that `config` names. Every rank calls this.
 
+    Where others may write into the output folder, the main rank holds it first (`settle`, `run_folder.hold`).
     Raises BadInput for whatever the user can mend, and AlreadyDone.
     """
-    config = _settle(config, ranks)
+    config = settle(config, ranks)
     try:
         return _open(config, ranks)
     except BaseException:
@@ -117,9 +118,13 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     _check_scored(config)
     if config.compile != "off":
         check_compiler(ranks.device)
+    resuming = config.resume_from_checkpoint is not None
+    # a killed process may have left a checkpoint half-replaced: the folder is claimed before one is looked for
+    ranks.on_main(lambda: run_folder.claim(config.output_dir, overwrite=config.overwrite, resuming=resuming))
     files, saved = _saved_state(config)
-    restarting = config.resume_from_checkpoint == "auto" and not saved
-    overwrite = config.overwrite or (restarting and run_folder.is_unfinished(config.output_dir, config.logging_dir))
+    restarting = resuming and not saved
+    if restarting:
+        ranks.on_main(lambda: run_folder.check_unfinished(config.output_dir, config.logging_dir))
     if saved:
         config.seed = saved["config"]["seed"] if config.seed is None else config.seed
         config.resolution = config.resolution or saved["config"]["resolution"]
@@ -128,7 +133,6 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
         config.seed = ranks.share(secrets.randbits(31))
     if config.push_to_hub:
         ranks.on_main(lambda: hub.check_login(config.hub_token))  # found out now, not after the training
-    ranks.on_main(lambda: run_folder.claim(config.output_dir, overwrite=overwrite, resuming=bool(saved)))
 
     pairs = _open_pairs(config, ranks, config.output_dir / run_folder.REPORT)
     family = _load_model(config, ranks)
@@ -172,6 +176,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     if saved:
         run.notes |= saved["notes"]
         run.bad_rows |= {row[0]: BadRow(*row) for row in saved["bad_rows"]}
+    overwrite = config.overwrite or restarting
     ranks.on_main(lambda: run_folder.begin(config.output_dir, overwrite=overwrite, config_yaml=to_yaml(config)))
     return run
 
@@ -186,8 +191,10 @@ def fingerprint(module: nn.Module) -> str:
     return f"{total:016x}"
 
 
-def _settle(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """The configuration with batch split and output folder worked out, the same on every rank."""
+def settle(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """The configuration with batch split and output folder worked out, the same on every rank; of a settled one it
+    changes nothing. Raises BadInput where the split cannot be.
+    """
     a_pass = config.train_batch_size * ranks.world_size
     pairs = config.pairs_per_step or a_pass * config.gradient_accumulation_steps
     if pairs % a_pass:
@@ -302,7 +309,7 @@ def build_cache(config: TrainConfig, ranks: Ranks) -> caching.Counts:
 
     Shards whose files do not fit their index are encoded again. Every rank calls this. Raises BadInput as `open_run`.
     """
-    config = _settle(config, ranks)
+    config = settle(config, ranks)
     everything = config.seed is None
     if everything:
         config = replace(config, seed=0, validation_fraction=0.0)
@@ -324,7 +331,7 @@ def build_reference(config: TrainConfig, ranks: Ranks) -> Scored:
     Without max_train_steps that is of all its pairs. What is missing of latents and text is encoded first. Every rank
     calls this. Raises BadInput as `open_run`.
     """
-    config = _settle(config, ranks)
+    config = settle(config, ranks)
     _check_scored(config)
     if config.cached_reference is None:
         raise BadInput("reference needs --draws K: how many times each pair is drawn")

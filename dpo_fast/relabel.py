@@ -12,6 +12,7 @@ import hashlib
 import sys
 import tempfile
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from dpo_fast.evaluation.relabel_options import RelabelConfig, parse
 if TYPE_CHECKING:
     from dpo_fast.data import Source
     from dpo_fast.evaluation.scorers import Scorer
+    from dpo_fast.locks import Hold
     from dpo_fast.parallel import Ranks
 
 
@@ -31,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     return guarded(
         lambda: _run(parse(argv)),
         kept="the scores that were written stay; the same command goes on from there",
-        go_on="make room, or name another --output, then start the same command again",
+        go_on="start the same command again",
     )
 
 
@@ -39,15 +41,16 @@ def _run(config: RelabelConfig) -> int:
     # Imported here: flags are checked in a moment, before the heavy libraries are loaded.
     import torch
 
-    from dpo_fast import parallel
+    from dpo_fast import locks, parallel
     from dpo_fast.evaluation import scorers
     from dpo_fast.run_folder import release
 
     scorers.check_names([*config.weights])
     show_log()
-    ranks = parallel.start("none")
+    ranks, held = parallel.start("none"), ExitStack()
     try:
         ranks.on_main(lambda: _check_places(config))
+        ranks.on_main(lambda: held.enter_context(_hold_output(config)))
         source = ranks.on_all(lambda: _open(config))
         if _is_there(config, ranks, source):
             return 0
@@ -59,9 +62,12 @@ def _run(config: RelabelConfig) -> int:
     except torch.OutOfMemoryError as error:
         return refuse(f"out of GPU memory ({str(error).split('.')[0]}); lower --batch_size", any_rank=True)
     except BadInput:
-        release(config.scores)
+        if ranks.is_main:
+            with suppress(BadInput, OSError), locks.hold(config.scores, otherwise="leave it as it is"):
+                release(config.scores)
         raise
     finally:
+        held.close()
         ranks.close()
     return 0
 
@@ -105,6 +111,17 @@ def _check_places(config: RelabelConfig) -> None:
                 file.write(b"x")
         except OSError as error:
             raise BadInput(f"{flag}: {folder} cannot be written ({error.strerror or error}): name another") from error
+
+
+def _hold_output(config: RelabelConfig) -> "Hold":
+    """Hold the output, and clear away what a killed process left of it and of its counts."""
+    from dpo_fast import locks
+    from dpo_fast.files import remove_temporaries_of
+
+    held = locks.hold_file(config.output, otherwise="wait until it is done, or name another --output")
+    for path in (config.output, config.output.with_suffix(".json")):
+        remove_temporaries_of(path)
+    return held
 
 
 def _facts(config: RelabelConfig, ranks: "Ranks") -> dict[str, dict[str, str]]:
@@ -158,6 +175,7 @@ def _relabel(config: RelabelConfig, ranks: "Ranks", source: "Source", scorers: d
     from dpo_fast.data import build_index, write_report
     from dpo_fast.evaluation.judging import score_pairs
     from dpo_fast.evaluation.relabeling import Rule, as_text, human_labels, label, report, write_pairs
+    from dpo_fast.evaluation.scorers import provenance
     from dpo_fast.files import write_json
     from dpo_fast.run_folder import REPORT
 
@@ -190,6 +208,8 @@ def _relabel(config: RelabelConfig, ranks: "Ranks", source: "Source", scorers: d
         waiting=say,
     )
 
+    files = {"where": config.scorer_models, "cache_dir": config.cache_dir}
+
     def finish() -> None:
         bad = sorted([*sets.bad, *scores.bad])
         write_report(bad_report, bad)
@@ -198,6 +218,8 @@ def _relabel(config: RelabelConfig, ranks: "Ranks", source: "Source", scorers: d
         human = [None] * len(source) if config.unlabelled else human_labels(source)
         known = None if config.unlabelled else np.array(human)[scores.rows]
         found = report(scores, labels, rule, known, rows=sets.rows, bad=len(bad))
+        for name in config.weights:
+            found["scorers"][name] |= {"made_by": provenance(name, ranks.device, **files)}
         note = {"request": _request(config, source, facts), "report": found}
         write_pairs(config.output, source, scores, labels, human, note, progress=True)
         write_json(config.output.with_suffix(".json"), found)

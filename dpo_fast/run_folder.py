@@ -13,25 +13,43 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from dpo_fast import locks
 from dpo_fast.errors import BadInput
-from dpo_fast.files import filled, remove_temporaries, write_text
+from dpo_fast.files import LOCK, atomic_folder, contents, remove_temporaries, write_text
 
 REPORT = "bad_rows.jsonl"
 SUMMARY = "summary.json"
 # What a run writes before its first checkpoint, beside its report, its trackers' logs and temporary files.
 _BEFORE_CHECKPOINTS = frozenset(("config.yaml", "metrics.jsonl", "validation.jsonl", "samples"))
+PUBLISHING = ".publishing"  # a whole result on its way into the folder
+
+
+def hold(folder: Path) -> locks.Hold:
+    """Hold `folder` for a run, from before `claim` until its last file is written.
+
+    Raises BadInput where another process has it, which is named, or where it cannot be written.
+    """
+    try:
+        _refuse_file(folder)
+        return locks.hold(folder, otherwise="wait until it is done, or name another --output_dir")
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a folder is missing or holds no more than locks, temporaries and a report of bad rows."""
+    return all(entry.name == REPORT for entry in contents(folder))
 
 
 def claim(folder: Path, *, overwrite: bool, resuming: bool) -> None:
-    """Make sure that a run may use `folder`, without changing what is in it.
+    """Make sure that a run may use `folder`, which it holds; what killed processes left half-written there is cleared.
 
-    Raises BadInput where it holds anything (but a report of bad rows) and neither `overwrite` nor `resuming` was asked
-    for, and where it cannot be written.
+    Raises BadInput where it is not free (`is_free`) and neither `overwrite` nor `resuming` was asked for, and where it
+    cannot be written.
     """
     try:
-        if folder.exists() and not folder.is_dir():
-            raise BadInput(f"--output_dir {folder} is a file; name a folder")
-        occupied = folder.is_dir() and any(entry.name != REPORT for entry in folder.iterdir())
+        _refuse_file(folder)
+        occupied = not is_free(folder)
         if occupied and not (overwrite or resuming):
             raise BadInput(
                 f"--output_dir {folder} is not empty; choose another, go on with --resume_from_checkpoint latest,"
@@ -42,17 +60,23 @@ def claim(folder: Path, *, overwrite: bool, resuming: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
+        if not occupied or (folder / "config.yaml").is_file():  # ours: a mistyped folder is left as it is
+            finish_publishing(folder)
+            remove_temporaries(folder, deep=True)
     except OSError as error:
-        raise BadInput(
-            f"--output_dir {folder} cannot be written ({error.strerror or error}); name a folder that can"
-        ) from error
+        raise _not_writable(folder, error) from error
 
 
-def is_unfinished(folder: Path, logging_dir: str) -> bool:
-    """Whether `folder` holds a run that ended before its first checkpoint, and nothing else."""
-    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+def check_unfinished(folder: Path, logging_dir: str) -> None:
+    """Raise BadInput where `folder` holds more than a run that ended before its first checkpoint."""
     ours = _BEFORE_CHECKPOINTS | {REPORT, Path(logging_dir).parts[0]}
-    return "config.yaml" in names and all(name in ours or name.startswith(".") for name in names)
+    if (folder / "config.yaml").is_file() and all(entry.name in ours for entry in contents(folder)):
+        return
+    if not is_free(folder):
+        raise BadInput(
+            f"--resume_from_checkpoint auto: --output_dir {folder} holds no checkpoint and is not empty; choose"
+            " another, or replace the run that is there with --overwrite"
+        )
 
 
 def is_finished(folder: Path, step: int, *, evaluated: bool, uploaded: bool) -> bool:
@@ -72,11 +96,13 @@ def is_finished(folder: Path, step: int, *, evaluated: bool, uploaded: bool) -> 
 
 
 def begin(folder: Path, *, overwrite: bool, config_yaml: str) -> None:
-    """Now that everything is open: clear an earlier run away if asked, and write config.yaml."""
-    remove_temporaries(folder)
+    """Now that everything is open: clear an earlier run away if asked, and write config.yaml.
+
+    The earlier config.yaml goes last, replaced by the new one: killed at any moment, the folder still looks like a run.
+    """
     if overwrite:
         for entry in folder.iterdir():
-            if entry.name != REPORT:
+            if entry.name not in (REPORT, "config.yaml") and not entry.name.startswith(LOCK):
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     write_text(folder / "config.yaml", config_yaml)
 
@@ -84,8 +110,11 @@ def begin(folder: Path, *, overwrite: bool, config_yaml: str) -> None:
 def release(folder: Path) -> None:
     """Remove a folder that nothing worth keeping was written to, after the run could not be opened."""
     with suppress(OSError):  # it is not there
-        if [entry.name for entry in folder.iterdir()] == [REPORT] and not (folder / REPORT).stat().st_size:
-            (folder / REPORT).unlink()
+        if not is_free(folder) or ((folder / REPORT).exists() and (folder / REPORT).stat().st_size):
+            return
+        remove_temporaries(folder)
+        for entry in (folder / REPORT, *folder.glob(LOCK + "*")):
+            entry.unlink(missing_ok=True)
     with suppress(OSError):  # there is something in it
         folder.rmdir()
 
@@ -103,14 +132,38 @@ def check_space(folder: Path, needed_bytes: int) -> None:
 def publish(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write(temporary_folder)` produce the result, then move it into `folder` entry by entry.
 
-    A pipeline's model_index.json goes last, an earlier one first: what can be loaded is complete.
+    A pipeline's model_index.json goes last, an earlier one first: what can be loaded is complete. After a kill
+
+    - while the result is written: there is the earlier result, and `claim` clears the rest away;
+    - from the moment it is whole and bears the name PUBLISHING until its last entry is moved: there may be no result
+      that loads, and `claim` moves the entries that are left (`finish_publishing`), in the same order.
     """
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as name:
-        with filled(Path(name)):
-            write(Path(name))
+    with atomic_folder(folder / PUBLISHING) as temporary:
+        write(temporary)
+    finish_publishing(folder)
+
+
+def finish_publishing(folder: Path) -> None:
+    """Move a whole result that is on its way into `folder`; where there is none, nothing. Raises OSError."""
+    if not (folder / PUBLISHING).is_dir():
+        return
+    entries = sorted((folder / PUBLISHING).iterdir(), key=lambda entry: entry.name == "model_index.json")
+    if entries:
         (folder / "model_index.json").unlink(missing_ok=True)
-        for entry in sorted(Path(name).iterdir(), key=lambda e: e.name == "model_index.json"):
-            target = folder / entry.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(entry, target)
+    for entry in entries:
+        target = folder / entry.name
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        elif entry.is_dir():
+            target.unlink(missing_ok=True)
+        os.replace(entry, target)
+    (folder / PUBLISHING).rmdir()
+
+
+def _refuse_file(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"--output_dir {folder} is a file; name a folder")
+
+
+def _not_writable(folder: Path, error: OSError) -> BadInput:
+    return BadInput(f"--output_dir {folder} cannot be written ({error.strerror or error}); name a folder that can")

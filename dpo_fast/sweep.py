@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import secrets
-import shutil
 import subprocess
 import sys
 import time
@@ -21,13 +20,11 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-import yaml
-
-from dpo_fast.checkpoint import all_of, step_of
+from dpo_fast import locks, run_folder
 from dpo_fast.config import TrainConfig, parse
 from dpo_fast.door import guarded, say
 from dpo_fast.errors import BadInput
-from dpo_fast.files import write_json
+from dpo_fast.files import remove_temporaries, write_json
 from dpo_fast.plot import Point, Series, against
 from dpo_fast.sampling import save_png
 
@@ -53,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     return guarded(
         lambda: _run(argv),
         kept="finished runs stay; the same command goes on from there",
-        go_on="make room, then start the same command again",
+        go_on="start the same command again",
     )
 
 
@@ -65,16 +62,16 @@ def _run(argv: list[str]) -> int:
         if getattr(configs[0], name):
             raise BadInput(f"--{name} belongs to a single run: leave it out of a sweep, which goes on by itself")
     folder = configs[0].output_dir or Path("runs", f"sweep-{datetime.now():%Y%m%d-%H%M%S}")
-    flags = _begin(folder, flags, seeded="seed" in swept or configs[0].seed is not None)
-
     rows, started = [], time.perf_counter()
-    for number, values in enumerate(combinations):
-        rows.append({**values, **_result(folder, values, flags, f"run {number + 1} of {len(combinations)}")})
-        write_json(folder / RECORD, {"flags": flags, "swept": swept, "runs": rows})
-    print(table(rows, list(swept)))
-    if (picture := plot(rows, list(swept))) is not None:
-        save_png(picture, folder / "sweep.png")
-        print(f"\n{folder / 'sweep.png'}, {folder / RECORD}; {time.perf_counter() - started:.0f} s")
+    with run_folder.hold(folder):
+        flags = _begin(folder, flags, seeded="seed" in swept or configs[0].seed is not None)
+        for number, values in enumerate(combinations):
+            rows.append({**values, **_result(folder, values, flags, f"run {number + 1} of {len(combinations)}")})
+            write_json(folder / RECORD, {"flags": flags, "swept": swept, "runs": rows})
+        print(table(rows, list(swept)))
+        if (picture := plot(rows, list(swept))) is not None:
+            save_png(picture, folder / "sweep.png")
+            print(f"\n{folder / 'sweep.png'}, {folder / RECORD}; {time.perf_counter() - started:.0f} s")
     return 2 if any(row["status"] for row in rows) else 0
 
 
@@ -131,6 +128,7 @@ def _begin(folder: Path, flags: list[str], seeded: bool) -> list[str]:
     """The flags of all runs, with a seed; as they were before, where the sweep goes on."""
     record = folder / RECORD
     if record.is_file():
+        remove_temporaries(folder)
         before = json.loads(record.read_text(encoding="utf-8"))["flags"]
         same = before if seeded else before[:-2]  # without the seed that was drawn
         if flags != same:
@@ -139,10 +137,10 @@ def _begin(folder: Path, flags: list[str], seeded: bool) -> list[str]:
                 " swept; or name another --output_dir"
             )
         return before
-    if folder.is_dir() and any(folder.iterdir()):
+    if not run_folder.is_free(folder):
         raise BadInput(f"--output_dir {folder} is not empty and holds no sweep; name another folder")
+    remove_temporaries(folder)
     flags = flags if seeded else [*flags, "--seed", str(secrets.randbits(31))]
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(record, {"flags": flags, "swept": {}, "runs": []})
     return flags
 
@@ -150,12 +148,10 @@ def _begin(folder: Path, flags: list[str], seeded: bool) -> list[str]:
 def _result(folder: Path, values: Values, flags: list[str], which: str) -> dict[str, object]:
     """What came of a run, which is trained where it is not finished."""
     home = folder / _name(values)
-    command = [*flags, *_as_flags(values), "--output_dir", str(home)]
+    command = [*flags, *_as_flags(values), "--output_dir", str(home), "--resume_from_checkpoint", "auto"]
+    with locks.hold(home, otherwise="wait until it is done", waiting=say):
+        pass  # the run of a sweep that was killed may still be training
     if not _finished(home, parse(command)[0]):
-        if _resumable(home):
-            command += ["--resume_from_checkpoint", "latest"]
-        elif home.exists():
-            shutil.rmtree(home)
         say(f"{which}: {_name(values)}")
         status = subprocess.run([sys.executable, "-m", "dpo_fast.train", *command]).returncode
         if status == 130:
@@ -173,13 +169,6 @@ def _finished(home: Path, config: TrainConfig) -> bool:
         return False
     summary = json.loads((home / "summary.json").read_text(encoding="utf-8"))
     return "win_rate" in summary or not config.eval_scorers
-
-
-def _resumable(home: Path) -> bool:
-    """Whether an interrupted run left steps to go on from; one that was killed after its last step starts again."""
-    if (home / "summary.json").exists() or not (saved := all_of(home)):
-        return False
-    return step_of(saved[-1]) < yaml.safe_load((home / "config.yaml").read_text(encoding="utf-8"))["max_train_steps"]
 
 
 def table(rows: Sequence[dict], swept: Sequence[str]) -> str:

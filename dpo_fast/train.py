@@ -6,6 +6,7 @@ of ours (with a traceback).
 
 import sys
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from dpo_fast.config import TrainConfig, parse
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     return guarded(
         work,
         kept="checkpoints saved before are whole, and the same command with --resume_from_checkpoint auto goes on",
-        go_on="make room or name another --output_dir, then go on with --resume_from_checkpoint auto",
+        go_on="go on with --resume_from_checkpoint auto",
     )
 
 
@@ -43,8 +44,8 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
 
     import torch
 
-    from dpo_fast import parallel
-    from dpo_fast.opening import AlreadyDone, open_run
+    from dpo_fast import parallel, run_folder
+    from dpo_fast.opening import AlreadyDone, open_run, settle
     from dpo_fast.trainer import Interrupted, Trainer
 
     show_log()
@@ -53,8 +54,10 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
         "lower --train_batch_size (with --pairs_per_step the result stays the same), or add --gradient_checkpointing,"
         " or --mixed_precision bf16, or --tuning lora"
     )
-    ranks = parallel.start(config.report_to)
+    ranks, held = parallel.start(config.report_to), ExitStack()
     try:
+        config = settle(config, ranks)
+        ranks.on_main(lambda: held.enter_context(run_folder.hold(config.output_dir)))  # to the end of the evaluation
         if config.eval_scorers:
             from dpo_fast.evaluation.compare import Evaluation
 
@@ -74,6 +77,7 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
     except torch.OutOfMemoryError as error:
         return refuse(f"out of GPU memory ({str(error).split('.')[0]}); {remedy}", any_rank=True)
     finally:
+        held.close()
         ranks.close()
     return 0
 

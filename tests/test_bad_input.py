@@ -94,8 +94,8 @@ CASES = {
         ["non-finite latent", "row ", "--pretrained_vae_model_name_or_path"],
     ),
     "non-finite model": (
-        lambda m, p, t: (model_with(m, t, spoil_unet), p, ["--max_skipped_updates", 2]),
-        ["2 updates were not finite", "--learning_rate"],
+        lambda m, p, t: (model_with(m, t, spoil_unet), p, []),
+        ["1 tensors of the UNet are not finite", "conv_in.bias", "name another"],
     ),
     "backend not here": (lambda m, p, t: (m, p, ["--backend", "triton"]), ["--backend triton", "choose auto"]),
     "nothing to resume": (lambda m, p, t: (m, p, ["--resume_from_checkpoint", "latest"]), ["no checkpoint-N"]),
@@ -173,7 +173,7 @@ def test_a_disk_that_is_too_small_is_found_before_training(sdxl_path, pairs, sma
 def test_a_disk_that_fills_up_leaves_the_earlier_checkpoints_whole(sdxl_path, pairs, small_disk, capfd):
     out = small_disk / "out"
     flags = flags_for(sdxl_path, pairs, out, "--checkpointing_steps", 1, "--max_train_steps", 50)
-    assert_refused(flags, ["No space left", "--resume_from_checkpoint latest"], capfd)
+    assert_refused(flags, ["No space left", "--resume_from_checkpoint auto"], capfd)
     kept = sorted(out.glob("checkpoint-*"))
     assert kept and not list(out.glob(".tmp-*"))
     for folder in kept:
@@ -208,3 +208,55 @@ def test_a_non_finite_update_is_skipped_and_counted(sdxl_path, pairs, tmp_path, 
     first, second, third = (weights(out, step) for step in (1, 2, 3))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(second[name], third[name]) for name in first)
+
+
+class Spoiled:
+    """`Trainer.loss` with values that are not finite, from `first` on."""
+
+    def __init__(self, monkeypatch, first: int = 0) -> None:
+        from dpo_fast.trainer import Trainer
+
+        loss, calls = Trainer.loss, []
+
+        def spoiled(trainer, *arguments):
+            calls.append(0)
+            terms = loss(trainer, *arguments)
+            return terms._replace(loss=terms.loss * torch.nan) if len(calls) > first else terms
+
+        monkeypatch.setattr(Trainer, "loss", spoiled)
+
+
+def test_updates_that_are_never_finite_stop_the_run(sdxl_path, pairs, tmp_path, monkeypatch, capfd):
+    Spoiled(monkeypatch)
+    flags = flags_for(sdxl_path, pairs, tmp_path / "run", "--max_skipped_updates", 2)
+    assert_refused(flags, ["2 updates were not finite", "--learning_rate"], capfd)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_run_whose_updates_were_all_skipped_publishes_nothing(sdxl_path, pairs, tmp_path, monkeypatch, capfd, tuning):
+    """It ended as done, with exit status 0."""
+    Spoiled(monkeypatch)
+    out = tmp_path / "run"
+    said = ["no update was finite: all 4 were skipped", "checkpoint-4 holds the state", "--learning_rate"]
+    assert_refused(flags_for(sdxl_path, pairs, out, "--tuning", tuning), said, capfd)
+    assert {path.name for path in out.iterdir()} - {".lock"} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "bad_rows.jsonl",
+        "checkpoint-4",
+    }
+
+
+def test_many_skipped_updates_are_told_of(sdxl_path, pairs, tmp_path, monkeypatch, capfd):
+    Spoiled(monkeypatch, first=2)
+    assert main(flags_for(sdxl_path, pairs, tmp_path / "run")) == 0
+    assert "warning: 2 of 4 updates were not finite and were skipped" in capfd.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_not_published(sdxl_path, pairs, tmp_path, monkeypatch, capfd):
+    from dpo_fast.optim import MasterOptimizer
+
+    export = MasterOptimizer.export
+    monkeypatch.setattr(MasterOptimizer, "export", lambda self: {n: w * torch.inf for n, w in export(self).items()})
+    assert_refused(flags_for(sdxl_path, pairs, tmp_path / "run"), ["trained tensors are not finite, first"], capfd)
+    assert not list((tmp_path / "run").glob("*.safetensors"))

@@ -99,6 +99,14 @@ def test_mixed_precision_follows_the_launcher_unless_given(monkeypatch):
     assert parsed("--mixed_precision", "no").mixed_precision == "no"
 
 
+def test_a_precision_of_the_launcher_that_is_not_supported_is_refused(monkeypatch):
+    """It became fp32 without a word."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(BadInput, match="accelerate launch --mixed_precision fp8 is not supported: give"):
+        parsed()
+    assert parsed("--mixed_precision", "bf16").mixed_precision == "bf16"
+
+
 REFUSED = [
     (["--learning_rate", "nan"], "learning_rate (nan)"),
     (["--learning_rate", "-1e-5"], "learning_rate (-1e-05)"),

@@ -94,7 +94,12 @@ def test_from_a_run_to_the_page(moved, tmp_path, evaluate, capfd):
     assert table["prompt"][:6] == [text for text in TEXTS for _ in range(2)]
     wins = [p > b for b, p in zip(table["pickscore"][:6], table["pickscore"][6:], strict=True)]
     assert found["win_rate"] == pytest.approx(np.mean(wins))
+    assert list(found["models"]) == ["base", "policy"] and len(found["models"]["policy"]) == 2  # a LoRA on the base
+    revisions = [of for files in found["models"].values() for of in files.values()]
+    revisions += [of for made in found["scorers"].values() for of in made["revisions"].values()]
+    assert len(revisions) == 6 and all(re.fullmatch("files [0-9a-f]{16}", of) for of in revisions)
     page = (out / "report.html").read_text()
+    assert all(of in page for of in revisions)
     assert "a &lt;b&gt;Dog&lt;/b&gt;!" in page and "<b>Dog</b>!" not in page and "Animals" in page
     assert "moved against base\nprompts.tsv: 3 prompts, 6 images of each" in said and "pickscore" in said
     assert f"{out / 'report.html'}" in said
@@ -291,6 +296,9 @@ def test_the_implicit_reward_needs_no_images(moved, pairs, tmp_path, capfd):
     argv = ["--policy", moved, "--dataset_name", pairs, "--draws", 2, "--output_dir", tmp_path / "out"]
     assert main([str(word) for word in argv]) == 0
     found = summary(tmp_path / "out")["implicit"]
+    revisions = [found["files"]["pairs"][str(pairs)], *found["files"]["reference"].values()]
+    revisions += found["files"]["policy"].values()
+    assert len(revisions) == 4 and all(re.fullmatch("files [0-9a-f]{16}", of) for of in revisions)
     assert found["pairs"] == 12 and found["draws"] == 2 and 0 <= found["implicit_accuracy"] <= 1
     assert not (tmp_path / "out" / "images").exists()
     assert main([str(word) for word in (*argv, "--scorers", "clip")]) == 2

@@ -1,9 +1,12 @@
 """Files and folders appear whole or not at all, with the usual permissions."""
 
+import errno
 import json
 import math
 import os
 import resource
+import shutil
+import socket
 import stat
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +16,22 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from dpo_fast.files import atomic_file, atomic_folder, filled, remove_temporaries, write_json, write_text
+from dpo_fast.errors import DISK_ERRORS, BadInput, disk_error
+from dpo_fast.files import (
+    atomic_file,
+    atomic_folder,
+    contents,
+    filled,
+    flush,
+    regular_file,
+    regular_files,
+    remove_temporaries,
+    remove_temporaries_of,
+    rename_away,
+    write_json,
+    write_text,
+)
+from tests.helpers.kills import killed_before_each_call
 
 
 def entries(folder: Path) -> set[str]:
@@ -113,12 +131,207 @@ def test_other_faults_of_safetensors_stay_what_they_are(tmp_path):
 
 
 def test_leftovers_are_removed(tmp_path):
-    (tmp_path / "kept").touch()
-    (tmp_path / ".tmp-file").touch()
-    (tmp_path / ".tmp-folder").mkdir()
-    (tmp_path / ".tmp-folder" / "file").touch()
-    remove_temporaries(tmp_path)
-    assert entries(tmp_path) == {"kept"}
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / ".tmp-kept").touch()
+    folder = tmp_path / "folder"
+    for name in ("kept", ".lock", ".tmp-file", ".tmp-folder/file", "samples/.tmp-a.png", "samples/a.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "link").symlink_to(outside)
+    (folder / ".tmp-link").symlink_to(outside)
+    assert {path.name for path in contents(folder)} == {"kept", "samples", "link"}
+    remove_temporaries(folder)
+    assert entries(folder) == {"kept", ".lock", "samples", "samples/.tmp-a.png", "samples/a.png", "link"}
+    remove_temporaries(folder, deep=True)
+    assert entries(folder) == {"kept", ".lock", "samples", "samples/a.png", "link"}
+    assert entries(outside) == {".tmp-kept"}
+    assert contents(tmp_path / "missing") == []
+
+
+def test_leftovers_of_one_file_are_told_from_those_of_others(tmp_path):
+    name = "pairs-" + "x" * 60 + ".parquet"
+    for left in (name, name[1:], "other.parquet"):
+        with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / left) as temporary:
+            shutil.copy(__file__, temporary.with_name(temporary.name[:5] + "abcdefgh" + temporary.name[13:]))
+            raise KeyboardInterrupt
+    assert len(entries(tmp_path)) == 2  # the end of a long name stands for it
+    remove_temporaries_of(tmp_path / name)
+    assert entries(tmp_path) == {".tmp-abcdefgh-other.parquet"}
+
+
+def test_the_longest_names_can_be_written(tmp_path):
+    write_text(tmp_path / ("é" * 127), "long")
+    assert (tmp_path / ("é" * 127)).read_text() == "long"
+
+
+@pytest.mark.faults
+def test_a_file_survives_a_kill_at_any_moment(tmp_path):
+    path = tmp_path / "file.txt"
+
+    def prepare() -> None:
+        remove_temporaries(tmp_path)
+        write_text(path, "old")
+
+    for _ in killed_before_each_call(prepare, lambda: write_text(path, "new")):
+        assert path.read_text() in ("old", "new")
+        remove_temporaries(tmp_path)
+        assert entries(tmp_path) == {"file.txt"}
+    assert path.read_text() == "new"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("replacing", [False, True])
+def test_a_folder_survives_a_kill_at_any_moment_and_so_does_its_recovery(tmp_path, replacing):
+    path = tmp_path / "folder"
+
+    def write(text: str) -> None:
+        with atomic_folder(path) as temporary:
+            (temporary / "a").write_text(text)
+            (temporary / "b").write_text(text)
+
+    def prepare() -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        if replacing:
+            write("old")
+
+    def whole() -> bool:
+        return not path.exists() or [(path / name).read_text() for name in "ab"] in (["old"] * 2, ["new"] * 2)
+
+    seen = set()
+    for _ in killed_before_each_call(prepare, lambda: write("new")):
+        seen.add(path.exists())
+        assert whole()
+        left = tmp_path.parent / "left"  # as the kill left it
+        shutil.rmtree(left, ignore_errors=True)
+        shutil.copytree(tmp_path, left)
+
+        def back() -> None:
+            shutil.rmtree(tmp_path)
+            shutil.copytree(left, tmp_path)  # noqa: B023
+
+        for _ in killed_before_each_call(back, lambda: remove_temporaries(tmp_path)) if replacing else ():
+            assert whole()
+        remove_temporaries(tmp_path)
+        assert whole() and entries(tmp_path) <= {"folder", "folder/a", "folder/b"}
+        assert path.exists() or not replacing
+    assert False in seen  # at some moment nothing has the name, which the recovery mends
+    assert (path / "a").read_text() == "new"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", DISK_ERRORS)
+@pytest.mark.parametrize("call", ["write", "fsync", "replace", "mkstemp"])
+def test_errors_of_the_disk_carry_the_path_and_leave_the_old_file(tmp_path, monkeypatch, call, number):
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+
+    def failing(*anything, **more):
+        raise OSError(number, os.strerror(number))
+
+    if call in ("fsync", "replace"):
+        monkeypatch.setattr(os, call, failing)
+    if call == "mkstemp":
+        monkeypatch.setattr("tempfile.mkstemp", failing)
+    with pytest.raises(OSError) as caught, atomic_file(path) as temporary:
+        temporary.write_text("half")
+        if call == "write":
+            failing()
+    assert caught.value.errno == number and caught.value.filename
+    monkeypatch.undo()
+    assert path.read_text() == "old" and entries(tmp_path) == {"file.txt"}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("failing_call", [1, 2])
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch, failing_call):
+    path, replace, calls = tmp_path / "folder", os.replace, []
+    with atomic_folder(path) as temporary:
+        (temporary / "old").touch()
+
+    def failing(source, target):
+        calls.append(target)
+        if len(calls) == failing_call:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(source), None, str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError), atomic_folder(path) as temporary:
+        (temporary / "new").touch()
+    assert entries(tmp_path) == {"folder", "folder/old"}
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_that_cannot_flush_or_change_modes_is_good_enough(tmp_path, monkeypatch, number):
+    def failing(*anything):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    monkeypatch.setattr(os, "chmod", failing)
+    write_text(tmp_path / "file", "text")
+    flush(tmp_path)
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "file").touch()
+    assert entries(tmp_path) == {"file", "folder", "folder/file"}
+
+
+def test_errors_of_the_disk_are_found_behind_those_of_libraries():
+    loader = OSError(
+        "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        "OSError: [Errno 5] Input/output error: '/mnt/a b.parquet'\n"
+    )
+    found = disk_error(loader)
+    assert (found.errno, found.filename) == (5, "/mnt/a b.parquet")
+    assert (
+        disk_error(SafetensorError("Error while serializing: I/O error: Stale file handle (os error 116)")).errno == 116
+    )
+    assert disk_error(OSError("Detail: [errno 28] No space left on device")).errno == errno.ENOSPC
+    wrapped = RuntimeError("An error occurred while generating the dataset")
+    wrapped.__cause__ = PermissionError(errno.EACCES, "Permission denied", "/data")
+    assert disk_error(wrapped) is wrapped.__cause__
+    for other in (
+        None,
+        RuntimeError("[Errno 5]"),
+        OSError("no number"),
+        FileNotFoundError(2, "x"),
+        ConnectionError(111),
+    ):
+        assert disk_error(other) is None
+
+
+def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path):
+    for name in ("file", "folder/file"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for path in (tmp_path / "file", tmp_path / "missing", Path("x" * 5000), Path("a\0b")):
+        assert regular_file(path) == path
+    regular_files(tmp_path)
+    regular_files(tmp_path / "missing")
+    os.mkfifo(tmp_path / "folder" / "fifo")
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "fifo")
+    with socket.socket(socket.AF_UNIX) as unix:
+        os.chdir(tmp_path)  # its name may be 108 letters long
+        unix.bind("socket")
+    for path, kind in [
+        (tmp_path / "link", "a FIFO"),
+        (tmp_path / "socket", "a socket"),
+        (tmp_path / "folder", "a folder"),
+        (Path("/dev/zero"), "a device"),
+    ]:
+        with pytest.raises(BadInput, match=f"^--config {path} is {kind}"):
+            regular_file(path, "--config")
+    (tmp_path / "socket").unlink()
+    (tmp_path / "link").unlink()
+    with pytest.raises(BadInput, match=r"folder/fifo is a FIFO"):
+        regular_files(tmp_path)
+
+
+def test_a_folder_that_is_deleted_has_no_name_while_it_is(tmp_path):
+    for name in ("folder/a", ".tmp-gone-folder/half-deleted"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    going = rename_away(tmp_path / "folder")
+    assert contents(tmp_path) == [] and entries(going) == {"a"}
 
 
 def test_json_is_strict(tmp_path):

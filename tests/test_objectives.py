@@ -91,6 +91,45 @@ def test_one_pair_worked_out_by_hand(name, expected):
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
+# Losses of other trainers of g = eref - e, the reference's error less the policy's of each image, at their own beta.
+
+
+def diffusion_kto(g_w, g_l, beta, kl):
+    """arXiv 2404.04465, the code's sigmoid utility with both weights 1: the mean over images, their KL term in g."""
+    return (1 - torch.sigmoid(beta * (torch.cat([g_w, -g_l]) - torch.cat([kl.expand(3), -kl.expand(3)])))).mean()
+
+
+def without_the_half(g_w, g_l, beta, kl):
+    """diffusers' SD1.5 script, invoke-training, OneTrainer."""
+    return -logsigmoid(beta * (g_w - g_l)).mean()
+
+
+def with_the_half(g_w, g_l, beta, kl):
+    """The paper's authors, diffusers' SDXL script."""
+    return -logsigmoid(beta / 2 * (g_w - g_l)).mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "unit"),
+    [("kto", diffusion_kto, 2), ("dpo", without_the_half, 2), ("dpo", with_the_half, 1)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_at_the_beta_of_the_readmes_table_losses_are_those_of_other_trainers(name, theirs, unit):
+    """The loss and its gradient, `unit` times their beta being ours."""
+    policy, ref, target = batch(dtype=torch.float64)
+    their_beta, their_kl = 17.0, torch.tensor(0.004, dtype=torch.float64)
+    e, e_ref = ((x - target.repeat(2, 1, 1, 1)).square().mean((1, 2, 3)) for x in (policy, ref))
+    expected = theirs(*(e_ref - e).chunk(2), their_beta, their_kl)
+    beta = unit * their_beta
+    kl = {"kl": beta / 2 * their_kl} if name == "kto" else {}  # ours is a mean implicit reward
+    loss = evaluate(OBJECTIVES[name], policy, ref, target, beta, **kl).loss
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    wanted, found = (torch.autograd.grad(of, policy)[0] for of in (expected, loss))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6 * wanted.abs().max().item())
+    other = evaluate(OBJECTIVES[name], policy, ref, target, 3 * beta, **kl).loss
+    assert abs(other - expected) > 1e-3
+
+
 @pytest.mark.parametrize("with_label", [False, True])
 @pytest.mark.parametrize("with_weight", [False, True])
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -44,6 +44,7 @@ def log(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(scorers, "MODULE_OF", {**scorers.MODULE_OF, **dict.fromkeys(fake_scorers.FORMULAS, "fake")})
     monkeypatch.setattr(scorers, "load_scorer", lambda name, device, **_: fake_scorers.load(name, path))
     monkeypatch.setattr(scorers, "facts", lambda name, device, **_: {"scorer": name})
+    monkeypatch.setattr(scorers, "provenance", lambda name, device, **_: {"revisions": {f"owner/{name}": "a" * 40}})
     return path
 
 
@@ -85,6 +86,7 @@ def test_one_scorer(tmp_path, log, capfd):
     found, report = read(tmp_path / "out.parquet")
     values = scored(table, "red")
     margin = values[:, 0] - values[:, 1]
+    assert report["scorers"]["red"]["made_by"] == {"revisions": {"owner/red": "a" * 40}}
     assert found["jpg_0"] == table["jpg_0"] and found["jpg_1"] == table["jpg_1"]  # the very bytes
     assert found["caption"] == table["caption"] and found["label_human"] == table["label_0"]
     assert [found["score_0_red"], found["score_1_red"]] == values.T.tolist()
@@ -311,11 +313,11 @@ def test_a_second_process_waits_and_finds_the_scores_there(tmp_path, log, capfd)
     with ThreadPoolExecutor(1) as pool, locked(tmp_path / "scores"):
         second = pool.submit(relabel.main, flags(pairs, tmp_path / "two.parquet", *scores))
         said = ""
-        while "is being built by process" not in said:
+        while "is being written by process" not in said:
             time.sleep(0.01)
             said += capfd.readouterr().err
             assert not second.done(), said
-        assert "another --scores_dir" in said
+        assert "waiting until it is done" in said
     assert second.result() == 0 and log.read_text() == ""
 
 

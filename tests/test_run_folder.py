@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from dpo_fast import run_folder
 from dpo_fast.errors import BadInput
+from tests.helpers.kills import killed_before_each_call
 
 
 def entries(folder: Path) -> set[str]:
@@ -25,15 +26,20 @@ def a_run(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "only a report"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "only a report", "what a kill leaves"])
 def test_a_folder_without_a_run_is_free(tmp_path, kind):
     folder = tmp_path / "runs" / "new"
     if kind != "missing":
         folder.mkdir(parents=True)
-    if kind == "only a report":
+    if kind in ("only a report", "what a kill leaves"):
         (folder / run_folder.REPORT).touch()
+    if kind == "what a kill leaves":
+        for name in (".tmp-abcdefgh-config.yaml", ".lock", ".lock.lease", ".lock.lease.break.1.abc", ".nfs0001"):
+            (folder / name).touch()
+        (folder / ".tmp-abcdefgh-checkpoint-1").mkdir()
+        (folder / ".tmp-abcdefgh-checkpoint-1" / "state.json").touch()
     run_folder.claim(folder, overwrite=False, resuming=False)
-    assert entries(folder) <= {run_folder.REPORT}
+    assert {name for name in entries(folder) if not name.startswith((".lock", ".nfs"))} <= {run_folder.REPORT}
 
 
 def test_a_folder_with_a_run_is_not(tmp_path):
@@ -63,12 +69,15 @@ def test_beginning_keeps_or_clears_the_earlier_run(tmp_path):
     outside.mkdir()
     (outside / "kept").touch()
     (folder / "link").symlink_to(outside)
-    (folder / ".tmp-x").mkdir()
+    (folder / ".lock").touch()
     run_folder.begin(folder, overwrite=False, config_yaml="seed: 2\n")
-    assert entries(folder) == {"config.yaml", "checkpoint-1", "checkpoint-1/state.json", run_folder.REPORT, "link"}
+    assert entries(folder) == {
+        *("config.yaml", "checkpoint-1", "checkpoint-1/state.json"),
+        *(run_folder.REPORT, "link", ".lock"),
+    }
     assert (folder / "config.yaml").read_text() == "seed: 2\n"
     run_folder.begin(folder, overwrite=True, config_yaml="seed: 3\n")
-    assert entries(folder) == {"config.yaml", run_folder.REPORT}
+    assert entries(folder) == {"config.yaml", run_folder.REPORT, ".lock"}
     assert (folder / "config.yaml").read_text() == "seed: 3\n"
     assert entries(outside) == {"kept"}
 
@@ -103,8 +112,9 @@ def test_a_result_is_moved_in_with_its_index_last(tmp_path, monkeypatch):
     replace = run_folder.os.replace
 
     def watched(source, target):
-        assert not (folder / "model_index.json").exists()
-        moved.append(target.name)
+        if target.name != run_folder.PUBLISHING:
+            assert not (folder / "model_index.json").exists()
+            moved.append(target.name)
         replace(source, target)
 
     monkeypatch.setattr(run_folder.os, "replace", watched)
@@ -139,3 +149,67 @@ def test_a_result_that_cannot_be_written_leaves_the_earlier_one(tmp_path):
     with pytest.raises(OSError) as caught:
         run_folder.publish(folder, write)
     assert caught.value.errno == errno.ENOSPC and entries(folder) == before
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("pipeline", [True, False])
+def test_a_result_survives_a_kill_at_any_moment(tmp_path, pipeline):
+    """What loads is whole, and after the next claim there is a whole result: the earlier one or the new one."""
+    folder = tmp_path / "run"
+    names = ("model_index.json", "unet/weights", "vae/weights") if pipeline else ("pytorch_lora_weights.safetensors",)
+
+    def write(to: Path, text: str) -> None:
+        for name in names:
+            (to / name).parent.mkdir(exist_ok=True)
+            (to / name).write_text(text)
+
+    def prepare() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        write(a_run(folder), "old")
+
+    def texts() -> set[str]:
+        return {(folder / name).read_text() for name in names}
+
+    for _ in killed_before_each_call(prepare, lambda: run_folder.publish(folder, lambda to: write(to, "new"))):
+        if (folder / names[0]).exists():
+            assert texts() in ({"old"}, {"new"})
+        run_folder.claim(folder, overwrite=False, resuming=True)
+        assert texts() in ({"old"}, {"new"})
+        kept = {name.split("/")[0] for name in names} | {"config.yaml", "checkpoint-1", run_folder.REPORT}
+        assert {path.name for path in folder.iterdir()} == kept
+    assert texts() == {"new"}
+
+
+@pytest.mark.faults
+def test_clearing_an_earlier_run_away_can_be_killed_and_repeated(tmp_path):
+    folder = tmp_path / "run"
+
+    def prepare() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        a_run(folder)
+
+    work = lambda: run_folder.begin(folder, overwrite=True, config_yaml="seed: 2\n")
+    for _ in killed_before_each_call(prepare, work):
+        run_folder.claim(folder, overwrite=True, resuming=False)
+        work()
+        assert entries(folder) == {"config.yaml", run_folder.REPORT}
+
+
+def test_a_run_that_is_written_is_refused_to_others_with_its_holder(tmp_path):
+    with run_folder.hold(tmp_path / "run"):
+        run_folder.claim(tmp_path / "run", overwrite=False, resuming=False)
+        with pytest.raises(BadInput, match=r"run is being written by process \d+ on .* --output_dir"):
+            run_folder.hold(tmp_path / "run")
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match="is a file; name a folder"):
+        run_folder.hold(tmp_path / "file")
+    with pytest.raises(BadInput, match="cannot be written"):
+        run_folder.hold(tmp_path / "file" / "run")
+
+
+def test_releasing_within_the_hold_leaves_nothing(tmp_path):
+    with run_folder.hold(tmp_path / "run"):
+        (tmp_path / "run" / run_folder.REPORT).touch()
+        (tmp_path / "run" / ".tmp-abcdefgh-config.yaml").touch()
+        run_folder.release(tmp_path / "run")
+    assert entries(tmp_path) == set()

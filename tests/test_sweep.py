@@ -75,7 +75,7 @@ def test_every_combination_is_run_once_and_reported(sdxl_path, pairs, tmp_path, 
     out = capfd.readouterr()
     assert out.err.count("8 computed now") == 1 and out.err.count(" 0 computed now") == 3
     names = [f"beta_dpo={beta}-learning_rate={rate}" for beta in (500, 5000) for rate in ("1e-4", "1e-3")]
-    assert [Path(command[-1]).name for command in runs] == names
+    assert [Path(command[-3]).name for command in runs] == names
     header, *table = out.out.splitlines()[:5]
     assert header.split() == ["beta_dpo", "learning_rate", "implicit_accuracy", "loss_last", "seconds"]
     assert [line.split()[:2] for line in table] == [[b, r] for b in ("500", "5000") for r in ("1e-4", "1e-3")]
@@ -92,7 +92,7 @@ def test_every_combination_is_run_once_and_reported(sdxl_path, pairs, tmp_path, 
     argv[argv.index("500,5000")] = "500,5000,2000"
     assert sweep.main(argv) == 0
     names = [f"beta_dpo=2000-learning_rate={rate}" for rate in ("1e-4", "1e-3")]
-    assert [Path(command[-1]).name for command in runs] == names
+    assert [Path(command[-3]).name for command in runs] == names
 
     # with other flags for all it would be another sweep
     capfd.readouterr()
@@ -110,8 +110,7 @@ def test_an_interrupted_run_is_gone_on_with(sdxl_path, pairs, tmp_path, runs, mo
     (second / "summary.json").unlink()  # as if killed while the result was written
     runs.clear()
     assert sweep.main(argv) == 0
-    resumed = ["--resume_from_checkpoint", "latest"]
-    assert [command[-2:] == resumed for command in runs] == [True, False]
+    assert [command[-2:] for command in runs] == [["--resume_from_checkpoint", "auto"]] * 2
     for folder, rate in ((first, 1e-3), (second, 2e-3)):
         where = ["--latent_cache_dir", tmp_path / "cache", "--learning_rate", rate]
         assert_same_state(train_alone(sdxl_path, pairs, tmp_path / f"{rate}", *where), folder)

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from dpo_fast.data.columns import LAYOUTS, WantedColumns
 from dpo_fast.data.sources import JsonlSource, Source, StreamedSource, TableSource, as_bad_input
 from dpo_fast.errors import BadInput
+from dpo_fast.files import regular_file, regular_files
 
 
 def open_source(
@@ -94,6 +95,8 @@ def _local_splits(path: Path) -> tuple[dict[str, list[Path]], Path | None]:
         if path.suffix not in (".parquet", ".arrow", ".jsonl"):
             raise BadInput(f"data set {str(path)!r} is not a .parquet, .arrow or .jsonl file; accepted: {LAYOUTS}")
         return {"train": [path]}, path.parent if path.suffix == ".jsonl" else None
+    if not path.is_dir():
+        regular_file(path)
     if (path / "dataset_dict.json").is_file():
         with as_bad_input(f"data set {str(path)!r}"):
             return {
@@ -104,7 +107,7 @@ def _local_splits(path: Path) -> tuple[dict[str, list[Path]], Path | None]:
     for pattern in ("*.jsonl", "**/*.parquet", "**/*.arrow"):
         splits: dict[str, list[Path]] = {}
         for file in sorted(path.glob(pattern)):
-            splits.setdefault(_split_of(file, path), []).append(file)
+            splits.setdefault(_split_of(file, path), []).append(regular_file(file))
         if splits:
             return splits, path if pattern == "*.jsonl" else None
     raise BadInput(f"folder {str(path)!r} holds no .jsonl, .parquet or .arrow files; accepted: {LAYOUTS}")
@@ -134,6 +137,7 @@ def _pick_split(wanted: str | None, splits: list[str], name: str) -> str:
 def _load_local(files: list[Path], streaming: bool, cache_dir: str | Path | None):
     with as_bad_input(f"data set {str(files[0])!r}"), _quiet(files):
         if files[0].is_dir():
+            regular_files(files[0])
             table = datasets.load_from_disk(str(files[0]))
             return table.to_iterable_dataset() if streaming else table
         kind = files[0].suffix[1:]  # "parquet" and "arrow" are also the loaders' names

@@ -10,11 +10,11 @@ from torch import Tensor
 from dpo_fast.config import TrainConfig
 from dpo_fast.evaluation.findings import About, Findings, judge
 from dpo_fast.evaluation.generating import versions
-from dpo_fast.evaluation.models import ModelSource, OneAtATime, base_of, result_of
+from dpo_fast.evaluation.models import ModelSource, OneAtATime, base_of, result_of, revisions
 from dpo_fast.evaluation.page import page
 from dpo_fast.evaluation.prompts import read_lines
 from dpo_fast.evaluation.scored import Scored, write_scores
-from dpo_fast.evaluation.scorers import Scorer, check_names, load_scorer
+from dpo_fast.evaluation.scorers import Scorer, check_names, load_scorer, provenance
 from dpo_fast.evaluation.signals import measure
 from dpo_fast.files import write_json, write_text
 from dpo_fast.models import Family
@@ -53,7 +53,7 @@ class Evaluation:
         seeds = [(config.seed * SEED_STRIDE + k) % 2**63 for k in range(len(self.prompts))]
         source, models = base_of(config), OneAtATime(ranks.device)
         base = self._generate(config, ranks, models, source, seeds, "base")
-        about = _about(config, models.open(source))
+        about = _about(config, models.open(source), ranks.device)
         policy = self._generate(config, ranks, models, result_of(config, config.output_dir), seeds, "policy")
         del models  # its memory is wanted
         if not ranks.is_main:
@@ -123,11 +123,15 @@ def add_to_summary(folder: Path, findings: Findings, seconds: float) -> dict[str
 
 
 def _scorer(name: str, config: TrainConfig, device: torch.device) -> Scorer:
-    where = config.scorer_models and config.scorer_models.expanduser()
-    return load_scorer(name, device, where=where, cache_dir=config.cache_dir, token=config.hub_token)
+    return load_scorer(name, device, **_files(config), token=config.hub_token)
 
 
-def _about(config: TrainConfig, base: Family) -> About:
+def _files(config: TrainConfig) -> dict[str, object]:
+    """Where the scorers' files are."""
+    return {"where": config.scorer_models and config.scorer_models.expanduser(), "cache_dir": config.cache_dir}
+
+
+def _about(config: TrainConfig, base: Family, device: torch.device) -> About:
     steps = config.sampling_steps or base.sampling_steps
     guidance = base.sampling_guidance if config.sampling_guidance is None else config.sampling_guidance
     trained = f"{config.tuning}, {config.objective}, beta {config.beta_dpo:g}, learning rate {config.learning_rate:g}"
@@ -147,4 +151,6 @@ def _about(config: TrainConfig, base: Family) -> About:
             "Versions": versions(),
         },
         trained_towards_the_first=True,
+        models={"base": revisions(base_of(config)), "policy": revisions(result_of(config, config.output_dir))},
+        scorers={name: provenance(name, device, **_files(config)) for name in dict.fromkeys(config.eval_scorers)},
     )

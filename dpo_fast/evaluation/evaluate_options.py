@@ -38,8 +38,9 @@ class EvaluateConfig(GenerateConfig):
 
     prompts: tuple[str, ...] = ()
     """Texts, files (.txt: one prompt a line; .tsv: columns Prompt and Category) or sets: partiprompts, hps,
-    pickapic-validation, shapes; NAME=PATH: a set from your own copy. May be given more than once. None: what the run
-    was evaluated on in training."""
+    pickapic-validation, shapes; NAME=PATH: a set from your own copy; pickapic-validation=OWNER/NAME: from another
+    repository of the hub than version 2's. May be given more than once. None: what the run was evaluated on in
+    training."""
     policy: str | None = None
     """An output folder of dpo_fast.train, a pipeline (hub id, diffusers folder, .safetensors file), or a folder of
     images named by their prompts."""

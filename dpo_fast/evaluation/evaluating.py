@@ -21,11 +21,12 @@ from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.findings import About, Findings, judge
 from dpo_fast.evaluation.generating import Wanted, check_free, differences, generate_images, is_complete
 from dpo_fast.evaluation.image_scores import score_images
+from dpo_fast.evaluation.models import revisions
 from dpo_fast.evaluation.naming import PromptImage, image_files, images_of
 from dpo_fast.evaluation.page import page
 from dpo_fast.evaluation.pairing import Files, Pairs, pair_up
 from dpo_fast.evaluation.scored import Scored, write_scores
-from dpo_fast.evaluation.scorers import default_dtype, facts, load_scorer
+from dpo_fast.evaluation.scorers import default_dtype, facts, load_scorer, provenance
 from dpo_fast.evaluation.signals import measure
 from dpo_fast.files import remove_temporaries, write_json, write_text
 from dpo_fast.parallel import Ranks
@@ -72,7 +73,10 @@ def is_images(path: str) -> bool:
 
 
 def claim(out: Path, settings: Mapping[str, object]) -> None:
-    """Make `out` the folder of this evaluation, or go on with it. Raises BadInput where it is something else's."""
+    """Make `out`, which is held, the folder of this evaluation, or go on with it.
+
+    Raises BadInput where it is something else's.
+    """
     record = out / RECORD
     if not record.is_file():
         check_free(out, RECORD)
@@ -147,6 +151,12 @@ def compare(
         date.today().isoformat(),
         settings,
         [*pairs.remarks, *remarks],
+        models={
+            title: revisions(comparison.wanted.models[side.name])
+            for title, side in (("base", comparison.base), ("policy", comparison.policy))
+            if side.folder is None
+        },
+        scorers={name: provenance(name, ranks.device, **files) for name in comparison.scorers},
     )
     return judge(scored, signals, about, compare_medians=comparison.compare_medians), scored
 

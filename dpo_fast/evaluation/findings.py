@@ -23,6 +23,7 @@ from dpo_fast.evaluation.statistics import (
 )
 
 FEW = 20  # prompts: below, intervals are rough
+UNEVEN = 0.75  # effective prompts a prompt: below, it is said
 WIDTH = 110  # columns of the terminal that notes are broken to
 
 
@@ -37,6 +38,8 @@ class About:
     settings: dict[str, str]  # sampler, steps, guidance, versions ...: name -> value, in this order
     remarks: list[str] = field(default_factory=list)  # on what was compared, a line each, to be told with the notes
     trained_towards_the_first: bool = False  # the policy comes from this base, and the first scorer from its labels
+    models: dict[str, dict[str, str]] = field(default_factory=dict)  # base, policy -> its files -> their revisions
+    scorers: dict[str, dict[str, object]] = field(default_factory=dict)  # `scorers.provenance` of each
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Verdict:
     category: str | None  # None: all
     prompts: int  # distinct
     compared: int  # pairs of images, or prompts where the medians of their images are compared
+    effective_prompts: float  # how many prompts with as many images each tell as much of the win rate
     win_rate: WinRate  # of `compared`
     won: Counts  # prompts
     exact: Interval  # share of won prompts among those that are no ties, Clopper-Pearson
@@ -114,6 +118,12 @@ class Findings:
             lines.append(f"only {prompts} prompts: intervals are rough")
         elif few:
             lines.append(f"fewer than {FEW} prompts, so intervals are rough: {', '.join(few)}")
+        first = self.overall[0]
+        if first.effective_prompts < UNEVEN * prompts and prompts > 1:
+            lines.append(
+                f"prompts have very different numbers of images: the {prompts} are worth {first.effective_prompts:.1f}"
+                " with as many each, which the intervals allow for; --compare medians weighs prompts alike"
+            )
         return lines + self.about.remarks
 
     def warnings(self) -> list[str]:
@@ -159,6 +169,8 @@ class Findings:
             "diversity_base": diversity.base if diversity else None,
             "diversity_policy": diversity.policy if diversity else None,
             "scores": {verdict.scorer: verdict.for_summary() for verdict in self.overall},
+            "models": self.about.models,
+            "scorers": self.about.scorers,
             "signals": {s.name: asdict(s) | {"difference": s.difference._asdict()} for s in self.signals},
             "warnings": self.warnings(),
         }
@@ -237,6 +249,7 @@ def _verdicts(scored: Scored, category: str | None, compare_medians: bool, resam
                 category,
                 prompts=len(distinct),
                 compared=len(prompts),
+                effective_prompts=bootstrap.effective,
                 win_rate=win_rate(base, policy, prompts, bootstrap),
                 won=won,
                 exact=binomial_interval(won.wins, won.wins + won.losses),

@@ -20,7 +20,8 @@ class GenerateConfig:
 
     prompts: tuple[str, ...] = ()
     """Texts, files (.txt: one prompt a line; .tsv: columns Prompt and Category) or sets: partiprompts, hps,
-    pickapic-validation, shapes; NAME=PATH: a set from your own copy. May be given more than once."""
+    pickapic-validation, shapes; NAME=PATH: a set from your own copy; pickapic-validation=OWNER/NAME: from another
+    repository of the hub than version 2's. May be given more than once."""
     policy: str | None = None
     """An output folder of dpo_fast.train, or a pipeline: hub id, diffusers folder, .safetensors file."""
     baseline: str | None = None

@@ -11,6 +11,7 @@ what other ranks make, is the same to the bit.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from dpo_fast import __version__
+from dpo_fast import __version__, run_folder
 from dpo_fast.data.images import BadImage, crop_corner, decode, resize, to_pixels
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.generate_options import STRENGTH, GenerateConfig
@@ -124,6 +125,13 @@ def generate_images(wanted: Wanted, out: Path, ranks: Ranks) -> int:
 
     Raises BadInput, on every rank, where `out` holds something else, or images of other settings or weights.
     """
+    with ExitStack() as held:
+        ranks.on_main(lambda: held.enter_context(run_folder.hold(out)))
+        return _generate_missing(wanted, out, ranks)
+
+
+def _generate_missing(wanted: Wanted, out: Path, ranks: Ranks) -> int:
+    """`generate_images` in a folder that is held."""
     rows = wanted.rows()
     ranks.on_main(lambda: _claim(wanted, rows, out, ranks.device))
     missing = set(ranks.share([file for file in {row.file: None for row in rows} if not (out / file).is_file()]))
@@ -300,10 +308,8 @@ def _claim(wanted: Wanted, rows: Sequence[ImageRow], out: Path, device: torch.de
 
 
 def check_free(out: Path, record: str) -> None:
-    """Raise BadInput where `out`, which lacks the file `record`, holds anything else."""
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"--output_dir {out} is a file; name a folder")
-    if out.is_dir() and any(not entry.name.startswith(".tmp-") for entry in out.iterdir()):
+    """Raise BadInput where `out`, which is held and lacks the file `record`, holds anything else."""
+    if not run_folder.is_free(out):
         raise BadInput(f"--output_dir {out} is not empty and holds no {record}; name another folder")
 
 

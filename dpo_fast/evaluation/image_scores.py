@@ -23,7 +23,7 @@ from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.by_size import batches_by_size
 from dpo_fast.evaluation.pairing import THREADS, Files
 from dpo_fast.evaluation.scorers import Scorer
-from dpo_fast.files import remove_temporaries, write_text
+from dpo_fast.files import regular_file, remove_temporaries, write_text
 from dpo_fast.parallel import Ranks
 
 KEPT_AFTER = 256  # images: what a killed process loses at most, on every rank
@@ -120,7 +120,7 @@ def _read(folder: Path, about: Mapping[str, str]) -> dict[str, float]:
 def _read_one(file: Path, about: Mapping[str, str]) -> dict[str, float]:
     """None where the file is not there or damaged, or of other facts."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(regular_file(file).read_text(encoding="utf-8"))
         if content["about"] != about:
             return {}
         return {str(key): float(score) for key, score in content["scores"].items()}

@@ -10,7 +10,7 @@ caption are encoded once, and each draw is one forward pass of either model.
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -202,6 +202,7 @@ class ImplicitAccuracy(_Share):
     draws: int
     ties: int  # pairs whose mean margin is exactly 0
     bad: int  # pairs left out, since an image does not decode
+    files: dict[str, dict[str, str]] = field(default_factory=dict)  # reference, policy, pairs -> place -> its revision
 
     def for_summary(self) -> dict[str, object]:
         """As JSON has it."""
@@ -222,6 +223,7 @@ class ImplicitAccuracy(_Share):
             "draws": self.draws,
             "ties": self.ties,
             "bad_rows": self.bad,
+            "files": self.files,
         }
 
     def __str__(self) -> str:

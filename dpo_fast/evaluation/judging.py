@@ -25,15 +25,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dpo_fast import locks
 from dpo_fast.caching import ahead
 from dpo_fast.data import BadImage, BadRow, PairIndex, Source
-from dpo_fast.data.cache.store import locked
 from dpo_fast.data.images import decode, image_key
 from dpo_fast.data.pairs import too_many_bad
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.by_size import batches_by_size
 from dpo_fast.evaluation.scorers import Scorer
-from dpo_fast.files import remove_temporaries, write_json, write_text
+from dpo_fast.files import regular_file, remove_temporaries, write_json, write_text
 from dpo_fast.parallel import Ranks
 
 PART_ROWS = 256  # of the source; what a killed process loses at most, on every rank
@@ -92,7 +92,8 @@ def score_pairs(
     with ExitStack() as held:
 
         def begin() -> None:
-            held.enter_context(locked(folder, waiting, "--scores_dir"))
+            otherwise = "wait until it is done, or name another --scores_dir"
+            held.enter_context(locks.hold(folder, otherwise=otherwise, waiting=waiting))
             _claim(folder, source)
 
         ranks.on_main(begin)
@@ -126,9 +127,7 @@ def _claim(folder: Path, source: Source) -> None:
             f"{folder} holds scores of other pairs, or of these before they changed ({before}; now {this}): delete it,"
             " or name another --scores_dir"
         )
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            remove_temporaries(entry)
+    remove_temporaries(folder, deep=True)
 
 
 class _Work:
@@ -266,7 +265,7 @@ class _Work:
     def _read(self, name: str, first: int) -> _Part:
         """A part as it was written, by this very scorer; an empty one where it is not there, or damaged."""
         try:
-            content = json.loads(self._path(name, first).read_text(encoding="utf-8"))
+            content = json.loads(regular_file(self._path(name, first)).read_text(encoding="utf-8"))
             if content["about"] != self.facts[name]:
                 return _Part({}, {}, {})
             bad = {row: BadRow(row, column, reason) for row, column, reason in content["bad"]}

@@ -11,6 +11,7 @@ import torch
 
 from dpo_fast.config import TrainConfig, parse
 from dpo_fast.errors import BadInput
+from dpo_fast.hub_revisions import revision_of
 from dpo_fast.models import COMPUTE_DTYPES, Family, load_family, merge_lora
 from dpo_fast.models.faults import bad_input
 from dpo_fast.models.load import align_weights, component_config, family_of
@@ -240,6 +241,15 @@ def files_stamp(source: ModelSource) -> str:
         stats = [(file.name, file.stat()) for file in files]
         found.append([place, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)])
     return hashlib.blake2b(json.dumps(found).encode(), digest_size=8).hexdigest()
+
+
+def revisions(source: ModelSource) -> dict[str, str]:
+    """Repository, folder or file -> its `revision_of`, of all that a model is read from."""
+    found = {source.path: revision_of(source.path, revision=source.revision, cache_dir=source.cache_dir)}
+    for place in filter(None, (source.vae_path, source.merged, source.adapter)):
+        lora = Path(place, WEIGHT_NAME)  # of an output folder, which holds more
+        found[place] = revision_of(lora if lora.is_file() else place, cache_dir=source.cache_dir)
+    return found
 
 
 def compute_dtype(source: ModelSource, device: torch.device) -> torch.dtype:

@@ -1,7 +1,12 @@
-"""Prompts as names of files, and back: which image of a folder is of which prompt."""
+"""Prompts as names of files, and back: which image of a folder is of which prompt.
+
+The same letters may be composed (NFC, as most people type them) or decomposed (NFD, as a Mac's disk and its archives
+have them): texts are compared in composed form. Not in a compatibility form (NFKC), in which "x\u00b2" is "x2".
+"""
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,13 +34,21 @@ class Found(NamedTuple):
     unused: int  # images of no prompt
 
 
+def composed(text: str) -> str:
+    """The text in Unicode's form NFC."""
+    return unicodedata.normalize("NFC", text)
+
+
 def plain(text: str) -> str:
-    """Letters and digits of any script in lower case, with one dash for whatever stands between them."""
-    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")
+    """Letters and digits of any script, composed, in lower case, with one dash for whatever stands between them."""
+    return re.sub(r"[\W_]+", "-", composed(text).lower()).strip("-")
 
 
 def file_stem(prompt: str) -> str:
-    """The prompt as the start of a file's name: its words in plain letters, and a digest where these are not all."""
+    """The prompt as the start of a file's name: its words in plain letters, and a digest where these are not all.
+
+    Of the text as it is: composed and decomposed, a prompt has two names, both of which `images_of` knows.
+    """
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:LONGEST_NAME].strip("-")
     if words.replace("-", " ") == prompt:
         return words
@@ -53,21 +66,27 @@ def images_of(folder: Path, prompts: Sequence[str]) -> Found:
     An image is of the prompt that its PNG text `prompt` is; else, where its name is only a number, of the one that its
     folder's name is (`a red fox/0002.png`); else of the one that its name is, or the name without a number at its end
     (`a red fox-2.png`, `A red fox (2).jpg`). Of names letters and digits count; one of LEAST_CUT characters or more may
-    be only the start of the prompt. What dpo_fast.generate wrote tells its seed. Raises BadInput where that leaves
-    several prompts.
+    be only the start of the prompt. What dpo_fast.generate wrote tells its seed. Of prompts that differ only in how
+    their letters are composed, an image is of the one that its text is, else of the composed one or the first. Raises
+    BadInput where that leaves several prompts.
     """
+    texts_of = {prompt: prompt for prompt in prompts}  # a text -> its prompt
+    for prompt in prompts:
+        texts_of.setdefault(composed(prompt), prompt)
     names: dict[str, list[str]] = {}
-    for prompt in dict.fromkeys(prompts):
-        for name in {plain(prompt), plain(file_stem(prompt))} - {""}:
+    for prompt in dict.fromkeys(texts_of[composed(prompt)] for prompt in prompts):
+        decomposed = unicodedata.normalize("NFD", prompt)
+        stems = {file_stem(text) for text in (prompt, composed(prompt), decomposed)}
+        for name in {plain(text) for text in (prompt, *stems)} - {""}:
             names.setdefault(name, []).append(prompt)
-    whole = set(prompts)
     found: dict[str, list[tuple[int, str, PromptImage]]] = {}
     unused = 0
     for file in image_files(folder):
         bare, number = _without_number(file.stem)
         texts = _texts_in(file)
-        prompt, seed = texts.get("prompt"), texts.get("seed") if "noise_seed" in texts else None
-        if prompt not in whole:
+        text, seed = texts.get("prompt", ""), texts.get("seed") if "noise_seed" in texts else None
+        prompt = texts_of.get(text) or texts_of.get(composed(text))
+        if prompt is None:
             above = file.parent.name if file.parent != folder else ""
             candidates = [file.stem, bare] if plain(bare) else [above, file.stem]
             prompt = next((p for name in candidates if (p := _prompt_named(name, names, file)) is not None), None)

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from dpo_fast.evaluation.charts import bars
-from dpo_fast.evaluation.findings import Findings, Verdict, counted, decimals, p_value
+from dpo_fast.evaluation.findings import About, Findings, Verdict, counted, decimals, p_value
 from dpo_fast.evaluation.gallery import LOSSLESS, Role, Shown, Thumbnail, choose, thumbnails
 from dpo_fast.evaluation.implicit import ImplicitAccuracy
 from dpo_fast.evaluation.scored import Scored
@@ -68,7 +68,8 @@ def _head(findings: Findings) -> str:
         "Prompts": f"{first.prompts} of {about.prompt_set}",
         "Images": f"{findings.images} of each",
         "Scorers": ", ".join(verdict.scorer for verdict in findings.overall),
-    } | about.settings
+    }
+    facts |= about.settings | _provenance(about)
     rows = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in facts.items())
     warnings = "".join(f"<li>{_text(line)}</li>" for line in findings.warnings())
     doubt = "" if first.decided else ": it holds 50%, so nothing is shown either way"
@@ -81,6 +82,19 @@ def _head(findings: Findings) -> str:
         + (f'<ul class="warnings">{warnings}</ul>\n' if warnings else "")
         + f"<dl>{rows}</dl>\n</header>"
     )
+
+
+def _provenance(about: About) -> dict[str, str]:
+    """Which revisions of models and scorers were used, a row each."""
+    rows = {f"Files, {title}": _revisions(files) for title, files in about.models.items()}
+    for name, of in about.scorers.items():
+        others = (f"{key} {value}" for key, value in of.items() if key != "revisions")
+        rows[f"Scorer {name}"] = ", ".join(filter(None, (_revisions(of["revisions"]), *others)))
+    return rows
+
+
+def _revisions(files: dict[str, str]) -> str:
+    return ", ".join(f"{place} @ {revision}" for place, revision in files.items())
 
 
 def _win_rates(findings: Findings) -> str:

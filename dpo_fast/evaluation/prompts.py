@@ -2,10 +2,13 @@
 
     partiprompts         the 1,632 PartiPrompts, category and challenge (hub: nateraw/parti-prompts)
     hps                  HPSv2's benchmark, 4 x 800, category = style (hub: zhwang/HPDv2)
-    pickapic-validation  the 500 unique validation prompts of Pick-a-Pic v2 (hub: yuvalkirstain/pickapic_v2)
+    pickapic-validation  the validation prompts of Pick-a-Pic v2 (hub: yuvalkirstain/pickapic_v2): of the split
+                         validation_unique, one of each of 500 prompts, or where there is none the distinct captions
+                         of the split validation
     shapes               the captions of the built-in world that no pair has
 
-NAME=PATH reads a set from your own copy, in the files the hub has.
+NAME=PATH reads a set from your own copy, in the files the hub has; pickapic-validation=OWNER/NAME from another
+repository of the hub, such as yuvalkirstain/pickapic_v1 or a copy without images.
 """
 
 import csv
@@ -16,7 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo_fast.errors import BadInput
+from dpo_fast.evaluation.naming import composed
+from dpo_fast.files import regular_file
 
+PICKAPIC = "yuvalkirstain/pickapic_v2"
+PICKAPIC_SPLITS = ("validation_unique", "validation")  # the first that there is
 HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
 
 # Prompts about people, where a set does not say which these are: one of these words, whole.
@@ -72,7 +79,7 @@ def read_prompts(
 def read_lines(path: Path, flag: str) -> list[str]:
     """A text file's lines, blank ones left out. Raises BadInput, naming the flag, where there are none."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in regular_file(path, flag).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{flag} {path} cannot be read ({error}); name a text file, one prompt a line") from error
     prompts = [line for line in lines if line]
@@ -108,7 +115,7 @@ def _is_file(path: Path) -> bool:
 def _about_people(prompt: Prompt, of_its_set: Sequence[Prompt]) -> bool:
     if any(other.category == "People" for other in of_its_set):
         return prompt.category == "People"
-    return not PEOPLE_WORDS.isdisjoint(re.findall(r"[a-z]+", prompt.text.lower()))
+    return not PEOPLE_WORDS.isdisjoint(re.findall(r"[^\W\d_]+", composed(prompt.text).lower()))
 
 
 # ---- the sets ----------------------------------------------------------------------------------------------------
@@ -122,7 +129,7 @@ def _partiprompts(copy: Path | None, where: Where) -> list[Prompt]:
 def _parti_table(path: Path, source: str, given: str | None = None) -> list[Prompt]:
     """The columns Prompt, Category and, where there is one, Challenge. A quotation mark is a letter like any other."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with regular_file(path, "--prompts").open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BadInput(f"--prompts {given or path} cannot be read ({error}); name a tab-separated table") from error
@@ -163,28 +170,43 @@ def _hps(copy: Path | None, where: Where) -> list[Prompt]:
 
 
 def _pickapic(copy: Path | None, where: Where) -> list[Prompt]:
-    """The column `caption` of the split validation_unique; no image is fetched."""
+    """The distinct texts of the column `caption` of the first of PICKAPIC_SPLITS; no image is fetched.
+
+    copy: a folder, a parquet file (all of it) or a repository of the hub. Where the split is not validation_unique, or
+    the repository not PICKAPIC, the prompts' source says so.
+    """
     import datasets
 
-    split = "validation_unique"
-    name, options = "yuvalkirstain/pickapic_v2", {"cache_dir": where.cache_dir, "token": where.token}
+    name, options = PICKAPIC, {"cache_dir": where.cache_dir, "token": where.token}
     if copy is not None:
         name = str(copy)
-        if not copy.exists():
+        if not copy.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             raise BadInput(
-                f"--prompts pickapic-validation={copy} does not exist: name the set's folder or parquet file"
+                f"--prompts pickapic-validation={copy} does not exist: name the set's folder, parquet file or"
+                " repository on the hub"
             )
         if copy.is_file():
-            name, options, split = "parquet", {"data_files": name}, "train"
+            name, options = "parquet", {"data_files": name}
     try:
-        rows = datasets.load_dataset(name, split=split, streaming=True, columns=["caption"], **options)
-        captions = [row["caption"] for row in rows]
+        splits = datasets.load_dataset(name, streaming=True, columns=["caption"], **options)
     except Exception as error:  # the network and the file formats raise what they like
+        raise _unreachable("pickapic-validation", error) from error
+    split = "train" if name == "parquet" else next((split for split in PICKAPIC_SPLITS if split in splits), None)
+    if split is None:
+        raise BadInput(
+            f"--prompts pickapic-validation: {name} has no split {' or '.join(PICKAPIC_SPLITS)}, only"
+            f" {', '.join(splits)}: name another repository, or one parquet file, --prompts pickapic-validation=PATH"
+        )
+    try:
+        captions = [row["caption"] for row in splits[split]]
+    except Exception as error:
         raise _unreachable("pickapic-validation", error) from error
     texts = list(dict.fromkeys(text.strip() for text in captions if text and text.strip()))
     if not texts:
         raise BadInput(f"--prompts pickapic-validation: the column caption of {name} is empty; copy it again")
-    return [Prompt(text, "pickapic-validation") for text in texts]
+    source = "pickapic-validation" if split != PICKAPIC_SPLITS[1] else f"pickapic-validation (split {split})"
+    on_hub = copy is not None and not copy.exists()
+    return [Prompt(text, f"{source} of {name}" if on_hub else source) for text in texts]
 
 
 def _shapes(copy: Path | None, where: Where) -> list[Prompt]:

@@ -53,6 +53,9 @@ class Bootstrap:
     Images of one prompt come and go together, since they are alike; where there is only one prompt its images are
     resampled, and the interval says nothing of others. From a fixed seed, so that the same scores give the same
     interval, and every value of one evaluation is resampled with the same prompts.
+
+    A prompt weighs as many images as it has. Where these numbers differ, the prompts are worth fewer: `effective`,
+    (sum of sizes)^2 / sum of squared sizes (Kish, Survey Sampling, 1965), which sets the degrees of freedom.
     """
 
     def __init__(self, prompts: Sequence[str], resamples: int = RESAMPLES) -> None:
@@ -62,6 +65,9 @@ class Bootstrap:
         if len(number) == 1:
             self.group = torch.arange(len(prompts))
         self.groups = int(self.group.max()) + 1
+        self.sizes = torch.bincount(self.group)  # int64 [groups]: images of each prompt
+        self.effective = len(prompts) ** 2 / int(self.sizes.square().sum())  # prompts; = groups where sizes are equal
+        self.freedom = max(1.0, self.effective - 1)  # degrees of freedom
         generator = torch.Generator().manual_seed(0)
         # how often a resample holds each prompt: once on average, and above 255 with a chance of 1 in 256!
         self.counts = torch.zeros(resamples, self.groups, dtype=torch.uint8)
@@ -78,10 +84,11 @@ class Bootstrap:
 
         Korn and Graubard (Survey Methodology 24, 1998, 193): prompts whose images are alike, and ties, make the looks
         worth other than as many independent ones, p (1 - p) / variance of p. Wilson's score interval (1927) is taken
-        at that number, with Student's t of one degree less than there are prompts in place of the normal deviate. The
-        variance is the bootstrap's over prompts, at least that of independent looks; where no look differs from
-        another a prompt is worth one. Percentiles of the resampled share instead hold too few true shares where these
-        are near 0 or 1, or prompts are few, and are of no width where no prompt differs.
+        at that number, with Student's t of one degree less than there are effective prompts in place of the normal
+        deviate. The variance is the bootstrap's over prompts, at least that of independent looks, and where prompts
+        have different numbers of images at least that of their design (`_of_design`); where no look differs from
+        another an effective prompt is worth one. Percentiles of the resampled share instead hold too few true shares
+        where these are near 0 or 1, or prompts are few, and are of no width where no prompt differs.
 
         Where all are ties nothing is in doubt: exactly 0.5 [0.5, 0.5].
         """
@@ -91,11 +98,11 @@ class Bootstrap:
         share = looks.mean().item()
         if self.groups == 1:
             return Interval(share, 0.0, 1.0)
-        freedom = self.groups - 1
-        resampled = self._means(looks.flatten(1).mean(1) if looks.dim() > 1 else looks).var().item()
-        variance = max(resampled * self.groups / freedom, looks.var().item() / looks.numel())
-        worth = share * (1 - share) / variance if variance > 0 else self.groups
-        odds = students_t(freedom) ** 2 / worth
+        rows = looks.flatten(1).mean(1) if looks.dim() > 1 else looks
+        corrected = self._means(rows).var().item() * (self.freedom + 1) / self.freedom
+        variance = max(corrected, looks.var().item() / looks.numel(), self._of_design(rows))
+        worth = share * (1 - share) / variance if variance > 0 else self.effective
+        odds = students_t(self.freedom) ** 2 / worth
         middle = (share + odds / 2) / (1 + odds)
         half = math.sqrt(odds * share * (1 - share) + odds**2 / 4) / (1 + odds)
         return Interval(share, max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half)))
@@ -115,18 +122,35 @@ class Bootstrap:
 
     def _percentiles(self, value: float, resampled: Tensor) -> Interval:  # fp64 [resamples]
         """As far out as Student's t is wider than the normal deviate and n wider than n - 1 (Hesterberg, The American
-        Statistician 69, 2015, 371): plain percentiles hold too little where prompts are few."""
+        Statistician 69, 2015, 371), n the effective prompts: plain percentiles hold too little where these are few."""
         if self.groups == 1:
             return Interval(value, resampled.min().item(), resampled.max().item())
-        freedom = self.groups - 1
-        tail = 0.5 * math.erfc(students_t(freedom) * math.sqrt(self.groups / freedom / 2))
+        tail = 0.5 * math.erfc(students_t(self.freedom) * math.sqrt((self.freedom + 1) / self.freedom / 2))
         return Interval(value, *resampled.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist())
 
+    def _of_design(self, rows: Tensor) -> float:  # fp64 [N]
+        """The variance of the mean where images of one prompt are correlated as these are; 0 where every prompt has as
+        many images, which the bootstrap judges as well.
+
+        variance / N^2 x sum of size (1 + (size - 1) correlation), correlation = 1 - the variance within prompts / that
+        of all rows, in [0, 1] (Kish's design effect). The bootstrap's variance is far too small where the few prompts
+        that lost are among those with few images.
+        """
+        if bool((self.sizes == self.sizes[0]).all()):
+            return 0.0
+        number = len(rows)
+        whole = rows.var(correction=0).item()
+        means = self._sums(rows) / self.sizes
+        within = (rows - means[self.group]).square().sum().item() / (number - self.groups)
+        correlation = min(max(1 - within / whole, 0.0), 1.0) if whole > 0 else 0.0
+        others = int((self.sizes * (self.sizes - 1)).sum())
+        return whole / number**2 * (number + correlation * others)
+
+    def _sums(self, values: Tensor) -> Tensor:  # [N] -> fp64 [groups]
+        return torch.zeros(self.groups, dtype=torch.float64).index_add_(0, self.group, values.double())
+
     def _means(self, values: Tensor) -> Tensor:  # [N] -> fp64 [resamples]
-        values = values.double()
-        sums = torch.zeros(self.groups, dtype=torch.float64).index_add_(0, self.group, values)
-        sizes = torch.bincount(self.group, minlength=self.groups).double()
-        both = torch.stack([sums, sizes], 1)
+        both = torch.stack([self._sums(values), self.sizes.double()], 1)
         total = self._each(lambda counts: counts.double() @ both, self.groups)
         return total[:, 0] / total[:, 1]
 
@@ -221,9 +245,21 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-@lru_cache
-def students_t(freedom: int) -> float:
+def students_t(freedom: float) -> float:
     """Student's t that 95% of values are nearer to zero than; degrees of freedom: at least 1.
+
+    Between whole degrees linear in 1 / freedom, in which t is convex: never too small, and by less than 1% above 3.
+    """
+    below = math.floor(freedom)
+    if below == freedom:
+        return _students_t(below)
+    share = (1 / below - 1 / freedom) * below * (below + 1)  # of the way to the next
+    return (1 - share) * _students_t(below) + share * _students_t(below + 1)
+
+
+@lru_cache
+def _students_t(freedom: int) -> float:
+    """Of a whole number of degrees.
 
     The probability of |t| < sqrt(freedom) tan(angle) is a sum of sines and cosines (Abramowitz and Stegun 1964, 26.7.3
     and 26.7.4); the angle is found by halving.

@@ -32,6 +32,7 @@ from safetensors import safe_open
 from torch import nn
 
 from dpo_fast.errors import BadInput
+from dpo_fast.files import regular_files
 from dpo_fast.models.attention import set_attention
 from dpo_fast.models.family import Family
 from dpo_fast.models.faults import bad_input
@@ -231,6 +232,7 @@ def _load_folder(
     path: str, kind: type[Family], dtype: torch.dtype, unet_dtype: torch.dtype, variant: str | None, hub: dict
 ) -> DiffusionPipeline:
     with bad_input(f"{path} cannot be loaded", _PICKLED):
+        regular_files(Path(path))
         if not Path(path).is_dir():  # first, so that downloads keep their progress bars
             path = DiffusionPipeline.download(path, variant=variant, use_safetensors=True, **hub)
         dtypes = {"unet": unet_dtype, "vae": torch.float32, "default": dtype}
@@ -256,6 +258,7 @@ def _load_file(
 def _load_vae(path: str, replaced: AutoencoderKL, hub: dict) -> AutoencoderKL:
     """The VAE at `path` in fp32; a single file is read with the configuration of the VAE that it replaces."""
     with bad_input(f"{path} cannot be loaded as a VAE", _PICKLED), no_loading_bars():
+        regular_files(Path(path))
         if path.endswith(".safetensors"):
             with tempfile.TemporaryDirectory() as config:  # diffusers' own guess has the scaling factor of SD1.5
                 replaced.save_config(config)

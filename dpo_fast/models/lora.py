@@ -12,6 +12,7 @@ from torch import nn
 
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput
+from dpo_fast.files import regular_files
 from dpo_fast.models.family import Family
 from dpo_fast.models.faults import bad_input
 from dpo_fast.quiet import no_loading_bars
@@ -138,6 +139,7 @@ def _lora_file(path: str) -> str | None:
         return local.name
     if not local.is_dir():
         return None
+    regular_files(local)
     files = sorted(file.name for file in local.glob("*.safetensors"))
     if WEIGHT_NAME in files:
         return WEIGHT_NAME

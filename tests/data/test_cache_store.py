@@ -1,8 +1,9 @@
 """Shards of records: what is written is found again, and what was cut off is taken up where it was."""
 
+import errno
 import json
+import os
 import random
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -217,7 +218,7 @@ def test_damaged_shards_are_refused_or_dropped(tmp_path):
     paths[1].write_bytes(paths[1].read_bytes()[:-1])
     with pytest.raises(Damaged, match="was cut off"):
         Store(tmp_path, RECIPE)
-    with locked(tmp_path / RECIPE.folder_name), pytest.raises(BadInput, match="is being built by"):
+    with locked(tmp_path / RECIPE.folder_name), pytest.raises(BadInput, match="is being written by"):
         drop_damaged(tmp_path, RECIPE)
     drop_damaged(tmp_path, RECIPE)
     assert Store(tmp_path, RECIPE).keys() == set(list(entries)[:4] + list(entries)[8:])
@@ -251,21 +252,29 @@ def test_recipes_and_keys_tell_apart_what_differs():
     assert len(mirrored(key)) == len(key) == len(caption_key("x")) == 16
 
 
-def test_a_lock_on_a_folder_that_was_deleted_meanwhile_is_none(tmp_path, monkeypatch):
-    flock = store.fcntl.flock
-
-    def slow(file, how):
-        shutil.rmtree(tmp_path / "folder")  # between the opening of the lock and its taking
-        flock(file, how)
-
-    monkeypatch.setattr(store.fcntl, "flock", slow)
-    with pytest.raises(BadInput, match="was just deleted"), locked(tmp_path / "folder"):
-        raise AssertionError("locked what is gone")
-
-
 def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
     with locked(tmp_path):
-        with pytest.raises(BadInput, match="is being built by process "), locked(tmp_path):
+        with pytest.raises(BadInput, match="is being written by process "), locked(tmp_path):
             raise AssertionError("locked twice")
     with locked(tmp_path):
         pass
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES])
+def test_a_shard_that_the_disk_does_not_give_is_not_dropped(tmp_path, monkeypatch, number):
+    entries = items(8)
+    write(tmp_path, entries)
+    read_text = Path.read_text
+
+    def failing(path: Path, **how: str) -> str:
+        if path.suffix == ".json" and path.name.startswith("shard"):
+            raise OSError(number, os.strerror(number), str(path))
+        return read_text(path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", failing)
+        with pytest.raises(OSError) as caught:
+            drop_damaged(tmp_path, RECIPE)
+    assert caught.value.errno == number and caught.value.filename
+    assert Store(tmp_path, RECIPE).keys() == set(entries)

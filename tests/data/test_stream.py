@@ -3,6 +3,8 @@
 import os
 import pickle
 import subprocess
+import threading
+import time
 from dataclasses import fields
 
 import pytest
@@ -21,7 +23,7 @@ from dpo_fast.data import (
     stream,
     validation_loader,
 )
-from dpo_fast.errors import BadInput
+from dpo_fast.errors import BadInput, Unresponsive
 from tests.helpers.pairs import pickapic, write_jsonl, write_table
 
 IDS = torch.tensor([3, 5, 8, 9, 11, 20, 21, 40, 41, 77])
@@ -216,6 +218,36 @@ def test_workers_outlive_what_ends_the_trainer(dataset):
         subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)  # another process's signal
     batches += loading
     assert_same(batches, make_loader(dataset, order, 0, 40))
+
+
+def test_workers_send_nothing_through_shared_memory(dataset):
+    """A tensor that does not fit into /dev/shm is lost on its way, and the trainer waits for it for ever."""
+    packed = stream._packed(dataset.__getitems__([(0, 0), (1, 0)]))
+    assert not any(isinstance(value, torch.Tensor) for value in packed.values.values())
+    sent = pickle.loads(pickle.dumps(packed)).unpacked()
+    assert_same([sent], [dataset.batch([(0, 0), (1, 0)])])
+    sent.pixels.add_(1)  # writable, as training's batches are
+
+
+class Slow(PairDataset):
+    """Answers after a minute."""
+
+    def __init__(self, dataset):
+        super().__init__(dataset.source, dataset.index, dataset.transform)
+
+    def __getitems__(self, keys):
+        time.sleep(60)
+
+
+def test_a_worker_that_never_answers_ends_the_wait(dataset, monkeypatch):
+    monkeypatch.setattr(stream, "PATIENCE", 1)
+    order = train_stream(pair_ids=dataset.index.pair_id)
+    with pytest.raises(Unresponsive, match="no batch came from 1 data loader workers in 1 s"):
+        next(make_loader(Slow(dataset), order, 0, 2, num_workers=1))
+    release = threading.Event()
+    with pytest.raises(Unresponsive, match="no batch came in 1 s"):
+        list(stream._in_threads(lambda item: release.wait(60), iter(range(3)), 1, False))
+    release.set()
 
 
 def test_the_trainer_can_end_its_workers(dataset):

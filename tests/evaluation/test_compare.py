@@ -33,6 +33,7 @@ def red(monkeypatch):
     BATCHES.clear()
     monkeypatch.setattr(compare, "check_names", lambda names: None)
     monkeypatch.setattr(compare, "load_scorer", lambda name, device, **_: Scorer(redness))
+    monkeypatch.setattr(compare, "provenance", lambda name, device, **_: {"dtype": "float64", "revisions": {}})
 
 
 @pytest.mark.usefixtures("red")
@@ -48,6 +49,9 @@ def test_a_run_is_compared_with_its_base(sd15_path, pairs, tmp_path, tuning, cap
     assert (summary["prompts"], summary["images"], summary["scorer"]) == (3, 5, "red")
     assert 0 <= summary["win_rate_ci95"][0] <= summary["win_rate"] <= summary["win_rate_ci95"][1] <= 1
     assert summary["score_base"] != summary["score_policy"]  # what was exported was loaded, and it differs
+    assert list(summary["models"]["base"]) == [str(sd15_path)] and set(summary["scorers"]) == {"red"}
+    assert summary["models"]["policy"] != summary["models"]["base"]
+    assert all(re.fullmatch("files [0-9a-f]{16}", of) for files in summary["models"].values() for of in files.values())
     assert summary["steps"] == 4 and summary["loss_first"] == pytest.approx(0.6931472)
     picture = np.asarray(Image.open(tmp_path / "run" / "samples.png"))
     assert picture.shape[2] == 3 and np.ptp(picture) > 50

@@ -58,6 +58,28 @@ def test_where_all_is_won_there_is_doubt_still():
     assert any("only 6 prompts" in line for line in found.notes()) and "Wilson" in found.notes()[0]
 
 
+def test_very_different_numbers_of_images_are_said():
+    prompts = ["much"] * 20 + ["few"] * 2 + [str(k) for k in range(10)]
+    of = Scored(prompts, [*range(32)], {"s": torch.zeros(32)}, {"s": torch.rand(32) - 0.5})
+    found = judge(of, [], ABOUT, resamples=99)
+    worth = 32**2 / (20**2 + 2**2 + 10)
+    assert found.overall[0].effective_prompts == worth == found.for_summary()["scores"]["s"]["effective_prompts"]
+    assert any(f"the 12 are worth {worth:.1f}" in line for line in found.notes())
+    for even in (judge(scored(), [], ABOUT, resamples=99), judge(of, [], ABOUT, compare_medians=True, resamples=99)):
+        assert not any("very different" in line for line in even.notes())
+
+
+def test_the_summary_says_which_models_and_scorers_were_used():
+    models = {
+        "base": {"owner/model": "a" * 40},
+        "policy": {"owner/model": "a" * 40, "runs/x": "files 0123456789abcdef"},
+    }
+    scorers = {"beauty": {"dtype": "float16", "revisions": {"owner/scorer": "b" * 40}}}
+    found = judge(scored(), [], replace(ABOUT, models=models, scorers=scorers), resamples=99)
+    for summary in (found.numbers(), found.for_summary()):
+        assert (summary["models"], summary["scorers"]) == (models, scorers)
+
+
 def test_the_summary_has_the_keys_of_training(tmp_path):
     of = scored(gain=-1)
     images = torch.randint(0, 256, (60, 3, 16, 16), dtype=torch.uint8)

@@ -18,7 +18,17 @@ from transformers import AutoTokenizer, CLIPModel, CLIPTokenizer
 
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation import scorers
-from dpo_fast.evaluation.scorers import MODULE_OF, Scorer, aesthetic, facts, hpsv2, imagereward, load_scorer
+from dpo_fast.evaluation.scorers import (
+    MODULE_OF,
+    Scorer,
+    aesthetic,
+    cleaning,
+    facts,
+    hpsv2,
+    imagereward,
+    load_scorer,
+    provenance,
+)
 from dpo_fast.evaluation.scorers.clip_models import VIT_H, VIT_L
 from dpo_fast.evaluation.scorers.published import of_model
 from tests.helpers import scorer_files
@@ -88,17 +98,28 @@ def normalised(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels - torch.tensor(mean)[:, None, None].double()) / torch.tensor(std)[:, None, None].double()
 
 
+def by_hand(prompts: list[str]) -> list[str]:
+    """What OpenAI's CLIP and open_clip do to PROMPTS before their tokens."""
+    return [html.unescape(html.unescape(p)).replace("\u2019", "'") for p in prompts]
+
+
 def expected_scores(published, name: str, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     folder, models = published
     model = models[name]
     if name in ("pickscore", "clip"):
         words = AutoTokenizer.from_pretrained(folder / (VIT_H if name == "pickscore" else VIT_L))
-        tokens = words(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
+        tokens = words(
+            prompts if name == "pickscore" else by_hand(prompts),
+            padding=True,
+            truncation=True,
+            max_length=77,
+            return_tensors="pt",
+        )
         scores = model(pixel_values=processed(images), **tokens).logits_per_image.diagonal()
         return scores if name == "pickscore" else 100 * scores / model.logit_scale.exp()
     if name.startswith("hpsv2"):
         words = AutoTokenizer.from_pretrained(folder / VIT_H)
-        clean = [html.unescape(html.unescape(p)).replace("\u2019", "'") for p in prompts]
+        clean = by_hand(prompts)
         tokens = torch.zeros(len(prompts), 77, dtype=torch.int64)  # open_clip's padding
         for row, ids in enumerate(words(clean, truncation=True, max_length=77).input_ids):
             tokens[row, : len(ids)] = torch.tensor(ids)
@@ -308,11 +329,14 @@ def test_a_file_of_weights_that_is_another(copied, name, repository, file):
     def save(changed: object) -> None:
         torch.save({"state_dict": changed} if name == "hpsv2" else changed, path)
 
-    for wrong in ({k: t for k, t in state.items() if k != key}, {**state, key: state[key][:-1]}):
+    save({k: t for k, t in state.items() if k != key})
+    refused(copied, name, r"is not the published file: of the tensors [13] missing \([^)]*weight\)")
+    for wrong in ({}, {**state, key: state[key][:-1]}):
         save(wrong)
         refused(copied, name, "is not the published file")
     save({**state, "more.weight": torch.zeros(2)})
-    refused(copied, name, "more.weight")
+    if name != "imagereward":  # which its authors load with strict=False
+        refused(copied, name, r"1 too many \(more\.weight\)")
     for wrong in ([state[key]], {**state, key: "text"}, {**state, key: None}):
         save(wrong)
         refused(copied, name, "is not the published file")
@@ -323,6 +347,42 @@ def test_a_file_of_weights_that_is_another(copied, name, repository, file):
     refused(copied, name, f"is no file: hf download {repository} ")
     shutil.rmtree(path.parent)
     refused(copied, name, f"is no folder: hf download {repository} --local-dir ")
+
+
+def test_of_imagereward_what_is_not_used_may_be_more_or_less(copied, published):
+    """Its authors load it with strict=False: files saved by other versions hold other buffers and heads."""
+    path = copied / imagereward.REPOSITORY / "ImageReward.pt"
+    state = torch.load(path, weights_only=True)
+    images = images_for(PROMPTS)
+    scores = load(published, "imagereward").score(images, PROMPTS)
+    unused = [key for key in state if key.endswith("position_ids") or "_proj." in key]
+    assert len(unused) == 5
+    fewer = {key: tensor for key, tensor in state.items() if key not in unused}
+    more = {**state, "blip.text_encoder.pooler.dense.weight": torch.ones(3, 3), "epoch": 3}
+    for changed in (fewer, more):
+        torch.save(changed, path)
+        assert torch.equal(load_scorer("imagereward", where=copied).score(images, PROMPTS), scores)
+    for needed in ("mlp.layers.7.bias", "blip.visual_encoder.cls_token", "blip.text_encoder.embeddings.LayerNorm.bias"):
+        torch.save({key: tensor for key, tensor in more.items() if key != needed}, path)
+        refused(copied, "imagereward", "1 missing")
+
+
+def test_the_revisions_of_a_scorers_files_are_recorded(copied, tmp_path):
+    for repository, commit in ((VIT_L, "a" * 40), (VIT_H, "b" * 40), (hpsv2.REPOSITORY, "c" * 40)):
+        refs = tmp_path / "hub" / f"models--{repository.replace('/', '--')}" / "refs"
+        refs.mkdir(parents=True)
+        (refs / "main").write_text(commit)
+    found = provenance("hpsv2", cache_dir=str(tmp_path / "hub"), dtype=torch.float16)
+    assert found["revisions"] == {hpsv2.REPOSITORY: "c" * 40, VIT_H: "b" * 40} and found["dtype"] == "float16"
+    assert provenance("appeal")["revisions"] == {}
+    local = provenance("hpsv2", where=copied)["revisions"]
+    assert all(re.fullmatch("files [0-9a-f]{16}", of) for of in local.values())
+    other = Path(shutil.copytree(copied, tmp_path / "other"))
+    (other / VIT_H / "config.json").touch()  # another time, the same content
+    assert provenance("hpsv2", where=other)["revisions"] == local
+    path = other / hpsv2.REPOSITORY / hpsv2.FILES["hpsv2.1"]
+    path.write_bytes(path.read_bytes()[:-1])
+    assert provenance("hpsv2", where=other)["revisions"] != local
 
 
 def test_a_clip_that_is_not_one(copied):
@@ -387,7 +447,7 @@ def test_prompts_are_read_as_open_clip_reads_them(vocabulary):
     prompts = [*PROMPTS, "It\u2019s \u201cquoted\u201d; 1234 don't we're  \n\t spaced"]
     prompts.append("&lt;b&gt; na\u00efve \u732b \U0001f600 e\u0301" * 9)
     expected = open_clip.tokenizer.SimpleTokenizer()(prompts)
-    ours = vocabulary([hpsv2.cleaned(prompt) for prompt in prompts], truncation=True, max_length=77).input_ids
+    ours = vocabulary([cleaning.cleaned(prompt) for prompt in prompts], truncation=True, max_length=77).input_ids
     for ids, row in zip(ours, expected, strict=True):
         assert ids == row[: len(ids)].tolist() and not row[len(ids) :].any()
 

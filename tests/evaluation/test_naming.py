@@ -1,6 +1,7 @@
 """Which image of a folder is of which prompt, however people name files."""
 
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 from PIL import Image
@@ -61,6 +62,63 @@ def test_a_name_stands_for_a_prompt(tmp_path, name, prompt):
     file.touch()
     expected = {} if prompt is None else {PROMPTS[prompt]: [file]}
     assert of(tmp_path, PROMPTS) == expected
+
+
+ACCENTED = [
+    "a café in Zürich",
+    "가나다 고양이",
+    "İstanbul",
+    "Straße",
+    "plain fox",
+    "x² + y",
+    "ﬁn",
+    "e\u0301\u0323 twice",
+]
+
+
+@pytest.mark.parametrize("asked", ["NFC", "NFD"])
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+@pytest.mark.parametrize("as_what", ["name", "number", "folder", "cut", "text", "generated", "stem"])
+def test_composed_and_decomposed_letters_are_the_same(tmp_path, asked, stored, as_what):
+    """A Mac's disk and the archives made on it have names decomposed; people type prompts composed."""
+    long = [f"{prompt}, {'very ' * 20}" for prompt in ACCENTED]
+    prompts = [normalize(asked, prompt) for prompt in (long if as_what == "cut" else ACCENTED)]
+    files = {}
+    for k, prompt in enumerate(prompts):
+        text = normalize(stored, prompt)
+        name = {
+            "name": f"{text}.png",
+            "number": f"{text} (2).jpg",
+            "folder": f"{text}/0001.webp",
+            "cut": f"{text[:60]}.png",
+            "text": f"{k}.png",
+            "generated": f"{file_stem(text)}-3.png",
+            "stem": f"{file_stem(text)}-3.jpg",  # without the PNG's text
+        }[as_what]
+        files[prompt] = [put(tmp_path, name, text if as_what in ("text", "generated") else None)]
+    assert of(tmp_path, prompts) == files
+
+
+def test_the_text_of_a_png_tells_prompts_apart_that_are_composed_differently(tmp_path):
+    both = [normalize("NFD", "café noir"), "café noir"]
+    files = {prompt: [put(tmp_path, f"{file_stem(prompt)}-0.png", prompt)] for prompt in both}
+    assert of(tmp_path, both) == files
+    files[both[1]].append(put(tmp_path, f"{normalize('NFD', 'café noir')}-1.jpg"))
+    assert of(tmp_path, both) == files
+
+
+def test_other_characters_are_other_prompts(tmp_path):
+    """What only compatibility forms or case folding make equal."""
+    put(tmp_path, "x2 + y.png")
+    put(tmp_path, "fin.png")
+    put(tmp_path, "strasse.png")
+    assert images_of(tmp_path, ACCENTED) == ({}, 3)
+
+
+def test_names_of_generated_images_stay_what_they_were():
+    """Earlier folders are gone on with: the digest is of the prompt as it is."""
+    stems = {prompt: file_stem(prompt) for prompt in ("a red fox", "a café", "a cafe\u0301")}
+    assert stems == {"a red fox": "a-red-fox", "a café": "a-caf-d52796f1", "a cafe\u0301": "a-cafe-7a0f185e"}
 
 
 def test_images_come_in_the_order_of_their_numbers(tmp_path):

@@ -72,6 +72,21 @@ def made(of: Scored, side: int = 32, **options: int) -> str:
     return page(judge(of, measure(base, policy, of.prompts), about, resamples=99), of, base, policy, **options)
 
 
+def test_the_page_says_which_models_and_scorers_were_used():
+    of = scored()
+    images = torch.zeros(len(of.prompts), 3, 32, 32, dtype=torch.uint8)
+    files = {"owner/model": "a" * 40, "runs/<x>": "files 0123456789abcdef"}
+    about = About(
+        *("base", "policy", "set", "today", {}),
+        models={"policy": files},
+        scorers={"beauty": {"dtype": "float16", "text": "without ftfy", "revisions": {"owner/scorer": "b" * 40}}},
+    )
+    text = page(judge(of, [], about, resamples=99), of, images, images)
+    assert f"<dt>Files, policy</dt><dd>owner/model @ {'a' * 40}, runs/&lt;x&gt; @ files 0123456789abcdef</dd>" in text
+    row = f"owner/scorer @ {'b' * 40}, dtype float16, text without ftfy"
+    assert f"<dt>Scorer beauty</dt><dd>{row}</dd>" in text
+
+
 @pytest.mark.parametrize("categories", [True, False])
 def test_the_page_is_whole_and_loads_nothing(categories):
     of = scored(categories=categories)

@@ -98,6 +98,40 @@ def test_pickapics_validation_captions_once_each(tmp_path):
     assert read_prompts([f"pickapic-validation={file}"]) == found
 
 
+def test_without_unique_validation_prompts_they_are_the_distinct_ones_of_validation(tmp_path):
+    """Some copies of Pick-a-Pic have only train, validation and test."""
+    (tmp_path / "data").mkdir()
+
+    def put(split: str, captions: list[str]) -> None:
+        table = pa.table({"caption": captions, "label_0": [1.0] * len(captions)})
+        pq.write_table(table, tmp_path / "data" / f"{split}-00000-of-00001-0a1b2c3d.parquet")
+
+    put("train", ["another"])
+    with pytest.raises(BadInput, match=r"^[^\n]* has no split validation_unique or validation, only train: [^\n]*$"):
+        read_prompts([f"pickapic-validation={tmp_path}"])
+    put("validation", ["a", "b", "a ", "b", "", "c"])
+    found = read_prompts([f"pickapic-validation={tmp_path}"])
+    assert found == [Prompt(text, "pickapic-validation (split validation)") for text in "abc"]
+    put("validation_unique", ["b", "a"])
+    assert texts(f"pickapic-validation={tmp_path}") == ["b", "a"]
+
+
+def test_pickapics_repository_can_be_named(tmp_path, monkeypatch):
+    """Also that of version 1 and copies without images; the source says which."""
+    asked = []
+
+    def load_dataset(name: str, **options: object) -> dict[str, list[dict[str, str]]]:
+        asked.append((name, options["columns"]))
+        return {"train": [], "validation_unique": [{"caption": "a"}, {"caption": "b"}]}
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    assert read_prompts(["pickapic-validation"]) == [Prompt(text, "pickapic-validation") for text in "ab"]
+    first = read_prompts(["pickapic-validation=yuvalkirstain/pickapic_v1"])
+    assert first[0] == Prompt("a", "pickapic-validation of yuvalkirstain/pickapic_v1")
+    assert asked == [("yuvalkirstain/pickapic_v2", ["caption"]), ("yuvalkirstain/pickapic_v1", ["caption"])]
+
+
 def test_the_built_in_captions():
     found = texts("shapes")
     assert len(found) == 72 and all(" on a " in text for text in found)
@@ -107,7 +141,12 @@ def test_the_built_in_captions():
 
 def test_people_are_words_where_no_category_says_it():
     about = ["a Woman with a hat", "two men.", "the king's crown", "a child"]
-    others = ["a mango tree", "a humane society", "a manhole cover", "the kingdom of ants"]
+    others = [
+        "a mango tree",
+        "a humane society",
+        "see you man\u0303ana",
+        "a kide\u0301 and the kidé of ants",
+    ]  # decomposed
     both = [text for pair in zip(about, others, strict=True) for text in pair]
     assert texts(*both, people=True) == about
 

@@ -71,6 +71,13 @@ def test_students_t_is_that_of_tables():
     assert students_t(1_000_000) == pytest.approx(1.959966, abs=2e-6)
 
 
+def test_between_whole_degrees_students_t_is_never_too_small():
+    exact = {1.5: 6.0166, 2.5: 3.5746, 3.5: 2.94, 7.7: 2.3217, 33.3: 2.0338}  # by quadrature, rounded down
+    for freedom, value in exact.items():
+        assert value <= students_t(freedom) <= value * (1.01 if freedom > 3 else 1.2)
+        assert students_t(math.ceil(freedom)) < students_t(freedom) < students_t(math.floor(freedom))
+
+
 def test_the_interval_of_independent_prompts_is_the_binomials():
     generator = torch.Generator().manual_seed(0)
     policy = (torch.rand(2000, generator=generator) < 0.6).double() * 2 - 1
@@ -176,7 +183,7 @@ def test_means_and_medians_are_resampled_as_said():
         [v for k in one for v, p in zip(values.tolist(), prompts, strict=True) if p == distinct[k]] for one in drawn
     ]
     for found, statistic in ((bootstrap.mean(values), np.mean), (bootstrap.median(values), np.median)):
-        n = len(distinct)  # Hesterberg's expanded tail
+        n = 40**2 / sum(prompts.count(prompt) ** 2 for prompt in distinct)  # Hesterberg's expanded tail, Kish's number
         tail = NormalDist().cdf(-students_t(n - 1) * math.sqrt(n / (n - 1)))
         ends = np.quantile([statistic(one) for one in picked], [tail, 1 - tail])
         assert found == pytest.approx((statistic(values.numpy()), *ends), abs=1e-12)
@@ -273,3 +280,65 @@ def test_few_prompts_have_wider_intervals_of_the_mean():
     bootstrap = Bootstrap([str(prompt) for prompt in range(prompts)], resamples=1000)
     held = sum(of.low <= 0 <= of.high for of in map(bootstrap.mean, scores))
     assert 0.93 <= held / sets <= 0.97, held / sets
+
+
+UNEVEN = {"1, 2, 20": (1, 2, 20), "1 to 8": range(1, 9), "20 of a tenth": (20, *[1] * 9)}
+
+
+def alike(sets: int, images: list[int], correlation: float, generator: torch.Generator) -> torch.Tensor:
+    """Standard normal scores fp64 [sets, sum of images], those of one prompt correlated."""
+    of_prompt = torch.randn(sets, len(images), generator=generator, dtype=torch.float64)
+    of_image = torch.randn(sets, sum(images), generator=generator, dtype=torch.float64)
+    of_prompt = of_prompt.repeat_interleave(torch.tensor(images), 1)
+    return correlation**0.5 * of_prompt + (1 - correlation) ** 0.5 * of_image
+
+
+@pytest.mark.parametrize("design", UNEVEN)
+@pytest.mark.parametrize("correlation", [0.1, 0.9])
+@pytest.mark.parametrize("rate", [0.5, 0.9])
+def test_rates_of_very_different_numbers_of_images_are_held(design, correlation, rate):
+    """600 data sets of 40 prompts. With as many degrees of freedom as prompts, and the bootstrap's variance alone, the
+    lowest of these is 0.85."""
+    sets, generator = 600, torch.Generator().manual_seed(5)
+    images = [UNEVEN[design][k % len(UNEVEN[design])] for k in range(40)]
+    names = [str(prompt) for prompt, number in enumerate(images) for _ in range(number)]
+    won = alike(sets, images, correlation, generator) < torch.special.ndtri(torch.tensor(rate, dtype=torch.float64))
+    bootstrap = Bootstrap(names, resamples=300)
+    held = sum(of.low <= rate <= of.high for of in map(bootstrap.share, won.double())) / sets
+    assert held >= 0.93, held
+
+
+@pytest.mark.parametrize("correlation", [0.1, 0.9])
+def test_means_and_medians_of_very_different_numbers_of_images_are_held(correlation):
+    sets, generator = 600, torch.Generator().manual_seed(6)
+    images = [(1, 2, 20)[k % 3] for k in range(21)]
+    bootstrap = Bootstrap([str(k) for k, number in enumerate(images) for _ in range(number)], resamples=300)
+    for statistic in (bootstrap.mean, bootstrap.median):
+        intervals = map(statistic, alike(sets, images, correlation, generator))
+        held = sum(of.low <= 0 <= of.high for of in intervals) / sets
+        assert held >= 0.93, held
+
+
+def test_prompts_with_as_many_images_each_have_exactly_these_intervals():
+    """To the bit those of before prompts with different numbers of images were weighed."""
+    expected = {
+        (1, 5): (0.20408829270551931, 0.984226492813764, -0.43240356525333923, 0.6503047006444317),
+        (2, 3): (0.003383039524036069, 0.9866038015107385, -0.2646004339183687, -0.05025581946193492),
+        (7, 1): (0.10928974530798707, 0.8209287381417224, -0.9245578819235714, 1.0664559142306378),
+        (30, 4): (0.3925341493123395, 0.5914588774738194, -0.22904065944256932, 0.16281133946622842),
+    }
+    for (prompts, images), numbers in expected.items():
+        generator = torch.Generator().manual_seed(prompts)
+        values = torch.randn(prompts * images, generator=generator, dtype=torch.float64)
+        bootstrap = Bootstrap([str(k) for k in range(prompts) for _ in range(images)], 200)
+        assert bootstrap.effective == (prompts if prompts > 1 else images)
+        share, mean = bootstrap.share((values > 0).double()), bootstrap.mean(values)
+        assert (*share[1:], *mean[1:]) == pytest.approx(numbers, rel=1e-12)  # other machines sum in another order
+
+
+def test_one_prompt_with_nearly_all_images_tells_little_of_the_others():
+    names = ["much"] * 100 + [str(k) for k in range(20)]
+    bootstrap = Bootstrap(names, 500)
+    assert bootstrap.effective == 120**2 / (100**2 + 20) and bootstrap.freedom == 1
+    of = bootstrap.share(torch.tensor([1.0] * 100 + [0.0] * 20))
+    assert of.low < 0.1 and of.high > 0.9

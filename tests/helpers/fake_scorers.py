@@ -65,6 +65,7 @@ def _main(part_rows: int, log: Path, argv: list[str], seconds: float) -> int:
     scorers.MODULE_OF |= dict.fromkeys(FORMULAS, "fake")
     scorers.load_scorer = lambda name, device, **_: load(name, log, seconds)
     scorers.facts = lambda name, device, **_: {"scorer": name}
+    scorers.provenance = lambda name, device, **_: {"revisions": {f"owner/{name}": "a" * 40}}
     return relabel.main(argv)
 
 

@@ -25,8 +25,8 @@ from dpo_fast.data.cache.signed import digest, signed, unsigned
 from dpo_fast.data.columns import Columns
 from dpo_fast.data.images import KEY_BYTES, BadImage, decode, image_key
 from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
-from dpo_fast.errors import BadInput
-from dpo_fast.files import atomic_file, remove_temporaries, write_text
+from dpo_fast.errors import BadInput, disk_error
+from dpo_fast.files import atomic_file, regular_file, remove_temporaries, write_text
 
 _SCHEMA = pa.schema(
     [
@@ -60,12 +60,14 @@ class Manifest:
         self._new: list[int] = []  # not yet in any file
         try:
             if (folder / "manifest.json").exists():
-                self.about = json.loads(unsigned((folder / "manifest.json").read_text(encoding="utf-8")))
+                self.about = json.loads(unsigned(regular_file(folder / "manifest.json").read_text(encoding="utf-8")))
             parts = sorted(folder.glob("part-*.parquet"))
             whole = sorted(folder.glob("rows-*.parquet"), key=lambda file: file.stat().st_mtime_ns)
             for file in [*whole, *parts]:  # of a row the latest counts
                 self._read(file)
         except (OSError, ValueError, pa.ArrowException) as error:
+            if disk_error(error) is not None:
+                raise  # no reason to delete it
             raise BadInput(f"{folder} cannot be read ({error}): delete the folder, it is made again") from error
         self._parts = len(parts)
 
@@ -175,7 +177,7 @@ class Manifest:
             os.utime(self.folder / "manifest.json")
 
     def _read(self, file: Path) -> None:
-        data = file.read_bytes()
+        data = regular_file(file).read_bytes()
         if not file.stem.endswith(f"-{digest(data)}"):
             raise ValueError(f"the contents of {file.name} do not agree with the digest in its name")
         for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches(columns=_SCHEMA.names):

@@ -10,27 +10,25 @@ record it was writing, and the next one goes on behind it. A full shard is flush
 its JSON last. Nothing in these files depends on when or how often the work was interrupted.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import re
-import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import xxhash
 
+from dpo_fast import locks
 from dpo_fast.data.cache.recipe import Recipe
 from dpo_fast.data.cache.signed import signed, unsigned
 from dpo_fast.data.images import KEY_BYTES
-from dpo_fast.errors import BadInput
-from dpo_fast.files import remove_temporaries, write_json, write_text
+from dpo_fast.errors import DISK_ERRORS, FORBIDDEN, BadInput, remedy
+from dpo_fast.files import flush, regular_file, remove_temporaries, write_json, write_text
 
 SHARD_BYTES = 256 << 20  # a full shard's records, about
 _SHARD = re.compile(r"shard-(\d+)-(\d+)\.(json|bin|part|log)$")
@@ -229,7 +227,7 @@ class Writer:
             "meta": [meta for _, _, meta in self._entries],
         }
         write_text(self._path("json"), signed(json.dumps(body, separators=(",", ":"))))
-        _sync(self.folder)
+        flush(self.folder)
         self._path("log").unlink()
         self._entries, self._number = [], self._free_number()
 
@@ -276,6 +274,9 @@ def default_root() -> Path:
 
 
 def not_writable(folder: Path, error: OSError) -> BadInput:
+    """A disk's error at the cache folder as BadInput, with what to do about it."""
+    if error.errno in DISK_ERRORS and error.errno not in FORBIDDEN:
+        return BadInput(f"the cache folder {folder} cannot be written ({error.strerror}): {remedy(error)}")
     return BadInput(
         f"the cache folder {folder} cannot be written ({error.strerror or error}): name another --latent_cache_dir, or"
         " train with --no-cache; what is complete can be read as it is"
@@ -288,48 +289,16 @@ def locked(
 ) -> Iterator[None]:
     """Hold `folder`, which `flag` names, for building.
 
-    Where another process has it: BadInput that names the holder, or, with `waiting`, which is told of it once, as long
-    as it takes.
+    Where another process has it: BadInput that names the holder, or, with `waiting`, which is told of it once, its end
+    is waited for.
     """
+    otherwise = f"wait until it is done (a second builder would do the same work), or name another {flag}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+", encoding="utf-8")
+        held = locks.hold(folder, waiting=waiting, otherwise=otherwise)
     except OSError as error:
         raise not_writable(folder, error) from error
-    with file:
-        if not _lock(file):
-            file.seek(0)
-            held = f"{folder} is being built by {file.read().strip() or 'another process'}"
-            if waiting is None:
-                raise BadInput(
-                    f"{held}: wait until it is done (a second builder would do the same work), or name another {flag}"
-                )
-            waiting(f"{held}: waiting until it is done (Ctrl-C, and another {flag}, if it never is)")
-            while not _lock(file):
-                time.sleep(0.2)
-        if not _is_there(folder / ".lock", file):
-            raise BadInput(f"{folder} was just deleted by another process: start the same command again")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+    with held:
         yield
-        file.truncate(0)
-
-
-def _lock(file: TextIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_there(path: Path, file: TextIO) -> bool:
-    """Whether an open file is still the one of that name."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
 
 
 def shard_indices(folder: Path) -> list[Path]:
@@ -339,16 +308,19 @@ def shard_indices(folder: Path) -> list[Path]:
 
 
 def read_shard(path: Path, recipe: Recipe) -> Shard:
-    """The shard whose index is `path`: its index checked, its size checked. Raises Damaged."""
+    """The shard whose index is `path`: its index checked, its size checked.
+
+    Raises Damaged, and OSError where the disk does not give the files: that is no reason to delete them.
+    """
     bin_path = path.with_suffix(".bin")
     try:
-        body = json.loads(unsigned(path.read_text(encoding="utf-8")))
+        body = json.loads(unsigned(regular_file(path).read_text(encoding="utf-8")))
         keys = np.frombuffer(bytes.fromhex("".join(body["keys"])), np.uint8).reshape(-1, KEY_BYTES)
         checksums = np.array([int(checksum, 16) for checksum in body["checksums"]], np.uint64)
         shared: dict[tuple, list] = {}  # sizes recur: one list of each, or millions of records take much memory
         meta = [shared.setdefault(tuple(m), m) if isinstance(m, list) else m for m in body["meta"]]
         sha256, of = body["sha256"], (body["recipe"], body["record_bytes"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise Damaged(f"{path} cannot be read as the index of a shard ({error}); {_mended(recipe)}") from error
     if of != (recipe.digest, recipe.record_bytes):
         raise BadInput(
@@ -401,8 +373,8 @@ def _check_recipe(folder: Path, recipe: Recipe) -> None:
     if not path.exists():
         return
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        there = json.loads(regular_file(path).read_text(encoding="utf-8"))
+    except ValueError as error:
         raise BadInput(f"{path} cannot be read ({error}): delete this file, it is made again") from error
     if there != recipe.as_json():
         differences = recipe.differences(there) if isinstance(there, dict) else ["it is no recipe"]
@@ -436,15 +408,6 @@ def _entry(line: bytes) -> tuple[bytes, int, Any] | None:
         return (bytes.fromhex(key), int(checksum, 16), meta) if line.endswith(b"\n") else None
     except (ValueError, TypeError):
         return None
-
-
-def _sync(folder: Path) -> None:
-    """Have the names in `folder` on the disk, not only the files."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write(file: BinaryIO, data: bytes | memoryview) -> None:

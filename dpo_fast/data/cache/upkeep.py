@@ -14,6 +14,7 @@ from dpo_fast.data.cache.manifest import Manifest
 from dpo_fast.data.cache.recipe import Recipe
 from dpo_fast.data.cache.store import locked, read_shard, remove_shard, sha256_of, shard_indices
 from dpo_fast.errors import BadInput
+from dpo_fast.files import contents, rename_away
 
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
 
@@ -34,7 +35,7 @@ def entries(root: Path) -> list[Entry]:
     if not root.is_dir():
         raise BadInput(f"there is no cache folder {root}: name it with --latent_cache_dir")
     found = []
-    for folder in sorted(root.iterdir()):
+    for folder in sorted(contents(root)):
         mark, about, items = folder / "recipe.json", "", 0
         if mark.is_file() or shard_indices(folder):
             about, items = _about_recipe(mark)
@@ -42,7 +43,7 @@ def entries(root: Path) -> list[Entry]:
             about = _about_pairs(mark)
         else:
             continue
-        size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+        size = sum(file.stat().st_size for file in contents(folder) if file.is_file())
         used = (mark if mark.exists() else folder).stat().st_mtime
         found.append(Entry(folder, about, items, size, used))
     return sorted(found, key=lambda entry: -entry.used)
@@ -58,7 +59,7 @@ def verify(root: Path, *, remove: bool = False) -> Iterator[tuple[Path, str | No
             if (entry.folder / "manifest.json").is_file():
                 fault = _manifest_fault(entry.folder)
                 if fault and remove:
-                    shutil.rmtree(entry.folder)
+                    shutil.rmtree(rename_away(entry.folder))
                 yield entry.folder, fault
                 continue
             try:
@@ -66,7 +67,7 @@ def verify(root: Path, *, remove: bool = False) -> Iterator[tuple[Path, str | No
                 recipe = Recipe.from_json(json.loads(path.read_text(encoding="utf-8")))
                 if recipe.folder_name != entry.folder.name:
                     raise ValueError(f"it is the recipe of {recipe.folder_name}")
-            except (OSError, ValueError) as error:
+            except (FileNotFoundError, ValueError) as error:
                 if remove:
                     path.unlink(missing_ok=True)
                 yield path, f"{error}; its shards were not looked at"
@@ -100,7 +101,8 @@ def to_prune(found: list[Entry], *, unused_days: float | None, names: list[str],
 def delete(entry: Entry) -> None:
     """Delete one folder. Raises BadInput where it is being built."""
     with locked(entry.folder):
-        shutil.rmtree(entry.folder)
+        going = rename_away(entry.folder)
+    shutil.rmtree(going)  # once it is released: NFS deletes no folder with an open file
 
 
 def _shard_fault(path: Path, recipe: Recipe) -> str | None:

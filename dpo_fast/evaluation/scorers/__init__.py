@@ -1,5 +1,6 @@
 """Scorers: each is a module of this folder with a function `load(name, loading)` and the dict REPOSITORIES, scorer ->
-the repositories its files are from; a new one is a file and a row."""
+the repositories its files are from; a new one is a file and a row. Where more than files and dtype decides scores, the
+module has a function `more_facts()` too."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -9,10 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from huggingface_hub import constants
 
 from dpo_fast import __version__
 from dpo_fast.errors import BadInput
+from dpo_fast.hub_revisions import revision_of
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,36 @@ def facts(
     if where is not None:
         found = [_digest(Path(where), repositories)] if repositories else []
     else:
-        found = [f"{repository}@{_commit(repository, cache_dir)}" for repository in repositories]
+        found = [f"{repository}@{revision_of(repository, cache_dir=cache_dir)}" for repository in repositories]
     return {
         "scorer": name,
         "dtype": str(dtype or default_dtype(torch.device(device))).removeprefix("torch."),
         "files": ", ".join(found) or "none",
         "dpo_fast": __version__,
+        **getattr(_module(name), "more_facts", dict)(),
     }
+
+
+def provenance(
+    name: str,
+    device: torch.device | str = "cpu",
+    *,
+    dtype: torch.dtype | None = None,
+    where: str | Path | None = None,
+    cache_dir: str | None = None,
+) -> dict[str, object]:
+    """What results say of the scorer that `load_scorer` with the same arguments has made: its facts with, in place of
+    "files", "revisions": repository -> `revision_of` it, the same for the same files on every machine.
+
+    Raises BadInput for an unknown name.
+    """
+    found: dict[str, object] = {**facts(name, device, dtype=dtype, where=where, cache_dir=cache_dir)}
+    del found["scorer"], found["files"]
+    revisions = {}
+    for repository in _module(name).REPOSITORIES[name]:
+        place = repository if where is None else Path(where) / repository
+        revisions[repository] = revision_of(place, cache_dir=cache_dir)
+    return {**found, "revisions": revisions}
 
 
 def _module(name: str) -> ModuleType:
@@ -129,12 +153,3 @@ def _digest(where: Path, repositories: Sequence[str]) -> str:
                 line = f"{repository} {inside.as_posix()} {status.st_size} {status.st_mtime_ns}\n"
                 digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
-
-
-def _commit(repository: str, cache_dir: str | None) -> str:
-    """The one that the hub's cache has of the repository's main branch."""
-    folder = Path(cache_dir or constants.HF_HUB_CACHE)
-    try:
-        return (folder / f"models--{repository.replace('/', '--')}" / "refs" / "main").read_text().strip()
-    except OSError:
-        return "not fetched"

@@ -8,16 +8,14 @@ cosine), where Stable Diffusion models have means of 23.6 to 32.5 by version 2.1
 are not comparable, nor scores of different prompts.
 
 As in the published code the whole image is seen, resized as a tensor and padded, not cropped. torchvision before 0.17
-did that without antialiasing, which gives other scores. Of open_clip's cleaning of the text, entities and curly quotes
-are done here; what else ftfy mends (broken encodings, ligatures, full-width letters) is not.
+did that without antialiasing, which gives other scores. Prompts are cleaned as by open_clip (`cleaning`).
 """
 
-import html
 import re
 
 from torch import Tensor
 
-from dpo_fast.evaluation.scorers import Loading, Scorer
+from dpo_fast.evaluation.scorers import Loading, Scorer, cleaning
 from dpo_fast.evaluation.scorers.clip_models import VIT_H, Clip, empty_clip
 from dpo_fast.evaluation.scorers.preprocessing import pad_to_square
 from dpo_fast.evaluation.scorers.published import file, fill, of_model
@@ -25,6 +23,7 @@ from dpo_fast.evaluation.scorers.published import file, fill, of_model
 REPOSITORY = "xswu/HPSv2"
 FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
 REPOSITORIES = dict.fromkeys(FILES, (REPOSITORY, VIT_H))
+more_facts = cleaning.more_facts
 
 # open_clip's names and transformers': first the two towers, then what is in them and in a block.
 _RENAMED = [
@@ -55,9 +54,9 @@ def load(name: str, loading: Loading) -> Scorer:
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
         pixels = pad_to_square(images.to(loading.device), model.size)
-        return 100 * model.cosine(pixels, [cleaned(prompt) for prompt in prompts])
+        return 100 * model.cosine(pixels, [cleaning.cleaned(prompt) for prompt in prompts])
 
-    return of_model(score)
+    return of_model(score, cleaning.check)
 
 
 def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -74,9 +73,3 @@ def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             converted[name] = tensor
     return converted
-
-
-def cleaned(prompt: str) -> str:
-    """The prompt with HTML entities (even doubly escaped ones) resolved and curly quotes made straight."""
-    text = html.unescape(html.unescape(prompt))
-    return re.sub("[\u201c-\u201f]", '"', re.sub("[\u02bc\u2018-\u201b]", "'", text))

@@ -46,7 +46,8 @@ _OF_MED_CONFIG = (
     "pad_token_id",
 )
 
-# BLIP's names and transformers'. Its BERT has the same in both; the projections of BLIP's other losses are not used.
+# BLIP's names and transformers'. Its BERT has the same in both. What else the file holds is not used, as in the
+# published code, which loads it with strict=False: the projections of BLIP's other losses, and position_ids.
 _RENAMED = [
     (r"^blip\.visual_encoder\.", "vision."),
     (r"^blip\.text_encoder\.", "text."),
@@ -60,7 +61,6 @@ _RENAMED = [
     (r"\.attn\.proj\.", ".self_attn.projection."),
     (r"\.norm([12])\.", r".layer_norm\1."),
 ]
-_UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
 
 
 class ImageReward(nn.Module):
@@ -85,7 +85,7 @@ def load(name: str, loading: Loading) -> Scorer:
         text = {key: given[key] for key in _OF_MED_CONFIG}
         text_config = BlipTextConfig(**text, encoder_hidden_size=VISION.hidden_size, is_decoder=True)
     model = ImageReward(VISION, text_config).requires_grad_(False).eval()
-    fill(model, path, from_blip)
+    fill(model, path, from_blip, others=True)
     model.vision.to(loading.device, loading.dtype)
     model.text.to(loading.device, loading.dtype)
     model.head.to(loading.device)  # fp32
@@ -103,8 +103,7 @@ def from_blip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of the published ImageReward for ours."""
     converted = {}
     for name, tensor in state.items():
-        if not name.startswith(_UNUSED):
-            for pattern, replacement in _RENAMED:
-                name = re.sub(pattern, replacement, name)
-            converted[name] = tensor
+        for pattern, replacement in _RENAMED:
+            name = re.sub(pattern, replacement, name)
+        converted[name] = tensor
     return converted

@@ -5,7 +5,8 @@ https://github.com/yuvalkirstain/PickScore. CLIP ViT-H/14, fine-tuned; preproces
 
 The score is logit_scale.exp() x cosine, about -100 to 100, larger is better; published means of Stable Diffusion models
 are 20.5 to 23.1. The softmax over two images of one prompt is the chance that each is preferred, so that differences
-matter, and scores of different prompts are not comparable.
+matter, and scores of different prompts are not comparable. Prompts are read by transformers' tokenizer, as its README
+does: curly quotes and entities stay as they are.
 """
 
 from torch import Tensor

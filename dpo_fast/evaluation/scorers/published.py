@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.scorers import Loading, Scorer
+from dpo_fast.files import regular_files
 from dpo_fast.models.faults import bad_input
 
 ADVICE = "take the published files, or check the connection and the token"
@@ -24,6 +25,7 @@ def repository(name: str, loading: Loading) -> tuple[str, dict[str, str | None]]
     folder = loading.where / name
     if not folder.is_dir():
         raise BadInput(f"{folder} is no folder: hf download {name} --local-dir {folder}")
+    regular_files(folder)
     return str(folder), {}
 
 
@@ -50,13 +52,19 @@ def tokenizer(name: str, tokens: int, loading: Loading) -> PreTrainedTokenizerBa
 
 
 def fill(
-    module: nn.Module, path: Path, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]], under: str | None = None
+    module: nn.Module,
+    path: Path,
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    under: str | None = None,
+    others: bool = False,
 ) -> None:
     """Give every parameter of `module` its value, from the tensors that torch.save wrote to `path`.
 
-    convert: from the file's names and tensors to the module's. under: the key of the file's dict that has them.
+    convert: from the file's names and tensors to the module's. under: the key of the file's dict that has them. others:
+    the file may hold more than the module has, as where its authors load it with strict=False.
 
-    Raises BadInput where they are not exactly the module's. A pickle with code in it is refused, not run.
+    Raises BadInput where the file lacks a tensor of the module, has one of another shape, or, unless `others`, more. A
+    pickle with code in it is refused, not run.
     """
     with bad_input(f"{path} is not the published file", "download it again"):
         try:
@@ -66,10 +74,20 @@ def fill(
         except EOFError as error:
             raise ValueError("it ends too early") from error
         state = content if under is None else content[under]
-        module.load_state_dict(convert(state))
+        missing, unexpected = module.load_state_dict(convert(state), strict=False)
+        if missing or (unexpected and not others):
+            found = [
+                f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' * (len(names) > 3)})"
+                for names, what in ((missing, "missing"), ([] if others else unexpected, "too many"))
+                if names
+            ]
+            raise ValueError(f"of the tensors {' and '.join(found)}")
 
 
-def of_model(compute: Callable[[Tensor, list[str]], Tensor]) -> Scorer:  # uint8 [N,3,H,W], N prompts -> [N]
+def of_model(
+    compute: Callable[[Tensor, list[str]], Tensor],  # uint8 [N,3,H,W], N prompts -> [N]
+    check: Callable[[list[str]], None] = lambda prompts: None,
+) -> Scorer:
     """A Scorer of what a model computes: without gradients, its scores in fp64 on the CPU."""
 
     @torch.no_grad()
@@ -78,4 +96,4 @@ def of_model(compute: Callable[[Tensor, list[str]], Tensor]) -> Scorer:  # uint8
         assert len(images) == len(prompts), f"{len(images)} images, {len(prompts)} prompts"
         return compute(images, prompts).double().cpu()
 
-    return Scorer(score)
+    return Scorer(score, check)

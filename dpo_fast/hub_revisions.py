@@ -1,0 +1,114 @@
+"""Which revision of a model or a data set was used: the hub's commit, or what a local file or folder holds.
+
+Nothing is fetched: the answer is what the hub's cache, a download's own notes or the files themselves say.
+"""
+
+import hashlib
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import constants
+
+NOT_FETCHED = "not fetched"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_END = 1 << 20  # bytes: of a local file its first and last are read
+
+
+def revision_of(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    kind: Literal["model", "dataset"] = "model",
+) -> str:
+    """The revision of what `name` stands for now.
+
+    name: a local file or folder, or a repository of the hub, OWNER/NAME. revision: branch, tag or commit; None: main.
+    cache_dir: of the hub's downloads; None: the hub's default.
+
+    Of the hub: the commit that its cache resolved the revision to last, else the only one that it has, or "not
+    fetched"; `datasets` keeps its downloads in the hub's default cache, whatever its own cache_dir is. Of a folder: the
+    commit where `hf download --local-dir` noted one, or where it is a snapshot in a cache; else "files " and a digest
+    of its files' names, sizes and first and last MiB, the same on every machine; of a pipeline's folder only the parts
+    that its model_index.json names.
+    """
+    path = Path(name).expanduser()
+    if _exists(path):
+        return _noted(path) or _in_snapshots(path) or f"files {_digest(path)}"
+    folder = Path(cache_dir or constants.HF_HUB_CACHE) / f"{kind}s--{str(name).replace('/', '--')}"
+    wanted = revision or constants.DEFAULT_REVISION
+    try:
+        return (folder / "refs" / wanted).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        commits = [path.name for path in folder.glob("snapshots/*")] if _exists(folder) else []
+        if wanted in commits or (revision is None and len(commits) == 1):
+            return wanted if revision else commits[0]
+        return NOT_FETCHED
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.blake2b(digest_size=8)
+    for file in [path] if path.is_file() else _files(path):
+        name = file.name if file == path else file.relative_to(path).as_posix()
+        with file.open("rb") as opened:
+            size = opened.seek(0, 2)
+            found.update(f"{name}\n{size}\n".encode(errors="surrogateescape"))
+            opened.seek(0)
+            found.update(opened.read(_END))
+            opened.seek(max(_END, size - _END))
+            found.update(opened.read(_END))
+    return found.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    """By name, hidden ones left out; of a pipeline's folder its index and what is in its parts."""
+    index = folder / "model_index.json"
+    try:
+        parts = {name for name in json.loads(index.read_text(encoding="utf-8")) if (folder / name).is_dir()}
+    except (OSError, ValueError, TypeError):
+        parts = None
+    files = sorted(file for file in folder.rglob("*") if _is_shown(file, folder))
+    if parts is None:
+        return files
+    return [file for file in files if file == index or file.relative_to(folder).parts[0] in parts]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long for a file, or with a null character
+        return False
+
+
+def _is_shown(file: Path, folder: Path) -> bool:
+    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _noted(folder: Path) -> str | None:
+    """The commit that all notes of a download into this folder name; None where a file has changed since.
+
+    A note is of three lines: commit, etag, and the time of the download.
+    """
+    notes, commits = folder / ".cache" / "huggingface" / "download", set()
+    for note in notes.glob("**/*.metadata"):
+        try:
+            commit, _, time = note.read_text(encoding="utf-8").split()
+            file = folder / note.relative_to(notes).with_suffix("")
+            if file.stat().st_mtime - 1 > float(time):  # as huggingface_hub has it
+                return None
+        except (OSError, ValueError):
+            return None
+        commits.add(commit)
+    return commits.pop() if len(commits) == 1 and _COMMIT.fullmatch(min(commits)) else None
+
+
+def _in_snapshots(path: Path) -> str | None:
+    """`.../snapshots/COMMIT/...` -> COMMIT."""
+    parts = path.absolute().parts
+    for above, commit in pairwise(parts):
+        if above == "snapshots" and _COMMIT.fullmatch(commit):
+            return commit
+    return None

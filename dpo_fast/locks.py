@@ -1,0 +1,204 @@
+"""One lock for every folder that a command writes: its holder is alone there, and is named to whoever comes second.
+
+A folder is held by the operating system's lock on its file `.lock` (filelock's FileLock), which ends with the process,
+however that ends. File systems without such locks (some NFS and Lustre mounts) answer with one of NO_LOCKS; there a
+folder is held by a lease, filelock's SoftFileLease on `.lock.lease`: its holder touches that file every sixth of
+LEASE_SECONDS, and another process takes it over at once where its holder ran on the same host and is dead, else when
+it was not touched for LEASE_SECONDS. So no wait is without an end: the holder works, or it loses the folder.
+
+`.lock` also says who the holder is. Both files are removed when the folder is released; what a killed process leaves of
+them holds nothing. Whoever holds a folder may delete every temporary file in it (`files.remove_temporaries`).
+"""
+
+import errno
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, LeaseCompromise, SoftFileLease, Timeout
+
+from dpo_fast.errors import BadInput
+from dpo_fast.files import LOCK
+
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+LEASE_SECONDS = 60.0  # all processes must agree
+POLL_SECONDS = 0.2
+
+logger = logging.getLogger(__name__)
+
+
+def hold(folder: Path, *, otherwise: str, waiting: Callable[[str], None] | None = None) -> "Hold":
+    """Hold `folder`, which is made where it is missing, until the result is released.
+
+    Where another process holds it: with `waiting`, which is told so once, its end is waited for; without, BadInput
+    names the holder and says `otherwise`, what to do instead. Raises OSError where the folder cannot be written.
+    """
+    return _hold(Path(folder) / LOCK, folder, otherwise, waiting)
+
+
+def hold_file(path: Path, *, otherwise: str, waiting: Callable[[str], None] | None = None) -> "Hold":
+    """Hold one file, which need not exist, in a folder that others may write; else as `hold`."""
+    path = Path(path)
+    return _hold(path.parent / f"{LOCK}-{path.name}", path, otherwise, waiting)
+
+
+class Hold:
+    """A folder that is held by this process. A context manager; after `release` it does nothing more."""
+
+    def __init__(self, file: Path) -> None:
+        """Make the folder of `file`; `take` holds it. Raises OSError."""
+        self.lost: str | None = None  # why the folder is no longer held, although it was not released
+        self._made = not file.parent.exists()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._file, self._process, self._held = file, os.getpid(), False
+        self._lease: SoftFileLease | None = None
+        # Shared by the threads of a process: whichever of them ends the work releases it.
+        self._lock = FileLock(
+            file, thread_local=False, fallback_to_soft=False, preserve_lock_file=True, on_acquired=self._sign
+        )
+
+    def __enter__(self) -> "Hold":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let others have the folder, and leave no file of the lock in it, nor an empty folder that was made for it.
+
+        In a forked child nothing is done.
+        """
+        if os.getpid() != self._process:
+            return
+        if self._held and self.lost is None:
+            with suppress(OSError):  # the folder is gone, or on Windows the file is open
+                self._file.unlink()
+        self._held = False
+        for lock in (self._lease, self._lock):
+            if lock is not None:
+                with suppress(OSError):
+                    lock.release(force=True)
+        if self._made:
+            with suppress(OSError):  # something is in it
+                self._file.parent.rmdir()
+
+    def take(self) -> bool:
+        """Hold the folder if nobody else does now. Raises OSError."""
+        if self._lease is None:
+            try:
+                self._lock.acquire(blocking=False)
+            except (Timeout, _Replaced):
+                return False
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+            else:
+                if not self._lease_file.exists():  # else another host has no such locks: its lease counts
+                    self._held = True
+                    return True
+            self._lease = SoftFileLease(
+                self._lease_file,
+                lease_duration=LEASE_SECONDS,
+                heartbeat_interval=LEASE_SECONDS / 6,
+                on_compromise=self._lose,
+                thread_local=False,
+            )
+        try:
+            self._lease.acquire(blocking=False)
+        except Timeout:
+            return False
+        self._held = True
+        with suppress(OSError), self._file.open("r+b", buffering=0) as file:
+            self._sign(file.fileno())
+        return True
+
+    def holder(self) -> str:
+        """Who has the folder, in words."""
+        text = ""
+        with suppress(OSError), self._file.open("rb", buffering=0) as file:
+            file.seek(1)  # Windows locks the first byte
+            text = file.read().decode(errors="replace").strip()
+        owner = self._lease and self._lease.owner
+        if owner and not text.startswith(f"process {owner.pid} "):
+            text = f"process {owner.pid} on {owner.hostname.partition('?')[0]}"
+        return text or "another process"
+
+    def mark(self) -> object:
+        """What a living holder changes at least every sixth of LEASE_SECONDS; None: the system knows that it lives."""
+        if self._lease is None:
+            return None
+        try:
+            state = self._lease_file.stat()
+        except OSError:
+            return "none"
+        return state.st_ino, state.st_mtime_ns
+
+    def give_up_lease(self) -> None:
+        """Remove a lease that filelock never takes over: its holder died before it had signed it."""
+        if self._lease is not None and self._lease.owner is None:
+            self._lease.force_break()
+
+    @property
+    def _lease_file(self) -> Path:
+        return self._file.with_name(self._file.name + ".lease")
+
+    def _sign(self, number: int) -> None:
+        """Write who holds the folder into the file of the lock, open as `number`."""
+        try:
+            if not os.path.samestat(os.stat(self._file), os.fstat(number)):
+                raise _Replaced
+        except FileNotFoundError:
+            raise _Replaced from None
+        text = f"\nprocess {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n"
+        with suppress(OSError):  # a full disk: the folder is held all the same
+            os.ftruncate(number, 0)
+            os.lseek(number, 0, os.SEEK_SET)
+            os.write(number, text.encode())
+
+    def _lose(self, what: LeaseCompromise) -> None:
+        self.lost = what.reason
+        logger.warning(
+            "the lock of %s was lost (%s): this process did not touch it for %.0f s, and another may write there now",
+            self._file.parent,
+            what.reason,
+            LEASE_SECONDS,
+        )
+
+
+class _Replaced(Exception):
+    """The file that was locked no longer has its name: its holder released the folder in the meantime."""
+
+
+def _hold(file: Path, what: Path, otherwise: str, waiting: Callable[[str], None] | None) -> Hold:
+    hold, told, mark, marked = Hold(file), False, None, time.monotonic()
+    try:
+        while not hold.take():
+            now, before = hold.mark(), mark
+            if now != mark:
+                mark, marked = now, time.monotonic()
+            alive = now is None or (before is not None and now != before)
+            if waiting is None and alive:
+                raise BadInput(f"{what} is being written by {hold.holder()}: {otherwise}")
+            if not told:
+                told = True
+                if waiting is not None:
+                    waiting(f"{what} is being written by {hold.holder()}: waiting until it is done (Ctrl-C ends this)")
+                else:
+                    logger.warning(
+                        "%s is held by %s: looking for up to %.0f s whether that still works",
+                        what,
+                        hold.holder(),
+                        LEASE_SECONDS,
+                    )
+            if now is not None and time.monotonic() - marked > 1.5 * LEASE_SECONDS:
+                hold.give_up_lease()
+            time.sleep(POLL_SECONDS)
+    except BaseException:
+        hold.release()
+        raise
+    return hold
