@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dpo_fast.errors import BadInput, disk_error
-from dpo_fast.files import atomic_folder, rename_away, regular_file, write_json
+from dpo_fast.files import atomic_folder, regular_file, rename_away, write_json
 
 PREFIX = "checkpoint-"
 
