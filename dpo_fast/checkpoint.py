@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_fast.checksums import file_digest, parse_signed, write_signed_json
 from dpo_fast.errors import BadInput, disk_error
-from dpo_fast.files import atomic_folder, regular_file
+from dpo_fast.files import atomic_folder, regular_file, rename_away
 
 PREFIX = "checkpoint-"
 
@@ -131,7 +131,7 @@ def prune(output_dir: Path, keep: int | None) -> None:
     """Delete all but the newest `keep` checkpoints."""
     if keep is not None:
         for old in all_of(output_dir)[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(rename_away(old))
 
 
 def differences(saved: dict[str, object], now: dict[str, object]) -> list[str]:

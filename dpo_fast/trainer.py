@@ -305,12 +305,13 @@ class Trainer:
         if self.ranks.is_main:
             result = run_folder.publish(run.folder, self._export)
             summary = self._summary() | {"result": result}
-            write_signed_json(run.folder / run_folder.SUMMARY, summary)
             counts = {"rows": run.sets.rows, "ties_dropped": run.sets.ties_dropped, "bad_rows": len(run.bad_rows)}
             sampler = self.family.sampler
             scheduler = (sampler.kind.__name__, sampler.changes) if sampler.changes else None
             card = model_card(public(config), summary, counts, self.family.name, self.argv, scheduler)
             write_text(run.folder / "README.md", card)
+            checkpoint.prune(run.folder, config.checkpoints_total_limit)  # a kill may have come before the last one
+            write_signed_json(run.folder / run_folder.SUMMARY, summary)  # last: it says that the run is finished
             self._say(f"done, the result is in {run.folder}")
             if config.push_to_hub:
                 summary["uploaded"] = hub.push(run.folder, config.hub_model_id, config.hub_token)

@@ -233,6 +233,10 @@ class Family(ABC):
         for name, module in self._modules().items():
             state = unet_state if name == "unet" else module.state_dict()
             setattr(saved, name, _float32_twin(module, state))
+        for part in self.pipeline.components.values():  # tokenizers remember how the last prompts were padded and cut
+            if (tokenizer := getattr(part, "backend_tokenizer", None)) is not None:
+                tokenizer.no_padding()
+                tokenizer.no_truncation()
         with no_loading_bars():
             saved.save_pretrained(folder, safe_serialization=True)
 
