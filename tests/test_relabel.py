@@ -321,7 +321,7 @@ def test_a_second_process_waits_and_finds_the_scores_there(tmp_path, log, capfd)
 
 @pytest.mark.faults
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on(tmp_path, log):
+def test_killed_at_any_moment_it_goes_on(tmp_path, log, seed):
     table = pickapic(n=64, size=24, seed=random.randrange(2**31))
     pairs = write_table(tmp_path / "pairs.parquet", table)
     both = ["--scorer", "red", "--scorer", "left", "--cache_dir", tmp_path / "hf"]
@@ -329,7 +329,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, log):
     def parts() -> set[Path]:
         return set((tmp_path / "killed.scores").glob("*/rows-*.json"))
 
-    out, chance, survived = tmp_path / "killed.parquet", random.Random(), 0
+    out, chance, survived = tmp_path / "killed.parquet", random.Random(seed), 0
     for kill in range(4):
         before, part_log = parts(), tmp_path / f"log-{kill}"
         target = len(before) + chance.randint(0, 5)
