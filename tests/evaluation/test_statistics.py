@@ -21,8 +21,8 @@ from dpo_fast.evaluation.statistics import (
 )
 from tests.helpers.seeds import SIGMAS
 
-# Simulated coverages below keep their seeds. Their bounds, two to four standard errors around 0.95, are as near to it as
-# what they should notice asks for; with fresh samples they would have to be seven away, or the samples ten times larger.
+# Simulated coverages below keep their seeds: a bound that notices intervals too narrow by 0.02 is two to four standard
+# errors from 0.95, and fresh samples would need to be ten times larger for one that is never crossed by chance.
 
 
 def test_ties_count_half():
