@@ -13,6 +13,7 @@ from dpo_fast import checkpoint, optim
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput
 from dpo_fast.optim import INITIAL_LOSS_SCALE, MasterOptimizer
+from tests.helpers import seeds
 
 OPTIMIZERS = get_args(get_type_hints(TrainConfig)["optimizer"])
 SCHEDULES = get_args(get_type_hints(TrainConfig)["lr_scheduler"])
@@ -21,14 +22,8 @@ SHAPES = {"big": (80, 64), "small": (5, 3), "bias": (7,), "conv": (32, 16, 3, 3)
 FINITE = torch.tensor(0.5)
 
 
-@pytest.fixture(autouse=True)
-def own_seed(seed) -> None:
-    """Weights and gradients of a test begin at torch.initial_seed(), its own, so that two optimizers get the same."""
-    torch.manual_seed(seed)
-
-
 def make(dtype=torch.float32, *, seed=0, lr=1e-3, steps=100, fill=None, **settings) -> MasterOptimizer:
-    generator = torch.Generator().manual_seed(torch.initial_seed() + seed)
+    generator = seeds.generator(seed)
     parameters = {
         name: nn.Parameter(torch.randn(shape, generator=generator) if fill is None else torch.full(shape, fill))
         for name, shape in SHAPES.items()
@@ -39,7 +34,7 @@ def make(dtype=torch.float32, *, seed=0, lr=1e-3, steps=100, fill=None, **settin
 
 def give_gradients(masters: MasterOptimizer, seed: int, size: float = 1.0) -> list[torch.Tensor]:
     """One backward pass's gradients in the module's dtype, taken up by the masters; returns them."""
-    generator = torch.Generator().manual_seed(torch.initial_seed() + seed)
+    generator = seeds.generator(seed)
     given = []
     for parameter in masters.parameters:
         gradient = (torch.randn(parameter.shape, generator=generator) * size).to(parameter.dtype)

@@ -50,6 +50,20 @@ def set_states(states: tuple) -> None:
 
 
 STATES = pytest.StashKey[tuple]()
+_seed, _drew = 0, False  # of the test or fixture that runs; whether it asked for `generator`
+
+
+def generator(number: int = 0) -> torch.Generator:
+    """A CPU generator for helpers: the same again at each call with the same number within one test."""
+    global _drew
+    _drew = True
+    return torch.Generator().manual_seed(_seed + number)
+
+
+def _begin(seed: int) -> None:
+    global _seed, _drew
+    _seed, _drew = seed, False
+    set_seed(seed)
 
 
 class Seeds:
@@ -69,14 +83,14 @@ class Seeds:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
-        set_seed(derived(self.run_seed, item.nodeid))
+        _begin(derived(self.run_seed, item.nodeid))
         item.stash[STATES] = get_states()
         return (yield)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Iterator[None]:
         names = set(getattr(item, "fixturenames", ()))
-        if "seed" in names or names & self.drawing_fixtures or get_states() != item.stash[STATES]:
+        if _drew or "seed" in names or names & self.drawing_fixtures or get_states() != item.stash[STATES]:
             item.user_properties.append((DRAWS, item.nodeid))
         return (yield)
 
@@ -84,15 +98,17 @@ class Seeds:
     def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef, request: pytest.FixtureRequest) -> Iterator[object]:
         if fixturedef.scope == "function":
             return (yield)
-        before = get_states()
+        global _seed, _drew
+        before, outer = get_states(), (_seed, _drew)
         param = getattr(request, "param_index", "")
-        set_seed(derived(self.run_seed, f"{request.node.nodeid} {fixturedef.argname} {param}"))
+        _begin(derived(self.run_seed, f"{request.node.nodeid} {fixturedef.argname} {param}"))
         start = get_states()
         try:
             return (yield)
         finally:
-            if get_states() != start:
+            if _drew or get_states() != start:
                 self.drawing_fixtures.add(fixturedef.argname)
+            _seed, _drew = outer
             set_states(before)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:

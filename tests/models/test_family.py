@@ -26,12 +26,12 @@ def make_family(request, name: str, dtype: torch.dtype) -> Family:
 
 
 def random_pixels(n: int) -> torch.Tensor:
-    return torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8)
 
 
 def random_pairs(family: Family, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Noisy latents of three pairs, their timesteps, their conditioning with three different time ids."""
-    noisy = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    noisy = torch.randn(6, 4, 8, 8).to(dtype)
     conditioning = family.encode_prompts(PROMPTS[:3])
     conditioning["time_ids"] = torch.cat([default_time_ids(resolution, 1) for resolution in (64, 512, 1023)])
     return noisy, torch.tensor([3, 500, 990]), conditioning
@@ -59,16 +59,18 @@ def test_encode_images_in_chunks(family):
 
 
 def test_encode_images_shifts_first(family):
-    before = family.encode_images(random_pixels(1)).float()
+    pixels = random_pixels(1)
+    before = family.encode_images(pixels).float()
     family.pipeline.vae.register_to_config(shift_factor=2.0)
-    after = family.encode_images(random_pixels(1)).float()
+    after = family.encode_images(pixels).float()
     moved = 2.0 * family.pipeline.vae.config.scaling_factor
-    torch.testing.assert_close(before - after, torch.full_like(before, moved), rtol=0, atol=2**-9)
+    half_ulps = 2**-11 * (before.abs() + after.abs())  # both are rounded to fp16
+    assert ((before - after - moved).abs() <= half_ulps + 1e-5).all()
 
 
 @torch.no_grad()
 def test_decode_latents_is_the_pipelines_decoding(family):
-    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    latents = torch.randn(3, 4, 8, 8)
     vae = family.pipeline.vae
     images = vae.decode(latents / vae.config.scaling_factor).sample
     wanted = family.pipeline.image_processor.postprocess(images, output_type="np")
