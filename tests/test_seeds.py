@@ -15,6 +15,7 @@ DRAWING = """
 import random, secrets
 from pathlib import Path
 import numpy as np, pytest, torch
+from tests.helpers import seeds
 
 @pytest.fixture(scope="module")
 def shared():
@@ -34,6 +35,11 @@ def test_of_the_module(request, shared):
 
 def test_of_the_module_too(request, shared):
     note(request, shared, torch.rand(()).item())
+
+def test_of_a_helper(request):
+    first, again, other = (torch.rand((), generator=seeds.generator(number)).item() for number in (0, 0, 1))
+    assert first == again
+    note(request, first, other)
 
 def test_of_nothing():
     pass
@@ -60,14 +66,14 @@ def drawn(pytester):
 
 def test_a_seed_gives_the_same_draws_alone_and_in_any_order(drawn):
     result, all_of_them = drawn("--seed", "5")
-    result.assert_outcomes(passed=5)
-    assert len(all_of_them) == 4
+    result.assert_outcomes(passed=6)
+    assert len(all_of_them) == 5
     numbers = [number for row in all_of_them.values() for number in row]
     assert len(set(numbers)) == len(numbers) - 1  # the fixture of the module is drawn once, for both of its tests
     one = "test_drawing.py::test_of_the_module_too"
     assert drawn("--seed", "5", one)[1] == {"test_of_the_module_too": all_of_them["test_of_the_module_too"]}
-    backwards = drawn("--seed", "5", one, "test_drawing.py::test_of_the_module", "test_drawing.py::test_of_all_kinds")
-    assert backwards[1] == all_of_them
+    names = ("test_of_a_helper", "test_of_the_module_too", "test_of_the_module", "test_of_all_kinds")
+    assert drawn("--seed", "5", *(f"test_drawing.py::{name}" for name in names))[1] == all_of_them
     other = drawn("--seed", "6")[1]
     assert other.keys() == all_of_them.keys() and not {n for row in other.values() for n in row} & set(numbers)
 
@@ -113,7 +119,8 @@ def test_tests_that_draw_are_known(pytester, drawn):
     drawn("--seed", "1", "--junitxml", "report.xml")
     names = re.findall(rf'name="{seeds.DRAWS}" value="([^"]*)"', (pytester.path / "report.xml").read_text())
     assert [name.partition("::")[2] for name in names] == [
-        "test_of_all_kinds[a b]", "test_of_all_kinds[c]", "test_of_the_module", "test_of_the_module_too"
+        "test_of_all_kinds[a b]", "test_of_all_kinds[c]", "test_of_the_module", "test_of_the_module_too",
+        "test_of_a_helper",
     ]  # fmt: skip
 
 

@@ -3,9 +3,9 @@
 The seed is new in each run, printed in the header, and taken from `--seed` where that is given. A test's own seed is
 derived from it and from the test's node id, so a test draws the same numbers alone, in any order and on any worker.
 The global generators of PyTorch, NumPy and `random` (and `secrets.randbits`, with which a run without --seed chooses
-one) start from that seed before each test; the fixture `seed` gives it to generators of a test's own. Before a fixture
-of a broader scope is set up, the global generators are seeded from the fixture's name instead: which test comes first
-must not matter.
+one) start from it before each test; the fixture `seed` is for generators of a test's own, `generator` for those of
+helpers. Before a fixture of a broader scope is set up, all are seeded from the fixture's name instead: which test comes
+first must not matter.
 """
 
 import hashlib
