@@ -1,4 +1,4 @@
-"""Fixtures for all tests: one tiny pipeline of each family a session, and nothing from the network."""
+"""For all tests: one seed a run, one tiny pipeline of each family a session, and nothing from the network."""
 
 import os
 import shutil
@@ -19,8 +19,16 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
 
 import pytest
 
-from tests.helpers import pipelines
+from tests.helpers import pipelines, seeds
 from tests.helpers.pairs import write_pickapic
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    seeds.addoption(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    seeds.configure(config)
 
 
 def pytest_sessionfinish() -> None:

@@ -124,7 +124,7 @@ def test_wrong_commands_in_one_line(argv, said, capfd):
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
-def test_killed_again_and_again_it_ends_as_one_built_in_peace(sdxl_path, tmp_path, streaming):
+def test_killed_again_and_again_it_ends_as_one_built_in_peace(sdxl_path, tmp_path, streaming, seed):
     """kill -9 at random moments, six times each way, most of them while it encodes; then every file is compared."""
     n, size = 90, 2048  # shards of 4 latents, and of one or none prompts
     few = pickapic(n=25, seed=4)
@@ -141,7 +141,7 @@ def test_killed_again_and_again_it_ends_as_one_built_in_peace(sdxl_path, tmp_pat
     peaceful.join()
     assert peaceful.exitcode == 0
     cache, kills, grown = tmp_path / "killed", 0, []
-    chance = random.Random()
+    chance = random.Random(seed)
     whole = slow_build.written(tmp_path / "peace")
     while kills < 6:
         process = build(cache)

@@ -14,7 +14,10 @@ from dpo_fast import checkpoint
 from dpo_fast.config import TrainConfig, public
 from dpo_fast.errors import BadInput
 
-FILES = {"weights": {"a": torch.randn(4, 3), "b": torch.arange(3)}, "optimizer": {"|scale": torch.tensor(2.0)}}
+FILES = {
+    "weights": {"a": torch.arange(12.0).view(4, 3), "b": torch.arange(3)},
+    "optimizer": {"|scale": torch.tensor(2.0)},
+}
 STATE = {"step": 7, "config": {"seed": 1}}
 
 

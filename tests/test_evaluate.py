@@ -70,11 +70,10 @@ def summary(out: Path) -> dict:
 
 
 def images_for(texts: tuple[str, ...], folder: Path, number: int = 1, side: int = 48) -> Path:
-    random = np.random.default_rng()
     folder.mkdir(parents=True)
     for text in texts:
         for k in range(number):
-            pixels = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            pixels = np.random.randint(0, 256, (side, side, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{file_stem(text)}-{k}.jpg")
     return folder
 

@@ -19,11 +19,10 @@ def options(name):
     return {"kl": KL} if name == "kto" else {}
 
 
-def batch(pairs=3, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    target = torch.randn(pairs, 4, 3, 5, generator=generator)
-    ref = target.repeat(2, 1, 1, 1) + 0.3 * torch.randn(2 * pairs, 4, 3, 5, generator=generator)
-    policy = ref + 0.02 * torch.randn(2 * pairs, 4, 3, 5, generator=generator)
+def batch(pairs=3, dtype=torch.float32):
+    target = torch.randn(pairs, 4, 3, 5)
+    ref = target.repeat(2, 1, 1, 1) + 0.3 * torch.randn(2 * pairs, 4, 3, 5)
+    policy = ref + 0.02 * torch.randn(2 * pairs, 4, 3, 5)
     return policy.to(dtype).requires_grad_(), ref.to(dtype), target.to(dtype)
 
 
@@ -156,7 +155,7 @@ def test_loss_and_gradient_equal_the_formula(name, with_label, with_weight):
     )
     assert terms.loss.item() == pytest.approx(by_hand(policy.detach()), rel=1e-9)
     (grad,) = torch.autograd.grad(terms.loss, policy)
-    direction = torch.randn(policy.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    direction = torch.randn(policy.shape, dtype=torch.float64)
     step = 1e-6
     moved = (by_hand(policy.detach() + s * step * direction) for s in (1, -1))
     slope = (next(moved) - next(moved)) / (2 * step)
@@ -206,7 +205,9 @@ def test_at_the_start_margins_are_zero_and_every_gradient_is_of_order_beta(name)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_label_zero_exchanges_the_images_and_label_one_is_no_label(name):
     row = OBJECTIVES[name]
-    policy, ref, target = batch()
+    _, ref, target = batch()
+    policy = ref.clone()
+    policy[:3] = target + 0.9 * (ref[:3] - target)  # better on the chosen images: margins of about 0.3
 
     def loss(policy, ref, label):
         reference = ref if row.needs_reference else None
@@ -291,7 +292,7 @@ def test_x_over_expm1_is_accurate_with_its_slope_everywhere(dtype):
 def test_compiles_in_one_graph(name):
     row = OBJECTIVES[name]
     policy, ref, target = batch(dtype=torch.bfloat16)
-    label = torch.rand(3, generator=torch.Generator().manual_seed(2))
+    label = torch.rand(3)
 
     def loss(policy):
         reference = ref if row.needs_reference else None

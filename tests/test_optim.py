@@ -13,6 +13,7 @@ from dpo_fast import checkpoint, optim
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput
 from dpo_fast.optim import INITIAL_LOSS_SCALE, MasterOptimizer
+from tests.helpers import seeds
 
 OPTIMIZERS = get_args(get_type_hints(TrainConfig)["optimizer"])
 SCHEDULES = get_args(get_type_hints(TrainConfig)["lr_scheduler"])
@@ -22,7 +23,7 @@ FINITE = torch.tensor(0.5)
 
 
 def make(dtype=torch.float32, *, seed=0, lr=1e-3, steps=100, fill=None, **settings) -> MasterOptimizer:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
     parameters = {
         name: nn.Parameter(torch.randn(shape, generator=generator) if fill is None else torch.full(shape, fill))
         for name, shape in SHAPES.items()
@@ -33,7 +34,7 @@ def make(dtype=torch.float32, *, seed=0, lr=1e-3, steps=100, fill=None, **settin
 
 def give_gradients(masters: MasterOptimizer, seed: int, size: float = 1.0) -> list[torch.Tensor]:
     """One backward pass's gradients in the module's dtype, taken up by the masters; returns them."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
     given = []
     for parameter in masters.parameters:
         gradient = (torch.randn(parameter.shape, generator=generator) * size).to(parameter.dtype)

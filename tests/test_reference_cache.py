@@ -255,7 +255,7 @@ def test_two_ranks_give_the_errors_and_the_weights_of_one(sdxl_path, pairs, tmp_
 @pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.faults
-def test_killed_again_and_again_it_ends_with_the_same_files(sdxl_path, pairs, tmp_path, monkeypatch, capfd):
+def test_killed_again_and_again_it_ends_with_the_same_files(sdxl_path, pairs, tmp_path, monkeypatch, capfd, seed):
     """kill -9 at random moments while it computes; then every file is compared."""
     draws, size = 60, 8 * BLOCK * 7  # seven records a shard
 
@@ -270,7 +270,7 @@ def test_killed_again_and_again_it_ends_with_the_same_files(sdxl_path, pairs, tm
     peaceful.join()
     assert peaceful.exitcode == 0
     cache, whole, grown = tmp_path / "killed", state(tmp_path / "peace"), []
-    chance = random.Random()
+    chance = random.Random(seed)
     for _ in range(4):
         before = state(cache)
         target = before + chance.uniform(0.01, 0.15) * whole
@@ -400,8 +400,8 @@ def rewritten(recipe: Path, change) -> None:
 
 
 @pytest.mark.parametrize("fault", ["of another model", "columns exchanged", "draws exchanged"])
-def test_errors_that_are_not_the_references_stop_the_run_at_once(scored, tmp_path, capfd, fault):
-    random_ = np.random.default_rng()
+def test_errors_that_are_not_the_references_stop_the_run_at_once(scored, tmp_path, capfd, fault, seed):
+    random_ = np.random.default_rng(seed)
     (recipe,) = recipes(tmp_path / "cache")
 
     def poisoned(errors, meta):

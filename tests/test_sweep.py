@@ -166,8 +166,7 @@ def test_points_stand_where_they_belong():
 
 
 def test_intervals_are_drawn_and_everything_stays_on_the_sheet():
-    random = np.random.default_rng()
-    heights = random.random(6).tolist()
+    heights = np.random.random(6).tolist()
     points = [Point(10.0 ** (i - 6), y, y - 0.3, y + 0.3) for i, y in enumerate(heights)]
     picture = against([Series("", points)], [(p.x, "x") for p in points], title="t", x_label="x", log_x=True, even=0.5)
     pixels = np.asarray(picture).astype(int)

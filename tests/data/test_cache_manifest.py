@@ -11,7 +11,7 @@ from tests.helpers.pairs import pickapic, write_table
 
 def faulty(tmp_path, n: int = 12):
     """A source in which row 2 has no second image, row 5 one that does not decode, row 7 no caption."""
-    columns = pickapic(n=n, size=40, seed=int(np.random.default_rng().integers(1000)))
+    columns = pickapic(n=n, size=40, seed=np.random.randint(1000))
     columns["jpg_1"][2] = None
     columns["jpg_0"][5] = columns["jpg_0"][5][:200]
     columns["caption"][7] = ""
@@ -110,7 +110,7 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     assert [file.name.split("-")[0] for file in files] == ["manifest.json", "rows"]
     for file in files:
         good = file.read_bytes()
-        for place in np.random.default_rng().choice(len(good), 100):
+        for place in np.random.choice(len(good), 100):
             data = bytearray(good)
             data[place] ^= 1 << np.random.randint(8)
             file.write_bytes(data)

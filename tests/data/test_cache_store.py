@@ -31,10 +31,9 @@ RECIPE = Recipe("text", {"encoder": "abc"}, FIELDS)
 SIZE = RECIPE.record_bytes  # 42
 
 
-def items(n: int, seed: int | None = None) -> dict[bytes, tuple[bytes, object]]:
+def items(n: int) -> dict[bytes, tuple[bytes, object]]:
     """Keys -> (record, meta)."""
-    chance = random.Random(seed)
-    return {chance.randbytes(16): (chance.randbytes(SIZE), [i, 2 * i] if i % 3 else None) for i in range(n)}
+    return {random.randbytes(16): (random.randbytes(SIZE), [i, 2 * i] if i % 3 else None) for i in range(n)}
 
 
 def write(root: Path, entries: dict, rank: int = 0) -> None:

@@ -338,10 +338,10 @@ def test_names_of_files():
 
 
 @pytest.fixture
-def layouts(tmp_path) -> Path:
+def layouts(tmp_path, seed) -> Path:
     folder = tmp_path / "layouts"
     folder.mkdir()
-    random = np.random.default_rng()
+    random = np.random.default_rng(seed)
     for name in ("a-dog", "b", "Red_Hat, A!"):
         block = random.integers(0, 256, (3, 4, 3), dtype=np.uint8)
         Image.fromarray(block).resize((80, 60), Image.Resampling.NEAREST).save(folder / f"{name}.png")

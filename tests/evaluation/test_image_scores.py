@@ -18,8 +18,8 @@ SIZES = ((8, 8), (8, 8), (6, 9), (8, 8), (6, 9), (5, 5))
 
 
 @pytest.fixture
-def images(tmp_path) -> tuple[Files, list[str]]:
-    random = np.random.default_rng()
+def images(tmp_path, seed) -> tuple[Files, list[str]]:
+    random = np.random.default_rng(seed)
     paths = []
     for k, size in enumerate(SIZES):
         paths.append(tmp_path / f"{k}.png")
@@ -131,8 +131,8 @@ def test_a_damaged_file_of_scores_is_made_again(images, tmp_path, damage):
     assert run(files, prompts, scorer, tmp_path / "s").isfinite().all() and scorer.seen == len(SIZES)
 
 
-def test_batches_are_as_large_as_is_said_and_few_images_wait(tmp_path):
-    random = np.random.default_rng()
+def test_batches_are_as_large_as_is_said_and_few_images_wait(tmp_path, seed):
+    random = np.random.default_rng(seed)
     paths = []
     for k in range(90):  # 60 of sizes of their own, 30 of one
         size = (5, 5) if k % 3 == 0 else (6, 6 + k)

@@ -154,7 +154,7 @@ def test_the_script_finds_each_list():
 
 def test_the_pairs_shown_are_the_extremes():
     rows = 400
-    gain = torch.randn(rows).double()
+    gain = torch.randn(rows, dtype=torch.float64)  # no two alike, as there would be in fp32
     of = Scored([str(row) for row in range(rows)], [0] * rows, {"s": torch.zeros(rows).double()}, {"s": gain})
     lists: dict[Role, dict[int, int]] = {}
     for one in choose(of, 100, seed=4):

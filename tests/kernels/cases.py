@@ -133,6 +133,13 @@ def noise_inputs(case: Case, seed: int, device: str | torch.device | None = None
     )
 
 
+def difference_terms(policy: Tensor, ref: Tensor, target: Tensor) -> Tensor:
+    """What the terms of error_delta add up to without their signs, float64 [2B]: mean |(p - r) (p + r - 2 t)|."""
+    policy, ref, target = policy.detach().double(), ref.double(), target.double()
+    target = target.repeat(policy.shape[0] // target.shape[0], 1, 1, 1)
+    return ((policy - ref) * (policy + ref - 2 * target)).abs().mean((1, 2, 3))
+
+
 def assert_near_truth(actual: Tensor, baseline: Tensor, truth: Tensor, magnitude: Tensor) -> None:
     """No further from the truth than twice the baseline, which is PyTorch in the same dtype, and 4 ulp of the terms.
 

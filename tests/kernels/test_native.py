@@ -31,7 +31,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-def everything(case: Case, seed: int = 0) -> list[torch.Tensor]:
+def everything(case: Case, seed: int) -> list[torch.Tensor]:
     """All outputs of all ops on one case."""
     noise, inputs = noise_inputs(case, seed), loss_inputs(case, seed)
     p, ref, target, beta, label, weight = vars(inputs).values()
@@ -67,21 +67,21 @@ def test_philox_gives_the_published_words(counter, key, words):
     assert list(native._native.philox(*counter, *key)) == words
 
 
-def test_philox_equals_the_specification_on_random_counters():
-    generator = torch.Generator().manual_seed(0)
+def test_philox_equals_the_specification_on_random_counters(seed):
+    generator = torch.Generator().manual_seed(seed)
     for counter in torch.randint(MAX + 1, (200, 6), generator=generator):
         expected = reference.philox(tuple(counter[:4]), tuple(counter[4:].tolist()))
         assert list(native._native.philox(*counter.tolist())) == [word.item() for word in expected]
 
 
-def test_normals_are_within_4e_6_of_float64():
+def test_normals_are_within_4e_6_of_float64(seed):
     """A million blocks, so that both ends of the logarithm and all octants of the angle come up."""
     pairs, shape = 16, (4, 256, 256)
     ids, ones = torch.arange(pairs), torch.ones(pairs)
     latents = torch.zeros(2 * pairs, *shape)
-    actual = native.noise_pair_fwd(latents, ones, ones, 3, ids, ids, "epsilon", F32)[1]
+    actual = native.noise_pair_fwd(latents, ones, ones, seed, ids, ids, "epsilon", F32)[1]
     block = torch.arange(shape[1] * shape[2])
-    u = [reference.uniform(w) for w in reference.draw_words(3, ids[:, None], ids[:, None], 0, block)]
+    u = [reference.uniform(w) for w in reference.draw_words(seed, ids[:, None], ids[:, None], 0, block)]
     for first, second, channel in ((u[0], u[1], 0), (u[2], u[3], 2)):
         radius, angle = (-2 * first.log()).sqrt(), 2 * math.pi * second
         for wave, c in ((angle.cos(), channel), (angle.sin(), channel + 1)):
@@ -116,31 +116,31 @@ def test_rounding_is_to_nearest_even_at_every_halfway_point(dtype):
 
 
 @pytest.mark.parametrize("case", [*CASES, LARGE, LARGE_LAST], ids=str)
-def test_bits_do_not_depend_on_the_number_of_threads(case, threads, monkeypatch):
+def test_bits_do_not_depend_on_the_number_of_threads(case, threads, monkeypatch, seed):
     monkeypatch.setattr(native, "_PER_THREAD", 1)
     threads(1)
-    expected = everything(case)
+    expected = everything(case, seed)
     for number in (2, 3, 1):
         threads(number)
-        for actual, one in zip(everything(case), expected, strict=True):
+        for actual, one in zip(everything(case, seed), expected, strict=True):
             assert torch.equal(actual, one), number
 
 
-def test_reruns_are_bit_equal(threads):
+def test_reruns_are_bit_equal(threads, seed):
     threads(2)
-    first = everything(LARGE)
+    first = everything(LARGE, seed)
     for _ in range(5):
-        assert all(map(torch.equal, everything(LARGE), first))
+        assert all(map(torch.equal, everything(LARGE, seed), first))
 
 
 @pytest.mark.parametrize("case", [LARGE, LARGE_LAST, Case("odd", pairs=3, shape=(4, 7, 5))], ids=str)
-def test_pointers_of_any_alignment_give_the_same_bits(case):
+def test_pointers_of_any_alignment_give_the_same_bits(case, seed):
     def moved(x):
         """x in memory that begins one number past a multiple of 64 bytes."""
         room = torch.empty(x.numel() + 1, dtype=x.dtype)
         return room[1:].as_strided(x.shape, x.stride(), 1).copy_(x)
 
-    inputs, noise = loss_inputs(case, 1), noise_inputs(case, 1)
+    inputs, noise = loss_inputs(case, seed), noise_inputs(case, seed)
     p, ref, target = inputs.policy_pred.detach(), inputs.ref, inputs.target
     assert moved(p).data_ptr() % 16 and moved(p).stride() == p.stride()
     plain = native.pair_errors_fwd(p, ref, target)
@@ -155,13 +155,13 @@ def test_pointers_of_any_alignment_give_the_same_bits(case):
     assert all(map(torch.equal, plain, native.noise_pair_fwd(*arguments, *options)))
 
 
-def test_thousands_of_pairs():
+def test_thousands_of_pairs(seed):
     case = Case("many", pairs=3000, shape=(4, 3, 3), labels=True, weights=True)
-    p, ref, target, *rest = vars(loss_inputs(case, 2)).values()
+    p, ref, target, *rest = vars(loss_inputs(case, seed)).values()
     actual = native.dpo_loss_fwd(p.detach(), ref, target, *rest)
     for x, y in zip(actual, reference.dpo_loss_fwd(p.detach(), ref, target, *rest), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-4)
-    whole = native.noise_pair_fwd(*vars(noise := noise_inputs(case, 2)).values(), "epsilon", F32)[1]
+    whole = native.noise_pair_fwd(*vars(noise := noise_inputs(case, seed)).values(), "epsilon", F32)[1]
     torch.testing.assert_close(whole, reference.noise_pair(*vars(noise).values(), "epsilon", F32)[1], rtol=0, atol=2e-6)
 
 
@@ -172,11 +172,11 @@ def _noise_in_child(pipe, inputs) -> None:
     pipe.send(native.noise_pair_fwd(*inputs, "epsilon", F32)[0].numpy().tobytes())  # nothing of PyTorch's own threads
 
 
-def test_a_forked_child_computes_after_its_parent_used_threads(threads):
+def test_a_forked_child_computes_after_its_parent_used_threads(threads, seed):
     """OpenMP's threads do not survive a fork: entered in the child, it waits for them for ever."""
     threads(2)
     torch.use_deterministic_algorithms(False)  # which fills memory, in PyTorch's threads
-    inputs = tuple(vars(noise_inputs(LARGE, 3)).values())
+    inputs = tuple(vars(noise_inputs(LARGE, seed)).values())
     expected = native.noise_pair_fwd(*inputs, "epsilon", F32)[0].numpy().tobytes()
     here, there = multiprocessing.Pipe()
     child = multiprocessing.get_context("fork").Process(target=_noise_in_child, args=(there, inputs))

@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 )
 def test_the_latents_are_the_pixels(dtype, tolerance):
     vae = pixel_vae().to(dtype)
-    pixels = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype) * 2 - 1
+    pixels = torch.rand(5, 3, 16, 16).to(dtype) * 2 - 1
     with torch.no_grad():
         latents = vae.encode(pixels).latent_dist.mean
         decoded = vae.decode(latents).sample
