@@ -35,13 +35,14 @@ from dpo_fast.data.cache.store import (
     locked,
     log_keys,
     not_writable,
+    tidy,
 )
 from dpo_fast.data.columns import Columns
 from dpo_fast.data.images import RULE, BadImage, crop_corner, decode, mirror, resize, to_pixels
 from dpo_fast.data.pairs import Usable, judge_streamed, too_many_bad
 from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
 from dpo_fast.errors import FORBIDDEN, BadInput, disk_error, remedy
-from dpo_fast.files import in_words, user_path
+from dpo_fast.files import in_words, remove_temporaries, user_path
 from dpo_fast.models import Family, image_encoding, nonfinite_rows, text_encoding
 from dpo_fast.parallel import Ranks
 
@@ -158,10 +159,8 @@ def fill(
         work.look()
     if not ranks.any(work.missing > 0):
         work.check_bad()
-        if ranks.is_main:
-            manifest.touch()
-            if manifest.changed and isinstance(source, RememberedSource):
-                _remember(manifest, source)
+        if ranks.share(work.tidy() if ranks.is_main else None):
+            work.find_stores()
         return work.opened()
     if source is None:
         work.source = reopen()
@@ -290,6 +289,26 @@ class _Work:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+    def tidy(self) -> bool:
+        """Where nothing is missing: save what was found out and finish what killed builds left; whether there was any.
+
+        Where that cannot be written, or another process builds, it is done another time. The main rank calls this.
+        """
+        self.manifest.touch()
+        left = [tidy(self.root, recipe) for recipe in self.recipes]
+        if self.manifest.untidy:
+            with suppress(OSError, BadInput), locked(self.manifest.folder):
+                if self.source is None:
+                    remove_temporaries(self.manifest.folder)
+                else:
+                    self.manifest.begin(self.source)
+                self.conclude()
+        elif self.manifest.changed and isinstance(self.source, RememberedSource):
+            with suppress(OSError, BadInput), locked(self.manifest.folder):
+                self.manifest.begin(self.source)
+                self.manifest.save(ended=False)
+        return any(left)
 
     def conclude(self) -> None:
         """Write what was found out about the pairs (the main rank does)."""
@@ -508,13 +527,6 @@ def _known_rows(
 def _usable(config: TrainConfig, row: StreamedRow, columns: Columns) -> bool:
     """Whether `StreamedPairs` trains on a row."""
     return isinstance(judge_streamed(row, columns, config.soft_labels), Usable)
-
-
-def _remember(manifest: Manifest, source: Source) -> None:
-    """Save what was found out without building; where that cannot be, it is found out again next time."""
-    with suppress(OSError, BadInput), locked(manifest.folder):
-        manifest.begin(source)
-        manifest.save(ended=False)
 
 
 def _first_bad(row: int, keys: Images, faults: dict[bytes, str], columns: Sequence[str]) -> BadRow | None:

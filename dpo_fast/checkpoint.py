@@ -10,7 +10,6 @@ Tensors are whole (never sharded) and nothing is pickled, so a checkpoint cannot
 """
 
 import logging
-import shutil
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_fast.checksums import file_digest, parse_signed, write_signed_json
 from dpo_fast.errors import BadInput, disk_error
-from dpo_fast.files import atomic_folder, regular_file, rename_away
+from dpo_fast.files import atomic_folder, read_bytes, regular_file, remove_folder, rename_away
 
 PREFIX = "checkpoint-"
 
@@ -60,7 +59,7 @@ def load(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, ob
     Raises BadInput for a folder that is not one, or is damaged: the file and what is wrong with it are named.
     """
     try:
-        data = regular_file(folder / "state.json").read_bytes()
+        data = read_bytes(folder / "state.json")
         try:
             digests = parse_signed(data, required=False)["files"]
             # only those of earlier versions, which list their files, have no digest
@@ -131,7 +130,7 @@ def prune(output_dir: Path, keep: int | None) -> None:
     """Delete all but the newest `keep` checkpoints."""
     if keep is not None:
         for old in all_of(output_dir)[:-keep]:
-            shutil.rmtree(rename_away(old))
+            remove_folder(rename_away(old))
 
 
 def differences(saved: dict[str, object], now: dict[str, object]) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 import xxhash
 
 from dpo_fast.errors import BadInput
-from dpo_fast.files import regular_file, write_text
+from dpo_fast.files import read_bytes, write_text
 
 _COMPACT = ',"digest":"', '"}\n', "}"  # before the digest, behind it, and what the object's text ended with
 _INDENTED = ',\n  "digest": "', '"\n}\n', "\n}"
@@ -106,7 +106,7 @@ def read_signed_json(path: Path, remedy: str, names: Iterable[str] = ()) -> dict
     Raises Damaged, with `remedy`, for a file that cannot be read or has changed, and where it lacks one of `names`.
     """
     try:
-        value = parse_signed(regular_file(path).read_bytes(), required=False)
+        value = parse_signed(read_bytes(path), required=False)
         if not isinstance(value, dict) or not value.keys() >= set(names):
             raise ValueError(f"it lacks some of {', '.join(names)}" if names else "it is no object")
         return value
@@ -135,7 +135,7 @@ def check_text(path: Path, remedy: str) -> None:
     One without that comment is taken as it is: somebody wrote it.
     """
     try:
-        text = Path(path).read_bytes().decode()
+        text = read_bytes(path).decode()
     except OSError as error:
         raise Damaged(f"{path} cannot be read ({error.strerror or error}): {remedy}") from error
     except ValueError as error:

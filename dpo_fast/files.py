@@ -147,6 +147,11 @@ def contents(folder: Path) -> list[Path]:
         return []
 
 
+def has_temporaries(folder: Path) -> bool:
+    """Whether killed processes left something half-written in `folder`."""
+    return next(Path(folder).glob(_TEMPORARY + "*"), None) is not None
+
+
 def remove_temporaries(folder: Path, *, deep: bool = False) -> None:
     """Clear away what killed processes left half-written in `folder`, and with `deep` in all folders under it.
 
@@ -185,6 +190,14 @@ def rename_away(folder: Path) -> Path:
     return going
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a folder and all that is in it. Raises OSError with its path."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:  # its own path is relative to the folder
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+
+
 def regular_file(path: Path, flag: str = "") -> Path:
     """`path` as it is, if it is a file or is missing. Raises BadInput for anything else, without opening it.
 
@@ -198,6 +211,12 @@ def regular_file(path: Path, flag: str = "") -> Path:
     if kind != stat.S_IFREG:
         raise BadInput(f"{flag + ' ' if flag else ''}{path} is {_KINDS.get(kind, 'no file')}: name a regular file")
     return path
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a regular file. Raises BadInput as `regular_file`, and OSError with the path."""
+    with naming(path):
+        return regular_file(Path(path)).read_bytes()
 
 
 def regular_files(path: Path) -> None:
@@ -254,12 +273,12 @@ def _recover_folder(replaced: Path) -> None:
         return
     going = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=replaced.parent))
     os.replace(replaced, going / path.name)  # half-deleted it must not get its name back
-    shutil.rmtree(going)
+    remove_folder(going)
 
 
 def _delete(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        remove_folder(path)
     else:
         path.unlink(missing_ok=True)
 

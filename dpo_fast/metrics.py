@@ -17,7 +17,7 @@ import torch
 import xxhash
 
 from dpo_fast.checksums import Damaged
-from dpo_fast.files import atomic_file, regular_file
+from dpo_fast.files import atomic_file, read_bytes, regular_file
 
 TIMESTEP_BUCKETS = 10  # of the schedule's length each: [0, T/10), ...
 
@@ -176,7 +176,7 @@ def kept_lines(path: Path, through_step: int, extent: Extent | None) -> bytes:
     Checkpoints of earlier versions have no extent: then the lines up to that step, of which a last one that was cut off
     is left out. Raises Damaged for lines that are not what was written.
     """
-    data = path.read_bytes()
+    data = read_bytes(path)
     if extent is not None:
         data = data[: extent.size]
         if xxhash.xxh3_128_hexdigest(data) == extent.digest:

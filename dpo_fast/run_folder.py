@@ -16,7 +16,7 @@ from pathlib import Path
 from dpo_fast import locks
 from dpo_fast.checksums import Damaged, check_text, file_digest, read_signed_json, signed_text
 from dpo_fast.errors import BadInput
-from dpo_fast.files import LOCK, atomic_folder, contents, remove_temporaries, write_text
+from dpo_fast.files import LOCK, atomic_folder, contents, remove_folder, remove_temporaries, write_text
 
 REPORT = "bad_rows.jsonl"
 SUMMARY = "summary.json"
@@ -104,7 +104,7 @@ def begin(folder: Path, *, overwrite: bool, config_yaml: str) -> None:
     if overwrite:
         for entry in folder.iterdir():
             if entry.name not in (REPORT, "config.yaml") and not entry.name.startswith(LOCK):
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+                remove_folder(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     write_text(folder / "config.yaml", signed_text(config_yaml))
 
 
@@ -158,7 +158,7 @@ def finish_publishing(folder: Path) -> None:
     for entry in entries:
         target = folder / entry.name
         if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
+            remove_folder(target)
         elif entry.is_dir():
             target.unlink(missing_ok=True)
         os.replace(entry, target)

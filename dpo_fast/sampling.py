@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from dpo_fast.checksums import png_is_whole, signed_png
 from dpo_fast.config import TrainConfig
-from dpo_fast.files import atomic_file
+from dpo_fast.files import atomic_file, read_bytes
 from dpo_fast.models.family import Family
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def base_samples(
 def _kept(file: Path, about: Mapping[str, str]) -> Image.Image | None:
     """The image in a file of `save_png`; None where it is not there, has changed, or is about something else."""
     try:
-        data = file.read_bytes()
+        data = read_bytes(file)
     except FileNotFoundError:
         return None
     if png_is_whole(data):

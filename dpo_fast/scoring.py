@@ -30,7 +30,16 @@ from dpo_fast.data.cache.errors import BLOCK, FIELDS, ErrorBlocks, RefErrors, Sc
 from dpo_fast.data.cache.manifest import Manifest, RememberedSource
 from dpo_fast.data.cache.reader import CachedImages, CachedTransform
 from dpo_fast.data.cache.recipe import Recipe
-from dpo_fast.data.cache.store import Store, Writer, begin_folder, drop_damaged, finish_orphans, locked, log_keys
+from dpo_fast.data.cache.store import (
+    Store,
+    Writer,
+    begin_folder,
+    drop_damaged,
+    finish_orphans,
+    locked,
+    log_keys,
+    tidy,
+)
 from dpo_fast.data.pairs import Usable, judge_streamed
 from dpo_fast.errors import BadInput
 from dpo_fast.inputs import add_noise, conditioning_of
@@ -154,6 +163,8 @@ class Scoring:
                 together(self.ranks, self._take_up, self.root)
                 together(self.ranks, self._look_again, self.root)
                 together(self.ranks, self._score_missing, self.root)
+            store = Store(self.root, self.recipe)
+        elif self.ranks.share(tidy(self.root, self.recipe) if self.ranks.is_main else None):
             store = Store(self.root, self.recipe)
         store.touch()
         now = sum(self.ranks.gather(self.scored_now))

@@ -33,7 +33,7 @@ from dpo_fast.evaluation.models import ModelSource, OneAtATime, compute_dtype, f
 from dpo_fast.evaluation.naming import IMAGE_FILES, file_stem, image_files, images_of
 from dpo_fast.evaluation.pairing import THREADS
 from dpo_fast.evaluation.prompts import Prompt
-from dpo_fast.files import remove_temporaries, user_path
+from dpo_fast.files import read_bytes, remove_temporaries, user_path
 from dpo_fast.models import Family
 from dpo_fast.models.encoding import weights_digest
 from dpo_fast.parallel import Ranks
@@ -55,7 +55,7 @@ class Layout:
 
     def pixels(self, resolution: int) -> torch.Tensor:
         """uint8 [3, resolution, resolution]: the shorter side scaled to the resolution, then the centre."""
-        image = resize(decode(self.path.read_bytes()), resolution)
+        image = resize(decode(read_bytes(self.path)), resolution)
         return to_pixels(image, *crop_corner(image.size, resolution, None), resolution)
 
 
@@ -201,7 +201,7 @@ def noise_seed(prompt: str, seed: int) -> int:
 
 def _open_layout(path: Path) -> Layout:
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         decode(data)
     except (OSError, BadImage) as error:
         raise BadInput(f"--layout {path} {error}; name an image that opens") from error
@@ -340,7 +340,7 @@ def _missing(wanted: Wanted, rows: Sequence[ImageRow], out: Path) -> list[str]:
     def fault(row: ImageRow) -> str | None:
         path = out / row.file
         try:
-            data = path.read_bytes()
+            data = read_bytes(path)
             whole = png_is_whole(data)
             if whole is False or (whole is None and listing.get("signed")):
                 return "it is damaged"

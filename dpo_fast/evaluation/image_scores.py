@@ -24,7 +24,7 @@ from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.by_size import batches_by_size
 from dpo_fast.evaluation.pairing import THREADS, Files
 from dpo_fast.evaluation.scorers import Scorer
-from dpo_fast.files import regular_file, remove_temporaries
+from dpo_fast.files import read_bytes, remove_temporaries
 from dpo_fast.parallel import Ranks
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def _scores(
 def _keys(images: Files, prompts: Sequence[str]) -> list[str]:
     def key(path: Path, prompt: str) -> str:
         try:
-            data = path.read_bytes()
+            data = read_bytes(path)
         except OSError as error:
             raise BadInput(f"{path} cannot be read ({error.strerror or error})") from error
         return hashlib.blake2b(image_key(data) + prompt.encode(), digest_size=16).hexdigest()
@@ -123,7 +123,7 @@ def _read(folder: Path, about: Mapping[str, str]) -> dict[str, float]:
 def _read_one(file: Path, about: Mapping[str, str]) -> dict[str, float]:
     """The scores in a file; none where it is not there, damaged, or of other facts."""
     try:
-        content = parse_signed(regular_file(file).read_bytes())
+        content = parse_signed(read_bytes(file))
         if content["about"] != about:
             return {}
         return {str(key): float(score) for key, score in content["scores"].items()}
@@ -136,7 +136,7 @@ def _drop_damaged(folder: Path) -> None:
     remove_temporaries(folder)
     for file in sorted(folder.glob("rank-*.json")):
         try:
-            parse_signed(regular_file(file).read_bytes())
+            parse_signed(read_bytes(file))
         except ValueError as error:
             logger.warning("%s is damaged (%s): it is deleted, and its scores are made again", file, error)
             file.unlink()

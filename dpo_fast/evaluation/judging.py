@@ -35,7 +35,7 @@ from dpo_fast.data.pairs import too_many_bad
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.by_size import batches_by_size
 from dpo_fast.evaluation.scorers import Scorer
-from dpo_fast.files import regular_file, remove_temporaries
+from dpo_fast.files import read_bytes, remove_temporaries
 from dpo_fast.parallel import Ranks
 
 PART_ROWS = 256  # of the source; what a killed process loses at most, on every rank
@@ -138,7 +138,7 @@ def _drop_damaged(folder: Path) -> None:
     """Delete parts that have changed since they were written, or carry no digest."""
     for file in sorted(folder.glob("rows-*.json")):
         try:
-            parse_signed(regular_file(file).read_bytes())
+            parse_signed(read_bytes(file))
         except ValueError as error:
             logger.warning("%s is damaged (%s): it is deleted, and its rows are scored again", file, error)
             file.unlink()
@@ -280,7 +280,7 @@ class _Work:
     def _read(self, name: str, first: int) -> _Part:
         """A part as it was written, by this very scorer; an empty one where it is not there, or damaged."""
         try:
-            content = parse_signed(regular_file(self._path(name, first)).read_bytes())
+            content = parse_signed(read_bytes(self._path(name, first)))
             if (content["about"], content["contents"]) != (self.facts[name], self.contents):
                 return _Part({}, {}, {})
             bad = {row: BadRow(row, column, reason) for row, column, reason in content["bad"]}

@@ -16,6 +16,7 @@ from dpo_fast.data.images import BadImage, decode
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.naming import PromptImage
 from dpo_fast.evaluation.prompts import Prompt
+from dpo_fast.files import read_bytes
 
 UNCATEGORISED = "no category"
 THREADS = 4  # that read and decode
@@ -33,7 +34,7 @@ class Files:
     def __getitem__(self, row: int) -> Tensor:
         path = self.paths[row]
         try:
-            data = path.read_bytes()
+            data = read_bytes(path)
             if png_is_whole(data) is False:  # one that dpo_fast wrote
                 raise BadImage("is damaged (its bytes do not agree with its checksum)")
             pixels = np.array(decode(data))

@@ -19,7 +19,7 @@ from dpo_fast.data.relabelled import DIGEST, LabelDigest, check_all
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.judging import Scores
 from dpo_fast.evaluation.statistics import binomial_interval
-from dpo_fast.files import atomic_file
+from dpo_fast.files import atomic_file, read_bytes
 
 GROUP_BYTES = 64 << 20  # of images, a row group of the file
 NOTE = b"dpo_fast.relabel"  # the key of what the file itself says about how it was made
@@ -238,7 +238,7 @@ def check_output(path: Path) -> None:
     """Raise Damaged where the file of pairs is not what was written, by the checksum in the report beside it, or, where
     there is no whole report (a process was killed before it), by those in the file."""
     try:
-        report = parse_signed(path.with_suffix(".json").read_bytes())
+        report = parse_signed(read_bytes(path.with_suffix(".json")))
     except (OSError, ValueError):
         report = {}
     if "checksum" not in report:

@@ -26,7 +26,7 @@ from dpo_fast.data.columns import Columns
 from dpo_fast.data.images import KEY_BYTES, BadImage, decode, image_key
 from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
 from dpo_fast.errors import BadInput, disk_error
-from dpo_fast.files import atomic_file, regular_file, remove_temporaries
+from dpo_fast.files import atomic_file, has_temporaries, read_bytes, remove_temporaries
 
 _SCHEMA = pa.schema(
     [
@@ -60,7 +60,7 @@ class Manifest:
         self._new: list[int] = []  # not yet in any file
         try:
             if (folder / "manifest.json").exists():
-                self.about = parse_signed(regular_file(folder / "manifest.json").read_bytes())
+                self.about = parse_signed(read_bytes(folder / "manifest.json"))
             parts = sorted(folder.glob("part-*.parquet"))
             whole = sorted(folder.glob("rows-*.parquet"), key=lambda file: file.stat().st_mtime_ns)
             if self.about is not None and (kept := self.about.get("rows")) and not (folder / kept).is_file():
@@ -71,7 +71,7 @@ class Manifest:
             if disk_error(error) is not None:
                 raise  # no reason to delete it
             raise BadInput(f"{folder} cannot be read ({error}): delete the folder, it is made again") from error
-        self._parts = len(parts)
+        self._parts, self._merged = len(parts), len(whole)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -84,6 +84,11 @@ class Manifest:
     def changed(self) -> bool:
         """Whether something was found out that is in no file."""
         return bool(self._new)
+
+    @property
+    def untidy(self) -> bool:
+        """Whether a killed process left parts that were not merged, an earlier file of rows, or temporary files."""
+        return self._parts > 0 or self._merged > 1 or has_temporaries(self.folder)
 
     def images(self, row: int) -> tuple[bytes | BadImage, bytes | BadImage]:
         """The keys of a known row's images, or why there are none."""
@@ -171,7 +176,7 @@ class Manifest:
         for file in [*self.folder.glob("rows-*.parquet"), *self.folder.glob("part-*.parquet")]:
             if file != written:
                 file.unlink()
-        self._parts, self._new = 0, []
+        self._parts, self._merged, self._new = 0, 1, []
 
     def touch(self) -> None:
         """Note that this was used, for `prune`; in a read-only cache nothing is noted."""
@@ -179,7 +184,7 @@ class Manifest:
             os.utime(self.folder / "manifest.json")
 
     def _read(self, file: Path) -> None:
-        data = regular_file(file).read_bytes()
+        data = read_bytes(file)
         if not file.stem.endswith(f"-{digest(data)}"):
             raise ValueError(f"the contents of {file.name} do not agree with the digest in its name")
         for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches(columns=_SCHEMA.names):

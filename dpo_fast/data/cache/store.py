@@ -28,7 +28,7 @@ from dpo_fast.checksums import Damaged, digest, parse_signed, sha256_of, write_s
 from dpo_fast.data.cache.recipe import Recipe
 from dpo_fast.data.images import KEY_BYTES
 from dpo_fast.errors import DISK_ERRORS, FORBIDDEN, BadInput, remedy
-from dpo_fast.files import flush, regular_file, remove_temporaries, user_path, write_json
+from dpo_fast.files import flush, has_temporaries, read_bytes, regular_file, remove_temporaries, user_path, write_json
 
 SHARD_BYTES = 256 << 20  # a full shard's records, about
 _SHARD = re.compile(r"shard-(\d+)-(\d+)\.(json|bin|part|log)$")
@@ -192,7 +192,7 @@ class Writer:
         size, lines = self.recipe.record_bytes, []
         if part.exists() and log.exists():
             with part.open("rb") as file:
-                for line in log.read_bytes().splitlines(keepends=True):
+                for line in read_bytes(log).splitlines(keepends=True):
                     record = file.read(size)
                     entry = _entry(line)
                     if entry is None or len(record) < size or xxhash.xxh3_64_intdigest(record) != entry[1]:
@@ -252,12 +252,27 @@ def finish_orphans(root: Path, recipe: Recipe, ranks: int) -> None:
             pass
 
 
+def tidy(root: Path, recipe: Recipe) -> bool:
+    """Complete the unfinished shards of killed processes and clear away what else they left; whether there was any.
+
+    In a folder that another process builds, or that cannot be written, everything stays as it is.
+    """
+    folder = Path(root) / recipe.folder_name
+    unfinished = any(kind in ("part", "log") for _, _, kind in _shard_files(folder))
+    if not unfinished and not has_temporaries(folder):
+        return False
+    with suppress(OSError, BadInput), locked(folder):
+        begin_folder(root, recipe)
+        finish_orphans(root, recipe, 0)
+    return True
+
+
 def log_keys(folder: Path) -> set[bytes]:
     """The keys of the records in unfinished shards, after their writers took them up."""
     keys = set()
     for rank, number, kind in _shard_files(folder):
         if kind == "log":
-            lines = (folder / f"shard-{rank}-{number:05d}.log").read_bytes().splitlines(keepends=True)
+            lines = read_bytes(folder / f"shard-{rank}-{number:05d}.log").splitlines(keepends=True)
             keys |= {entry[0] for entry in map(_entry, lines) if entry is not None}
     return keys
 
@@ -310,7 +325,7 @@ def read_shard(path: Path, recipe: Recipe) -> Shard:
     """
     bin_path = path.with_suffix(".bin")
     try:
-        body = parse_signed(regular_file(path).read_bytes())
+        body = parse_signed(read_bytes(path))
         keys = np.frombuffer(bytes.fromhex("".join(body["keys"])), np.uint8).reshape(-1, KEY_BYTES)
         checksums = np.array([int(checksum, 16) for checksum in body["checksums"]], np.uint64)
         shared: dict[tuple, list] = {}  # sizes recur: one list of each, or millions of records take much memory

@@ -1,7 +1,6 @@
 """Looking after a cache folder: what it holds, whether it is whole, and what may go."""
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -15,7 +14,7 @@ from dpo_fast.data.cache.manifest import Manifest
 from dpo_fast.data.cache.recipe import Recipe
 from dpo_fast.data.cache.store import locked, read_shard, remove_shard, shard_indices
 from dpo_fast.errors import BadInput
-from dpo_fast.files import contents, rename_away
+from dpo_fast.files import contents, remove_folder, rename_away
 
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
 
@@ -60,7 +59,7 @@ def verify(root: Path, *, remove: bool = False) -> Iterator[tuple[Path, str | No
             if (entry.folder / "manifest.json").is_file():
                 fault = _manifest_fault(entry.folder)
                 if fault and remove:
-                    shutil.rmtree(rename_away(entry.folder))
+                    remove_folder(rename_away(entry.folder))
                 yield entry.folder, fault
                 continue
             try:
@@ -103,7 +102,7 @@ def delete(entry: Entry) -> None:
     """Delete one folder. Raises BadInput where it is being built."""
     with locked(entry.folder):
         going = rename_away(entry.folder)
-    shutil.rmtree(going)  # once it is released: NFS deletes no folder with an open file
+    remove_folder(going)  # once it is released: NFS deletes no folder with an open file
 
 
 def _shard_fault(path: Path, recipe: Recipe) -> str | None:
