@@ -54,8 +54,7 @@ def results(folder: Path) -> dict[str, object]:
     files = [p for p in folder.rglob("*.safetensors") if not p.relative_to(folder).parts[0].startswith("checkpoint-")]
     found = {f"{file.relative_to(folder)} {name}": t.tolist() for file in files for name, t in load_file(file).items()}
     summary = json.loads((folder / "summary.json").read_text())
-    # checksums of files differ too: safetensors writes its metadata in any order
-    varying = ("seconds", "pairs_per_second", "evaluation_seconds", "result", "digest")
+    varying = ("seconds", "pairs_per_second", "evaluation_seconds", "digest")
     return found | {key: value for key, value in summary.items() if key not in varying}
 
 

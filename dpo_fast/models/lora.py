@@ -1,5 +1,6 @@
 """Low-rank adapters on the UNet: adding, switching off for the reference, saving."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +104,21 @@ def save_lora(family: Family, folder: Path, state: Mapping[str, torch.Tensor]) -
         },
         weight_name=WEIGHT_NAME,
     )
+    _sort_metadata(Path(folder, WEIGHT_NAME))
+
+
+def _sort_metadata(file: Path) -> None:
+    """Put the metadata of a safetensors file in order: they are written in a random one, and equal LoRAs shall be equal
+    files.
+    """
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # the same text in another order; the rest is padding
+            opened.seek(8)
+            opened.write(text.ljust(size))
 
 
 def check_loaded(unet: nn.Module, file: Path) -> None:

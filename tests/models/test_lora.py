@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_fast.errors import BadInput
 from dpo_fast.models import AdapterSwitch, Family, add_lora, load_family, merge_lora, save_lora
-from dpo_fast.models.lora import check_loaded
+from dpo_fast.models.lora import WEIGHT_NAME, check_loaded
 from tests.helpers import seeds
 from tests.helpers.pipelines import default_time_ids
 
@@ -211,6 +211,20 @@ def test_saved_adapter_gives_the_policy_back(request, tmp_path, name):
         "unet.lora_alpha": RANK,
         "unet.target_modules": ["to_k", "to_out.0", "to_q", "to_v"],
     }
+
+
+def test_equal_loras_are_equal_files(sd15_path, tmp_path):
+    """safetensors writes the metadata in an order that differs from file to file."""
+    family = load_family(sd15_path, dtype=torch.float32, device="cpu")
+    add_lora(family.unet, RANK, ALPHA)
+    state = {n: p.detach() for n, p in family.unet.named_parameters() if p.requires_grad}
+    written = set()
+    for number in range(12):
+        save_lora(family, tmp_path / f"{number}", state)
+        written |= {file.read_bytes() for file in (tmp_path / f"{number}").iterdir()}
+    assert len(written) == 1
+    with safe_open(tmp_path / "0" / WEIGHT_NAME, framework="pt") as file:
+        assert set(file.metadata()) == {"format", "lora_adapter_metadata"}
 
 
 @torch.no_grad()
