@@ -5,9 +5,9 @@
 Each phase is a process of its own: make the pipeline and four pairs, `--dry-run`, `dpo_fast.cache build`, one optimizer
 step of `dpo_fast.train` (bf16, LoRA, from the cache) with a checkpoint and the export, the same command resumed to a
 second step, the trained policy's prediction by our own code, and the same by diffusers, which loads the base model and
-the exported LoRA. For each phase: seconds, peak resident memory (what the kernel counts, files that are only mapped
-included) and peak anonymous memory (what cannot be dropped; sampled every 50 ms). The training's memory is compared
-with what `--dry-run` says. FLAGS are further flags of the training, of all phases that take them.
+the exported LoRA. For each phase: seconds, peak resident memory (mapped files included, which the kernel may drop) and
+peak anonymous memory (which it may not), both from samples every 50 ms. The training's memory is compared with what
+`--dry-run` predicts. FLAGS go to every phase that takes flags of the training.
 
 Exit status 1 where a phase fails or a check does not hold. Linux only: memory is read from /proc.
 """
@@ -28,8 +28,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-
-# This process imports no heavy library: a child's peak memory begins with that of the process that starts it.
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -47,6 +46,14 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safeten
 DIFFERENCE_FACTOR, SMALLEST_DIFFERENCE = 2.0, 2.0**-8
 
 
+class Sample(NamedTuple):
+    """Memory of a process at a moment, in GiB."""
+
+    at: float  # time.perf_counter()
+    peak_resident: float  # since the process began
+    anonymous: float
+
+
 @dataclass
 class Phase:
     """What one process took. Memory in GiB."""
@@ -55,7 +62,7 @@ class Phase:
     command: str
     seconds: float = 0.0
     status: int = 0
-    peak_resident: float = 0.0  # the kernel's ru_maxrss
+    peak_resident: float = 0.0  # the kernel's own peak, VmHWM: complete up to the last sample
     peak_anonymous: float = 0.0  # sampled, as are the rest
     loading_resident: float | None = None  # of a training: the peaks before its first step ...
     loading_anonymous: float | None = None
@@ -70,8 +77,8 @@ def main() -> int:
     parser.add_argument("--model", required=True, choices=list(MODELS))
     parser.add_argument("--resolution", type=int, help="pixels; left out: sd15 512, sdxl 512, tiny 64")
     parser.add_argument("--stored", choices=["bf16", "fp16", "fp32"], default="bf16", help="dtype of the weight files")
-    parser.add_argument("--folder", type=Path, help="where to work, emptied at the end; left out: a temporary folder")
-    parser.add_argument("--keep", action="store_true", help="leave the folder as it is at the end")
+    parser.add_argument("--folder", type=Path, help="where to make a folder to work in; left out: the temporary one")
+    parser.add_argument("--keep", action="store_true", help="leave the folder to work in as it is at the end")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     own, more = sys.argv[1:], []
     if "--" in own:
@@ -79,8 +86,6 @@ def main() -> int:
     arguments = parser.parse_args(own)
     case, usual, needed = MODELS[arguments.model]
     resolution = arguments.resolution or usual
-    if arguments.folder is not None and arguments.folder.exists() and any(arguments.folder.iterdir()):
-        parser.error(f"--folder {arguments.folder} is not empty")
     if arguments.folder is not None:
         arguments.folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="rehearsal-", dir=arguments.folder)).resolve()
@@ -107,41 +112,9 @@ def main() -> int:
 
 def rehearse(folder: Path, case: str, resolution: int, stored: str, more: list[str]) -> dict:
     """All phases in `folder`, printed as they end; the numbers and checks, as far as they came."""
-    parts = [sys.executable, "-m", "benchmarks.rehearsal_parts"]
-    model, pairs, run = folder / "model", folder / "pairs.parquet", folder / "run"
-    flags = {
-        "pretrained_model_name_or_path": model,
-        "dataset_name": pairs,
-        "latent_cache_dir": folder / "cache",
-        "output_dir": run,
-        "resolution": resolution,
-        "mixed_precision": "bf16",
-        "tuning": "lora",
-        "rank": RANK,
-        "train_batch_size": 1,
-        "learning_rate": 1e-3,  # so large that two steps show in the prediction
-        "checkpointing_steps": 1,
-        "log_every": 1,
-        "dataloader_num_workers": 0,
-        "seed": SEED,
-    }
-    flags = [word for name, value in flags.items() for word in (f"--{name}", str(value))] + more
-    train = [sys.executable, "-m", "dpo_fast.train", *flags]
-    two = ["--max_train_steps", "2"]
-    commands = {
-        "imports": [sys.executable, "-c", "import dpo_fast.opening, dpo_fast.trainer"],
-        "make": [*parts, "make", str(folder), case, str(resolution), stored],
-        "dry run": [*train, *two, "--dry-run"],
-        "cache": [sys.executable, "-m", "dpo_fast.cache", "build", *flags, *two],
-        "train": [*train, "--max_train_steps", "1"],
-        "resume": [*train, *two, "--resume_from_checkpoint", "latest"],
-        "policy": [*parts, "policy", str(folder), str(resolution)],
-        "diffusers": [*parts, "read", str(folder)],
-    }
+    run, phases, checks, summaries, read = folder / "run", {}, {}, {}, None
+    commands = commands_of(folder, case, resolution, stored, more)
     print(f"{'phase':12}{'seconds':>9}{'resident':>10}{'anonymous':>11}  GiB at the peak", flush=True)
-    phases: dict[str, Phase] = {}
-    checks: dict[str, bool] = {}
-    summaries, read = {}, None
     for name, command in commands.items():
         phase = phases[name] = measured(name, command, folder)
         print(f"{name:12}{phase.seconds:9.1f}{phase.peak_resident:10.2f}{phase.peak_anonymous:11.2f}", flush=True)
@@ -153,21 +126,11 @@ def rehearse(folder: Path, case: str, resolution: int, stored: str, more: list[s
             summaries[name] = json.loads((run / "summary.json").read_text())
         if name == "diffusers":
             read = json.loads((folder / "read.json").read_text())
-    if "train" in summaries:
-        first = summaries["train"]
-        checks["train: the first margin is exactly 0"] = first["initial_margin_rms"] == 0.0
-        checks["train: the first loss is ln 2"] = math.isclose(first["loss_first"], math.log(2), rel_tol=1e-6)
-    if "resume" in summaries:
-        second = summaries["resume"]
-        checks["resume: two steps are done, none skipped"] = (second["steps"], second["skipped_updates"]) == (2, 0)
-        checks["resume: the second loss is another"] = second["loss_last"] != second["loss_first"]
+    checks |= checks_of(summaries, read)
     if read:
-        allowed = max(DIFFERENCE_FACTOR * read["rounding"], SMALLEST_DIFFERENCE)
-        checks["diffusers: the result predicts as the policy does"] = read["difference"] <= allowed
-        checks["diffusers: the result differs from the base"] = read["effect"] > 2 * allowed
         print(
-            f"\nprediction by diffusers against the policy's: differs by {read['difference']:.2e} of its rms, the base's"
-            f" by {read['rounding']:.2e} (rounding); the LoRA changes it by {read['effect']:.2e}"
+            f"\ndiffusers' prediction from the result differs from the policy's by {read['difference']:.2e} of its rms,"
+            f" from the base by {read['rounding']:.2e} (rounding); the LoRA changes it by {read['effect']:.2e}"
         )
     predicted = dry_run(phases["dry run"].output) if "dry run" in phases else {}
     memory = compared(phases, predicted, folder) if "resume" in phases else {}
@@ -186,6 +149,62 @@ def rehearse(folder: Path, case: str, resolution: int, stored: str, more: list[s
         "read_back": read,
         "summaries": summaries,
     }
+
+
+def commands_of(folder: Path, case: str, resolution: int, stored: str, more: list[str]) -> dict[str, list[str]]:
+    """The phases in their order."""
+    parts = [sys.executable, "-m", "benchmarks.rehearsal_parts"]
+    settings = [*flags(folder, resolution), *more]
+    train, two = [sys.executable, "-m", "dpo_fast.train", *settings], ["--max_train_steps", "2"]
+    return {
+        "imports": [sys.executable, "-c", "import dpo_fast.opening, dpo_fast.trainer"],
+        "make": [*parts, "make", str(folder), case, str(resolution), stored],
+        "dry run": [*train, *two, "--dry-run"],
+        "cache": [sys.executable, "-m", "dpo_fast.cache", "build", *settings, *two],
+        "train": [*train, "--max_train_steps", "1"],
+        "resume": [*train, *two, "--resume_from_checkpoint", "latest"],
+        "policy": [*parts, "policy", str(folder), str(resolution)],
+        "diffusers": [*parts, "read", str(folder)],
+    }
+
+
+def flags(folder: Path, resolution: int) -> list[str]:
+    """Flags of the training, but for its number of steps."""
+    values = {
+        "pretrained_model_name_or_path": folder / "model",
+        "dataset_name": folder / "pairs.parquet",
+        "latent_cache_dir": folder / "cache",
+        "output_dir": folder / "run",
+        "resolution": resolution,
+        "mixed_precision": "bf16",
+        "tuning": "lora",
+        "rank": RANK,
+        "train_batch_size": 1,
+        "learning_rate": 1e-3,  # so large that two steps show in the prediction
+        "checkpointing_steps": 1,
+        "log_every": 1,
+        "dataloader_num_workers": 0,
+        "seed": SEED,
+    }
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def checks_of(summaries: dict[str, dict], read: dict[str, float] | None) -> dict[str, bool]:
+    """What must hold of the summaries of the first and the resumed training, and of what diffusers read back."""
+    checks = {}
+    if "train" in summaries:
+        first = summaries["train"]
+        checks["train: the first margin is exactly 0"] = first["initial_margin_rms"] == 0.0
+        checks["train: the first loss is ln 2"] = math.isclose(first["loss_first"], math.log(2), rel_tol=1e-6)
+    if "resume" in summaries:
+        second = summaries["resume"]
+        checks["resume: two steps are done, none skipped"] = (second["steps"], second["skipped_updates"]) == (2, 0)
+        checks["resume: the second loss differs from the first"] = second["loss_last"] != second["loss_first"]
+    if read:
+        allowed = max(DIFFERENCE_FACTOR * read["rounding"], SMALLEST_DIFFERENCE)
+        checks["diffusers: the result predicts as the policy does"] = read["difference"] <= allowed
+        checks["diffusers: the result differs from the base"] = read["effect"] > 2 * allowed
+    return checks
 
 
 def measured(name: str, command: list[str], folder: Path) -> Phase:
@@ -207,42 +226,40 @@ def measured(name: str, command: list[str], folder: Path) -> Phase:
 
     def sample() -> None:
         while not ended.wait(SAMPLE_SECONDS):
-            now = memory_of(process.pid)
-            if now:
-                samples.append((time.perf_counter(), *now))
+            if now := memory_of(process.pid):
+                samples.append(now)
 
     ended = threading.Event()
     threads = [threading.Thread(target=work, daemon=True) for work in (read_lines, sample)]
     for thread in threads:
         thread.start()
-    _, status, usage = os.wait4(process.pid, 0)
+    phase.status = process.wait()
     phase.seconds = time.perf_counter() - started
     ended.set()
     for thread in threads:
         thread.join()
     process.stdout.close()
-    phase.status = process.returncode = os.waitstatus_to_exitcode(status)
-    phase.peak_resident = usage.ru_maxrss * 1024 / GIB
-    phase.peak_anonymous = max((anonymous for *_, anonymous in samples), default=0.0)
+    phase.peak_resident = samples[-1].peak_resident if samples else 0.0
+    phase.peak_anonymous = max((sample.anonymous for sample in samples), default=0.0)
     if settled:
-        before = [sample for sample in samples if sample[0] < settled[0]]
-        after = [sample for sample in samples if sample[0] >= settled[0]]
+        before = [sample for sample in samples if sample.at < settled[0]]
+        after = [sample for sample in samples if sample.at >= settled[0]]
         if before and after:
-            phase.loading_resident = max(resident for _, resident, _ in before)
-            phase.loading_anonymous = max(anonymous for *_, anonymous in before)
-            phase.held = before[-1][2]
-            phase.step_anonymous = max(anonymous for *_, anonymous in after)
+            phase.loading_resident = before[-1].peak_resident
+            phase.loading_anonymous = max(sample.anonymous for sample in before)
+            phase.held = before[-1].anonymous
+            phase.step_anonymous = max(sample.anonymous for sample in after)
     return phase
 
 
-def memory_of(pid: int) -> tuple[float, float] | None:
-    """Resident and anonymous GiB of a process now; None when it has ended."""
+def memory_of(pid: int) -> Sample | None:
+    """The memory of a process now; None when it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    sizes = [re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE) for name in ("VmRSS", "RssAnon")]
-    return tuple(int(size[1]) * 1024 / GIB for size in sizes) if all(sizes) else None
+    sizes = [re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE) for name in ("VmHWM", "RssAnon")]
+    return Sample(time.perf_counter(), *(int(size[1]) * 1024 / GIB for size in sizes)) if all(sizes) else None
 
 
 def dry_run(output: list[str]) -> dict[str, float]:
@@ -250,8 +267,8 @@ def dry_run(output: list[str]) -> dict[str, float]:
     units = {"MiB": 1 / 1024, "GiB": 1.0}
     lines = [re.match(r"memory +([\d.]+) ([MG]iB)  (.*)$", line) for line in output]
     predicted = {line[3]: float(line[1]) * units[line[2]] for line in lines if line}
-    flops = [re.match(r"UNet FLOPs a step +([\d.]+)", line) for line in output]
-    return predicted | {"TFLOP a step": float(line[1]) for line in flops if line}
+    flops = re.search(r"^UNet FLOPs a step +([\d.]+)", "\n".join(output), re.MULTILINE)
+    return predicted | ({"TFLOP a step": float(flops[1])} if flops else {})
 
 
 def compared(phases: dict[str, Phase], predicted: dict[str, float], folder: Path) -> dict[str, dict[str, float]]:

@@ -1,16 +1,18 @@
 """The phases of the rehearsal that no command of the package is: each `python -m benchmarks.rehearsal_parts PART ...`.
 
-    make FOLDER CASE RESOLUTION DTYPE    a pipeline with random weights and four pairs
-    policy FOLDER RESOLUTION             the prediction of base and policy, by our code from the checkpoint
-    read FOLDER                          the same by diffusers alone from the exported LoRA; compares the two
+make FOLDER CASE RESOLUTION DTYPE    a pipeline with random weights and four pairs
+policy FOLDER RESOLUTION             the prediction of base and policy, by our code from the checkpoint
+read FOLDER                          the same by diffusers alone from the exported LoRA; compares the two
 """
 
 import json
 import sys
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 from benchmarks.rehearsal import RANK, SEED
@@ -18,6 +20,7 @@ from benchmarks.step.cases import CASES, scheduler_config
 from benchmarks.step.prepare import save_pipeline, write_pairs
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
 PAIRS = 4
 TIMESTEP = 500
 CAPTION = "a photograph of the number 0, with a soft background"
@@ -71,7 +74,7 @@ def read(folder: Path) -> None:
     same weights; difference: of the policy's; effect: of the policy from the base, both by diffusers.
     """
     ours = load_file(folder / "policy.safetensors")
-    pipeline = DiffusionPipeline.from_pretrained(folder / "model", torch_dtype=torch.bfloat16)
+    pipeline = DiffusionPipeline.from_pretrained(folder / "model", **{DTYPE_ARGUMENT: torch.bfloat16})
     base = _predict(pipeline.unet, ours)
     pipeline.load_lora_weights(folder / "run")
     result = _predict(pipeline.unet, ours)

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks.step import ours
-from benchmarks.step.cases import CASES, Case, Model, scheduler_config
+from benchmarks.step.cases import CASES, Model, scheduler_config
 from benchmarks.step.work import Settings
 from dpo_fast.kernels import noise_pair
 from tests.helpers.pipelines import tokenizer
