@@ -2,7 +2,7 @@
 
     python benchmarks/rehearsal.py --model sd15|sdxl|tiny [--resolution N] [--folder DIR] [--json FILE] [-- FLAGS]
 
-Each phase is a process of its own: make the pipeline and four pairs, `--dry-run`, `dpo_fast.cache build`, one optimizer
+Each phase is a process of its own: make the pipeline and two pairs, `--dry-run`, `dpo_fast.cache build`, one optimizer
 step of `dpo_fast.train` (bf16, LoRA, from the cache) with a checkpoint and the export, the same command resumed to a
 second step, the trained policy's prediction by our own code, and the same by diffusers, which loads the base model and
 the exported LoRA. For each phase: seconds, peak resident memory (mapped files included, which the kernel may drop) and
@@ -116,6 +116,7 @@ def rehearse(folder: Path, case: str, resolution: int, stored: str, more: list[s
     commands = commands_of(folder, case, resolution, stored, more)
     print(f"{'phase':12}{'seconds':>9}{'resident':>10}{'anonymous':>11}  GiB at the peak", flush=True)
     for name, command in commands.items():
+        print(f"{name} started at {time.strftime('%H:%M:%S')}", file=sys.stderr, flush=True)
         phase = phases[name] = measured(name, command, folder)
         print(f"{name:12}{phase.seconds:9.1f}{phase.peak_resident:10.2f}{phase.peak_anonymous:11.2f}", flush=True)
         checks[f"{name}: exit status 0"] = phase.status == 0

@@ -1,6 +1,6 @@
 """The phases of the rehearsal that no command of the package is: each `python -m benchmarks.rehearsal_parts PART ...`.
 
-make FOLDER CASE RESOLUTION DTYPE    a pipeline with random weights and four pairs
+make FOLDER CASE RESOLUTION DTYPE    a pipeline with random weights and two pairs
 policy FOLDER RESOLUTION             the prediction of base and policy, by our code from the checkpoint
 read FOLDER                          the same by diffusers alone from the exported LoRA; compares the two
 """
@@ -21,7 +21,7 @@ from benchmarks.step.prepare import save_pipeline, write_pairs
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
-PAIRS = 4
+PAIRS = 2
 TIMESTEP = 500
 CAPTION = "a photograph of the number 0, with a soft background"
 
