@@ -5,8 +5,10 @@ is [B,...], one row a pair, and only `denoise` expands it.
 """
 
 import copy
+import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -156,6 +158,8 @@ class Family(ABC):
                     module.to("cpu")
                 else:
                     self.pipeline.register_modules(**{name: None})
+        del module
+        _trim_heap()
 
     def empty_prompt(self) -> Conditioning:
         """What stands for a dropped caption, fp16 [1,...]: the pipeline's own unconditional input."""
@@ -245,6 +249,12 @@ class Family(ABC):
 def nonfinite_rows(latents: torch.Tensor) -> torch.Tensor:  # [N,...] -> bool [N]
     """Which rows hold an infinity or a NaN; on the device of `latents`, without a synchronisation."""
     return ~latents.isfinite().flatten(1).all(1)
+
+
+def _trim_heap() -> None:
+    """Return freed host memory to the system; by itself glibc keeps blocks of up to 32 MiB, which most weights are."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _float32_twin(module: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
