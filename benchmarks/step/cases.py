@@ -102,8 +102,8 @@ def _clip(width: int, layers: int, heads: int, act: str, vocabulary: int) -> dic
         hidden_act=act,
         vocab_size=vocabulary,
         max_position_embeddings=TOKENS,
-        bos_token_id=512,  # of the byte-level tokenizer that all cases share
-        eos_token_id=513,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
+    SchedulerMixin,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -25,7 +26,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks.step import ours
-from benchmarks.step.cases import CASES, Case, scheduler_config
+from benchmarks.step.cases import CASES, Model, scheduler_config
 from benchmarks.step.work import Settings
 from dpo_fast.kernels import noise_pair
 from tests.helpers.pipelines import tokenizer
@@ -37,7 +38,8 @@ def prepare(folder: Path, settings: Settings) -> None:
     """Fill `folder`; the first provider to open it finds everything cached."""
     case = CASES[settings.case]
     settings.write(folder)
-    save_pipeline(case, folder / "model", settings)
+    scheduler = EulerDiscreteScheduler(**scheduler_config(case))
+    save_pipeline(case.model, folder / "model", scheduler, dtype=settings.torch_dtype, device=settings.device)
     write_pairs(folder / "pairs.parquet", ROWS_A_STEP * case.pairs, case.resolution)
     run = ours.opened(folder, ours.flags(folder, "prepare", compiled=False))
     if case.tuning == "lora":
@@ -79,39 +81,55 @@ def _step(run, batches) -> dict[str, torch.Tensor]:
     return parts
 
 
-def save_pipeline(case: Case, folder: Path, settings: Settings) -> None:
-    """A pipeline of the case's architecture; every parameter random, norms included, drawn on the device."""
-    generator = torch.Generator(settings.device).manual_seed(0)
-    dtype = settings.torch_dtype
+def save_pipeline(
+    model: Model,
+    folder: Path,
+    scheduler: SchedulerMixin,
+    *,
+    dtype: torch.dtype,  # of the UNet and the text encoders
+    vae_dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> None:
+    """Write a pipeline of the model's architecture; every parameter random, norms included, drawn on the device.
+
+    Each parameter is drawn in fp32 and rounded into a module that holds `dtype` from the beginning, so the largest
+    model takes its size in `dtype` and one tensor more.
+    """
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(build, kept: torch.dtype = dtype) -> nn.Module:
-        with torch.device(settings.device):
+        with torch.device("meta"):
             module = build()
+        module = module.to(kept).to_empty(device=device)
         randomise(module, generator)
-        return module.to(kept)
+        return module
 
-    vae = random(lambda: AutoencoderKL(**case.model.vae), torch.float32)
+    vae = random(lambda: AutoencoderKL(**model.vae), vae_dtype)
     with torch.no_grad():  # a trained VAE's raw latents have a standard deviation of 1 / scaling_factor
         vae.quant_conv.weight /= vae.config.scaling_factor
     kinds = (CLIPTextModel, CLIPTextModelWithProjection)
     texts = [
         random(lambda kind=kind, config=config: kind(CLIPTextConfig(**config)))
-        for kind, config in zip(kinds, case.model.text, strict=False)
+        for kind, config in zip(kinds, model.text, strict=False)
     ]
+    vocabulary = model.text[0]["vocab_size"]
     parts = dict(
-        unet=random(lambda: UNet2DConditionModel(**case.model.unet)),
+        unet=random(lambda: UNet2DConditionModel(**model.unet)),
         vae=vae,
         text_encoder=texts[0],
-        tokenizer=tokenizer(pad_token="<|endoftext|>"),
-        scheduler=EulerDiscreteScheduler(**scheduler_config(case)),
+        tokenizer=tokenizer(pad_token="<|endoftext|>", vocabulary=vocabulary),
+        scheduler=scheduler,
     )
-    if case.model.family == "sd15":
+    if model.family == "sd15":
         pipeline = StableDiffusionPipeline(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
     else:
         pipeline = StableDiffusionXLPipeline(
-            **parts, text_encoder_2=texts[1], tokenizer_2=tokenizer(pad_token="!"), add_watermarker=False
+            **parts,
+            text_encoder_2=texts[1],
+            tokenizer_2=tokenizer(pad_token="!", vocabulary=vocabulary),
+            add_watermarker=False,
         )
     pipeline.save_pretrained(folder)
 

@@ -5,9 +5,11 @@ is [B,...], one row a pair, and only `denoise` expands it.
 """
 
 import copy
+import ctypes
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -195,6 +197,8 @@ class Family(ABC):
                     module.to("cpu")
                 else:
                     self.pipeline.register_modules(**{name: None})
+        del module
+        _trim_heap()
 
     def empty_prompt(self) -> Conditioning:
         """What stands for a dropped caption, fp16 [1,...]: the pipeline's own unconditional input."""
@@ -323,6 +327,12 @@ def nonfinite_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
     """
     names, sums = zip(*((name, tensor.detach().sum(dtype=torch.float64)) for name, tensor in tensors), strict=True)
     return [name for name, finite in zip(names, torch.stack(sums).isfinite().tolist(), strict=True) if not finite]
+
+
+def _trim_heap() -> None:
+    """Return freed host memory to the system; by itself glibc keeps blocks of up to 32 MiB, which most weights are."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _float32_twin(module: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:

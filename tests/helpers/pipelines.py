@@ -10,6 +10,7 @@ activations, latents and predictions all have about unit scale.
 import json
 import sys
 import tempfile
+from itertools import islice, product
 from pathlib import Path
 
 import torch
@@ -144,15 +145,21 @@ def _text_config(width: int, hidden_act: str) -> CLIPTextConfig:
     )
 
 
-def tokenizer(pad_token: str) -> CLIPTokenizer:
-    """A byte-level CLIP tokenizer without merges: a token a letter, so prompts of more than 75 letters are cut."""
+def tokenizer(pad_token: str, vocabulary: int = 514) -> CLIPTokenizer:
+    """A byte-level CLIP tokenizer of `vocabulary` tokens: a token a letter, so prompts of more than 75 letters are cut.
+
+    A vocabulary of more than 514 has merges of two letters, as many as fit, beginning with the printable ones.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     symbols = [chr(byte) for byte in printable]
     symbols += [chr(256 + i) for i in range(256 - len(printable))]  # GPT-2's names for the bytes that do not print
-    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), _START, _END]
+    letters = [*symbols, *(symbol + "</w>" for symbol in symbols)]
+    merges = list(islice(product(symbols, letters), vocabulary - len(letters) - 2))
+    tokens = [*letters, *(first + second for first, second in merges), _START, _END]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-        Path(folder, "merges.txt").write_text("#version: 0.2\n")
+        lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges)]
+        Path(folder, "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return CLIPTokenizer.from_pretrained(folder, model_max_length=77, pad_token=pad_token)
 
 

@@ -3,12 +3,15 @@
 import copy
 import json
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from PIL import Image
+from torch import nn
 
 from dpo_fast.errors import BadInput
 from dpo_fast.models import Family, load_family, nonfinite_rows
@@ -38,6 +41,26 @@ def random_pairs(family: Family, dtype: torch.dtype) -> tuple[torch.Tensor, torc
     conditioning = family.encode_prompts(PROMPTS[:3])
     conditioning["time_ids"] = torch.cat([default_time_ids(resolution, 1) for resolution in (64, 512, 1023)])
     return noisy, torch.tensor([3, 500, 990]), conditioning
+
+
+def anonymous_mib() -> float:
+    """Memory of this process that is backed by no file."""
+    return int(re.search(r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_freed_encoders_leave_the_process(sd15_path):
+    family = load_family(sd15_path, dtype=torch.float32, device="cpu")
+    family.empty_prompt()
+    torch.ones(7 << 20)  # 28 MiB: once freed, glibc keeps what is smaller
+    large = nn.Linear(1, 1)
+    large.weights = nn.ParameterList(torch.ones(1 << 18) for _ in range(256))  # 256 MiB
+    above = torch.ones(1 << 18)  # so that the large one is not at the end of the heap, which glibc gives back
+    family.pipeline.register_modules(text_encoder=large)
+    del large
+    before = anonymous_mib()
+    family.free_encoders(keep=False)
+    assert before - anonymous_mib() > 200 and above.sum() == 1 << 18
 
 
 # images
