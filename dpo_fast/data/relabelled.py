@@ -1,6 +1,7 @@
 """The checksums in a parquet file of `python -m dpo_fast.relabel`, compared by whoever trains on it."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,11 +36,12 @@ def check_labels(path: Path) -> None:
 
     The images, which are most of the file, are not read. Any other parquet file passes.
     """
-    expected = (pq.read_metadata(path).metadata or {}).get(DIGEST)
+    # absolute: pyarrow takes a relative name with a colon for a URI
+    expected = (pq.read_metadata(os.path.abspath(path)).metadata or {}).get(DIGEST)
     if expected is None:
         return
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(os.path.abspath(path), page_checksum_verification=True) as file:
             columns = [name for name in file.schema_arrow.names if name not in IMAGES]
             found = LabelDigest()
             for batch in file.iter_batches(_ROWS, columns=columns):
@@ -56,7 +58,7 @@ def check_all(path: Path) -> None:
     """The same with every page of the file, images too."""
     check_labels(path)
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(os.path.abspath(path), page_checksum_verification=True) as file:
             for _ in file.iter_batches(64):
                 pass
     except (OSError, ValueError, pa.ArrowException) as error:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -195,7 +196,7 @@ def write_pairs(
     places = np.flatnonzero(labels.kept).tolist()
     packing = {name: "none" if name.startswith("jpg_") else "snappy" for name, _ in columns}
     options = {"compression": packing, "write_page_checksum": True}
-    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema, **options) as file:
+    with atomic_file(path) as temporary, pq.ParquetWriter(os.path.abspath(temporary), schema, **options) as file:
         whole = LabelDigest()
         group: dict[str, list] = {name: [] for name, _ in columns}
         size = 0
@@ -221,7 +222,7 @@ def write_pairs(
 def note_of(path: Path) -> dict | None:
     """The note in a file of `write_pairs`; None where it is another file. Raises Damaged where the note has changed."""
     try:
-        metadata = pq.read_schema(path).metadata or {}
+        metadata = pq.read_schema(os.path.abspath(path)).metadata or {}
     except (OSError, ValueError, pa.ArrowException):
         return None
     if NOTE not in metadata:

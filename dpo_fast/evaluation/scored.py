@@ -1,5 +1,6 @@
 """The scores that an evaluation rests on, and the table they are kept in: scores.parquet."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,4 +68,5 @@ def write_scores(path: Path, scored: Scored) -> None:
     for scorer in scored.scorers:
         columns[scorer] = pa.array(torch.cat([scored.base[scorer], scored.policy[scorer]]).double().numpy())
     with atomic_file(path) as temporary:
-        pq.write_table(pa.table(columns), temporary, compression="zstd")
+        # absolute: pyarrow takes a relative name with a colon for a URI
+        pq.write_table(pa.table(columns), os.path.abspath(temporary), compression="zstd")

@@ -97,7 +97,8 @@ def normalized(request, tmp_path_factory) -> tuple[Family, Family]:
 
 def test_latents_are_normalized_where_the_pipeline_does_it(normalized):
     family, plain = normalized
-    latents, wanted = family.encode_images(random_pixels(2)).float(), plain.encode_images(random_pixels(2)).float()
+    pixels = random_pixels(2)
+    latents, wanted = family.encode_images(pixels).float(), plain.encode_images(pixels).float()
     if family.name == "sdxl":
         scale = family.pipeline.vae.config.scaling_factor
         mean, std = (torch.tensor(STATISTICS[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
@@ -174,8 +175,9 @@ def test_bad_statistics_of_latents(tmp_path, change, match):
 def test_another_vae_brings_its_statistics(sdxl_path, tmp_path):
     other = make_sdxl(tmp_path, vae=STATISTICS)
     family = load_family(sdxl_path, vae_path=other, dtype=torch.float32, device="cpu")
-    wanted = load_family(other, dtype=torch.float32, device="cpu").encode_images(random_pixels(1))
-    assert torch.equal(family.encode_images(random_pixels(1)), wanted)
+    pixels = random_pixels(1)
+    wanted = load_family(other, dtype=torch.float32, device="cpu").encode_images(pixels)
+    assert torch.equal(family.encode_images(pixels), wanted)
     family.save_full(tmp_path / "saved", family.unet.state_dict())
     saved = json.loads((tmp_path / "saved" / "vae" / "config.json").read_text())
     assert (saved["latents_mean"], saved["latents_std"]) == (STATISTICS["latents_mean"], STATISTICS["latents_std"])
