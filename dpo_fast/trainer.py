@@ -24,6 +24,7 @@ from dpo_fast.data.pairs import faulty, too_many_bad
 from dpo_fast.door import acknowledge, on_signals
 from dpo_fast.errors import BadInput
 from dpo_fast.files import write_text
+from dpo_fast.hub_revisions import revision_of
 from dpo_fast.inputs import add_noise, conditioning_of
 from dpo_fast.kernels import dispatch
 from dpo_fast.metrics import LOGS, Clock, MetricsFile, PairSums, for_trackers, interval95, overoptimised
@@ -509,7 +510,21 @@ class Trainer:
             "initial_margin_rms": run.notes.get("initial_margin_rms"),
             "skipped_updates": int(self.masters.skipped.item()),
             "overoptimised_at": run.notes.get("overoptimised_at"),
+            "revisions": self._revisions(),
         }
+
+    def _revisions(self) -> dict[str, str]:
+        """What the run was made from -> its revision on the hub, or a digest of its files."""
+        config = self.config
+        hub = {"cache_dir": config.cache_dir}
+        found = {
+            config.pretrained_model_name_or_path: revision_of(
+                config.pretrained_model_name_or_path, revision=config.revision, **hub
+            ),
+            config.dataset_name: revision_of(config.dataset_name, kind="dataset"),
+        }
+        others = (config.pretrained_vae_model_name_or_path, config.init_lora)
+        return found | {name: revision_of(name, **hub) for name in others if name}
 
     def _overview(self) -> str:
         """What is about to happen, in a few lines."""
