@@ -198,13 +198,19 @@ def _cache_root(cache_dir: str | Path | None) -> str:
 def _literal(file: Path, root: str) -> str:
     """A path by which `datasets` opens `file` and nothing else.
 
-    It takes a relative `a:b` for a URL, and `::` for a chain of file systems. A file with `::` in its path gets a link
-    beside the Arrow copies under `root`. The link is named by a hash of the file's path, size and time of change, so
-    that one copy is made of one state of the file.
+    It takes a relative `a:b` for a URL, `::` for a chain of file systems, and `$x` for a variable of the environment.
+    A file with `::` or `$` in its path gets a link beside the Arrow copies under `root`. The link is named by a hash of
+    the file's path, size and time of change, so that one copy is made of one state of the file. Raises BadInput where
+    `root` has a `$` too.
     """
     name = _absolute(file)
-    if "::" not in name:
+    if "::" not in name and "$" not in name:
         return name
+    if "$" in root:
+        raise BadInput(
+            f"{name!r} needs a link in the cache of data sets ({root}), whose own name has a '$', which the library"
+            " `datasets` takes for a variable; name another folder with --cache_dir, or HF_HOME"
+        )
     folder = Path(root, "dpo_fast-links")
     folder.mkdir(parents=True, exist_ok=True)
     link = folder / f"{stamp_of([name])}{file.suffix}"
@@ -217,8 +223,9 @@ def _literal(file: Path, root: str) -> str:
 
 
 def _absolute(name: str | Path) -> str:
-    """A name as it is, or the absolute path where a relative one could be taken for a URL or a home folder."""
-    return os.path.abspath(user_path(name)) if re.search(r"^~|:", str(name)) else str(name)
+    """A name as it is, or the absolute path where a relative one could be taken for a URL or a home folder, or needs a
+    link (see `_literal`)."""
+    return os.path.abspath(user_path(name)) if re.search(r"^~|[:$]", str(name)) else str(name)
 
 
 @contextmanager

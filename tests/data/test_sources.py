@@ -126,12 +126,15 @@ ODD_NAMES = {
     "-x": "x",
     "bäume": "baume",
     "two\nlines": "two",
+    "$X": "x",
+    "${X}": "x",
 }
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_a_path_names_that_file_and_no_other(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("X", "x")
     for text, folder in (("neighbour", ODD_NAMES[name]), ("right", name)):
         columns = pickapic(n=2, captions=[text] * 2, size=8)
         write_table(tmp_path / folder / "train.parquet", columns)
@@ -159,6 +162,8 @@ def test_a_file_whose_name_needs_a_link_is_copied_once_and_again_when_it_changes
 def test_a_cache_in_which_sets_would_be_mixed_up_is_refused(tmp_path):
     with pytest.raises(BadInput, match=r"a::b.*--cache_dir"):
         open_source(write_pickapic(tmp_path / "a.parquet", n=2), cache_dir=tmp_path / "a::b")
+    with pytest.raises(BadInput, match=r"a\$X.*--cache_dir"):
+        open_source(write_pickapic(tmp_path / "a::b.parquet", n=2), cache_dir=tmp_path / "a$X")
 
 
 def test_the_real_sample(sample):
