@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -219,8 +220,8 @@ def write_report(path: Path, bad: Iterable[BadRow]) -> None:
 
 
 def faulty(bad: Iterable[BadRow]) -> list[BadRow]:
-    """The bad rows that count against max_bad_fraction. A pair of one image twice is no fault of the data: a set may
-    hold many, most of them ties."""
+    """The bad rows that count against max_bad_fraction. Pairs of identical images are not errors: a data set may
+    contain many, mostly ties."""
     return [row for row in bad if not row.reason.endswith(SAME)]
 
 
@@ -347,8 +348,12 @@ def _is_utf8(text: str) -> bool:
 
 
 def _caption_key(caption: str) -> str:
-    """Captions that differ in case or spacing only are one prompt."""
-    return " ".join(caption.casefold().split())
+    """Captions that differ only in case, spacing or Unicode composition are one prompt.
+
+    The key is in NFC. Normalising leaves ASCII captions as they are, so their split does not depend on it.
+    """
+    folded = unicodedata.normalize("NFD", caption).casefold()  # composed letters do not always fold as their parts do
+    return " ".join(unicodedata.normalize("NFC", folded).split())
 
 
 def _validation_captions(captions: list[str], fraction: float, seed: int) -> set[str]:

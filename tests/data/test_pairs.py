@@ -1,6 +1,7 @@
 """Which rows train and which validate, and what one pair becomes."""
 
 import json
+import unicodedata
 from dataclasses import fields, replace
 
 import numpy as np
@@ -197,6 +198,14 @@ def test_validation_goes_by_caption(tmp_path):
     assert other.validation.captions != sets.validation.captions
     more = build_index(source, seed=0, validation_fraction=0.4, progress=False)
     assert set(sets.validation.captions) < set(more.validation.captions)  # raising the share keeps what was held out
+
+
+def test_composed_and_decomposed_captions_are_one_prompt(tmp_path):
+    words = [f"caf\u00e9 {k}" for k in range(20)]
+    captions = [*words, *(unicodedata.normalize("NFD", word).upper() for word in words)]
+    _, sets = index_of(pickapic(n=40, captions=captions, size=8), tmp_path, validation_fraction=0.5)
+    held = set(sets.validation.pair_id.tolist())
+    assert {(k + 20) % 40 for k in held} == held and 0 < len(held) < 40
 
 
 def test_no_image_of_validation_is_trained_on(tmp_path):
