@@ -338,24 +338,6 @@ def test_an_embedding_that_overflows_is_refused_by_name(sd15_path, tmp_path, mon
     assert f"error: {named}: the text encoders gave a non-finite embedding" in said and "Traceback" not in said
 
 
-def test_an_embedding_that_overflowed_in_an_older_cache_is_refused(sd15_path, tmp_path, monkeypatch, capfd):
-    pairs = write_pickapic(tmp_path / "p.parquet", n=4, captions=["one", "two", "too much", "four"])
-    encode, more = Family.encode_prompts, ["--latent_cache_dir", tmp_path / "cache"]
-
-    def overflowing(family, prompts):
-        return {
-            name: t if prompts == [""] else t.clone().fill_(torch.inf) for name, t in encode(family, prompts).items()
-        }
-
-    with monkeypatch.context() as older:
-        older.setattr(Family, "encode_prompts", overflowing)
-        older.setattr("dpo_fast.caching.np.isfinite", np.ones_like)
-        assert cache_main(["build", *flags_for(sd15_path, pairs, tmp_path / "run", *more)]) == 0
-    assert main(flags_for(sd15_path, pairs, tmp_path / "run", *more)) == 2
-    said = capfd.readouterr().err
-    assert re.search(r"error: \S+text-\w+ holds a non-finite embedding of the caption '[a-z ]+': delete that", said)
-
-
 @pytest.mark.parametrize("more", [["--cache"], ["--no-cache"], ["--streaming"], ["--streaming", "--no-cache"]], ids=str)
 def test_captions_that_are_cut_off_are_counted_and_said(sd15_path, tmp_path, caplog, more):
     captions = ["short", "word " * 100, "word " * 100, "other " * 90, "so", "brief"]

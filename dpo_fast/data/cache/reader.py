@@ -12,7 +12,6 @@ from dpo_fast.data.cache.errors import RefErrors
 from dpo_fast.data.cache.recipe import Recipe, caption_key, mirrored
 from dpo_fast.data.cache.store import Store
 from dpo_fast.data.images import SAME, BadImage
-from dpo_fast.errors import BadInput
 
 
 class CachedItems:
@@ -98,7 +97,6 @@ class CachedTransform:
                 side.append(None if fault else key)
         ids = pair_id.tolist()
         conditioning = self.text.read([caption_key(pair.caption) for pair in pairs])
-        self._check_finite(pairs, conditioning)
         chosen = [pair.chosen for pair in pairs]
         return Batch(
             pixels=None,
@@ -115,16 +113,6 @@ class CachedTransform:
             conditioning=conditioning,
             ref_errors=self.errors.read(pair_id, draw, chosen) if self.errors is not None else None,
         )
-
-    def _check_finite(self, pairs: Sequence[EncodedPair], conditioning: dict[str, Tensor]) -> None:
-        for embeddings in conditioning.values():
-            finite = np.isfinite(embeddings.view(len(pairs), -1).numpy()).all(1)
-            if not finite.all():
-                caption = pairs[int(np.argmin(finite))].caption
-                raise BadInput(
-                    f"{self.text.folder} holds a non-finite embedding of the caption {caption!r:.200}: delete that"
-                    " folder; when it is made again, what is wrong is said"
-                )
 
     def _look_up(self, pair: EncodedPair, mirror: bool) -> tuple[list[bytes | None], list, str | None]:
         """The keys of a pair's images, their sizes and crops, and what is wrong with the first bad one."""
