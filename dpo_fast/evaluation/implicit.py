@@ -44,7 +44,7 @@ class ImplicitRewards:
     rejected_delta: Tensor  # the same of the rejected one
     levels: list[tuple[int, int]]  # first and last timestep of each noise level
     beta: float | None  # of the policy's training; None: not known
-    bad: list[BadRow]  # pairs of which an image does not decode: they are not among the n
+    bad: list[BadRow]  # pairs left out of the n: an image does not decode, or both are the same
 
     @property
     def error_delta(self) -> Tensor:
@@ -118,7 +118,10 @@ def implicit_rewards(
     if len(faulty(bad)) > max_bad_fraction * len(index):
         raise too_many_bad(faulty(bad), len(index), max_bad_fraction, None)
     if len(bad) == len(index):
-        raise BadInput(f"{source.description}: none of its {len(bad)} held-out pairs decodes; name others")
+        raise BadInput(
+            f"{source.description}: none of its {len(bad)} held-out pairs can be measured: an image does not decode, or"
+            " both are the same; name others"
+        )
     if not ranks.is_main:
         return None
     pair_id = torch.cat([ids for part in parts for ids in part.pair_id])
@@ -201,7 +204,7 @@ class ImplicitAccuracy(_Share):
     captions: int  # distinct
     draws: int
     ties: int  # pairs whose mean margin is exactly 0
-    bad: int  # pairs left out, since an image does not decode
+    bad: int  # pairs left out: an image does not decode, or both are the same
     files: dict[str, dict[str, str]] = field(default_factory=dict)  # reference, policy, pairs -> place -> its revision
 
     def for_summary(self) -> dict[str, object]:
@@ -237,7 +240,7 @@ class ImplicitAccuracy(_Share):
             lines.append(f"{'mean margin':{width}}  {_short(self.margin)}  at beta {self.beta:g}")
         for name, delta in (("chosen", self.chosen_delta), ("rejected", self.rejected_delta)):
             lines.append(f"{name + ' error':{width}}  {_short(delta)}  policy minus reference")
-        left_out = f", {self.bad} left out: images do not decode" if self.bad else ""
+        left_out = f", {self.bad} left out: an image does not decode, or both are the same" if self.bad else ""
         of = f"{counted(self.pairs, 'pair')} of {counted(self.captions, 'caption')}"
         lines.append(
             f"share of {of} whose chosen image the policy prefers [95% interval over captions]; 0.5 is chance;"
