@@ -1,4 +1,4 @@
-"""Embedded colour profiles: an image's numbers to sRGB, which is what models are trained on and screens are sent.
+"""Embedded colour profiles: converts pixels to sRGB, which models are trained on and displays expect.
 
 A profile is applied by LittleCMS, relative colorimetric with black point compensation, where it is of the image's own
 colour space: RGB (palettes too), grey or CMYK. As in browsers, a profile that cannot be read or is of another colour
@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
-SAME = 2  # of 255: the tables of the sRGB profiles in use differ by so much from each other
+TOLERANCE = 2  # of 255: the tables of the sRGB profiles in use differ by so much from each other
 
 # The colour spaces of profiles: PIL's mode of what they are applied to.
 _SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
@@ -41,7 +41,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         return transform
     samples = _samples(mode)
     as_it_is = np.asarray(samples.convert("RGB")).astype(int)
-    return None if np.abs(np.asarray(transform.apply(samples)) - as_it_is).max() <= SAME else transform
+    return None if np.abs(np.asarray(transform.apply(samples)) - as_it_is).max() <= TOLERANCE else transform
 
 
 def _samples(mode: str) -> Image.Image:

@@ -207,8 +207,9 @@ def _pickapic(copy: Path | None, where: Where) -> list[Prompt]:
     if not texts:
         raise BadInput(f"--prompts pickapic-validation: the column caption of {name} is empty; copy it again")
     source = "pickapic-validation" if split != PICKAPIC_SPLITS[1] else f"pickapic-validation (split {split})"
-    on_hub = copy is not None and not copy.exists()
-    return [Prompt(text, f"{source} of {name}" if on_hub else source) for text in texts]
+    if copy is not None and not local:  # another repository of the hub
+        source = f"{source} of {name}"
+    return [Prompt(text, source) for text in texts]
 
 
 def _shapes(copy: Path | None, where: Where) -> list[Prompt]:
