@@ -1,5 +1,6 @@
 """Which columns of a data set hold a pair's images, label and caption."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,7 +12,10 @@ LAYOUTS = (
     "or a folder with JSONL (prompt, chosen, rejected with file paths)"
 )
 NO_LABEL = "none"  # the label_column that says: the first image column is always the better one
-UNLABELLED = {"has_label": False}  # in the place of a label: nobody gave one. JSON, and like no label
+# In the place of a label, JSON and like no label:
+UNLABELLED = {"has_label": False}  # nobody gave one; with another value, that is no answer
+DISAGREE = "labels"  # the key of a row's two labels that do not go together
+ROUNDING = 1e-3  # of the sum of two soft labels, which may be kept in half precision
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,26 @@ class Columns:
         return tuple(c for c in (self.label, self.second_label, self.has_label) if c is not None)
 
     def label_of(self, row: Mapping[str, Any]) -> Any:
-        """How probably the first image of a row is the better one, as stored. UNLABELLED where people gave no label;
-        0.5 where both images have the same one."""
+        """How probably the first image of a row is the better one, as stored; 0.5 where both labels are the same.
+
+        UNLABELLED where people gave no label. {"has_label": value} where that is neither a boolean, 0, 1 nor null, and
+        {DISAGREE: [first, second]} where the two labels are numbers that neither sum to 1 nor are equal.
+        """
         if self.label is None:
             return 1.0
-        if self.has_label is not None and row.get(self.has_label) in (False, 0):
-            return UNLABELLED
+        labelled = None if self.has_label is None else row.get(self.has_label)
+        if not _is_null(labelled):
+            if not isinstance(labelled, (int, float)) or labelled not in (0, 1):
+                return {"has_label": labelled}
+            if not labelled:
+                return UNLABELLED
         label = row.get(self.label)
-        if self.second_label is not None and isinstance(label, (int, float)) and 0 <= label <= 1:
-            return 0.5 if row.get(self.second_label) == label else label
+        second = None if self.second_label is None else row.get(self.second_label)
+        if isinstance(label, (int, float)) and 0 <= label <= 1 and isinstance(second, (int, float)):
+            if second == label:
+                return 0.5
+            if abs(label + second - 1) > ROUNDING:
+                return label if _is_null(second) else {DISAGREE: [label, second]}
         return label
 
 
@@ -91,3 +106,7 @@ class WantedColumns(NamedTuple):
         uids = ("image_0_uid", "image_1_uid")
         names = uids if images == ("jpg_0", "jpg_1") and set(uids) <= set(columns) else None
         return Columns(images, label, caption, has["label_1"], has["has_label"], names)
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dpo_fast.data.columns import UNLABELLED, Columns
+from dpo_fast.data.columns import DISAGREE, UNLABELLED, Columns
 from dpo_fast.data.images import SAME, BadImage
 from dpo_fast.data.sources import BadRow, Source, StreamedRow
 from dpo_fast.data.votes import count_votes
@@ -106,11 +106,11 @@ def build_index(
 
     Ties are dropped and counted, or kept with `soft_labels` (which allows any label in [0, 1]). Rows that Pick-a-Pic
     marks as unlabelled are dropped and counted, and so are votes that contradict each other, where images can be told
-    apart (see `votes`; with soft labels they stay). `for_scorers` keeps both: what people said does not matter.
+    apart (see `votes`; with soft labels they stay). `for_scorers` keeps them all: what people said does not matter.
 
-    Rows without a caption, a label or an image file are bad rows; so are those with the same image twice, where that is
-    known, and those of `check_pairs` evenly spaced pairs whose images do not decode. Bad rows are listed in
-    `report_path`. A share of the captions goes to validation, picked by a hash of (seed, caption); training pairs that
+    Rows without a caption, a label or an image file are bad rows; so are those whose two labels do not sum to 1, those
+    with the same image twice, where that is known, and those of `check_pairs` evenly spaced pairs whose images do not
+    decode. Bad rows are listed in `report_path`. A share of the captions goes to validation, picked by a hash of (seed, caption); training pairs that
     share an image with validation are left out.
 
     Raises BadInput for labels that are no labels, for a set in which nothing is left to train on, and when bad rows are
@@ -191,6 +191,16 @@ def read_row(
         if not keep_unlabelled:
             return SaysNothing.UNLABELLED
         label = 0.5
+    if isinstance(label, dict) and DISAGREE in label:
+        first, second = label[DISAGREE]
+        if not keep_unlabelled:
+            return BadRow(row, columns.label, f"({first:g}) and {columns.second_label} ({second:g}) do not sum to 1")
+        label = 0.5
+    if isinstance(label, dict) and "has_label" in label:
+        raise BadInput(
+            f"row {row}: {columns.has_label} is {label['has_label']!r:.200}; it must be true, false, 0, 1 or null:"
+            " convert the column"
+        )
     if label is None or (isinstance(label, float) and math.isnan(label)):
         return BadRow(row, columns.label or "", "has no label")
     if not isinstance(label, (int, float)):

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from dpo_fast.checksums import Damaged, file_digest, parse_signed, signed, write_signed_json
 from dpo_fast.data import BadImage, Source
-from dpo_fast.data.columns import UNLABELLED
 from dpo_fast.data.relabelled import DIGEST, LabelDigest, check_all
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.judging import Scores
@@ -257,5 +256,5 @@ def write_counts(path: Path, found: dict) -> None:
 
 
 def human_labels(source: Source) -> list[float]:
-    """The labels as they are stored, NaN where there is none."""
-    return [math.nan if value is None or value == UNLABELLED else float(value) for value in source.labels()]
+    """The labels as they are stored, NaN where there is none or a row's two labels disagree."""
+    return [math.nan if value is None or isinstance(value, dict) else float(value) for value in source.labels()]

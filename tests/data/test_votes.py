@@ -65,6 +65,44 @@ def test_rows_without_a_label_never_train(streaming, tmp_path):
     assert len(index_of(tmp_path, columns, soft_labels=True, for_scorers=True).train) == 8
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_two_labels_that_do_not_sum_to_one_are_a_bad_row(streaming, tmp_path):
+    columns = pickapic(n=6, size=8, labels=[1.0, 0.5, 1.0, 0.3, 1.0, 0.0])
+    columns["label_1"] = [0.5, 0.0, 0.0, 0.7, None, float("nan")]
+    path = write_table(tmp_path / "pairs.parquet", columns)
+    if streaming:
+        pairs = streamed(path, batch_size=4, soft_labels=True, max_bad_fraction=0.5)
+        (batch,) = pairs.batches(0, 1)
+        assert sorted(batch.pair_id.tolist()) == [2, 3, 4, 5]
+        bad = pairs.bad
+    else:
+        sets = index_of(tmp_path, columns, soft_labels=True, max_bad_fraction=0.5)
+        assert sets.train.pair_id.tolist() == [2, 3, 4, 5]
+        bad = sets.bad
+        assert len(index_of(tmp_path, columns, soft_labels=True, for_scorers=True).train) == 6
+    assert [(row.row, f"{row.column} {row.reason}") for row in bad] == [
+        (0, "label_0 (1) and label_1 (0.5) do not sum to 1"),
+        (1, "label_0 (0.5) and label_1 (0) do not sum to 1"),
+    ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("value", ["False", 2, 0.5])
+def test_has_label_that_is_no_boolean_is_refused(value, streaming, tmp_path):
+    columns = {**pickapic(n=3, size=8), "has_label": [None, value, None]}
+    with pytest.raises(BadInput, match=rf"^row 1: has_label is {value!r}; it must be [^\n]+$"):
+        if streaming:
+            next(streamed(write_table(tmp_path / "pairs.parquet", columns), batch_size=3).batches(0, 1))
+        else:
+            index_of(tmp_path, columns)
+
+
+@pytest.mark.parametrize("values", [[True, False, None], [1, 0, None], [1.0, 0.0, float("nan")]])
+def test_has_label_as_boolean_or_number(values, tmp_path):
+    sets = index_of(tmp_path, {**pickapic(n=3, size=8), "has_label": values})
+    assert sets.train.pair_id.tolist() == [0, 2] and sets.unlabelled == 1
+
+
 def test_has_label_is_about_label_0_only(tmp_path):
     columns = {**pickapic(n=3, size=8), "has_label": [False] * 3, "mine": [1.0, 0.0, 1.0]}
     source = open_source(write_table(tmp_path / "a.parquet", columns), label_column="mine")
@@ -143,9 +181,10 @@ def transform():
     return PairTransform(resolution=8, seed=0, timesteps=torch.arange(1000))
 
 
-def streamed(path, batch_size):
+def streamed(path, batch_size, **options):
     source = open_source(path, streaming=True)
-    return StreamedPairs(source, transform(), pairs_per_step=batch_size, batch_size=batch_size, progress=False)
+    options = {"pairs_per_step": batch_size, "batch_size": batch_size, "progress": False, **options}
+    return StreamedPairs(source, transform(), **options)
 
 
 def test_one_image_twice_has_weight_0_where_it_shows_late(tmp_path):

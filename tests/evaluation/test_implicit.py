@@ -300,9 +300,8 @@ def test_a_bad_image_is_left_out_and_counted(moved, pairs, tmp_path):
     assert rewards.pair_id.tolist() == [0, 1, 2, 3, 5, 6] and [bad.row for bad in rewards.bad] == [4]
     assert torch.equal(rewards.error_delta, whole.error_delta[torch.tensor([0, 1, 2, 3, 5, 6])])
     found = accuracy(rewards)
-    assert (found.pairs, found.bad) == (6, 1) and "1 left out: an image does not decode, or both are the same" in str(
-        found
-    )
+    assert (found.pairs, found.bad) == (6, 1)
+    assert "1 left out: an image does not decode, or both are the same" in str(found)
     with pytest.raises(BadInput, match=r"1 of 7 rows cannot be used.*row 4"):
         measured(policy, base, spoilt, index=index, max_bad_fraction=0.1)
     nothing = index.keep(index.pair_id == 4)
