@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from dpo_fast.config import TrainConfig
-from dpo_fast.data.cache.manifest import Manifest, RememberedSource, keys_of, read_images
+from dpo_fast.data.cache.manifest import STREAM_FORMAT, Manifest, RememberedSource, keys_of, read_images
 from dpo_fast.data.cache.reader import CachedItems
 from dpo_fast.data.cache.recipe import Field, Recipe, caption_key, mirrored
 from dpo_fast.data.cache.store import (
@@ -120,6 +120,8 @@ def manifest_of(config: TrainConfig, stamp: str) -> Manifest:
         config.max_train_samples,
         stamp,
     ]
+    if config.streaming:
+        asked.append(STREAM_FORMAT)
     return Manifest(root_of(config) / f"pairs-{blake2b(repr(asked).encode(), digest_size=8).hexdigest()}")
 
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from dpo_fast import caching
 from dpo_fast.cache import main as cache_main
+from dpo_fast.config import TrainConfig
 from dpo_fast.data.pairs import build_index
 from dpo_fast.models import Family
 from dpo_fast.train import main
@@ -229,6 +231,18 @@ def test_a_streamed_hub_set_is_read_once_and_not_asked_for_again(sdxl_path, tmp_
     columns["jpg_1"][3] = columns["jpg_1"][4]
     write_table(data, columns)
     refused(1)
+
+
+def test_only_streams_have_manifests_of_a_format(tmp_path, monkeypatch):
+    """A stream's manifest holds labels, as they were read when it was made; that of a table does not."""
+
+    def name(**more):
+        return caching.manifest_of(TrainConfig(dataset_name="a/b", latent_cache_dir=tmp_path, **more), "x").folder.name
+
+    table, stream = name(), name(streaming=True)
+    assert table == "pairs-946611352a932922"
+    monkeypatch.setattr(caching, "STREAM_FORMAT", caching.STREAM_FORMAT + 1)
+    assert name() == table and name(streaming=True) != stream
 
 
 @pytest.mark.parametrize("change", ["caption", "label"])

@@ -110,8 +110,8 @@ def build_index(
 
     Rows without a caption, a label or an image file are bad rows; so are those whose two labels do not sum to 1, those
     with the same image twice, where that is known, and those of `check_pairs` evenly spaced pairs whose images do not
-    decode. Bad rows are listed in `report_path`. A share of the captions goes to validation, picked by a hash of (seed, caption); training pairs that
-    share an image with validation are left out.
+    decode. Bad rows are listed in `report_path`. A share of the captions goes to validation, picked by a hash of
+    (seed, caption); training pairs that share an image with validation are left out.
 
     Raises BadInput for labels that are no labels, for a set in which nothing is left to train on, and when bad rows are
     more than `max_bad_fraction` of the rows looked at.

@@ -120,6 +120,16 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     assert len(Manifest(tmp_path / "pairs")) == 40
 
 
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_the_columns_of_a_stream_come_back(all_of_them, tmp_path):
+    more = {"label_1": [0.0] * 2, "has_label": [True] * 2, "image_0_uid": ["a"] * 2, "image_1_uid": ["b"] * 2}
+    columns = {**pickapic(n=2, size=8, labels=[1.0] * 2), **(more if all_of_them else {})}
+    source = open_source(write_table(tmp_path / "pairs.parquet", columns), streaming=True)
+    manifest = Manifest(tmp_path / "pairs")
+    manifest.begin(source)
+    assert Manifest(tmp_path / "pairs").columns == source.columns
+
+
 def test_a_row_noted_again_replaces_what_was_known(tmp_path):
     source = faulty(tmp_path)
     manifest = Manifest(tmp_path / "pairs")

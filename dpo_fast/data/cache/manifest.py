@@ -5,9 +5,9 @@
                                           caption and label too
                  part-N-<digest>.parquet  the same while a build is running; merged into one at its end
 
-<digest> is of the file's bytes. The hash is over how the source was asked for and over its files' names, sizes and
-times. A data set that was copied or touched is read and hashed again; nothing is encoded again, for an entry's key
-depends on the image alone.
+<digest> is of the file's bytes. The hash is over how the source was asked for, over its files' names, sizes and
+times, and for a stream over STREAM_FORMAT. A data set that was copied or touched is read and hashed again; nothing is
+encoded again, for an entry's key depends on the image alone.
 """
 
 import json
@@ -27,6 +27,8 @@ from dpo_fast.data.images import KEY_BYTES, BadImage, decode, image_key
 from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
 from dpo_fast.errors import BadInput, disk_error
 from dpo_fast.files import atomic_file, has_temporaries, read_bytes, remove_temporaries
+
+STREAM_FORMAT = 2  # of the labels that a stream's manifest holds: raise it when `Columns.label_of` changes
 
 _SCHEMA = pa.schema(
     [
@@ -130,7 +132,7 @@ class Manifest:
     def columns(self) -> Columns:
         """The source's columns, once it is known what this is about."""
         named = self.about["columns"]
-        return Columns(tuple(named["images"]), named["label"], named["caption"])
+        return Columns(**{name: tuple(value) if isinstance(value, list) else value for name, value in named.items()})
 
     def streamed_rows(self) -> Iterator[StreamedRow]:
         """A stream's known rows, keys in the place of image bytes."""
