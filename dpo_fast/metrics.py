@@ -31,6 +31,7 @@ class PairSums:
         self.num_train_timesteps = num_train_timesteps
         self.sums = torch.zeros(len(_SUMS), device=device)
         self.by_timestep = torch.zeros(2, TIMESTEP_BUCKETS, device=device)  # pairs, correct
+        self._pairs_read = False
 
     @torch.no_grad()
     def add(
@@ -54,6 +55,10 @@ class PairSums:
             rows += [torch.full_like(pairs, math.nan)] * 5
         self.sums += torch.stack(rows)
 
+    def had_pairs(self) -> bool:
+        """Whether any pair with weight was ever added, on this rank or before a `read`. Waits for the device."""
+        return self._pairs_read or self.sums[0].item() > 0
+
     def read(self, reduce: Callable[[list[torch.Tensor]], None]) -> dict[str, object]:
         """Sum over ranks by `reduce` (in place), wait for the device, return the means and start again from zero."""
         reduce([self.sums, self.by_timestep])
@@ -62,6 +67,7 @@ class PairSums:
         self.sums.zero_()
         self.by_timestep.zero_()
         n = totals["pairs"]
+        self._pairs_read |= n > 0
 
         def mean(name: str) -> float | None:
             value = totals[name] / n if n else math.nan

@@ -63,6 +63,8 @@ class Trainer:
         self.sums = PairSums(run.ranks.device, run.family.schedule.num_train_timesteps)
         self.nonfinite_pair = torch.tensor(-1, device=run.ranks.device)  # id of a pair whose latents are not finite
         self.nonfinite_caption = self.nonfinite_pair.clone()  # id of a pair whose caption's embedding is not finite
+        run.notes.setdefault("trained", run.step > 0)  # whether any pair had weight; earlier versions did not note it
+        self.bad_at_start = {bad.row for bad in run.sets.bad}  # a stream knows none
         self.grad_norm = torch.zeros((), device=run.ranks.device)
         self.clock = Clock(run.step)
         self.seconds_before = run.notes.get("seconds", 0.0)  # trained by earlier processes of this run, and
@@ -277,6 +279,7 @@ class Trainer:
         """Write checkpoint-N, from the main rank."""
         run = self.run_
         self._tell_bad_rows()
+        run.notes["trained"] |= self.ranks.any(self.sums.had_pairs())
         if self.ranks.is_main:
             files, values = self.masters.state()
             files["optimizer"]["|kl"] = run.kl
@@ -299,7 +302,7 @@ class Trainer:
     def finish(self) -> None:
         """Write the result, summary.json and the model card, and upload them if asked.
 
-        Raises BadInput, on every rank, for weights that no update reached or that are not finite.
+        Raises BadInput, on every rank, for weights that no pair or no update reached or that are not finite.
         """
         run, config = self.run_, self.config
         self._check_result()
@@ -313,6 +316,13 @@ class Trainer:
             write_text(run.folder / "README.md", card)
             checkpoint.prune(run.folder, config.checkpoints_total_limit)  # a kill may have come before the last one
             write_signed_json(run.folder / run_folder.SUMMARY, summary)  # last: it says that the run is finished
+            late = [bad for row, bad in run.bad_rows.items() if row not in self.bad_at_start]
+            if late:
+                same = sum(bad.reason.endswith(SAME) for bad in late)
+                self._say(
+                    f"{len(late)} rows were left out when they were met, {same} of them with identical images:"
+                    f" {run.report_path} lists them"
+                )
             self._say(f"done, the result is in {run.folder}")
             if config.push_to_hub:
                 summary["uploaded"] = hub.push(run.folder, config.hub_model_id, config.hub_token)
@@ -378,6 +388,12 @@ class Trainer:
             f"; nothing was published, {checkpoint.folder_of(run.folder, run.step)} holds the state. Lower"
             " --learning_rate, or use --mixed_precision bf16 or no, and start again in another --output_dir"
         )
+        if not run.notes["trained"]:
+            raise BadInput(
+                f"no pair could be trained on: those of all {run.step} steps have identical images or do not decode"
+                f" ({run.report_path} lists them); nothing was published. Mend the data set, and start again in another"
+                " --output_dir"
+            )
         if skipped == run.step:
             raise BadInput(f"no update was finite: all {run.step} were skipped, so the model has not changed{instead}")
         weights = self.masters.export()

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from dpo_fast import checkpoint
+from dpo_fast.data.pairs import build_index
 from dpo_fast.train import main
 from tests.helpers import disks
-from tests.helpers.pairs import write_pickapic
-from tests.helpers.runs import command, environment, flags_for
+from tests.helpers.pairs import pickapic, write_pickapic, write_table
+from tests.helpers.runs import command, environment, flags_for, train
 
 
 def edited(pairs: Path, path: Path, **columns: list) -> Path:
@@ -245,6 +246,31 @@ def test_a_run_whose_updates_were_all_skipped_publishes_nothing(sdxl_path, pairs
         "bad_rows.jsonl",
         "checkpoint-4",
     }
+
+
+@pytest.mark.parametrize("more", [["--cache"], ["--no-cache"]], ids=str)
+def test_a_run_without_a_pair_to_train_on_publishes_nothing(sdxl_path, tmp_path, monkeypatch, capfd, more):
+    columns = pickapic()
+    data = write_table(tmp_path / "pairs.parquet", {**columns, "jpg_1": columns["jpg_0"]})
+    out, more = tmp_path / "run", [*more, "--latent_cache_dir", tmp_path / "cache"]
+    assert_refused(flags_for(sdxl_path, data, out, *more), ["no training pair is left", "12 bad"], capfd)
+    monkeypatch.setitem(build_index.__kwdefaults__, "check_pairs", 0)  # of a large set few are looked at
+    said = ["no pair could be trained on", "bad_rows.jsonl", "identical images"]
+    assert_refused(flags_for(sdxl_path, data, out, "--overwrite", *more), said, capfd)
+    assert not (out / "summary.json").exists()
+    again = flags_for(sdxl_path, data, out, *more, "--resume_from_checkpoint", "latest")
+    assert_refused(again, said, capfd)
+
+
+def test_pairs_left_out_while_training_are_told_at_the_end(sdxl_path, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(build_index.__kwdefaults__, "check_pairs", 0)
+    columns = pickapic()
+    columns["jpg_1"][3] = columns["jpg_0"][3]
+    columns["jpg_1"][5] = columns["jpg_1"][5][:100]
+    data = write_table(tmp_path / "pairs.parquet", columns)
+    train(sdxl_path, data, tmp_path / "run", "--max_bad_fraction", 0.5, "--max_train_steps", 6)
+    said = "2 rows were left out when they were met, 1 of them with identical images: "
+    assert said in capfd.readouterr().err
 
 
 def test_many_skipped_updates_are_told_of(sdxl_path, pairs, tmp_path, monkeypatch, capfd):

@@ -110,8 +110,8 @@ def build_index(
 
     Rows without a caption, a label or an image file are bad rows; so are those whose two labels do not sum to 1, those
     with the same image twice, where that is known, and those of `check_pairs` evenly spaced pairs whose images do not
-    decode. Bad rows are listed in `report_path`. A share of the captions goes to validation, picked by a hash of
-    (seed, caption); training pairs that share an image with validation are left out.
+    decode or are the same. Bad rows are listed in `report_path`. A share of the captions goes to validation, picked by
+    a hash of (seed, caption); training pairs that share an image with validation are left out.
 
     Raises BadInput for labels that are no labels, for a set in which nothing is left to train on, and when bad rows are
     more than `max_bad_fraction` of the rows looked at.
@@ -137,12 +137,14 @@ def build_index(
 
     spread = torch.linspace(0, len(index) - 1, min(check_pairs, len(index)), dtype=torch.float64).round().long()
     unusable = _each_pair(source.check_images, index.pair_id[spread], "Checking images", progress)[1]
+    unusable = faulty(unusable) if for_scorers else unusable
     settle(unusable, len(spread))
     index = _without(index, unusable)
 
     validation, shared = index.keep(torch.zeros(len(index), dtype=torch.bool)), 0
     hashes: dict[int, tuple[bytes, bytes]] | None = None
-    if validation_fraction > 0:
+    holding_out = validation_fraction > 0 and len(index) > 0
+    if holding_out:
         held_out = _validation_captions(index.captions, validation_fraction, seed)
         hashes, unusable = _each_pair(source.image_keys, index.pair_id, "Hashing images", progress)
         settle(unusable, len(index))
@@ -154,7 +156,7 @@ def build_index(
     if soft_labels:
         contradicted = contradicted and []
     index = _without(index, [*same, *(contradicted or ())])
-    if validation_fraction > 0:
+    if holding_out:
         held = torch.tensor([_caption_key(caption) in held_out for caption in index.captions], dtype=torch.bool)
         seen = {digest for row in index.pair_id[held].tolist() for digest in hashes[row]}
         shares = torch.tensor([not seen.isdisjoint(hashes[row]) for row in index.pair_id.tolist()], dtype=torch.bool)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from dpo_fast.data.columns import Columns, WantedColumns
-from dpo_fast.data.images import BadImage, decode, image_key
+from dpo_fast.data.images import SAME, BadImage, decode, image_key
 from dpo_fast.errors import BadInput
 
 
@@ -57,7 +57,8 @@ class Source(Protocol):
         """The two encoded images. Raises BadImage, naming the column, where one is not there."""
 
     def check_images(self, row: int) -> None:
-        """Raise BadImage, naming the column, where an image of the row is not there or does not decode."""
+        """Raise BadImage, naming the column, where an image of the row is not there, does not decode, or is the same as
+        the other one."""
 
     def image_keys(self, row: int) -> tuple[bytes, bytes]:
         """A hash of each image's bytes. Raises BadImage, naming the column, where one is not there."""
@@ -82,11 +83,14 @@ class _Encoded:
     """What follows from having the images' bytes."""
 
     def check_images(self, row: int) -> None:
-        for column, image in zip(self.columns.images, self.image_bytes(row), strict=True):
+        images = self.image_bytes(row)
+        for column, image in zip(self.columns.images, images, strict=True):
             try:
                 decode(image)
             except BadImage as error:
                 raise BadImage(error.reason, column) from error
+        if images[0] == images[1]:
+            raise BadImage(SAME, self.columns.images[1])
 
     def image_keys(self, row: int) -> tuple[bytes, bytes]:
         first, second = self.image_bytes(row)

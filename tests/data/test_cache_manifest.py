@@ -10,11 +10,13 @@ from tests.helpers.pairs import pickapic, write_table
 
 
 def faulty(tmp_path, n: int = 12):
-    """A source in which row 2 has no second image, row 5 one that does not decode, row 7 no caption."""
+    """A source in which row 2 has no second image, row 5 one that does not decode, row 7 no caption, row 9 one image
+    twice."""
     columns = pickapic(n=n, size=40, seed=np.random.randint(1000))
     columns["jpg_1"][2] = None
     columns["jpg_0"][5] = columns["jpg_0"][5][:200]
     columns["caption"][7] = ""
+    columns["jpg_1"][9] = columns["jpg_0"][9]
     return open_source(write_table(tmp_path / "pairs.parquet", columns))
 
 
@@ -51,7 +53,7 @@ def test_an_index_built_from_memory_is_the_same(tmp_path, fraction):
     manifest = Manifest(tmp_path / "pairs")
     for _ in range(2):
         remembered = build_index(RememberedSource(source, manifest), **flags)
-        assert remembered.bad == plain.bad and {bad.row for bad in plain.bad} == {2, 5, 7}
+        assert remembered.bad == plain.bad and {bad.row for bad in plain.bad} == {2, 5, 7, 9}
         for one, other in ((plain.train, remembered.train), (plain.validation, remembered.validation)):
             assert one.pair_id.equal(other.pair_id) and one.captions == other.captions
         manifest.begin(source)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_fast.data import PairDataset, PairTransform, StreamedPairs, build_index, collate, open_source
+from dpo_fast.data import BadRow, PairDataset, PairTransform, StreamedPairs, build_index, collate, open_source
 from dpo_fast.data.images import SAME
 from dpo_fast.data.votes import count_votes
 from dpo_fast.errors import BadInput
@@ -190,6 +190,9 @@ def streamed(path, batch_size, **options):
 def test_one_image_twice_has_weight_0_where_it_shows_late(tmp_path):
     columns = votes_set()
     sets = index_of(tmp_path, columns)
+    assert counts(sets) == (0, 0, None, None, 1) and sets.bad == [BadRow(7, "jpg_1", SAME)]  # it was looked at
+    assert len(index_of(tmp_path, columns, soft_labels=True, for_scorers=True).train) == 8
+    sets = index_of(tmp_path, columns, check_pairs=0)
     assert counts(sets) == (0, 0, None, None, 0)  # nothing is known of the images
     dataset = PairDataset(open_source(tmp_path / "pairs.parquet"), sets.train, transform())
     batch = collate(dataset.__getitems__([(k, 0) for k in range(8)]))

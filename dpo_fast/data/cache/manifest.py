@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from dpo_fast.checksums import digest, parse_signed, write_signed_json
 from dpo_fast.data.columns import Columns
-from dpo_fast.data.images import KEY_BYTES, BadImage, decode, image_key
+from dpo_fast.data.images import KEY_BYTES, SAME, BadImage, decode, image_key
 from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
 from dpo_fast.errors import BadInput, disk_error
 from dpo_fast.files import atomic_file, has_temporaries, read_bytes, remove_temporaries
@@ -240,13 +240,16 @@ class RememberedSource:
         return self._source.image_bytes(row)
 
     def check_images(self, row: int) -> None:
-        """Raise BadImage where an image of the row does not decode."""
+        """Raise BadImage where an image of the row does not decode, or is the same as the other one."""
         try:
             verdict = self.manifest.decodes(row)
         except KeyError:
             verdict = self._decode(row)
         if isinstance(verdict, BadRow):
             raise BadImage(verdict.reason, verdict.column)
+        first, second = self.manifest.images(row)
+        if first == second:
+            raise BadImage(SAME, self.columns.images[1])
 
     def image_keys(self, row: int) -> tuple[bytes, bytes]:
         """The keys of both images. Raises BadImage where one is not there."""
