@@ -121,8 +121,9 @@ class Findings:
         first = self.overall[0]
         if first.effective_prompts < UNEVEN * prompts and prompts > 1:
             lines.append(
-                f"prompts have very different numbers of images: the {prompts} are worth {first.effective_prompts:.1f}"
-                " with as many each, which the intervals allow for; --compare medians weighs prompts alike"
+                f"prompts have very different numbers of images: the {prompts} prompts carry the information of"
+                f" {first.effective_prompts:.1f} equally sized ones; the intervals account for this; --compare medians"
+                " weights prompts equally"
             )
         return lines + self.about.remarks
 

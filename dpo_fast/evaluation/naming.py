@@ -65,10 +65,10 @@ def images_of(folder: Path, prompts: Sequence[str]) -> Found:
 
     An image is of the prompt that its PNG text `prompt` is; else, where its name is only a number, of the one that its
     folder's name is (`a red fox/0002.png`); else of the one that its name is, or the name without a number at its end
-    (`a red fox-2.png`, `A red fox (2).jpg`). Of names letters and digits count; one of LEAST_CUT characters or more may
-    be only the start of the prompt. What dpo_fast.generate wrote tells its seed. Of prompts that differ only in how
-    their letters are composed, an image is of the one that its text is, else of the composed one or the first. Raises
-    BadInput where that leaves several prompts.
+    (`a red fox-2.png`, `A red fox (2).jpg`). Only letters and digits are compared; a name of LEAST_CUT
+    characters or more may be only the start of the prompt. What dpo_fast.generate wrote tells its seed. Of prompts that
+    differ only in how their letters are composed, an image is of the one that its text is, else of the composed one or
+    the first. Raises BadInput where that leaves several prompts.
     """
     texts_of = {prompt: prompt for prompt in prompts}  # a text -> its prompt
     for prompt in prompts:

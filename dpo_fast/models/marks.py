@@ -28,7 +28,7 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Marks:
-    """What the files name, and by which word; None: they do not say."""
+    """What the files declare and which key declares it; None if they do not."""
 
     prediction_type: str | None = None  # "epsilon", "v_prediction"; of a scheduler, any other too
     prediction_type_by: str = ""

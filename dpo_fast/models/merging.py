@@ -54,9 +54,9 @@ class _Update:
         """Why it cannot be applied to `weight`; None: it can."""
         rank, rows, columns = len(self.a), len(weight), weight[0].numel()
         if self.a[0].numel() != columns or self.b.numel() != rows * rank or len(self.b) != rows:
-            return f"A {[*self.a.shape]} and B {[*self.b.shape]} do not go with its weight {[*weight.shape]}"
+            return f"A {[*self.a.shape]} and B {[*self.b.shape]} do not match its weight {[*weight.shape]}"
         if self.magnitude is not None and self.magnitude.numel() != rows:
-            return f"the magnitude {[*self.magnitude.shape]} does not go with its weight {[*weight.shape]}"
+            return f"the magnitude {[*self.magnitude.shape]} does not match its weight {[*weight.shape]}"
         tensors = [tensor for tensor in (self.a, self.b, self.magnitude) if tensor is not None]
         if not math.isfinite(self.scale) or not all(tensor.isfinite().all() for tensor in tensors):
             return "its values are not all finite"

@@ -64,7 +64,8 @@ def test_very_different_numbers_of_images_are_said():
     found = judge(of, [], ABOUT, resamples=99)
     worth = 32**2 / (20**2 + 2**2 + 10)
     assert found.overall[0].effective_prompts == worth == found.for_summary()["scores"]["s"]["effective_prompts"]
-    assert any(f"the 12 are worth {worth:.1f}" in line for line in found.notes())
+    said = f"the 12 prompts carry the information of {worth:.1f} equally sized ones"
+    assert any(said in line for line in found.notes())
     for even in (judge(scored(), [], ABOUT, resamples=99), judge(of, [], ABOUT, compare_medians=True, resamples=99)):
         assert not any("very different" in line for line in even.notes())
 

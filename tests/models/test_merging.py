@@ -214,8 +214,8 @@ def replaced(part: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callabl
         (more("lora_B.bias", 16), r"lora_B\.bias"),
         (more("diff", 16, 16), "diff"),
         (more("lora_magnitude_vector", 3), "the magnitude"),
-        (replaced("A", lambda a: a[:, :-1].contiguous()), "do not go with its weight"),
-        (replaced("B", lambda b: b[:-1].contiguous()), "do not go with its weight"),
+        (replaced("A", lambda a: a[:, :-1].contiguous()), "do not match its weight"),
+        (replaced("B", lambda b: b[:-1].contiguous()), "do not match its weight"),
         (replaced("B", lambda b: b.fill_(torch.nan)), "not all finite"),
     ],
 )

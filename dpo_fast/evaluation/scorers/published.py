@@ -77,11 +77,12 @@ def fill(
         missing, unexpected = module.load_state_dict(convert(state), strict=False)
         if missing or (unexpected and not others):
             found = [
-                f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' * (len(names) > 3)})"
-                for names, what in ((missing, "missing"), ([] if others else unexpected, "too many"))
+                f"{len(names)} tensor{' is' if len(names) == 1 else 's are'} {what}"
+                f" ({', '.join(sorted(names)[:3])}{', ...' * (len(names) > 3)})"
+                for names, what in ((missing, "missing"), ([] if others else unexpected, "unexpected"))
                 if names
             ]
-            raise ValueError(f"of the tensors {' and '.join(found)}")
+            raise ValueError(" and ".join(found))
 
 
 def of_model(
