@@ -163,7 +163,9 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     cached = None
     if config.cache and trains:
         cached = _fill_cache(config, ranks, pairs, _wanted(config, pairs), family, waiting=logger.warning)
-    captions_cut = ranks.share(_count_cut_captions(config, pairs, family) if ranks.is_main else None)
+    captions_cut = _known_cut_captions(config, saved)
+    if captions_cut is None:
+        captions_cut = ranks.share(_count_cut_captions(config, pairs, family) if ranks.is_main else None)
     if cached and not config.run_validation:  # samples need them
         family.free_encoders(keep=config.tuning == "full")
     scored = None
@@ -188,6 +190,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
         run.notes |= saved["notes"]
         run.logs = _logs_of(saved)
         run.bad_rows |= {row[0]: BadRow(*row) for row in saved["bad_rows"]}
+    run.notes["captions_cut"] = captions_cut
     overwrite = config.overwrite or restarting
     ranks.on_main(lambda: run_folder.begin(config.output_dir, overwrite=overwrite, config_yaml=to_yaml(config)))
     return run
@@ -367,6 +370,14 @@ def build_reference(config: TrainConfig, ranks: Ranks) -> Scored:
     cached = _fill_cache(config, ranks, pairs, wanted, family, repair=True)
     family.free_encoders(keep=False)
     return _score(config, ranks, pairs, cached, family, model, repair=True, everything=True).train
+
+
+def _known_cut_captions(config: TrainConfig, saved: dict | None) -> int | None:
+    """What `_count_cut_captions` gave when the checkpoint was written; how many pairs of a stream it looks at follows
+    from the number of steps."""
+    if not saved or saved["config"]["max_train_steps"] != config.max_train_steps:
+        return None
+    return saved["notes"].get("captions_cut")
 
 
 def _count_cut_captions(config: TrainConfig, pairs: _Pairs, family: Family) -> int | None:

@@ -353,7 +353,7 @@ def test_an_embedding_that_overflows_is_refused_by_name(sd15_path, tmp_path, mon
 
 
 @pytest.mark.parametrize("more", [["--cache"], ["--no-cache"], ["--streaming"], ["--streaming", "--no-cache"]], ids=str)
-def test_captions_that_are_cut_off_are_counted_and_said(sd15_path, tmp_path, caplog, more):
+def test_captions_that_are_cut_off_are_counted_and_said(sd15_path, tmp_path, caplog, monkeypatch, more):
     captions = ["short", "word " * 100, "word " * 100, "other " * 90, "so", "brief"]
     pairs = write_pickapic(tmp_path / "p.parquet", n=6, captions=captions)
     folder = train(sd15_path, pairs, tmp_path / "run", "--latent_cache_dir", tmp_path / "cache", *more)
@@ -361,6 +361,12 @@ def test_captions_that_are_cut_off_are_counted_and_said(sd15_path, tmp_path, cap
     assert json.loads((folder / "summary.json").read_text())["captions_cut"] == (None if unknown else 3)
     said = "3 of 6 captions are longer than 77 tokens and are cut off there, for example that of row 1"
     assert (said in caplog.text) is not unknown
+    if not unknown:  # counted once: resuming takes it from the checkpoint
+        monkeypatch.setattr(Family, "cut_off", None)
+        (folder / "summary.json").unlink()
+        again = [*more, "--latent_cache_dir", tmp_path / "cache", "--resume_from_checkpoint", "latest"]
+        train(sd15_path, pairs, folder, *again)
+        assert json.loads((folder / "summary.json").read_text())["captions_cut"] == 3
 
 
 def test_pairs_that_say_nothing_are_counted_in_a_run(sd15_path, tmp_path, capfd):
@@ -373,7 +379,7 @@ def test_pairs_that_say_nothing_are_counted_in_a_run(sd15_path, tmp_path, capfd)
     for more in (["--cache"], ["--no-cache"]):
         folder = tmp_path / f"run{more[0]}"
         kept.append(train(sd15_path, pairs, folder, "--latent_cache_dir", tmp_path / "cache", *more))
-        assert "pairs: 7 of 8 rows, 0 ties dropped, 1 without a label dropped, 0 bad" in capfd.readouterr().err
+        assert "pairs: 6 of 8 rows, 0 ties dropped, 1 without a label dropped, 1 bad" in capfd.readouterr().err
         summary = json.loads((folder / "summary.json").read_text())
         names = ("unlabelled", "contradicted", "duplicates", "identical_images", "bad_rows")
         assert [summary[name] for name in names] == [1, 0, 0, 1, 1]

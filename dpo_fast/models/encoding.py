@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dpo_fast.models.family import Family
+from dpo_fast.models.tokenizers import tokenizer_digest
 
 # A recipe holds the whole configuration of a component, but for what is known to change no value:
 _NOT_OF_OUTPUTS = frozenset(
@@ -56,7 +57,7 @@ def text_encoding(family: Family) -> dict[str, Any]:
         if encoder is not None:
             facts[f"text_encoder{suffix}"] = weights_digest(encoder)
             facts[f"text_config{suffix}"] = _configuration(encoder)
-            facts[f"tokenizer{suffix}"] = _tokenizer_digest(getattr(family.pipeline, f"tokenizer{suffix}"))
+            facts[f"tokenizer{suffix}"] = tokenizer_digest(getattr(family.pipeline, f"tokenizer{suffix}"))
     return facts
 
 
@@ -109,26 +110,3 @@ def _precision(dtype: torch.dtype, device: torch.device) -> str:
     if dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
         return "tf32"
     return str(dtype).removeprefix("torch.")
-
-
-def _tokenizer_digest(tokenizer) -> str:
-    """A hash of all that turns a text into tokens: rules, merges, vocabulary, special tokens, lengths and sides."""
-    whole = getattr(tokenizer, "backend_tokenizer", None)
-    if whole is not None:
-        rules = json.loads(whole.to_str())
-        for passing in ("version", "truncation", "padding"):  # the last two are set anew by every call
-            rules.pop(passing, None)
-    else:  # in Python: CLIP's before transformers 5, which cleans texts with ftfy where that is installed
-        ranks = sorted(tokenizer.bpe_ranks.items(), key=lambda rank: rank[1])
-        rules = [sorted(tokenizer.get_vocab().items()), ranks, getattr(tokenizer, "fix_text", None) is not None]
-    special = [[name, str(token)] for name, token in sorted(tokenizer.special_tokens_map.items())]
-    parts = [
-        rules,
-        special,
-        tokenizer.model_max_length,
-        tokenizer.pad_token_id,
-        tokenizer.padding_side,
-        tokenizer.truncation_side,
-        getattr(tokenizer, "split_special_tokens", False),
-    ]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()

@@ -11,22 +11,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin
 from torch import nn
+from tqdm import tqdm
 
 from dpo_fast.errors import BadInput
 from dpo_fast.models.faults import bad_input
 from dpo_fast.models.sampler import sampler_for
+from dpo_fast.models.tokenizers import same_tokens
 from dpo_fast.quiet import no_loading_bars
 from dpo_fast.schedule import NoiseSchedule, noise_schedule, turbo_grid, usable_timesteps
 
 logger = logging.getLogger(__name__)
 
 Conditioning = dict[str, torch.Tensor]
+
+MANY_PROMPTS = 100_000  # whose tokens take some ten seconds to count, so that a bar is shown
 
 # By the names that launchers and the public scripts have for them; "no" is no mixed precision.
 COMPUTE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -170,7 +174,7 @@ class Family(ABC):
 
     def cut_off(self, prompts: Sequence[str]) -> tuple[list[bool], int]:
         """Which prompts have more tokens than the text encoders take, which drop the rest; and how many they take."""
-        cut, limit = [False] * len(prompts), 0
+        limits: list[tuple[Any, int]] = []  # a tokenizer, and how many of its tokens are encoded
         for suffix in ("", "_2"):
             tokenizer = getattr(self.pipeline, f"tokenizer{suffix}", None)
             if tokenizer is None:
@@ -178,12 +182,18 @@ class Family(ABC):
             encoder = getattr(self.pipeline, f"text_encoder{suffix}", None)
             positions = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
             takes = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
-            limit = min(limit, takes) if limit else takes
-            for first in range(0, len(prompts), 4096):
-                some = list(prompts[first : first + 4096])
-                for place, ids in enumerate(tokenizer(some, verbose=False)["input_ids"], start=first):
-                    cut[place] |= len(ids) > takes
-        return cut, limit
+            if not any(takes == known and same_tokens(tokenizer, other) for other, known in limits):
+                limits.append((tokenizer, takes))
+        cut = [False] * len(prompts)
+        total = len(prompts) * len(limits)
+        with tqdm(total=total, desc="Counting tokens", unit=" captions", disable=len(prompts) < MANY_PROMPTS) as bar:
+            for tokenizer, takes in limits:
+                for first in range(0, len(prompts), 4096):
+                    some = list(prompts[first : first + 4096])
+                    for place, ids in enumerate(tokenizer(some, verbose=False)["input_ids"], start=first):
+                        cut[place] |= len(ids) > takes
+                    bar.update(len(some))
+        return cut, min((takes for _, takes in limits), default=0)
 
     def free_encoders(self, *, keep: bool) -> None:
         """Give back the device memory of VAE and text encoders, for training from encoded images and prompts.

@@ -387,3 +387,21 @@ def test_prompts_that_are_cut_off_are_those_whose_last_words_say_nothing(family)
         one, other = (family.encode_prompts([text])["prompt_embeds"] for text in (prompt, prompt[:-1] + "q"))
         assert torch.equal(one, other) == is_cut
     assert cut == sorted(cut)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_tokens_are_counted_once_where_both_tokenizers_make_the_same(request, monkeypatch, capfd, alike):
+    family = make_family(request, "sdxl", torch.float32)
+    first, second = family.pipeline.tokenizer, copy.deepcopy(family.pipeline.tokenizer)
+    second.pad_token = "a"
+    if not alike:
+        second.add_tokens(["word"])
+    monkeypatch.setattr(family.pipeline, "tokenizer_2", second)
+    counted, call = [], type(first).__call__
+    monkeypatch.setattr(type(first), "__call__", lambda self, *a, **k: counted.append(self) or call(self, *a, **k))
+    prompts = ["word " * n for n in range(10, 40)]
+    cut = family.cut_off(prompts)[0]
+    assert counted == ([first] if alike else [first, second]) and any(cut) and not all(cut)
+    assert "Counting tokens" not in capfd.readouterr().err
+    monkeypatch.setattr("dpo_fast.models.family.MANY_PROMPTS", 1)
+    assert family.cut_off(prompts)[0] == cut and "Counting tokens" in capfd.readouterr().err
