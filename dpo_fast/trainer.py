@@ -34,6 +34,7 @@ from dpo_fast.models import (
     nonfinite_tensors,
     not_compiled,
     programs_made,
+    revisions,
     save_lora,
 )
 from dpo_fast.objectives import OBJECTIVES, Terms, evaluate
@@ -516,15 +517,10 @@ class Trainer:
     def _revisions(self) -> dict[str, str]:
         """What the run was made from -> its revision on the hub, or a digest of its files."""
         config = self.config
-        hub = {"cache_dir": config.cache_dir}
-        found = {
-            config.pretrained_model_name_or_path: revision_of(
-                config.pretrained_model_name_or_path, revision=config.revision, **hub
-            ),
-            config.dataset_name: revision_of(config.dataset_name, kind="dataset"),
-        }
-        others = (config.pretrained_vae_model_name_or_path, config.init_lora)
-        return found | {name: revision_of(name, **hub) for name in others if name}
+        others = (config.pretrained_vae_model_name_or_path, config.init_lora, config.single_file_config)
+        hub = {"revision": config.revision, "cache_dir": config.cache_dir}
+        model = revisions(config.pretrained_model_name_or_path, *others, **hub)
+        return model | {config.dataset_name: revision_of(config.dataset_name, kind="dataset")}
 
     def _overview(self) -> str:
         """What is about to happen, in a few lines."""
