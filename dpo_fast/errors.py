@@ -22,6 +22,11 @@ class BadInput(ValueError):
     """Input that cannot be used. The message carries the value and the remedy."""
 
 
+def mark_of_this_rank(error: Exception) -> None:
+    """Mark an error that this rank alone met: the command then prints it on this rank too, not only on the main one."""
+    error.of_this_rank = True
+
+
 class Unresponsive(RuntimeError):
     """What a command waited for is dead or never answers: a worker process, another rank, a disk.
 
