@@ -72,10 +72,14 @@ def test_signals_end_a_command_with_a_line(capsys, name):
         time.sleep(10)
         return 0
 
-    before = signal.getsignal(getattr(signal, name))
-    assert guarded(work, kept="kept", go_on="") == 130
-    assert capsys.readouterr().err == f"dpo_fast: interrupted at once by {name}; kept\n"
-    assert signal.getsignal(getattr(signal, name)) == before
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)  # started by nohup, it would be ignored
+    try:
+        assert guarded(work, kept="kept", go_on="") == 130
+        assert capsys.readouterr().err == f"dpo_fast: interrupted at once by {name}; kept\n"
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 def test_an_ignored_signal_stays_ignored():
