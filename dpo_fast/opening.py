@@ -87,8 +87,6 @@ class Run:
     reference: Reference
     fingerprints: dict[str, str]  # of the base model's weights and of the pairs
     step: int = 0  # optimizer steps done
-    sums: dict[str, torch.Tensor] | None = None  # of the pairs since the last line of metrics, where a run goes on
-    overoptimised_lines: int = 0  # lines in a row with the signature of over-optimisation
     kl: torch.Tensor | None = None  # [] fp32, kto's: mean implicit reward of the step before, at least 0
     notes: dict[str, object] = field(default_factory=dict)  # for summary.json, carried over from before a resume
     logs: dict[str, Extent] = field(default_factory=dict)  # file -> what the checkpoint says was logged
@@ -97,6 +95,8 @@ class Run:
     scored: Scored | None = None  # None: the reference, where there is one, is run at every visit
     captions_cut: int | None = None  # pairs with a caption of more tokens than are encoded; None: not known
     start: Start | None = None  # how far the policy was from the scored errors before the first step
+    sums: dict[str, torch.Tensor] | None = None  # of the pairs since the last line of metrics, where a run goes on
+    overoptimised_lines: int = 0  # lines in a row with the signature of over-optimisation
 
     @property
     def folder(self) -> Path:
