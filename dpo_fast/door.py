@@ -1,6 +1,6 @@
 """What all commands share: errors as one line and an exit status, signals, and output that never ends a run.
 
-Exit status: 0 done, 2 input that cannot be used (one line on stderr), 130 interrupted, 1 a fault of ours (with a
+Exit status: 0 done, 2 input that cannot be used (one line on stderr), 130 interrupted, 1 an internal error (with a
 traceback).
 """
 

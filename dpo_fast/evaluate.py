@@ -5,7 +5,7 @@
     accelerate launch --num_processes 8 -m dpo_fast.evaluate ...     every process its share
 
 Into OUTPUT_DIR: report.html, summary.json, scores.parquet, and what was generated and scored: the same command goes on
-from there. Exit status: 0 done, 2 bad input, 130 interrupted, 1 a fault of ours.
+from there. Exit status: 0 done, 2 bad input, 130 interrupted, 1 an internal error.
 """
 
 import hashlib

@@ -4,7 +4,7 @@
     accelerate launch --num_processes 8 -m dpo_fast.generate ...     every process its share
 
 Into OUTPUT_DIR/<model>/<prompt>-<seed>.png, with images.json and grid.png; the same command goes on with what is
-missing. Exit status: 0 done, 2 bad input, 130 interrupted, 1 a fault of ours.
+missing. Exit status: 0 done, 2 bad input, 130 interrupted, 1 an internal error.
 """
 
 import sys

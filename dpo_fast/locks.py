@@ -202,7 +202,7 @@ def _hold(file: Path, what: Path, otherwise: str, waiting: Callable[[str], None]
                     waiting(f"{what} is being written by {hold.holder()}: waiting until it is done (Ctrl-C ends this)")
                 else:
                     logger.warning(
-                        "%s is held by %s: looking for up to %.0f s whether that still works",
+                        "%s is held by %s: checking for up to %.0f s whether it is still alive",
                         what,
                         hold.holder(),
                         LEASE_SECONDS,

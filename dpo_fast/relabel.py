@@ -5,7 +5,7 @@
     accelerate launch --num_processes 8 -m dpo_fast.relabel ...     every process its share
 
 Scores are kept beside the output: the same command goes on where it was stopped, and repeats nothing. Exit status:
-0 done, 2 bad input, 130 interrupted, 1 a fault of ours.
+0 done, 2 bad input, 130 interrupted, 1 an internal error.
 """
 
 import hashlib
