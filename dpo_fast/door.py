@@ -1,7 +1,7 @@
 """What all commands share: errors as one line and an exit status, signals, and output that never ends a run.
 
 Exit status: 0 done, 2 input that cannot be used (one line on stderr), 130 interrupted, 1 an internal error (with a
-traceback).
+traceback), or something that never answers (one line).
 """
 
 import logging

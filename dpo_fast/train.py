@@ -1,7 +1,7 @@
 """`python -m dpo_fast.train`: align a model with preference pairs. `--help` lists every flag.
 
-Exit status: 0 done, 2 input that cannot be used (one line on stderr), 130 interrupted with the state saved, 1 an internal
-error (with a traceback).
+Exit status: 0 done, 2 input that cannot be used (one line on stderr), 130 interrupted with the state saved, 1 an
+internal error (with a traceback), or something that never answers (one line).
 """
 
 import sys
