@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_fast.config import parse, refuse_empty
-from dpo_fast.door import guarded, say, show_log
+from dpo_fast.door import guarded, leave, say, show_log
 from dpo_fast.errors import BadInput
 from dpo_fast.files import in_words, user_path
 
@@ -153,4 +153,4 @@ def _line(entry) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -293,7 +293,7 @@ class _Work:
                 raise
 
     def tidy(self) -> bool:
-        """Where nothing is missing: save what was found out and finish what killed builds left; whether there was any.
+        """Where nothing is missing: save what was found out and finish what killed builds left. True if there was any.
 
         Where that cannot be written, or another process builds, it is done another time. The main rank calls this.
         """
@@ -574,6 +574,6 @@ def said_in_one_line(root: Path) -> Iterator[None]:
             raise not_writable(root, found) from error
         where = f" at {found.filename}" if found.filename else ""
         raise BadInput(
-            f"the cache folder {root} took no more ({found.strerror}{where}): what was encoded is kept;"
+            f"the cache folder {root} could not be written or read ({found.strerror}{where}): what was encoded is kept;"
             f" {remedy(found)}, then start the same command again, it goes on from there"
         ) from error

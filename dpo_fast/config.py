@@ -158,7 +158,7 @@ class TrainConfig:
     rank: int = 4
     """LoRA rank."""
     lora_alpha: float | None = None
-    """LoRA alpha: the update is scaled by alpha / rank, which is a part of the saved tensors; None: equal to rank."""
+    """LoRA alpha: the update is scaled by alpha / rank, which is folded into the saved tensors; None: equal to rank."""
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Names of the UNet modules that get an adapter."""
     init_lora: str | None = None
@@ -368,7 +368,7 @@ def refuse_empty(argv: Sequence[str]) -> None:
         else:
             empty = flag != "" and not word.strip()
         if empty:
-            raise BadInput(f"{flag} is given an empty text: give it a value, or leave the flag out")
+            raise BadInput(f"{flag} is empty: give it a value, or leave it out, or leave the flag out")
 
 
 def _with_values(flags: list[str]) -> list[str]:

@@ -1,17 +1,18 @@
 """What all commands share: errors as one line and an exit status, signals, and output that never ends a run.
 
-Exit status: 0 done, 2 input that cannot be used (one line on stderr), 130 interrupted, 1 a fault of ours (with a
-traceback).
+Exit status: 0 done, 2 input that cannot be used (one line on stderr), 130 interrupted, 1 an internal error (with a
+traceback), or something that never answers (one line).
 """
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import IO
+from typing import IO, NoReturn
 
 from dpo_fast.errors import BadInput, Unresponsive, disk_error, remedy
 
@@ -30,19 +31,36 @@ def _guarded(work: Callable[[], int], kept: str, go_on: str) -> int:
     try:
         return work()
     except BadInput as error:
-        return refuse(str(error))
+        return refuse(str(error), any_rank=hasattr(error, "of_this_rank"))
     except Unresponsive as error:
         refuse(str(error), any_rank=True)
+        _unresponsive.set()
         return 1
     except KeyboardInterrupt as error:
         say(f"interrupted at once{f' by {error}' if str(error) else ''}; {kept}")
         return 130
     except Exception as error:
-        if (found := disk_error(error)) is None:
+        if (disk := disk_error(error)) is None:
             raise
-        where = f" ({' -> '.join(str(name) for name in (found.filename, found.filename2) if name)})"
-        reason = found.strerror + where * bool(found.filename)
-        return refuse(f"{reason}: nothing half-written is left; {remedy(found)}, then {go_on}")
+        where = f" ({' -> '.join(str(name) for name in (disk.filename, disk.filename2) if name)})"
+        reason = disk.strerror + where * bool(disk.filename)
+        line = f"{reason}: nothing half-written is left; {remedy(disk)}, then {go_on}"
+        return refuse(line, any_rank=hasattr(error, "of_this_rank"))
+
+
+_unresponsive = threading.Event()  # a thread or a worker of this process may never answer
+LEAVING_SECONDS = 5.0
+
+
+def leave(status: int) -> NoReturn:
+    """End the process with `status`; where something in it never answers, without waiting for that for ever."""
+    if _unresponsive.is_set():
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        end = threading.Timer(LEAVING_SECONDS, os._exit, [status])  # Python itself waits for threads at its exit
+        end.daemon = True
+        end.start()
+    sys.exit(status)
 
 
 _ENDING = tuple(  # signals that end a command as Ctrl-C does; SIGHUP and SIGUSR1 are not on every system

@@ -10,7 +10,7 @@ _OPEN_FILES = (errno.EMFILE, errno.ENFILE)
 _IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP)
 _FAILING = (errno.EIO, errno.ESTALE, errno.EBUSY, errno.ETXTBSY, errno.ENODEV, errno.ENXIO)
 
-# What a disk answers that is full, failing or may not be written: for the user to mend, no fault of ours.
+# What a disk answers that is full, failing or may not be written: for the user to mend, not an internal error.
 DISK_ERRORS = (*_FULL, *FORBIDDEN, *_OPEN_FILES, *_IN_THE_WAY, *_FAILING)
 
 # "[Errno 5] Input/output error: 'path'" of Python and pyarrow, "(os error 5)" of safetensors
@@ -20,6 +20,11 @@ _NAME = re.compile(r"\[Errno \d+\][^\n]*?: '([^'\n]+)'")
 
 class BadInput(ValueError):
     """Input that cannot be used. The message carries the value and the remedy."""
+
+
+def mark_of_this_rank(error: Exception) -> None:
+    """Mark an error that this rank alone met: the command then prints it on this rank too, not only on the main one."""
+    error.of_this_rank = True
 
 
 class Unresponsive(RuntimeError):
@@ -62,5 +67,5 @@ def remedy(error: OSError) -> str:
     if error.errno in _OPEN_FILES:
         return "raise the limit of open files (ulimit -n) or lower --dataloader_num_workers"
     if error.errno in _IN_THE_WAY:
-        return "move what stands in its place away, or name another"
+        return "move away what is in its place, or name another"
     return "check the disk or the network folder, or name another"

@@ -5,7 +5,7 @@
     accelerate launch --num_processes 8 -m dpo_fast.evaluate ...     every process its share
 
 Into OUTPUT_DIR: report.html, summary.json, scores.parquet, and what was generated and scored: the same command goes on
-from there. Exit status: 0 done, 2 bad input, 130 interrupted, 1 a fault of ours.
+from there. Exit status: 0 done, 2 bad input, 130 interrupted, 1 an internal error.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_fast.door import guarded, refuse, say, show_log
+from dpo_fast.door import guarded, leave, refuse, say, show_log
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.evaluate_options import OF_GENERATION, EvaluateConfig, parse, refuse_idle
 from dpo_fast.evaluation.generate_options import seeds_of
@@ -297,4 +297,4 @@ def _settings(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

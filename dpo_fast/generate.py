@@ -4,14 +4,14 @@
     accelerate launch --num_processes 8 -m dpo_fast.generate ...     every process its share
 
 Into OUTPUT_DIR/<model>/<prompt>-<seed>.png, with images.json and grid.png; the same command goes on with what is
-missing. Exit status: 0 done, 2 bad input, 130 interrupted, 1 a fault of ours.
+missing. Exit status: 0 done, 2 bad input, 130 interrupted, 1 an internal error.
 """
 
 import sys
 import time
 from pathlib import Path
 
-from dpo_fast.door import guarded, refuse, say, show_log
+from dpo_fast.door import guarded, leave, refuse, say, show_log
 from dpo_fast.evaluation.generate_options import GenerateConfig, parse, seeds_of
 from dpo_fast.evaluation.prompts import Where, read_prompts
 
@@ -63,4 +63,4 @@ def _run(config: GenerateConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

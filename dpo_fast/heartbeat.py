@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 INTERVAL = 5.0  # seconds between two beats
-SILENCE = 120.0  # seconds without a beat after which a rank is taken for dead
+SILENCE = 120.0  # seconds without a beat after which a rank is presumed dead
 
 
 class Heartbeat:
@@ -33,7 +33,7 @@ class Heartbeat:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop beating; the others then take this rank for dead."""
+        """Stop beating; the others then presume this rank dead."""
         self._ended.set()
         self._thread.join(timeout=INTERVAL)
 

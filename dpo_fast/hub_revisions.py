@@ -12,7 +12,10 @@ from typing import Literal
 
 from huggingface_hub import constants
 
-NOT_FETCHED = "not fetched"
+from dpo_fast.files import user_path
+
+NOT_FETCHED, NOT_READABLE = "not fetched", "not readable"
+_TABLES = ("*.jsonl", "*.parquet", "*.arrow")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _END = 1 << 20  # bytes: of a local file its first and last are read
 
@@ -29,16 +32,19 @@ def revision_of(
     name: a local file or folder, or a repository of the hub, OWNER/NAME. revision: branch, tag or commit; None: main.
     cache_dir: of the hub's downloads; None: the hub's default.
 
-    Of the hub: the commit that its cache resolved the revision to last, else the only one that it has, or "not
-    fetched"; `datasets` keeps its downloads in the hub's default cache, whatever its own cache_dir is. Of a folder: the
-    commit where `hf download --local-dir` noted one, or where it is a snapshot in a cache; else "files " and a digest
-    of its files' names, sizes and first and last MiB, the same on every machine; of a pipeline's folder only the parts
-    that its model_index.json names, of a data set's folder only names and sizes.
+    For a hub repository this is the commit that its cache resolved the revision to last, else the only one in the
+    cache, or "not fetched"; `datasets` keeps its downloads in the hub's default cache, whatever its own cache_dir is.
+    For a local folder it is the commit that `hf download --local-dir` noted, or whose snapshot in a cache it is; else
+    "files " and a digest of its files' names, sizes and first and last MiB, the same on every machine: of a pipeline's
+    folder the parts that its model_index.json names, of a data set's the tables and JSONL files, not the images. Files
+    that cannot be read give "not readable".
     """
-    path = Path(name).expanduser()
-    if _exists(path):
-        read = path.is_file() or kind == "model"  # a data set may be a million images
-        return _noted(path) or _in_snapshots(path) or f"files {_digest(path, read)}"
+    path = user_path(name)
+    try:
+        if _exists(path):
+            return _noted(path) or _in_snapshots(path) or f"files {_digest(path, kind)}"
+    except OSError:  # it says what was used, and must not end what is done
+        return NOT_READABLE
     folder = Path(cache_dir or constants.HF_HUB_CACHE) / f"{kind}s--{str(name).replace('/', '--')}"
     wanted = revision or constants.DEFAULT_REVISION
     try:
@@ -50,15 +56,13 @@ def revision_of(
         return NOT_FETCHED
 
 
-def _digest(path: Path, read: bool) -> str:
+def _digest(path: Path, kind: str) -> str:
     found = hashlib.blake2b(digest_size=8)
-    for file in [path] if path.is_file() else _files(path):
+    for file in [path] if path.is_file() else _files(path, kind):
         name = file.name if file == path else file.relative_to(path).as_posix()
         with file.open("rb") as opened:
             size = opened.seek(0, 2)
             found.update(f"{name}\n{size}\n".encode(errors="surrogateescape"))
-            if not read:
-                continue
             opened.seek(0)
             found.update(opened.read(_END))
             opened.seek(max(_END, size - _END))
@@ -66,8 +70,10 @@ def _digest(path: Path, read: bool) -> str:
     return found.hexdigest()
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path, kind: str) -> list[Path]:
     """By name, hidden ones left out; of a pipeline's folder its index and what is in its parts."""
+    if kind == "dataset":  # it may hold a million images
+        return sorted(file for pattern in _TABLES for file in folder.rglob(pattern) if _is_shown(file, folder))
     index = folder / "model_index.json"
     try:
         parts = {name for name in json.loads(index.read_text(encoding="utf-8")) if (folder / name).is_dir()}

@@ -4,7 +4,7 @@ A folder is held by the operating system's lock on its file `.lock` (filelock's 
 however that ends. File systems without such locks (some NFS and Lustre mounts) answer with one of NO_LOCKS; there a
 folder is held by a lease, filelock's SoftFileLease on `.lock.lease`: its holder touches that file every sixth of
 LEASE_SECONDS, and another process takes it over at once where its holder ran on the same host and is dead, else when
-it was not touched for LEASE_SECONDS. So no wait is without an end: the holder works, or it loses the folder.
+it was not touched for LEASE_SECONDS. No wait is endless: a holder that stops renewing its lease loses the folder.
 
 `.lock` also says who the holder is. Both files are removed when the folder is released; what a killed process leaves of
 them holds nothing. Whoever holds a folder may delete every temporary file in it (`files.remove_temporaries`).
@@ -56,6 +56,7 @@ class Hold:
         self._made = not file.parent.exists()
         file.parent.mkdir(parents=True, exist_ok=True)
         self._file, self._process, self._held = file, os.getpid(), False
+        self._signed: os.stat_result | None = None  # of the file of the lock when it was taken
         self._lease: SoftFileLease | None = None
         # Shared by the threads of a process: whichever of them ends the work releases it.
         self._lock = FileLock(
@@ -75,7 +76,7 @@ class Hold:
         """
         if os.getpid() != self._process:
             return
-        if self._held and self.lost is None:
+        if self._held and self.lost is None and self._is_ours():
             with suppress(OSError):  # the folder is gone, or on Windows the file is open
                 self._file.unlink()
         self._held = False
@@ -128,6 +129,13 @@ class Hold:
             text = f"process {owner.pid} on {owner.hostname.partition('?')[0]}"
         return text or "another process"
 
+    def _is_ours(self) -> bool:
+        """Whether the file of the lock still is the one that this process locked; another may have taken its name."""
+        try:
+            return self._signed is None or os.path.samestat(os.stat(self._file), self._signed)
+        except OSError:
+            return False
+
     @property
     def by_lease(self) -> bool:
         """Whether it is a lease that decides who holds the folder, not the system, which knows who lives."""
@@ -157,6 +165,7 @@ class Hold:
                 raise _Replaced
         except FileNotFoundError:
             raise _Replaced from None
+        self._signed = os.fstat(number)
         text = f"\nprocess {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n"
         with suppress(OSError):  # a full disk: the folder is held all the same
             os.ftruncate(number, 0)
@@ -193,7 +202,7 @@ def _hold(file: Path, what: Path, otherwise: str, waiting: Callable[[str], None]
                     waiting(f"{what} is being written by {hold.holder()}: waiting until it is done (Ctrl-C ends this)")
                 else:
                     logger.warning(
-                        "%s is held by %s: looking for up to %.0f s whether that still works",
+                        "%s is held by %s: checking for up to %.0f s whether it is still alive",
                         what,
                         hold.holder(),
                         LEASE_SECONDS,

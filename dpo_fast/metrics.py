@@ -17,7 +17,7 @@ import torch
 import xxhash
 
 from dpo_fast.checksums import Damaged
-from dpo_fast.files import atomic_file, read_bytes, regular_file
+from dpo_fast.files import atomic_file, naming, read_bytes, regular_file
 
 TIMESTEP_BUCKETS = 10  # of the schedule's length each: [0, T/10), ...
 
@@ -58,6 +58,15 @@ class PairSums:
     def had_pairs(self) -> bool:
         """Whether any pair with weight was ever added, on this rank or before a `read`. Waits for the device."""
         return self._pairs_read or self.sums[0].item() > 0
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Copies of this rank's sums."""
+        return {"sums": self.sums.clone(), "by_timestep": self.by_timestep.clone()}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from what `state` gave; tensors may come from the CPU."""
+        self.sums.copy_(state["sums"])
+        self.by_timestep.copy_(state["by_timestep"])
 
     def read(self, reduce: Callable[[list[torch.Tensor]], None]) -> dict[str, object]:
         """Sum over ranks by `reduce` (in place), wait for the device, return the means and start again from zero."""
@@ -160,8 +169,9 @@ class MetricsFile:
 
     def write(self, line: dict[str, object]) -> None:
         data = json.dumps(line, allow_nan=False).encode() + b"\n"
-        self.file.write(data)
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(data)
+            self.file.flush()
         self._size += len(data)
         self._digest.update(data)
 
@@ -169,11 +179,13 @@ class MetricsFile:
         """What was written so far, now also flushed to the disk; None where nothing is kept."""
         if not self.path.is_file():
             return None
-        os.fsync(self.file.fileno())
+        with naming(self.path):
+            os.fsync(self.file.fileno())
         return Extent(self._size, self._digest.hexdigest())
 
     def close(self) -> None:
-        self.file.close()
+        with naming(self.path):
+            self.file.close()
 
 
 def kept_lines(path: Path, through_step: int, extent: Extent | None) -> bytes:

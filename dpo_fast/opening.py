@@ -62,6 +62,8 @@ from dpo_fast.sampling import base_samples
 from dpo_fast.scoring import PairsOf, Scored, Scoring, Start
 
 SAMPLE_PROMPTS = 4
+# Counts of `Run.sets` that a stream finds out while it is read, and a checkpoint keeps.
+COUNTS = ("rows", "ties_dropped", "unlabelled")
 
 logger = logging.getLogger(__name__)
 
@@ -86,13 +88,15 @@ class Run:
     fingerprints: dict[str, str]  # of the base model's weights and of the pairs
     step: int = 0  # optimizer steps done
     kl: torch.Tensor | None = None  # [] fp32, kto's: mean implicit reward of the step before, at least 0
-    notes: dict[str, object] = field(default_factory=dict)  # what summary.json tells of before a resume
+    notes: dict[str, object] = field(default_factory=dict)  # for summary.json, carried over from before a resume
     logs: dict[str, Extent] = field(default_factory=dict)  # file -> what the checkpoint says was logged
     bad_rows: dict[int, BadRow] = field(default_factory=dict)
     cached: caching.Counts | None = None  # None: images and captions are encoded at every visit
     scored: Scored | None = None  # None: the reference, where there is one, is run at every visit
     captions_cut: int | None = None  # pairs with a caption of more tokens than are encoded; None: not known
     start: Start | None = None  # how far the policy was from the scored errors before the first step
+    sums: dict[str, torch.Tensor] | None = None  # of the pairs since the last line of metrics, where a run goes on
+    overoptimised_lines: int = 0  # lines in a row with the signature of over-optimisation
 
     @property
     def folder(self) -> Path:
@@ -126,10 +130,11 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     resuming = config.resume_from_checkpoint is not None
     # a killed process may have left a checkpoint half-replaced: the folder is claimed before one is looked for
     ranks.on_main(lambda: run_folder.claim(config.output_dir, overwrite=config.overwrite, resuming=resuming))
-    files, saved = _saved_state(config)
+    files, saved = _saved_state(config, ranks)
     restarting = resuming and not saved
+    kept = run_folder.kept_inside(config.output_dir, caching.root_of(config), config.cache_dir)
     if restarting:
-        ranks.on_main(lambda: run_folder.check_unfinished(config.output_dir, config.logging_dir))
+        ranks.on_main(lambda: run_folder.check_unfinished(config.output_dir, config.logging_dir, kept))
     if saved:
         config.seed = saved["config"]["seed"] if config.seed is None else config.seed
         config.resolution = config.resolution or saved["config"]["resolution"]
@@ -188,12 +193,21 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     run.bad_rows = {bad.row: bad for bad in sets.bad}
     if saved:
         run.notes |= saved["notes"]
+        run.sums, run.overoptimised_lines = files.get("metrics"), saved.get("overoptimised_lines", 0)
+        if config.streaming and not trains:
+            for name, count in saved.get("counts", {}).items():
+                setattr(sets, name, count)
         run.logs = _logs_of(saved)
         run.bad_rows |= {row[0]: BadRow(*row) for row in saved["bad_rows"]}
     run.notes["captions_cut"] = captions_cut
-    overwrite = config.overwrite or restarting
-    ranks.on_main(lambda: run_folder.begin(config.output_dir, overwrite=overwrite, config_yaml=to_yaml(config)))
+    ranks.on_main(lambda: _begin(config, restarting, kept))
     return run
+
+
+def _begin(config: TrainConfig, restarting: bool, kept: frozenset[str]) -> None:
+    if restarting:
+        run_folder.clear_unfinished(config.output_dir, config.logging_dir)
+    run_folder.begin(config.output_dir, overwrite=config.overwrite, config_yaml=to_yaml(config), kept=kept)
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -227,10 +241,18 @@ def settle(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     )
 
 
-def _saved_state(config: TrainConfig) -> tuple[dict, dict]:
+def _saved_state(config: TrainConfig, ranks: Ranks) -> tuple[dict, dict]:
     """The files and the state of the checkpoint to go on from; both empty where the run starts."""
-    folder = config.resume_from_checkpoint and checkpoint.find(config.output_dir, config.resume_from_checkpoint)
-    return checkpoint.load(folder) if folder else ({}, {})
+    folder: Path | None = None
+
+    def look() -> None:
+        nonlocal folder
+        folder = checkpoint.find(config.output_dir, config.resume_from_checkpoint)
+
+    if config.resume_from_checkpoint is not None:
+        ranks.on_main(look)  # on a network disk the others may not see yet what the main rank sees
+    folder = ranks.share(folder)
+    return ranks.on_all(lambda: checkpoint.load(folder)) if folder else ({}, {})
 
 
 def _check_backend(config: TrainConfig, ranks: Ranks) -> None:

@@ -127,6 +127,11 @@ class Ranks:
         scalars = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items()}
         self.accelerator.init_trackers(project, config=scalars, init_kwargs={"wandb": {"dir": str(folder)}})
 
+    def end_trackers(self) -> None:
+        """Let the trackers write what they still hold. (accelerate's end_training would end the process group too.)"""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
     def track_picture(self, name: str, picture: Image.Image, step: int) -> None:
         """Show a picture in those trackers that can."""
         for tracker in self.accelerator.trackers:

@@ -5,7 +5,7 @@
     accelerate launch --num_processes 8 -m dpo_fast.relabel ...     every process its share
 
 Scores are kept beside the output: the same command goes on where it was stopped, and repeats nothing. Exit status:
-0 done, 2 bad input, 130 interrupted, 1 a fault of ours.
+0 done, 2 bad input, 130 interrupted, 1 an internal error.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import time
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
-from dpo_fast.door import guarded, refuse, say, show_log
+from dpo_fast.door import guarded, leave, refuse, say, show_log
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.relabel_options import RelabelConfig, parse
 from dpo_fast.files import user_path
@@ -232,4 +232,4 @@ def _relabel(config: RelabelConfig, ranks: "Ranks", source: "Source", scorers: d
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

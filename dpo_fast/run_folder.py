@@ -68,16 +68,27 @@ def claim(folder: Path, *, overwrite: bool, resuming: bool) -> None:
         raise _not_writable(folder, error) from error
 
 
-def check_unfinished(folder: Path, logging_dir: str) -> None:
-    """Raise BadInput where `folder` holds more than a run that ended before its first checkpoint."""
-    ours = _BEFORE_CHECKPOINTS | {REPORT, Path(logging_dir).parts[0]}
-    if (folder / "config.yaml").is_file() and all(entry.name in ours for entry in contents(folder)):
-        return
-    if not is_free(folder):
+def check_unfinished(folder: Path, logging_dir: str, kept: frozenset[str]) -> None:
+    """Raise BadInput where `folder` holds more than `kept` entries and a run that ended before its first checkpoint."""
+    names = {entry.name for entry in contents(folder)} - kept - {REPORT}
+    if names and not ("config.yaml" in names and names <= _of_unfinished(logging_dir)):
         raise BadInput(
             f"--resume_from_checkpoint auto: --output_dir {folder} holds no checkpoint and is not empty; choose"
             " another, or replace the run that is there with --overwrite"
         )
+
+
+def clear_unfinished(folder: Path, logging_dir: str) -> None:
+    """Delete what a run left that ended before its first checkpoint, but for config.yaml, which `begin` replaces."""
+    for name in _of_unfinished(logging_dir) - {"config.yaml"}:
+        _delete(folder / name)
+
+
+def kept_inside(folder: Path, *places: Path | str | None) -> frozenset[str]:
+    """The entries of `folder` that lead to those of `places` (caches) that lie in it."""
+    inside = (Path(os.path.abspath(place)) for place in places if place)
+    root = Path(os.path.abspath(folder))
+    return frozenset(path.relative_to(root).parts[0] for path in inside if root in path.parents)
 
 
 def is_finished(folder: Path, step: int, *, evaluated: bool, uploaded: bool) -> bool:
@@ -96,15 +107,15 @@ def is_finished(folder: Path, step: int, *, evaluated: bool, uploaded: bool) -> 
         return False
 
 
-def begin(folder: Path, *, overwrite: bool, config_yaml: str) -> None:
-    """Now that everything is open: clear an earlier run away if asked, and write config.yaml.
+def begin(folder: Path, *, overwrite: bool, config_yaml: str, kept: frozenset[str] = frozenset()) -> None:
+    """Now that everything is open: clear an earlier run away if asked, but for `kept` entries, and write config.yaml.
 
     The earlier config.yaml goes last, replaced by the new one: killed at any moment, the folder still looks like a run.
     """
     if overwrite:
         for entry in folder.iterdir():
-            if entry.name not in (REPORT, "config.yaml") and not entry.name.startswith(LOCK):
-                remove_folder(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            if entry.name not in kept | {REPORT, "config.yaml"} and not entry.name.startswith(LOCK):
+                _delete(entry)
     write_text(folder / "config.yaml", signed_text(config_yaml))
 
 
@@ -114,8 +125,7 @@ def release(folder: Path) -> None:
         if not is_free(folder) or ((folder / REPORT).exists() and (folder / REPORT).stat().st_size):
             return
         remove_temporaries(folder)
-        for entry in (folder / REPORT, *folder.glob(LOCK + "*")):
-            entry.unlink(missing_ok=True)
+        (folder / REPORT).unlink(missing_ok=True)
     with suppress(OSError):  # there is something in it
         folder.rmdir()
 
@@ -163,6 +173,17 @@ def finish_publishing(folder: Path) -> None:
             target.unlink(missing_ok=True)
         os.replace(entry, target)
     (folder / PUBLISHING).rmdir()
+
+
+def _of_unfinished(logging_dir: str) -> frozenset[str]:
+    return _BEFORE_CHECKPOINTS | set(Path(logging_dir).parts[:1])
+
+
+def _delete(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        remove_folder(entry)
+    else:
+        entry.unlink(missing_ok=True)
 
 
 def _refuse_file(folder: Path) -> None:

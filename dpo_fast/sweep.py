@@ -10,6 +10,7 @@ repeats no finished run and goes on with an interrupted one. Exit status: 0 done
 import itertools
 import math
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from pathlib import Path
 from dpo_fast import locks, run_folder
 from dpo_fast.checksums import read_signed_json, write_signed_json
 from dpo_fast.config import TrainConfig, parse
-from dpo_fast.door import guarded, say
+from dpo_fast.door import guarded, leave, say
 from dpo_fast.errors import BadInput
 from dpo_fast.files import remove_temporaries
 from dpo_fast.plot import Point, Series, against
@@ -153,7 +154,7 @@ def _result(folder: Path, values: Values, flags: list[str], which: str) -> dict[
         pass  # the run of a sweep that was killed may still be training
     if not _finished(home, parse(command)[0]):
         say(f"{which}: {_name(values)}")
-        status = subprocess.run([sys.executable, "-m", "dpo_fast.train", *command]).returncode
+        status = _train(command)
         if status == 130:
             raise KeyboardInterrupt
         if status not in (0, 2):
@@ -161,6 +162,18 @@ def _result(folder: Path, values: Values, flags: list[str], which: str) -> dict[
         if status:
             return {"status": status}
     return {"status": 0, **_summary(home)}
+
+
+def _train(command: list[str]) -> int:
+    """Run a training to its end and return its exit status; an interruption is passed on, and waited for: it saves."""
+    run = subprocess.Popen([sys.executable, "-m", "dpo_fast.train", *command])
+    try:
+        return run.wait()
+    except KeyboardInterrupt as error:
+        if str(error):  # a signal to this process alone; Ctrl-C reaches both
+            run.send_signal(signal.SIGTERM)
+        run.wait()
+        raise
 
 
 def _finished(home: Path, config: TrainConfig) -> bool:
@@ -223,4 +236,4 @@ def plot(rows: Sequence[dict], swept: Sequence[str]):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

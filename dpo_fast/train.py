@@ -1,7 +1,7 @@
 """`python -m dpo_fast.train`: align a model with preference pairs. `--help` lists every flag.
 
-Exit status: 0 done, 2 input that cannot be used (one line on stderr), 130 interrupted with the state saved, 1 a fault
-of ours (with a traceback).
+Exit status: 0 done, 2 input that cannot be used (one line on stderr), 130 interrupted with the state saved, 1 an
+internal error (with a traceback), or something that never answers (one line).
 """
 
 import sys
@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from dpo_fast.config import TrainConfig, parse
-from dpo_fast.door import guarded, refuse, say, show_log
+from dpo_fast.door import guarded, leave, refuse, say, show_log
 
 if TYPE_CHECKING:
     from dpo_fast.evaluation.compare import Evaluation
@@ -29,8 +29,9 @@ def main(argv: list[str] | None = None) -> int:
 
     return guarded(
         work,
-        kept="checkpoints saved before are whole, and the same command with --resume_from_checkpoint auto goes on",
-        go_on="go on with --resume_from_checkpoint auto",
+        kept="checkpoints saved before are whole; the same command with the run's --output_dir and"
+        " --resume_from_checkpoint auto goes on",
+        go_on="go on with the run's --output_dir and --resume_from_checkpoint auto",
     )
 
 
@@ -45,6 +46,7 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
     import torch
 
     from dpo_fast import parallel, run_folder
+    from dpo_fast.locks import Hold
     from dpo_fast.opening import AlreadyDone, open_run, settle
     from dpo_fast.trainer import Interrupted, Trainer
 
@@ -57,13 +59,19 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
     ranks, held = parallel.start(config.report_to), ExitStack()
     try:
         config = settle(config, ranks)
-        ranks.on_main(lambda: held.enter_context(run_folder.hold(config.output_dir)))  # to the end of the evaluation
+        hold: Hold | None = None
+
+        def take() -> None:  # to the end of the evaluation
+            nonlocal hold
+            hold = held.enter_context(run_folder.hold(config.output_dir))
+
+        ranks.on_main(take)
         if config.eval_scorers:
             from dpo_fast.evaluation.compare import Evaluation
 
             evaluation = Evaluation(config, ranks)  # scorers and prompts are checked before the training
         run = open_run(config, ranks)
-        Trainer(run, argv).run()
+        Trainer(run, argv, hold).run()
         if evaluation is not None:
             config = run.config
             del run  # its memory is wanted
@@ -106,4 +114,4 @@ def _or_none(summary: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

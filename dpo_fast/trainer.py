@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -22,11 +22,12 @@ from dpo_fast.data import BadRow, Batch, validation_loader, write_report
 from dpo_fast.data.images import SAME
 from dpo_fast.data.pairs import faulty, too_many_bad
 from dpo_fast.door import acknowledge, on_signals
-from dpo_fast.errors import BadInput
+from dpo_fast.errors import BadInput, mark_of_this_rank
 from dpo_fast.files import write_text
 from dpo_fast.hub_revisions import revision_of
 from dpo_fast.inputs import add_noise, conditioning_of
 from dpo_fast.kernels import dispatch
+from dpo_fast.locks import Hold
 from dpo_fast.metrics import LOGS, Clock, MetricsFile, PairSums, for_trackers, interval95, overoptimised
 from dpo_fast.models import (
     Conditioning,
@@ -34,18 +35,17 @@ from dpo_fast.models import (
     nonfinite_tensors,
     not_compiled,
     programs_made,
+    revisions,
     save_lora,
 )
 from dpo_fast.objectives import OBJECTIVES, Terms, evaluate
-from dpo_fast.opening import Run
+from dpo_fast.opening import COUNTS, Run
 
 OVEROPTIMISED_LINES = 3  # consecutive lines with its signature before it is called that: one line may be chance
 MANY_SKIPPED = 0.2  # the share of skipped updates above which a finished run says so
 # What asks a run to stop: Ctrl-C, a scheduler's end, Slurm's warning before it, a closed terminal.
+REPEAT_SECONDS = 2.0  # a scheduler may signal every process, and a launcher pass its own signal on: that is one
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-
-
-_GO_ON = "the same command with --resume_from_checkpoint latest goes on"
 
 
 class Interrupted(Exception):
@@ -53,14 +53,18 @@ class Interrupted(Exception):
 
 
 class Trainer:
-    """Trains an opened `run`. `argv` are the flags it was started with, for the model card."""
+    """Trains an opened `run`. `argv` are the flags it was started with, for the model card; `hold` is the main rank's
+    on the output folder, None where nobody else writes there.
+    """
 
-    def __init__(self, run: Run, argv: list[str]) -> None:
-        self.run_, self.argv = run, argv
+    def __init__(self, run: Run, argv: list[str], hold: Hold | None = None) -> None:
+        self.run_, self.argv, self.hold = run, argv, hold
         self.config, self.ranks, self.family = run.config, run.ranks, run.family
         self.unet, self.masters, self.reference = run.family.unet, run.masters, run.reference
         self.objective = OBJECTIVES[run.config.objective]
         self.sums = PairSums(run.ranks.device, run.family.schedule.num_train_timesteps)
+        if run.sums and run.ranks.is_main:
+            self.sums.load_state(run.sums)
         self.nonfinite_pair = torch.tensor(-1, device=run.ranks.device)  # id of a pair whose latents are not finite
         self.nonfinite_caption = self.nonfinite_pair.clone()  # id of a pair whose caption's embedding is not finite
         run.notes.setdefault("trained", run.step > 0)  # whether any pair had weight; earlier versions did not note it
@@ -71,9 +75,10 @@ class Trainer:
         self.timed_from = 0 if "seconds" in run.notes else run.step  # the step their time counts from
         self.last_line: dict[str, object] = run.notes.get("last_line", {})
         self.bad_rows_met: list[BadRow] = []  # by this rank, since all ranks last told each other
-        self.signs = 0  # of over-optimisation, in consecutive lines
+        self.signs = run.overoptimised_lines  # of over-optimisation, in a row
         self.programs: int | None = None  # compiled by the first step
         self.signal: str | None = None
+        self.signalled_at = 0.0
         self.problem: BadInput | None = None
         self.saved_at = time.monotonic()
 
@@ -86,11 +91,13 @@ class Trainer:
         and, without the cache, for the copy of the captions' tokens.
         """
         passes = self.config.gradient_accumulation_steps
+        sums_before = self.sums.state()
         loss = torch.zeros(1, device=self.ranks.device)
         reward = torch.zeros(1, device=self.ranks.device)
         for _ in range(passes):
             if self.ranks.any(self.signal is not None):
                 self.masters.drop_gradients()
+                self.sums.load_state(sums_before)
                 return False
             # draw: the loader drew timestep, flip, crop and dropout of each pair
             batch = self._next_batch()
@@ -168,7 +175,12 @@ class Trainer:
                     self._sample_base()
             self.clock.restart(run.step)
             while run.step < config.max_train_steps:
-                if not self.train_step():
+                try:
+                    whole = self.train_step()
+                except Exception as error:  # of a pair that only this rank read
+                    mark_of_this_rank(error)
+                    raise
+                if not whole:
                     self._stop()
                 self.bar.update()
                 last = run.step == config.max_train_steps
@@ -188,8 +200,8 @@ class Trainer:
                 self._stop()  # saved is enough: the result is written by the command that goes on
             with not_compiled():
                 self.finish()
-        if self.ranks.any(self.signal is not None):
-            raise Interrupted(f"{self.signal or 'stopped'} after the result was written; {_GO_ON}")
+        if config.eval_scorers and self.ranks.any(self.signal is not None):
+            raise Interrupted(f"{self.signal or 'stopped'} before the evaluation; {self._go_on()}")
 
     def log(self) -> None:
         """Read the device's sums and write a line: the points where the CPU waits for the device."""
@@ -279,10 +291,14 @@ class Trainer:
         """Write checkpoint-N, from the main rank."""
         run = self.run_
         self._tell_bad_rows()
+        self.ranks.on_main(self._check_hold)
         run.notes["trained"] |= self.ranks.any(self.sums.had_pairs())
+        sums = self.sums.state()
+        self.ranks.sum_(list(sums.values()))
         if self.ranks.is_main:
             files, values = self.masters.state()
             files["optimizer"]["|kl"] = run.kl
+            files["metrics"] = sums
             run.notes |= {"seconds": self._seconds(), "last_line": self.last_line}
             state = {
                 "step": run.step,
@@ -291,6 +307,8 @@ class Trainer:
                 "fingerprints": run.fingerprints,
                 "optimizer_values": values,
                 "notes": run.notes,
+                "counts": {name: getattr(run.sets, name) for name in COUNTS},
+                "overoptimised_lines": self.signs,
                 "bad_rows": [list(bad) for bad in run.bad_rows.values()],
                 "logs": {log.path.name: extent for log in (self.metrics, self.validations) if (extent := log.extent())},
             }
@@ -305,6 +323,7 @@ class Trainer:
         Raises BadInput, on every rank, for weights that no pair or no update reached or that are not finite.
         """
         run, config = self.run_, self.config
+        self.ranks.on_main(self._check_hold)
         self._check_result()
         if self.ranks.is_main:
             result = run_folder.publish(run.folder, self._export)
@@ -407,7 +426,7 @@ class Trainer:
         return self.seconds_before + time.perf_counter() - self.started
 
     def _check_programs(self) -> None:
-        """Tell once where something was compiled after the first step, which takes time and changes the rounding."""
+        """Say once if something was compiled after the first step, which takes time and changes the rounding."""
         if self.config.compile == "off":
             return
         made = programs_made()
@@ -415,15 +434,24 @@ class Trainer:
             self.run_.notes["compiled_again_at"] = self.run_.step
             self._say(
                 f"step {self.run_.step}: {made - self.programs} more programs were compiled since the first step;"
-                " TORCH_LOGS=recompiles tells why"
+                " TORCH_LOGS=recompiles shows why"
             )
         self.programs = made
 
     def _raise_problems(self) -> None:
         """End the run on every rank where one of them met a problem."""
+        self.ranks.on_main(self._check_hold)
         problems = self.ranks.gather(self.problem and str(self.problem))
         if any(problems):
             raise BadInput(next(filter(None, problems)))
+
+    def _check_hold(self) -> None:
+        """Raise BadInput where the output folder is no longer this run's."""
+        if self.hold is not None and self.hold.lost is not None:
+            raise BadInput(
+                f"--output_dir {self.run_.folder}: the lease on the folder was lost ({self.hold.lost}), and another"
+                " process may write there now; if none does, --resume_from_checkpoint auto goes on"
+            )
 
     def _minutes_are_up(self) -> bool:
         """Whether --checkpointing_minutes have passed since the last save, by the main rank's clock."""
@@ -432,15 +460,18 @@ class Trainer:
             return False
         return self.ranks.any(self.ranks.is_main and time.monotonic() - self.saved_at >= 60 * minutes)
 
+    def _go_on(self) -> str:
+        return f"the same command with --output_dir {self.run_.folder} --resume_from_checkpoint auto goes on"
+
     def _stop(self) -> None:
         """Save the state after the last whole step and raise Interrupted. Every rank calls this."""
         run = self.run_
-        if not checkpoint.folder_of(run.folder, run.step).is_dir():
+        if not self.ranks.share(checkpoint.folder_of(run.folder, run.step).is_dir()):
             self._finish_queued_work()
             self.save()
         raise Interrupted(
             f"{self.signal or 'stopped'} after step {run.step}: saved as"
-            f" {checkpoint.folder_of(run.folder, run.step)}; {_GO_ON}"
+            f" {checkpoint.folder_of(run.folder, run.step)}; {self._go_on()}"
         )
 
     @contextmanager
@@ -453,8 +484,10 @@ class Trainer:
         def ask(number: int, frame: object) -> None:
             name = signal.Signals(number).name
             if self.signal is not None:
-                raise KeyboardInterrupt
-            self.signal = name
+                if time.monotonic() - self.signalled_at > REPEAT_SECONDS:
+                    raise KeyboardInterrupt
+                return
+            self.signal, self.signalled_at = name, time.monotonic()
             if self.ranks.is_main:
                 acknowledge(f"{name}: stopping after the micro-batch in progress, then saving; again ends it at once")
 
@@ -477,10 +510,9 @@ class Trainer:
         try:
             yield
         finally:
-            self.bar.close()
-            self.metrics.close()
-            self.validations.close()
-            self.ranks.accelerator.end_training()
+            with ExitStack() as ends:  # each of them, whatever becomes of the others
+                for end in (self.ranks.end_trackers, self.validations.close, self.metrics.close, self.bar.close):
+                    ends.callback(end)
 
     def _sample_base(self) -> None:
         """Samples of the base model, drawn before the first step and kept for every later comparison."""
@@ -532,15 +564,10 @@ class Trainer:
     def _revisions(self) -> dict[str, str]:
         """What the run was made from -> its revision on the hub, or a digest of its files."""
         config = self.config
-        hub = {"cache_dir": config.cache_dir}
-        found = {
-            config.pretrained_model_name_or_path: revision_of(
-                config.pretrained_model_name_or_path, revision=config.revision, **hub
-            ),
-            config.dataset_name: revision_of(config.dataset_name, kind="dataset"),
-        }
-        others = (config.pretrained_vae_model_name_or_path, config.init_lora)
-        return found | {name: revision_of(name, **hub) for name in others if name}
+        others = (config.pretrained_vae_model_name_or_path, config.init_lora, config.single_file_config)
+        hub = {"revision": config.revision, "cache_dir": config.cache_dir}
+        model = revisions(config.pretrained_model_name_or_path, *others, **hub)
+        return model | {config.dataset_name: revision_of(config.dataset_name, kind="dataset")}
 
     def _overview(self) -> str:
         """What is about to happen, in a few lines."""

@@ -47,13 +47,13 @@ def test_dashes_underscores_and_the_last_of_a_repeated_flag():
     ],
 )
 def test_an_empty_text_is_refused(flags):
-    with pytest.raises(BadInput, match=rf"^{flags[0].rstrip('=')} is given an empty text"):
+    with pytest.raises(BadInput, match=rf"^{flags[0].rstrip('=')} is empty"):
         parsed(*flags)
 
 
 def test_an_empty_text_in_a_recipe_is_refused(tmp_path):
     (tmp_path / "r.yaml").write_text("dataset_name: ''\n")
-    with pytest.raises(BadInput, match="--dataset_name is given an empty text"):
+    with pytest.raises(BadInput, match="--dataset_name is empty"):
         bare("--config", str(tmp_path / "r.yaml"))
 
 

@@ -182,7 +182,8 @@ def labelling(tools: SimpleNamespace, *, done: bool) -> World:
     tools.patch.setattr(judging, "PART_ROWS", 4)
     tools.patch.setattr(scorers, "MODULE_OF", {**scorers.MODULE_OF, **dict.fromkeys(fake_scorers.FORMULAS, "fake")})
     tools.patch.setattr(scorers, "load_scorer", lambda name, device, **_: fake_scorers.load(name, tools.folder / "log"))
-    tools.patch.setattr(scorers, "facts", lambda name, device, **_: {"scorer": name})
+    for name in ("facts", "provenance"):
+        tools.patch.setattr(scorers, name, lambda name, device, **_: {"scorer": name})
 
     def flags(folder: Path, seed: int) -> list[str]:
         if not (folder / "pairs.parquet").is_file():

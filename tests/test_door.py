@@ -66,7 +66,7 @@ def test_a_steady_stream_writes_what_it_can():
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_signals_end_a_command_with_a_line(capsys, name):
+def test_signals_end_a_command_with_a_line(default_signals, capsys, name):
     def work() -> int:
         os.kill(os.getpid(), getattr(signal, name))
         time.sleep(10)
@@ -102,3 +102,36 @@ def test_errors_are_one_line(capsys, error, status, line):
     assert guarded(work, kept="", go_on="make room") == status
     text = capsys.readouterr().err
     assert text.startswith(line) and text.count("\n") == 1
+
+
+STUCK = """
+import sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from dpo_fast import door
+from dpo_fast.errors import Unresponsive
+door.LEAVING_SECONDS = 0.5
+def work():
+    ThreadPoolExecutor(1).submit(time.sleep, 600)
+    raise Unresponsive("the disk does not answer")
+door.leave(door.guarded(work, kept="", go_on=""))
+"""
+
+
+def test_a_thread_that_never_answers_does_not_hold_the_process(tmp_path):
+    """Python waits for threads at its exit."""
+    done = subprocess.run([sys.executable, "-c", STUCK], env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr == "dpo_fast: error: the disk does not answer\n"
+
+
+def test_an_error_of_one_rank_is_printed_by_it(capsys, monkeypatch):
+    from dpo_fast.errors import mark_of_this_rank
+
+    def work() -> int:
+        raise error
+
+    monkeypatch.setenv("RANK", "1")
+    error = BadInput("record 3 is damaged")
+    assert guarded(work, kept="", go_on="") == 2 and capsys.readouterr().err == ""  # the main rank says it
+    mark_of_this_rank(error)
+    assert guarded(work, kept="", go_on="") == 2
+    assert capsys.readouterr().err == "dpo_fast, rank 1: error: record 3 is damaged\n"

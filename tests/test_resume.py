@@ -107,6 +107,77 @@ def test_auto_replaces_nothing_that_it_does_not_know(sdxl_path, pairs, tmp_path,
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
 
+def test_a_cache_in_the_output_folder_stays(sdxl_path, pairs, tmp_path):
+    """Also where the first start was killed while the cache was filled."""
+    out = tmp_path / "run"
+    more = ["--latent_cache_dir", out / "cache", "--resume_from_checkpoint", "auto", "--max_train_steps", 1]
+    train(sdxl_path, pairs, out, *more)
+    filled = {path.relative_to(out): path.read_bytes() for path in (out / "cache").rglob("*.bin")}
+    assert filled
+    for path in out.iterdir():
+        if path.name != "cache":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = results(train(sdxl_path, pairs, out, *more))
+    assert before == results(
+        train(sdxl_path, pairs, out, "--latent_cache_dir", out / "cache", "--overwrite", "--max_train_steps", 1)
+    )
+    assert filled == {path.relative_to(out): path.read_bytes() for path in (out / "cache").rglob("*.bin")}
+
+
+def test_metrics_are_the_same_wherever_a_run_was_stopped(sdxl_path, pairs, tmp_path, monkeypatch):
+    """A line is the mean over the pairs since the line before, also if the run stopped between the two, in a step."""
+    more = ["--log_every", 3, "--max_train_steps", 6, "--gradient_accumulation_steps", 2]
+    whole = train(sdxl_path, pairs, tmp_path / "whole", *more)
+    loss, calls = Trainer.loss, []
+
+    def counted(self, *arguments):
+        calls.append(1)
+        if len(calls) == 2 * 4 + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, *arguments)
+
+    parts = tmp_path / "parts"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "loss", counted)
+        assert main(flags_for(sdxl_path, pairs, parts, *more)) == 130
+    assert [checkpoint.step_of(folder) for folder in checkpoint.all_of(parts)] == [4]
+    train(sdxl_path, pairs, parts, *more, "--resume_from_checkpoint", "latest")
+    timed = ("step_time", "data_wait", "pairs_per_second", "peak_memory_gib")
+    assert [{k: v for k, v in line.items() if k not in timed} for line in lines(parts)] == [
+        {k: v for k, v in line.items() if k not in timed} for line in lines(whole)
+    ]
+
+
+def test_a_signal_passed_on_by_a_launcher_is_one(sdxl_path, pairs, tmp_path, monkeypatch):
+    loss, calls = Trainer.loss, []
+
+    def counted(self, *arguments):
+        calls.append(1)
+        for _ in range(2 if len(calls) == 2 else 0):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "loss", counted)
+    assert main(flags_for(sdxl_path, pairs, tmp_path / "run")) == 130
+    assert [checkpoint.step_of(folder) for folder in checkpoint.all_of(tmp_path / "run")] == [2]
+
+
+def test_a_run_that_lost_its_folder_stops(sdxl_path, pairs, tmp_path, monkeypatch, capsys):
+    from dpo_fast import run_folder
+
+    hold = run_folder.hold
+
+    def losing(folder):
+        held = hold(folder)
+        held.lost = "expired"
+        return held
+
+    monkeypatch.setattr(run_folder, "hold", losing)
+    assert main(flags_for(sdxl_path, pairs, tmp_path / "run")) == 2
+    assert "the lease on the folder was lost (expired)" in capsys.readouterr().err
+    assert not checkpoint.all_of(tmp_path / "run")
+
+
 def test_fewer_steps_than_were_done_are_refused(sdxl_path, pairs, tmp_path, capsys):
     out = train(sdxl_path, pairs, tmp_path / "run", "--max_train_steps", 2)
     assert main(flags_for(sdxl_path, pairs, out, "--max_train_steps", 1, "--resume_from_checkpoint", "latest")) == 2
@@ -120,7 +191,9 @@ def test_checkpoints_by_the_clock(sdxl_path, pairs, tmp_path):
 
 @pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
 @pytest.mark.parametrize("step", [0, 1])
-def test_a_signal_is_heard_between_micro_batches(sdxl_path, pairs, tmp_path, capfd, monkeypatch, sent, step):
+def test_a_signal_is_heard_between_micro_batches(
+    default_signals, sdxl_path, pairs, tmp_path, capfd, monkeypatch, sent, step
+):
     """The step in progress is given up, the state after the last whole one is saved, and nothing changes by it."""
     more = ["--gradient_accumulation_steps", 8, "--max_train_steps", 2]
     loss, calls = Trainer.loss, []
@@ -216,7 +289,7 @@ def test_a_signal_saves_and_says_how_to_go_on(sdxl_path, pairs, tmp_path, sent):
     process.send_signal(sent)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Traceback" not in error and "--resume_from_checkpoint latest goes on" in error
+    assert "Traceback" not in error and f"--output_dir {out} --resume_from_checkpoint auto goes on" in error
     (saved,) = checkpoint.all_of(out)
     step = json.loads((saved / "state.json").read_text())["step"]
     train(sdxl_path, pairs, out, "--resume_from_checkpoint", "latest", "--max_train_steps", step + 1)

@@ -2,18 +2,20 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_fast import sweep, train
+from dpo_fast import checkpoint, sweep, train
 from dpo_fast.errors import BadInput
 from dpo_fast.metrics import interval95
 from dpo_fast.plot import COLOURS, Point, Series, against
-from tests.helpers.runs import assert_same_state, flags_for
+from tests.helpers.runs import assert_same_state, environment, flags_for
 from tests.helpers.runs import train as train_alone
 
 
@@ -22,12 +24,11 @@ def runs(monkeypatch):
     """The commands of the runs that were started, which run in this process."""
     started = []
 
-    def run(command, **more):
-        assert command[1:3] == ["-m", "dpo_fast.train"]
-        started.append(command[3:])
-        return SimpleNamespace(returncode=train.main(command[3:]))
+    def run(command):
+        started.append(command)
+        return train.main(command)
 
-    monkeypatch.setattr(sweep.subprocess, "run", run)
+    monkeypatch.setattr(sweep, "_train", run)
     return started
 
 
@@ -114,6 +115,22 @@ def test_an_interrupted_run_is_gone_on_with(sdxl_path, pairs, tmp_path, runs, mo
     for folder, rate in ((first, 1e-3), (second, 2e-3)):
         where = ["--latent_cache_dir", tmp_path / "cache", "--learning_rate", rate]
         assert_same_state(train_alone(sdxl_path, pairs, tmp_path / f"{rate}", *where), folder)
+
+
+@pytest.mark.faults
+def test_an_interrupted_sweep_lets_its_run_save(sdxl_path, pairs, tmp_path):
+    argv = flags(sdxl_path, pairs, tmp_path, "--learning_rate", "1e-3,2e-3", "--max_train_steps", 100000)
+    command = [sys.executable, "-m", "dpo_fast.sweep", *argv]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = tmp_path / "sweep" / "learning_rate=1e-3"
+    end = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 3:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert checkpoint.all_of(run), error
 
 
 def test_a_run_that_fails_is_told_and_the_others_are_run(sdxl_path, pairs, tmp_path, runs, capfd):

@@ -19,8 +19,7 @@ from dpo_fast.evaluation import scorers
 from dpo_fast.evaluation.prompts import read_lines, read_prompts
 from dpo_fast.locks import hold_file
 from dpo_fast.metrics import MetricsFile
-from dpo_fast.models import load_family
-from dpo_fast.models.lora import merge_lora
+from dpo_fast.models import load_family, merge_lora
 from dpo_fast.trainer import Trainer
 from tests.helpers import fake_scorers
 from tests.helpers.disks import failing

@@ -30,7 +30,7 @@ from dpo_fast.data.pairs import SaysNothing, Usable, faulty, judge_streamed, not
 from dpo_fast.data.sources import BadRow, StreamedSource
 from dpo_fast.errors import BadInput, Unresponsive
 
-PATIENCE = 600  # seconds without a batch from any worker after which they are taken for dead
+PATIENCE = 600  # seconds without a batch from any worker after which they are presumed dead
 
 WINDOW = 1024  # pairs shuffled together when streaming: they wait encoded in memory, about 300 MB for Pick-a-Pic
 

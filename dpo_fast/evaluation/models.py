@@ -11,8 +11,7 @@ import torch
 
 from dpo_fast.config import TrainConfig, parse
 from dpo_fast.errors import BadInput
-from dpo_fast.hub_revisions import revision_of
-from dpo_fast.models import COMPUTE_DTYPES, Family, load_family, merge_lora
+from dpo_fast.models import COMPUTE_DTYPES, Family, load, load_family, merge_lora
 from dpo_fast.models.faults import bad_input
 from dpo_fast.models.load import align_weights, component_config, family_of
 from dpo_fast.models.lora import WEIGHT_NAME, check_loaded
@@ -248,11 +247,8 @@ def files_stamp(source: ModelSource) -> str:
 
 def revisions(source: ModelSource) -> dict[str, str]:
     """Repository, folder or file -> its `revision_of`, of all that a model is read from."""
-    found = {source.path: revision_of(source.path, revision=source.revision, cache_dir=source.cache_dir)}
-    for place in filter(None, (source.vae_path, source.merged, source.adapter)):
-        lora = Path(place, WEIGHT_NAME)  # of an output folder, which holds more
-        found[place] = revision_of(lora if lora.is_file() else place, cache_dir=source.cache_dir)
-    return found
+    others = (source.vae_path, source.merged, source.adapter, source.single_file_config)
+    return load.revisions(source.path, *others, revision=source.revision, cache_dir=source.cache_dir)
 
 
 def compute_dtype(source: ModelSource, device: torch.device) -> torch.dtype:

@@ -4,7 +4,7 @@ from dpo_fast.models.attention import ATTENTIONS, set_attention, usable_attentio
 from dpo_fast.models.compiling import check_compiler, compile_unet, not_compiled, programs_made
 from dpo_fast.models.encoding import image_encoding, prediction, text_encoding
 from dpo_fast.models.family import COMPUTE_DTYPES, Conditioning, Family, nonfinite_rows, nonfinite_tensors
-from dpo_fast.models.load import load_family
+from dpo_fast.models.load import load_family, revisions
 from dpo_fast.models.lora import DEFAULT_TARGETS, AdapterSwitch, add_lora, save_lora
 from dpo_fast.models.merging import merge_lora
 from dpo_fast.models.recompute import recompute_activations
@@ -28,6 +28,7 @@ __all__ = [
     "prediction",
     "programs_made",
     "recompute_activations",
+    "revisions",
     "save_lora",
     "set_attention",
     "text_encoding",

@@ -34,9 +34,11 @@ from torch import nn
 
 from dpo_fast.errors import BadInput
 from dpo_fast.files import regular_files
+from dpo_fast.hub_revisions import revision_of
 from dpo_fast.models.attention import set_attention
 from dpo_fast.models.family import Family
 from dpo_fast.models.faults import bad_input
+from dpo_fast.models.lora import WEIGHT_NAME
 from dpo_fast.models.marks import Marks, marks_of_file, marks_of_scheduler, refuse_edm, settled
 from dpo_fast.models.sd15 import SD15
 from dpo_fast.models.sdxl import SDXL, Turbo
@@ -126,6 +128,20 @@ def load_family(
     set_attention(family.unet, attention)
     align_weights(pipeline)
     return family
+
+
+def revisions(
+    path: str | Path, *others: str | Path | None, revision: str | None = None, cache_dir: str | None = None
+) -> dict[str, str]:
+    """Repository, folder or file -> its `revision_of`, for the model at `path` and what else it was loaded from.
+
+    others: VAE, LoRAs, configuration of a single file; None for those not given.
+    """
+    found = {str(path): revision_of(path, revision=revision, cache_dir=cache_dir)}
+    for place in filter(None, others):
+        lora = Path(place, WEIGHT_NAME)  # in an output folder, which holds more
+        found[str(place)] = revision_of(lora if lora.is_file() else place, cache_dir=cache_dir)
+    return found
 
 
 def align_weights(pipeline: DiffusionPipeline) -> None:

@@ -46,14 +46,16 @@ def sampler_for(scheduler: SchedulerMixin, schedule: NoiseSchedule, *, turbo: bo
     if config.get("prediction_type", "epsilon") != schedule.prediction_type:
         changes["prediction_type"] = schedule.prediction_type
     epsilon = schedule.prediction_type == "epsilon"
-    if schedule.rescaled == bool(config.get("rescale_betas_zero_snr", False)) or (turbo and epsilon):
+    heeds = "rescale_betas_zero_snr" in inspect.signature(kind.__init__).parameters  # others carry it along unread
+    rescaled = heeds and bool(config.get("rescale_betas_zero_snr", False))
+    if schedule.rescaled == rescaled or (turbo and epsilon):
         return Sampler(kind, changes)
     changes["rescale_betas_zero_snr"] = schedule.rescaled
     if schedule.rescaled:
         spacing = "leading" if epsilon else "trailing"
         if config.get("timestep_spacing") != spacing:
             changes["timestep_spacing"] = spacing
-        if "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
+        if not heeds:
             kind = DDIMScheduler
             changes["clip_sample"] = False  # the default is for pixels
     return Sampler(kind, changes)

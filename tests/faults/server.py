@@ -185,6 +185,7 @@ def _serve(library: Path) -> None:
         *[ctypes.c_int, ctypes.c_long, ctypes.c_int, ctypes.c_uint],
         ctypes.c_int,
     ]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a server that was started in the background
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)

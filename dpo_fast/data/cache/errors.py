@@ -109,7 +109,7 @@ class RefErrors:
         if not (errors >= 0).all() or np.isinf(errors).any():  # NaN is not at least 0 either
             row = int(pair_id[int(np.argmin(((errors >= 0) & np.isfinite(errors)).all(0)))])
             raise Damaged(
-                f"{self.folder} has no error for row {row} that could be one: delete the folder, and"
-                " `python -m dpo_fast.cache reference` or the next run computes it again"
+                f"{self.folder} holds an impossible error (negative or not finite) for row {row}: delete the folder,"
+                " and `python -m dpo_fast.cache reference` or the next run computes it again"
             )
         return torch.from_numpy(errors.reshape(-1))

@@ -74,6 +74,7 @@ class Manifest:
                 raise  # no reason to delete it
             raise BadInput(f"{folder} cannot be read ({error}): delete the folder, it is made again") from error
         self._parts, self._merged = len(parts), len(whole)
+        self._files = _listing(folder)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -154,8 +155,16 @@ class Manifest:
         return StreamedSource(self.about["description"], self.about["identity"], self.columns, rows)
 
     def begin(self, source: Source | StreamedSource) -> None:
-        """Make the folder and say what it is about, before the first part."""
+        """Make the folder and say what it is about, before the first part.
+
+        What another process found out about the rows since they were loaded is taken over.
+        """
         remove_temporaries(self.folder)
+        if _listing(self.folder) != self._files:
+            new = {row: self._rows[row] for row in self._new}
+            self.reload()
+            self._rows |= new
+            self._new = list(new)
         if self.about is None:
             about = {
                 "description": source.description,
@@ -206,6 +215,11 @@ class Manifest:
     def _write_about(self, about: dict[str, Any]) -> None:
         self.about = about
         write_signed_json(self.folder / "manifest.json", about, indent=None)
+
+
+def _listing(folder: Path) -> list[str]:
+    """The files with facts in a manifest's folder; their names carry digests of their contents."""
+    return sorted(path.name for path in folder.glob("*.parquet"))
 
 
 class RememberedSource:

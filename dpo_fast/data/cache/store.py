@@ -253,7 +253,7 @@ def finish_orphans(root: Path, recipe: Recipe, ranks: int) -> None:
 
 
 def tidy(root: Path, recipe: Recipe) -> bool:
-    """Complete the unfinished shards of killed processes and clear away what else they left; whether there was any.
+    """Complete the unfinished shards of killed processes and clear away what else they left. True if there was any.
 
     In a folder that another process builds, or that cannot be written, everything stays as it is.
     """
