@@ -211,9 +211,10 @@ def test_validation_covers_the_timesteps_evenly(dataset):
 def test_workers_outlive_what_ends_the_trainer(dataset):
     """Ctrl-C and a cluster's SIGTERM go to every process of a run, and the trainer has a checkpoint to write first."""
     order = train_stream(pair_ids=dataset.index.pair_id)
+    before = set(torch.multiprocessing.active_children())
     loading = make_loader(dataset, order, 0, 40, num_workers=1)
     batches = [next(loading)]
-    (worker,) = torch.multiprocessing.active_children()
+    (worker,) = set(torch.multiprocessing.active_children()) - before
     for name in ("INT", "TERM"):
         subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)  # another process's signal
     batches += loading
@@ -251,9 +252,10 @@ def test_a_worker_that_never_answers_ends_the_wait(dataset, monkeypatch):
 
 
 def test_the_trainer_can_end_its_workers(dataset):
+    before = set(torch.multiprocessing.active_children())
     loading = make_loader(dataset, train_stream(pair_ids=dataset.index.pair_id), 0, 1000, num_workers=1)
     next(loading)
-    (worker,) = torch.multiprocessing.active_children()
+    (worker,) = set(torch.multiprocessing.active_children()) - before
     worker.terminate()
     worker.join(10)
     assert worker.exitcode == 0
