@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -300,8 +301,9 @@ def _trainer(case: Case) -> Trainer:
         latents=torch.zeros(2, 4, case.latent_side, case.latent_side, dtype=torch.float16),
         conditioning=conditioning,
     )
+    sets = SimpleNamespace(bad=[])
     run = opening.Run(
-        config, ranks, None, iter(lambda: batch, None), None, [], family, masters, reference, {}, kl=torch.zeros(())
+        config, ranks, sets, iter(lambda: batch, None), None, [], family, masters, reference, {}, kl=torch.zeros(())
     )
     return Trainer(run, [])
 
