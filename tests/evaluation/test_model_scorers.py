@@ -367,7 +367,7 @@ def test_of_imagereward_what_is_not_used_may_be_more_or_less(copied, published):
         assert torch.equal(load_scorer("imagereward", where=copied).score(images, PROMPTS), scores)
     for needed in ("mlp.layers.7.bias", "blip.visual_encoder.cls_token", "blip.text_encoder.embeddings.LayerNorm.bias"):
         torch.save({key: tensor for key, tensor in more.items() if key != needed}, path)
-        refused(copied, "imagereward", "1 missing")
+        refused(copied, "imagereward", "1 tensor is missing")
 
 
 def test_the_revisions_of_a_scorers_files_are_recorded(copied, tmp_path):
