@@ -63,8 +63,10 @@ def _run(config: RelabelConfig) -> int:
         return refuse(f"out of GPU memory ({str(error).split('.')[0]}); lower --batch_size", any_rank=True)
     except BadInput:
         if ranks.is_main:
-            with suppress(BadInput, OSError), locks.hold(config.scores, otherwise="leave it as it is"):
-                release(config.scores)
+            with suppress(BadInput, OSError):
+                with locks.hold(config.scores, otherwise="leave it as it is"):
+                    release(config.scores)
+                config.scores.rmdir()  # where nothing else is in it, once the lock is gone
         raise
     finally:
         held.close()
