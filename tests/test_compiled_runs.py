@@ -75,6 +75,7 @@ def test_a_run_with_everything_resumes_bit_for_bit(sdxl_path, pairs, tmp_path, n
     assert files and not any("_orig_mod" in key for file in files for key in load_file(file))
 
 
+@pytest.mark.exhaustive
 def test_compilation_may_change_at_resume(sdxl_path, pairs, tmp_path):
     out = train(sdxl_path, pairs, tmp_path / "run", "--compile", "regional", "--max_train_steps", 1)
     train(sdxl_path, pairs, out, "--gradient_checkpointing", "--resume_from_checkpoint", "latest")

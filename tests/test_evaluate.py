@@ -169,6 +169,7 @@ def test_images_against_themselves_have_exactly_one_half(tmp_path, evaluate):
         assert [of["win_rate"][key] for key in ("rate", "low", "high", "ties")] == [0.5, 0.5, 0.5, 6]
 
 
+@pytest.mark.exhaustive
 def test_a_model_against_its_copy_with_other_seeds(tmp_path):
     """The built-in base: whatever its images score, it is no better than itself."""
     model = Path(shapes_base.__file__).parent / "pipeline"

@@ -58,7 +58,7 @@ def results(folder: Path) -> dict[str, object]:
     return found | {key: value for key, value in summary.items() if key not in varying}
 
 
-@pytest.mark.parametrize("how", ["latest", "auto"])
+@pytest.mark.parametrize("how", ["latest", pytest.param("auto", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", LAST_STEP)
 def test_stopped_after_the_last_checkpoint_the_result_is_still_written(sdxl_path, pairs, tmp_path, capsys, name, how):
     more = ["--max_train_steps", 2, *LAST_STEP[name]]
@@ -189,8 +189,17 @@ def test_checkpoints_by_the_clock(sdxl_path, pairs, tmp_path):
     assert [checkpoint.step_of(folder) for folder in checkpoint.all_of(out)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
-@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize(
+    ("step", "sent"),
+    [
+        (0, "SIGTERM"),
+        (1, "SIGUSR1"),
+        *(
+            pytest.param(step, sent, marks=pytest.mark.exhaustive)
+            for step, sent in ((0, "SIGINT"), (0, "SIGHUP"), (1, "SIGINT"), (1, "SIGTERM"), (1, "SIGHUP"))
+        ),
+    ],
+)
 def test_a_signal_is_heard_between_micro_batches(
     default_signals, sdxl_path, pairs, tmp_path, capfd, monkeypatch, sent, step
 ):

@@ -86,6 +86,7 @@ def test_results_are_those_of_the_eager_unet(request, name, tuning):
         assert error <= 4 * allowed + 1e-6, (key, error, allowed)
 
 
+@pytest.mark.exhaustive
 def test_a_second_run_and_a_copy_compile_nothing(sdxl_path):
     family = make_family(sdxl_path, "full")
     twin = copy.deepcopy(family.unet)
