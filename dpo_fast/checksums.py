@@ -19,7 +19,7 @@ from typing import Any
 import xxhash
 
 from dpo_fast.errors import BadInput
-from dpo_fast.files import read_bytes, write_text
+from dpo_fast.files import naming, read_bytes, write_text
 
 _COMPACT = ',"digest":"', '"}\n', "}"  # before the digest, behind it, and what the object's text ended with
 _INDENTED = ',\n  "digest": "', '"\n}\n', "\n}"
@@ -55,7 +55,7 @@ def sha256_of(path: Path) -> str:
 
 def _of_file(path: Path, algorithm: Callable[[], Any]) -> str:
     whole = algorithm()
-    with Path(path).open("rb") as file:
+    with naming(Path(path)), Path(path).open("rb") as file:
         while block := file.read(_BLOCK):
             whole.update(block)
     return whole.hexdigest()
