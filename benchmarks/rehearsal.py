@@ -125,6 +125,7 @@ def rehearse(folder: Path, case: str, resolution: int, stored: str, more: list[s
             break
         if name in ("train", "resume"):
             summaries[name] = json.loads((run / "summary.json").read_text())
+            del summaries[name]["revisions"]  # of files that lie in this run's own folder
         if name == "diffusers":
             read = json.loads((folder / "read.json").read_text())
     checks |= checks_of(summaries, read)
