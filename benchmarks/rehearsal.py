@@ -101,9 +101,10 @@ def main() -> int:
     result = {"model": arguments.model, "resolution": resolution, "stored": arguments.stored, "flags": more, **result}
     if arguments.json:
         shown = ["--model", arguments.model, "--resolution", str(resolution), "--stored", arguments.stored]
-        command = shlex.join(["python", "benchmarks/rehearsal.py", *shown, *(["--", *more] if more else [])])
+        words = ["python", "benchmarks/rehearsal.py", *shown, *(["--", *more] if more else [])]
+        settings = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(("OMP_", "MALLOC_"))]
+        command = " ".join([*sorted(settings), shlex.join(words)])
         machine = {"cores": os.cpu_count(), "memory_gib": _machine_memory(), "cpu": platform.machine()}
-        machine["threads"] = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))
         packages = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
         result = {"command": command, "machine": machine, "versions": packages, **result}
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
@@ -276,8 +277,9 @@ def dry_run(output: list[str]) -> dict[str, float]:
 def compared(phases: dict[str, Phase], predicted: dict[str, float], folder: Path) -> dict[str, dict[str, float]]:
     """The training's memory beside what is expected, printed; GiB.
 
-    `--dry-run` counts tensors, as a GPU's allocator does. A process has its libraries beside them, and while it loads
-    the VAE in fp32 and the text encoders, which leave once everything is cached.
+    `--dry-run` counts tensors, as a GPU's allocator does. A process has its libraries beside them, while it loads the
+    VAE in fp32 and the text encoders, which leave once everything is cached, and what glibc keeps of freed blocks (with
+    MALLOC_MMAP_THRESHOLD_=1048576 in the environment, little).
     """
     libraries = phases["imports"].peak_anonymous
     activations = next((size for name, size in predicted.items() if name.startswith("activations")), 0.0)
