@@ -84,8 +84,16 @@ def test_the_dry_run_is_read_as_it_is_printed(rehearsed):
 
 
 def test_the_memory_of_a_process_is_measured(tmp_path):
-    hold = f"import time; held = b'x' * (300 << 20); print('{rehearsal.SETTLED}', flush=True); time.sleep(0.5);"
-    phase = measured("hold", [sys.executable, "-c", f"{hold} more = b'y' * (200 << 20); time.sleep(0.5)"], tmp_path)
+    program = f"""
+import time
+held = b"x" * (300 << 20)
+time.sleep(0.5)  # long against the time between two samples, on a busy machine too
+print({rehearsal.SETTLED!r}, flush=True)
+time.sleep(0.5)
+more = b"y" * (200 << 20)
+time.sleep(0.5)
+"""
+    phase = measured("hold", [sys.executable, "-c", program], tmp_path)
     assert phase.status == 0 and phase.seconds > 1
     assert phase.peak_resident == pytest.approx(500 / 1024, abs=0.05)
     assert phase.peak_anonymous == pytest.approx(500 / 1024, abs=0.05)
