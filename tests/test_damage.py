@@ -176,14 +176,27 @@ def evaluated(tools: SimpleNamespace) -> World:
     return World(folder, lambda: evaluate.main(flags), outcome)
 
 
+def _with_fakes(function, of_fake):
+    """`function` of a scorer's name with `of_fake` for the fake scorers: other worlds of this module have real ones."""
+
+    def answer(name, *device, **how):
+        return of_fake(name) if name in fake_scorers.FORMULAS else function(name, *device, **how)
+
+    return answer
+
+
 def labelling(tools: SimpleNamespace, *, done: bool) -> World:
     """Pairs that are scored: the labels are there too, or are to be made of the scores."""
     folder = tools.folder / ("labelled" if done else "scored")
     tools.patch.setattr(judging, "PART_ROWS", 4)
     tools.patch.setattr(scorers, "MODULE_OF", {**scorers.MODULE_OF, **dict.fromkeys(fake_scorers.FORMULAS, "fake")})
-    tools.patch.setattr(scorers, "load_scorer", lambda name, device, **_: fake_scorers.load(name, tools.folder / "log"))
-    for name in ("facts", "provenance"):
-        tools.patch.setattr(scorers, name, lambda name, device, **_: {"scorer": name})
+    of_fakes = {
+        "load_scorer": lambda name: fake_scorers.load(name, tools.folder / "log"),
+        "facts": lambda name: {"scorer": name},
+        "provenance": lambda name: {"scorer": name},
+    }
+    for function, of_fake in of_fakes.items():
+        tools.patch.setattr(scorers, function, _with_fakes(getattr(scorers, function), of_fake))
 
     def flags(folder: Path, seed: int) -> list[str]:
         if not (folder / "pairs.parquet").is_file():
