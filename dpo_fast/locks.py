@@ -23,7 +23,7 @@ from pathlib import Path
 from filelock import FileLock, LeaseCompromise, SoftFileLease, Timeout
 
 from dpo_fast.errors import BadInput
-from dpo_fast.files import LOCK
+from dpo_fast.files import LOCK, naming
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 LEASE_SECONDS = 60.0  # all processes must agree
@@ -97,7 +97,8 @@ class Hold:
                 return False
             except OSError as error:
                 if error.errno not in NO_LOCKS:
-                    raise
+                    with naming(self._file):  # the system's call knows no path
+                        raise
             else:
                 if not self._lease_file.exists():  # else another host has no such locks: its lease counts
                     self._held = True
