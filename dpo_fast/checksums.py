@@ -10,6 +10,7 @@ They find rot, truncation and mix-ups, not forgery: whoever can change a file ca
 
 import hashlib
 import json
+import logging
 import re
 import zlib
 from collections.abc import Callable, Iterable
@@ -20,6 +21,8 @@ import xxhash
 
 from dpo_fast.errors import BadInput
 from dpo_fast.files import naming, read_bytes, write_text
+
+logger = logging.getLogger(__name__)
 
 _COMPACT = ',"digest":"', '"}\n', "}"  # before the digest, behind it, and what the object's text ended with
 _INDENTED = ',\n  "digest": "', '"\n}\n', "\n}"
@@ -115,6 +118,19 @@ def read_signed_json(path: Path, remedy: str, names: Iterable[str] = ()) -> dict
     except ValueError as error:
         reason = error
     raise Damaged(f"{path} cannot be read or is damaged ({reason}): {remedy}")
+
+
+def delete_damaged(files: Iterable[Path], then: str) -> None:
+    """Delete signed JSON files that have changed since they were written, or carry no digest; log each, with `then`.
+
+    Raises OSError for a file that the disk does not give, which is no reason to delete it.
+    """
+    for file in files:
+        try:
+            parse_signed(read_bytes(file))
+        except ValueError as error:
+            logger.warning("%s is damaged (%s): it is deleted, and %s", file, error, then)
+            file.unlink()
 
 
 def _no_number(name: str) -> None:

@@ -168,7 +168,7 @@ def remove_temporaries(folder: Path, *, deep: bool = False) -> None:
         if leftover.name.startswith(_REPLACED):
             _recover_folder(leftover)
         else:
-            _delete(leftover)
+            delete(leftover)
 
 
 def remove_temporaries_of(path: Path) -> None:
@@ -176,7 +176,7 @@ def remove_temporaries_of(path: Path) -> None:
     path = Path(path)
     for leftover in path.parent.glob(_TEMPORARY + "*"):
         if leftover.name.endswith(_suffix(path)) and len(leftover.name) == len(f"{_TEMPORARY}12345678{_suffix(path)}"):
-            _delete(leftover)
+            delete(leftover)
 
 
 def rename_away(folder: Path) -> Path:
@@ -276,7 +276,8 @@ def _recover_folder(replaced: Path) -> None:
     remove_folder(going)
 
 
-def _delete(path: Path) -> None:
+def delete(path: Path) -> None:
+    """Delete a file, a link or a whole folder, if it exists. Raises OSError with its path."""
     if path.is_dir() and not path.is_symlink():
         remove_folder(path)
     else:

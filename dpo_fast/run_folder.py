@@ -16,7 +16,7 @@ from pathlib import Path
 from dpo_fast import locks
 from dpo_fast.checksums import Damaged, check_text, file_digest, read_signed_json, signed_text
 from dpo_fast.errors import BadInput
-from dpo_fast.files import LOCK, atomic_folder, contents, remove_folder, remove_temporaries, write_text
+from dpo_fast.files import LOCK, atomic_folder, contents, delete, remove_folder, remove_temporaries, write_text
 
 REPORT = "bad_rows.jsonl"
 SUMMARY = "summary.json"
@@ -81,7 +81,7 @@ def check_unfinished(folder: Path, logging_dir: str, kept: frozenset[str]) -> No
 def clear_unfinished(folder: Path, logging_dir: str) -> None:
     """Delete what a run left that ended before its first checkpoint, but for config.yaml, which `begin` replaces."""
     for name in _of_unfinished(logging_dir) - {"config.yaml"}:
-        _delete(folder / name)
+        delete(folder / name)
 
 
 def kept_inside(folder: Path, *places: Path | str | None) -> frozenset[str]:
@@ -115,7 +115,7 @@ def begin(folder: Path, *, overwrite: bool, config_yaml: str, kept: frozenset[st
     if overwrite:
         for entry in folder.iterdir():
             if entry.name not in kept | {REPORT, "config.yaml"} and not entry.name.startswith(LOCK):
-                _delete(entry)
+                delete(entry)
     write_text(folder / "config.yaml", signed_text(config_yaml))
 
 
@@ -177,13 +177,6 @@ def finish_publishing(folder: Path) -> None:
 
 def _of_unfinished(logging_dir: str) -> frozenset[str]:
     return _BEFORE_CHECKPOINTS | set(Path(logging_dir).parts[:1])
-
-
-def _delete(entry: Path) -> None:
-    if entry.is_dir() and not entry.is_symlink():
-        remove_folder(entry)
-    else:
-        entry.unlink(missing_ok=True)
 
 
 def _refuse_file(folder: Path) -> None:

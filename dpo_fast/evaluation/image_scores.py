@@ -7,7 +7,6 @@ are scored equal.
 """
 
 import hashlib
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -18,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dpo_fast.caching import ahead
-from dpo_fast.checksums import parse_signed, write_signed_json
+from dpo_fast.checksums import delete_damaged, parse_signed, write_signed_json
 from dpo_fast.data.images import image_key
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.by_size import batches_by_size
@@ -26,8 +25,6 @@ from dpo_fast.evaluation.pairing import THREADS, Files
 from dpo_fast.evaluation.scorers import Scorer
 from dpo_fast.files import read_bytes, remove_temporaries
 from dpo_fast.parallel import Ranks
-
-logger = logging.getLogger(__name__)
 
 KEPT_AFTER = 256  # images: what a killed process loses at most, on every rank
 
@@ -50,7 +47,7 @@ def score_images(
     """
     assert len(images) == len(prompts)
     keys = ranks.on_all(lambda: _keys(images, prompts))
-    ranks.on_main(lambda: [_drop_damaged(folder / name) for name in scorers])
+    ranks.on_main(lambda: [_tidy(folder / name) for name in scorers])
     found = {}
     for name, (describe, load) in scorers.items():
         kept = _scores(name, describe, cache(load), images, prompts, keys, folder / name, ranks, batch_size)
@@ -131,15 +128,10 @@ def _read_one(file: Path, about: Mapping[str, str]) -> dict[str, float]:
         return {}
 
 
-def _drop_damaged(folder: Path) -> None:
-    """Delete files of scores that have changed since they were written, or carry no digest, and half-written ones."""
+def _tidy(folder: Path) -> None:
+    """Delete damaged and half-written files of scores."""
     remove_temporaries(folder)
-    for file in sorted(folder.glob("rank-*.json")):
-        try:
-            parse_signed(read_bytes(file))
-        except ValueError as error:
-            logger.warning("%s is damaged (%s): it is deleted, and its scores are made again", file, error)
-            file.unlink()
+    delete_damaged(sorted(folder.glob("rank-*.json")), "its scores are made again")
 
 
 class _Work:

@@ -11,7 +11,6 @@ once, so that a pair of equal images is a tie.
 """
 
 import hashlib
-import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from dpo_fast import locks
 from dpo_fast.caching import ahead
-from dpo_fast.checksums import parse_signed, read_signed_json, write_signed_json
+from dpo_fast.checksums import delete_damaged, parse_signed, read_signed_json, write_signed_json
 from dpo_fast.data import BadImage, BadRow, PairIndex, Source
 from dpo_fast.data.images import decode, image_key
 from dpo_fast.data.pairs import too_many_bad
@@ -41,8 +40,6 @@ from dpo_fast.parallel import Ranks
 PART_ROWS = 256  # of the source; what a killed process loses at most, on every rank
 ROWS_AHEAD = 16  # read before they are needed
 RECORD = "pairs.json"
-
-logger = logging.getLogger(__name__)
 
 Key = tuple[bytes, str]  # an image, by its hash, and its caption
 
@@ -131,17 +128,7 @@ def _claim(folder: Path, source: Source) -> None:
     remove_temporaries(folder, deep=True)
     for entry in folder.iterdir():
         if entry.is_dir():
-            _drop_damaged(entry)
-
-
-def _drop_damaged(folder: Path) -> None:
-    """Delete parts that have changed since they were written, or carry no digest."""
-    for file in sorted(folder.glob("rows-*.json")):
-        try:
-            parse_signed(read_bytes(file))
-        except ValueError as error:
-            logger.warning("%s is damaged (%s): it is deleted, and its rows are scored again", file, error)
-            file.unlink()
+            delete_damaged(sorted(entry.glob("rows-*.json")), "its rows are scored again")
 
 
 class _Work:
