@@ -221,8 +221,9 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def settle(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """The configuration with batch split and output folder worked out, the same on every rank; of a settled one it
-    changes nothing. Raises BadInput where the split cannot be.
+    """The configuration with batch split and output folder worked out, the same on every rank.
+
+    Settling it again changes nothing. Raises BadInput if the batch split is impossible.
     """
     a_pass = config.train_batch_size * ranks.world_size
     pairs = config.pairs_per_step or a_pass * config.gradient_accumulation_steps
