@@ -32,7 +32,12 @@ def run(seed: int, arguments: list[str]) -> tuple[set[str], dict[str, str]]:
         for problem in (*case.iter("failure"), *case.iter("error")):
             name = ids[0] if ids else f"{case.get('classname')}::{case.get('name')}"
             failed[name] = (problem.get("message") or "no message").strip().splitlines()[0]
-    print(f"seed {seed}: {len(cases)} tests, {len(drew)} draw, {len(failed)} failed", *sorted(failed), sep="\n    ", flush=True)
+    print(
+        f"seed {seed}: {len(cases)} tests, {len(drew)} draw, {len(failed)} failed",
+        *sorted(failed),
+        sep="\n    ",
+        flush=True,
+    )
     return drew, failed
 
 
