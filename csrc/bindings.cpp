@@ -100,15 +100,16 @@ py::tuple philox_words(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint3
 
 PYBIND11_MODULE(_native, module) {
   using namespace dpo_fast;
-  py::class_<Array>(module, "Array").def(py::init<Address, int>(), py::arg("address"), py::arg("dtype"));
-  py::class_<Place>(module, "Place")
+  const py::module_local local;  // so that one process can hold two builds
+  py::class_<Array>(module, "Array", local).def(py::init<Address, int>(), py::arg("address"), py::arg("dtype"));
+  py::class_<Place>(module, "Place", local)
       .def(py::init<int, Address, int>(), py::arg("device"), py::arg("stream"), py::arg("threads"));
-  py::class_<PairErrors>(module, "PairErrors")
+  py::class_<PairErrors>(module, "PairErrors", local)
       .def(
           py::init(&errors_of), py::arg("policy"), py::arg("ref"), py::arg("ref_error"), py::arg("target"),
           py::arg("pairs"), py::arg("targets"), py::arg("numbers"), py::arg("sums"), py::arg("policy_error"),
           py::arg("ref_error_out"), py::arg("error_delta"));
-  py::class_<PairErrorsGrad>(module, "PairErrorsGrad")
+  py::class_<PairErrorsGrad>(module, "PairErrorsGrad", local)
       .def(
           py::init(&errors_grad_of), py::arg("grad_error"), py::arg("policy"), py::arg("target"), py::arg("pairs"),
           py::arg("targets"), py::arg("numbers"), py::arg("grad"));

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from dpo_fast.kernels.dispatch import usable_backends
+from tests.cuda_on_cpu.build import Variant, reason_against
+
+ROUTES = {"cuda_source": "source", "cuda_ptx": "ptx"}  # csrc/cuda on the CPU: tests/cuda_on_cpu
 
 
 def _places() -> Iterator:
@@ -20,14 +23,27 @@ def _places() -> Iterator:
     for name in usable if torch.cuda.is_available() and not interpreting else ():
         if name != "native" or not import_module("dpo_fast.kernels.native").reason_against("cuda"):
             yield pytest.param((name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu)
+    for name, route in ROUTES.items() if "native" in usable else ():
+        reason = reason_against(route)
+        yield pytest.param(
+            ("native", route), id=name, marks=pytest.mark.skipif(bool(reason), reason=f"{name}: {reason}")
+        )
 
 
 @pytest.fixture(params=_places())
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest, seed: int) -> Iterator[str]:
     """A backend's name; new tensors lie where it computes."""
     name, device = request.param
-    with nullcontext() if device == "cpu" else torch.device(device):
-        yield name
+    if device in ROUTES.values():
+        from tests.cuda_on_cpu.emulated import emulated  # which needs the extension
+
+        gpu = emulated(Variant(device))
+        gpu.schedule(seed + 1)  # 0 is no order at random
+        with gpu.as_native():
+            yield name
+    else:
+        with nullcontext() if device == "cpu" else torch.device(device):
+            yield name
 
 
 @pytest.fixture(autouse=True)
