@@ -219,6 +219,11 @@ def read_bytes(path: Path) -> bytes:
         return regular_file(Path(path)).read_bytes()
 
 
+def read_text(path: Path) -> str:
+    """The text of a regular file in UTF-8. Raises as `read_bytes`, and ValueError where it is no UTF-8."""
+    return read_bytes(path).decode()
+
+
 def regular_files(path: Path) -> None:
     """Raise BadInput where `path`, or an entry of the folder `path` or of one in it, is neither file nor folder."""
     for entry in (path, *path.glob("*"), *path.glob("*/*")) if path.is_dir() else (path,):

@@ -25,7 +25,7 @@ from dpo_fast.data.columns import LAYOUTS, WantedColumns
 from dpo_fast.data.relabelled import check_labels
 from dpo_fast.data.sources import JsonlSource, Source, StreamedSource, TableSource, as_bad_input, stamp_of
 from dpo_fast.errors import BadInput
-from dpo_fast.files import regular_file, regular_files, user_path
+from dpo_fast.files import read_text, regular_file, regular_files, user_path
 
 
 def open_source(
@@ -121,7 +121,7 @@ def _local_splits(path: Path) -> tuple[dict[str, list[Path]], Path | None]:
     if (path / "dataset_dict.json").is_file():
         with as_bad_input(f"data set {str(path)!r}"):
             return {
-                split: [path / split] for split in json.loads((path / "dataset_dict.json").read_text())["splits"]
+                split: [path / split] for split in json.loads(read_text(path / "dataset_dict.json"))["splits"]
             }, None
     if (path / "state.json").is_file():
         return {"train": [path]}, None

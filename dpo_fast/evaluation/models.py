@@ -11,6 +11,7 @@ import torch
 
 from dpo_fast.config import TrainConfig, parse
 from dpo_fast.errors import BadInput
+from dpo_fast.files import read_text
 from dpo_fast.models import COMPUTE_DTYPES, Family, load, load_family, merge_lora
 from dpo_fast.models.faults import bad_input
 from dpo_fast.models.load import align_weights, component_config, family_of
@@ -234,7 +235,7 @@ def files_stamp(source: ModelSource) -> str:
         path = Path(place)
         index = path / "model_index.json"
         if index.is_file():
-            parts = [path / name for name in json.loads(index.read_text(encoding="utf-8"))]
+            parts = [path / name for name in json.loads(read_text(index))]
             files = [index, *(file for part in parts if part.is_dir() for file in sorted(part.iterdir()))]
         elif path.is_dir():
             files = sorted(path.glob("*.safetensors"))  # a LoRA, a VAE

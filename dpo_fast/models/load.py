@@ -33,7 +33,7 @@ from safetensors import safe_open
 from torch import nn
 
 from dpo_fast.errors import BadInput
-from dpo_fast.files import regular_files
+from dpo_fast.files import read_text, regular_files
 from dpo_fast.hub_revisions import revision_of
 from dpo_fast.models.attention import set_attention
 from dpo_fast.models.family import Family
@@ -211,7 +211,7 @@ def _kind_of_folder(path: str, hub: dict) -> type[Family]:
             raise BadInput(f"{path} has no model_index.json: name the folder of a whole diffusers pipeline")
         index = _index_from_hub(path, hub)
     try:
-        class_name = json.loads(Path(index).read_text(encoding="utf-8"))["_class_name"]
+        class_name = json.loads(read_text(Path(index)))["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path}: model_index.json names no pipeline class; load and save the pipeline again") from error
     if not isinstance(class_name, str) or class_name not in _FAMILIES:

@@ -25,7 +25,7 @@ from tests.cuda_on_cpu import ptx
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 KEPT = ROOT / "build" / "cuda_on_cpu"  # objects and extensions, named by what they are made of
-KEEP = 150  # the newest
+KEEP = 600  # the newest
 SANITIZERS = ("address", "undefined")
 LAUNCH = re.compile(r"\b(\w+)<<<(.*?)>>>\(", re.S)
 ARCH = "90"
@@ -91,7 +91,7 @@ def build(variant: Variant) -> Path:
     texts = sources(variant)
     flags = [flag for flag in setup().CPP_FLAGS if flag not in ("-O3", "-O0", "-g")]
     python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    machine = {path.name: path.read_text() for path in (HERE / "machine.h", HERE / "machine.cpp")}
+    machine = {name: (HERE / name).read_text() for name in ("machine.h", "machine.cpp")}
     machine |= {f"include/{path.name}": path.read_text() for path in (HERE / "include").glob("*.h")}
     gpu = [*flags, "-O1", "-g1", "-Iinclude", "-ftrivial-auto-var-init=pattern"]
     if variant.sanitized:
@@ -124,13 +124,34 @@ def build(variant: Variant) -> Path:
             objects.append(pool.submit(compiled, "kernels.cpp", runtime, [*gpu, *quiet]))
         made = [job.result() for job in objects]
     sanitizers = [flag for flag in gpu if flag.startswith("-fsanitize=")]
-    extension = kept("".join(map(str, made)) + str(sanitizers), "_native.so")
-    with FileLock(f"{extension}.lock"):
-        if not extension.is_file():
-            run([compiler(), "-shared", "-fopenmp", *sanitizers, *map(str, made), "-o", f"{extension}.new"])
-            os.replace(f"{extension}.new", extension)
+    extension = linked(made, ["-shared", "-fopenmp", *sanitizers], "_native.so")
     prune()
     return extension
+
+
+def build_ptx(text: str) -> Path:
+    """A library with the kernels of a text of PTX and `cuda_on_cpu_launch` (launch.cpp).
+
+    Raises:
+        ptx.Unknown: The translator does not know an instruction.
+    """
+    machine = {path.name: path.read_text() for path in HERE.glob("*.h")}
+    machine |= {path.name: path.read_text() for path in HERE.glob("*.cpp")}
+    flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-O1", "-w"]
+    kernels = {name: machine[name] for name in ("machine.h", "ptx_runtime.h")} | {"kernels.cpp": ptx.to_cpp(text)}
+    made = [compiled(name, machine, flags) for name in ("machine.cpp", "launch.cpp")]
+    made.append(compiled("kernels.cpp", kernels, flags))
+    return linked(made, ["-shared"], "kernels.so")
+
+
+def linked(objects: list[Path], flags: list[str], name: str) -> Path:
+    made = kept("\0".join([*map(str, objects), *flags]), name)
+    with FileLock(f"{made}.lock"):
+        if not made.is_file():
+            run([compiler(), *flags, *map(str, objects), "-o", f"{made}.new"])
+            os.replace(f"{made}.new", made)
+    os.utime(made)
+    return made
 
 
 def ptx_of(texts: dict[str, str], flags: tuple[str, ...] = ()) -> list[str]:

@@ -59,8 +59,9 @@ struct Fiber {
 
 // What is known of a byte of PTX's shared memory in the block that runs.
 struct SharedByte {
-  uint32_t writer, reader;  // thread number + 1; 0: none since the last barrier
-  bool written, several_readers;
+  uint32_t writer, reader;              // thread number + 1; 0: none since the last barrier of the block
+  uint32_t writer_turn, reader_turn;    // how often the thread's warp had met before
+  bool written, several_readers, several_warps;
 };
 
 struct Machine {
@@ -83,6 +84,7 @@ struct Machine {
   size_t declared_shared = 0;
   std::vector<char> shared;
   std::vector<SharedByte> shared_bytes;
+  std::vector<uint32_t> turns;  // how often each warp of the block has met
   std::unordered_map<uint64_t, uint64_t> owners;  // of bytes of global memory: who wrote them in this launch
   std::unordered_map<uint64_t, uint64_t> readers; // who read them; kSeveral
 };
@@ -156,6 +158,7 @@ __attribute__((no_sanitize("address"))) void spoil_shared() {
   }
   for (size_t i = 0; i < m.shared.size(); ++i) m.shared[i] = static_cast<char>(rubbish >> 8 * (i % 8));
   std::fill(m.shared_bytes.begin(), m.shared_bytes.end(), SharedByte{});
+  m.turns.assign(1024 / kWarp, 0);
 }
 
 void prepare_fibers(size_t count) {
@@ -196,7 +199,11 @@ void open_barrier(size_t count) {
     if (m.fibers[i]->state == State::kEnded) fail("threads wait at a barrier and others have ended", waiting->where);
   }
   for (size_t i = 0; i < count; ++i) m.fibers[i]->state = State::kReady;
-  for (SharedByte& byte : m.shared_bytes) byte.writer = byte.reader = 0, byte.several_readers = false;
+  for (SharedByte& byte : m.shared_bytes) {
+    const bool written = byte.written;
+    byte = SharedByte{};
+    byte.written = written;
+  }
   ++m.barriers;
 }
 
@@ -299,7 +306,19 @@ void reserve_shared(size_t bytes) {
   m.declared_shared = std::max(m.declared_shared, bytes);
 }
 
-char* shared_begin() { return machine().shared.data(); }
+void meet(unsigned mask, Where where) {
+  Machine& m = machine();
+  const unsigned warp = m.running->number / kWarp;
+  const bool last = [&] {  // to come: the others wait
+    for (unsigned i = 0; i < kWarp; ++i) {
+      const unsigned other = warp * kWarp + i;
+      if (mask >> i & 1 && other != m.running->number && m.fibers[other]->state != State::kInExchange) return false;
+    }
+    return true;
+  }();
+  if (last && mask == ~0u) ++m.turns[warp];  // before any of them goes on
+  exchange(mask, 0, 0, true, where);
+}
 
 void* shared_memory(uint64_t offset, size_t size, bool write, Where where) {
   Machine& m = machine();
@@ -307,20 +326,25 @@ void* shared_memory(uint64_t offset, size_t size, bool write, Where where) {
     fail("an access to shared memory ends at byte " + std::to_string(offset + size) + " of " +
          std::to_string(m.shared.size()), where);
   }
-  const uint32_t thread = m.running->number + 1;
+  const uint32_t thread = m.running->number + 1, warp = m.running->number / kWarp, turn = m.turns[warp];
+  const auto ordered = [&](uint32_t other, uint32_t turn_of_other) {  // by a meeting of the warp
+    return other == thread || ((other - 1) / kWarp == warp && turn_of_other < turn);
+  };
   for (uint64_t i = offset; i < offset + size; ++i) {
     SharedByte& byte = m.shared_bytes[i];
     if (!write && !byte.written) fail("shared memory is read before anything is written there", where);
-    const bool others_wrote = byte.writer && byte.writer != thread;
-    const bool others_read = byte.several_readers || (byte.reader && byte.reader != thread);
-    if (others_wrote || (write && others_read)) {
-      fail("two threads use the same shared memory, one of them writes, and no barrier is between", where);
+    bool race = byte.writer && !ordered(byte.writer, byte.writer_turn);
+    if (write && byte.reader) {
+      const bool only_reader = !byte.several_readers && byte.reader == thread;
+      race = race || byte.several_warps || !(only_reader || ((byte.reader - 1) / kWarp == warp && byte.reader_turn < turn));
     }
+    if (race) fail("two threads use the same shared memory, one of them writes, and no barrier is between", where);
     if (write) {
-      byte.writer = thread, byte.written = true;
+      byte = {thread, 0, turn, 0, true, false, false};
     } else {
       byte.several_readers = byte.several_readers || (byte.reader && byte.reader != thread);
-      byte.reader = thread;
+      byte.several_warps = byte.several_warps || (byte.reader && (byte.reader - 1) / kWarp != warp);
+      byte.reader = thread, byte.reader_turn = turn;
     }
   }
   return m.shared.data() + offset;

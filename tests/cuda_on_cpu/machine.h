@@ -39,13 +39,14 @@ Dim grid_size();
 void barrier(Where where);
 // All lanes of the mask meet; each gives a value and gets that of the lane it names, or its own.
 uint64_t exchange(unsigned mask, uint64_t value, unsigned lane, bool own, Where where);
+// All lanes of the mask meet; what they did to memory before is then done.
+void meet(unsigned mask, Where where);
 [[noreturn]] void fail(const std::string& what, Where where = {nullptr, 0, false});
 
 // Shared memory that PTX declares: one array for a block. The check finds addresses past its end, what is read before
 // it is written, and accesses of two threads, one of them a write, with no barrier between.
 void* shared_memory(uint64_t offset, size_t size, bool write, Where where);
 void reserve_shared(size_t bytes);  // of the kernels' own declarations, beside what a launch asks for
-char* shared_begin();
 // Global memory: what one thread writes in a launch, no other thread may read or write.
 void global_access(uint64_t address, size_t size, bool write, Where where);
 

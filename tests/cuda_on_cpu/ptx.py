@@ -42,6 +42,7 @@ class Kernel:
     module: Module
     parameters: dict[str, tuple[int, int]]  # name: number, bytes
     line: int = 0
+    named: set[str] = field(default_factory=set)  # registers whose names have no %
 
     # ---- operands
 
@@ -55,8 +56,8 @@ class Kernel:
             return f"!{self.bits(text[1:])}"
         if special := re.fullmatch(r"%(n?ctaid|n?tid)\.([xyz])", text):
             return f"{COORDINATES[special[1]]}().{special[2]}"
-        if re.fullmatch(r"%[\w$]+", text):
-            return "r_" + text[1:].replace("$", "_")
+        if re.fullmatch(r"%[\w$]+", text) or text in self.named:
+            return "r_" + text.lstrip("%").replace("$", "_")
         if exact := re.fullmatch(r"0[fF]([0-9A-Fa-f]{8})", text):
             return f"uint32_t(0x{exact[1]}u)"
         if exact := re.fullmatch(r"0[dD]([0-9A-Fa-f]{16})", text):
@@ -376,6 +377,15 @@ class Kernel:
         )
         return f"{{ auto* memory = {memory}; {' '.join(moves)} }}"
 
+    def do_stmatrix(self, rest, types, operands) -> str:
+        shape = [m for m in rest if m not in ("sync", "aligned", "shared", "m8n8")]
+        if types != ["b16"] or shape not in (["x1"], ["x2"], ["x4"]) or "shared" not in rest:
+            raise self.unknown("this stmatrix")
+        address = re.fullmatch(r"\[\s*([%\w]+)\s*(?:\+\s*(\d+))?\s*\]", operands[0])
+        start = f"{self.value(address[1], 'uint32_t')} + {address[2] or 0}u"
+        values = ", ".join(self.value(part, "uint32_t") for part in split(operands[1].strip("{}")))
+        return f"{{ const uint32_t values[] = {{{values}}}; store_matrices({start}, values, {self.where}); }}"
+
     # ---- control
 
     def do_bra(self, rest, types, operands) -> str:
@@ -389,6 +399,8 @@ class Kernel:
     do_exit = do_ret
 
     def do_bar(self, rest, types, operands) -> str:
+        if rest == ["warp", "sync"]:
+            return f"meet({self.value(operands[0], 'uint32_t')}, {self.where});"
         if rest not in (["sync"], ["cta", "sync"], ["sync", "aligned"]) or operands != ["0"]:
             raise self.unknown("a barrier other than barrier 0 of all threads")
         return f"barrier({self.where});"
@@ -433,7 +445,7 @@ def read(*texts: str) -> Module:
     """The kernels of some texts of PTX, translated."""
     module = Module()
     for text in texts:
-        text = re.sub(r"//[^\n]*", "", text)
+        text = re.sub(r"//[^\n]*|^\s*\.loc\b[^\n]*", "", text, flags=re.M)  # .loc has no semicolon
         text = re.sub(r"/\*.*?\*/", lambda comment: "\n" * comment[0].count("\n"), text, flags=re.S)
         if re.search(r"\.(func|const|tex)\b|^\s*\.(?:visible\s+)?\.global\b", text, re.M):
             raise Unknown("PTX with functions, constants or global variables is not known to tests/cuda_on_cpu/ptx.py")
@@ -493,9 +505,10 @@ def one(kernel: Kernel, statement: str) -> str:
         names = []
         for register in split(registers[2]):
             many = re.fullmatch(r"%([\w$]+)<(\d+)>", register)
-            names += [f"r_{many[1]}{i}" for i in range(int(many[2]))] if many else [f"r_{register.strip('%')}"]
+            names += [f"r_{many[1]}{i}" for i in range(int(many[2]))] if many else [f"r_{register.lstrip('%')}"]
+            kernel.named.add(register)
         return f"[[maybe_unused]] {type} {', '.join(names)};"
-    if re.match(r"\.(shared|loc|pragma)\b", statement):
+    if re.match(r"\.(shared|pragma)\b", statement):
         return ""
     match = re.fullmatch(r"(?:@(!?%\w+)\s+)?([a-z]\w*(?:[.:]+\w+)*)\s*(.*)", statement)
     if match is None:
@@ -506,7 +519,11 @@ def one(kernel: Kernel, statement: str) -> str:
 
 
 def to_cpp(*texts: str) -> str:
-    """A source file with the kernels of some texts of PTX, which registers them under their names."""
+    """A source file with the kernels of some texts of PTX, which registers them under their names.
+
+    Raises:
+        Unknown: The PTX has what the translator does not know.
+    """
     module = read(*texts)
     functions = "\n\n".join(module.kernels.values())
     names = ", ".join(f'{{"{name}", kernel_{name}}}' for name in module.kernels)

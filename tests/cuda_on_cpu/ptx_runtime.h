@@ -301,4 +301,14 @@ inline uint32_t shuffled(char kind, uint32_t value, uint32_t b, uint32_t c, uint
   return static_cast<uint32_t>(exchange(mask, value, static_cast<uint32_t>(inside ? source : lane), !inside, where));
 }
 
+// stmatrix.m8n8.b16: lane 8 i + r has the address of row r of matrix i, and holds two numbers of row lane / 4 of each.
+template <int N>
+inline void store_matrices(uint32_t address, const uint32_t (&values)[N], Where where) {
+  const uint32_t lane = thread_index().x % kWarp;
+  for (int i = 0; i < N; ++i) {
+    const uint64_t row = exchange(~0u, address, 8 * i + lane / 4, false, where);
+    *shared<uint32_t, 1>(row + 4 * (lane % 4), true, where) = values[i];
+  }
+}
+
 }  // namespace cuda_on_cpu

@@ -28,7 +28,7 @@ from dpo_fast.checksums import Damaged, digest, parse_signed, sha256_of, write_s
 from dpo_fast.data.cache.recipe import Recipe
 from dpo_fast.data.images import KEY_BYTES
 from dpo_fast.errors import DISK_ERRORS, FORBIDDEN, BadInput, remedy
-from dpo_fast.files import flush, has_temporaries, read_bytes, regular_file, remove_temporaries, user_path, write_json
+from dpo_fast.files import flush, has_temporaries, read_bytes, read_text, remove_temporaries, user_path, write_json
 
 SHARD_BYTES = 256 << 20  # a full shard's records, about
 _SHARD = re.compile(r"shard-(\d+)-(\d+)\.(json|bin|part|log)$")
@@ -376,7 +376,7 @@ def _check_recipe(folder: Path, recipe: Recipe) -> None:
     if not path.exists():
         return
     try:
-        there = json.loads(regular_file(path).read_text(encoding="utf-8"))
+        there = json.loads(read_text(path))
     except ValueError as error:
         raise BadInput(f"{path} cannot be read ({error}): delete this file, it is made again") from error
     if there != recipe.as_json():

@@ -14,7 +14,7 @@ from dpo_fast.data.cache.manifest import Manifest
 from dpo_fast.data.cache.recipe import Recipe
 from dpo_fast.data.cache.store import locked, read_shard, remove_shard, shard_indices
 from dpo_fast.errors import BadInput
-from dpo_fast.files import contents, remove_folder, rename_away
+from dpo_fast.files import contents, read_text, remove_folder, rename_away
 
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
 
@@ -64,7 +64,7 @@ def verify(root: Path, *, remove: bool = False) -> Iterator[tuple[Path, str | No
                 continue
             try:
                 path = entry.folder / "recipe.json"
-                recipe = Recipe.from_json(json.loads(path.read_text(encoding="utf-8")))
+                recipe = Recipe.from_json(json.loads(read_text(path)))
                 if recipe.folder_name != entry.folder.name:
                     raise ValueError(f"it is the recipe of {recipe.folder_name}")
             except (FileNotFoundError, ValueError) as error:
