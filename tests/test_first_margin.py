@@ -62,7 +62,7 @@ class Size:
             layers_per_block=1,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 1, 2),
+            transformer_layers_per_block=(1, 1, 1),
             cross_attention_dim=self.text,
             attention_head_dim=tuple(width // self.head for width in self.channels),  # the number of heads
             use_linear_projection=True,

@@ -60,7 +60,11 @@ class Block(nn.Module):
         return self.after(Attend.apply(self.op, F.silu(self.before(x))).sin())
 
 
-LIBRARIES = sorted(name for name in recompute._KEPT if not name.startswith("aten::"))
+LIBRARIES = [
+    *("xformers_flash::flash_fwd", "xformers_flash3::flash_fwd", "xformer::memory_efficient_attention_forward"),
+    *("xformers::efficient_attention_forward_ck", "xformers::efficient_attention_forward_cutlass"),
+    *("flash_attn::_flash_attn_forward", "flash_attn_3::fwd", "_diffusers_flash_attn_3::_flash_attn_forward"),
+]
 
 
 @pytest.mark.parametrize("name", [*LIBRARIES, "elsewhere::flash_fwd"])
@@ -69,7 +73,7 @@ def test_attention_of_a_library_is_kept(name):
     calls = []
     namespace, op = name.split("::")
     if registered := getattr(getattr(torch.ops, namespace), op, None):  # by its library, for a device of its own
-        assert recompute._name(registered.default) == name
+        assert name in LIBRARIES and recompute._name(registered.default) in recompute._KEPT
         return
     with torch.library._scoped_library(namespace, "FRAGMENT") as library:
         library.define(f"{op}(Tensor x) -> (Tensor, Tensor)")
