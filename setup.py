@@ -1,6 +1,8 @@
 """Builds the extension dpo_fast._native; everything else about the package is in pyproject.toml.
 
-C++ always, CUDA too where nvcc is found (CUDA_HOME, else the PATH). Needs neither PyTorch nor its headers.
+C++ always, CUDA too where nvcc is found: in CUDA_HOME, CUDA_PATH, the PATH, /usr/local/cuda* or packages of pip
+(nvidia-cuda-nvcc and nvidia-cuda-cccl). Needs neither PyTorch nor its headers. Where CUDA is left out, the build says
+why in a line (pip install -v shows it), which the extension keeps for `python -m dpo_fast.env`.
 
     DPO_FAST_BUILD       auto (default): what fails to compile is left out, and said; cpu; cuda: both; none
     DPO_FAST_CUDA_ARCHS  compute capabilities, as 80,90; default: the visible GPU's, else of ARCHS what nvcc knows
@@ -10,12 +12,15 @@ Objects stay under build/ and are compiled again when a source, a header or the 
 """
 
 import os
+import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -24,10 +29,13 @@ from setuptools.errors import CompileError
 
 CSRC = Path("csrc")
 HEADERS = sorted(CSRC.rglob("*.h")) + sorted(CSRC.rglob("*.cuh"))
-CPP_SOURCES = [CSRC / "bindings.cpp", *sorted(CSRC.glob("cpu/*.cpp"))]
+BINDINGS = CSRC / "bindings.cpp"
+CPP_SOURCES = [BINDINGS, *sorted(CSRC.glob("cpu/*.cpp"))]
 CUDA_SOURCES = sorted(CSRC.glob("cuda/*.cu"))
 NO_CUDA = CSRC / "cuda" / "absent.cpp"
 ARCHS = ("80", "86", "89", "90", "100", "120")
+SYSTEM = Path("/usr/local")  # where CUDA's own installers put it
+PACKAGES = "pip install nvidia-cuda-nvcc nvidia-cuda-cccl"  # what they require comes along
 
 MODE = os.environ.get("DPO_FAST_BUILD") or "auto"
 OBJECTS = Path("build") / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"  # pip's own is temporary
@@ -44,9 +52,72 @@ CUDA_FLAGS = [
 ]
 
 
+def say(line: str) -> None:
+    print(f"dpo_fast: {line}", file=sys.stderr)
+
+
+def numbers_in(path: Path) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", path.name)]
+
+
+def pip_folders() -> list[Path]:
+    """nvidia/*/bin in the environments at hand: nvidia-cuda-nvcc of CUDA 13 is in nvidia/cu13.
+
+    An isolated build cannot import the user's packages, but their files are there: pip runs it with the prefix of the
+    user's environment; uv and `build` in an environment of their own, with the user's on the PATH where it is active.
+    """
+    active = [Path(folder).parent for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
+    prefixes = [
+        *(sys.prefix, os.environ.get("VIRTUAL_ENV"), os.environ.get("CONDA_PREFIX"), sys.base_prefix),
+        *(str(prefix) for prefix in active if (prefix / "pyvenv.cfg").is_file()),
+        *(site.getuserbase(), str(SYSTEM)),
+    ]
+    folders = []
+    for prefix in dict.fromkeys(filter(None, prefixes)):
+        toolkits = Path(prefix).glob("lib/python*/*-packages/nvidia/*")
+        folders += [toolkit / "bin" for toolkit in sorted(toolkits, key=numbers_in, reverse=True)]
+    return folders
+
+
+def nvcc_places() -> dict[str, list[Path]]:
+    """The places where nvcc is looked for, in order, and their folders."""
+    named = {
+        f"{name} ({home})": [Path(home) / "bin"]
+        for name in ("CUDA_HOME", "CUDA_PATH")
+        if (home := os.environ.get(name))
+    }
+    versions = sorted(SYSTEM.glob("cuda-*"), key=numbers_in, reverse=True)
+    return {
+        **named,
+        "the PATH": [Path(folder) for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if folder],
+        f"{SYSTEM}/cuda*": [toolkit / "bin" for toolkit in (SYSTEM / "cuda", *versions)],
+        "the packages of pip": pip_folders(),
+    }
+
+
 def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    """The first nvcc. A CUDA_HOME or CUDA_PATH without one is named and passed over."""
+    for place, folders in nvcc_places().items():
+        if nvcc := shutil.which("nvcc", path=os.pathsep.join(map(str, folders))):
+            return nvcc
+        if place.startswith("CUDA_"):
+            say(f"{place} has no bin/nvcc; looking elsewhere")
+    return None
+
+
+def toolkit_flags(nvcc: str) -> tuple[list[str], list[str]]:
+    """What nvcc has to be told of the folders of a package of pip, to compile and to link: of a toolkit it knows them.
+
+    Packages of pip have lib and no lib64, which the nvcc of 13.0 and 13.1 looks into; and a part may lie in a folder
+    of its own beside the others (nvidia/cuda_runtime).
+    """
+    own = Path(nvcc).resolve().parents[1]
+    if own.parent.name != "nvidia":
+        return [], []
+    roots = [own, *sorted(own.parent.iterdir())]
+    headers = next((root / "include" for root in roots if (root / "include/cuda_runtime.h").is_file()), own / "include")
+    libraries = (folder for root in roots for folder in root.glob("lib*") if (folder / "libcudart_static.a").is_file())
+    return [f"-I{headers}"], [f"-L{folder}" for folder in islice(libraries, 1)]
 
 
 def words_of(*command: str) -> list[str]:
@@ -58,21 +129,50 @@ def words_of(*command: str) -> list[str]:
 
 
 def cuda_archs(nvcc: str) -> list[str]:
+    """Compute capabilities to compile for, as 80 or 90a, the lowest first."""
     if asked := os.environ.get("DPO_FAST_CUDA_ARCHS"):
-        return asked.replace(".", "").replace(",", " ").split()
+        archs = asked.replace(".", "").replace(",", " ").split()
+        for arch in archs:
+            if not re.fullmatch(r"\d{2,3}[af]?", arch):
+                raise CompileError(f"DPO_FAST_CUDA_ARCHS: {arch!r} is no compute capability; give e.g. 80,90")
+        return sorted(set(archs), key=arch_key)
     known = {word.removeprefix("compute_") for word in words_of(nvcc, "--list-gpu-arch")}
     visible = words_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
     usable = known.intersection(word.replace(".", "") for word in visible)
-    archs = sorted(usable, key=int) or [arch for arch in ARCHS if arch in known]
+    archs = sorted(usable, key=arch_key) or [arch for arch in ARCHS if arch in known]
     if not archs:
         raise CompileError(f"{nvcc} knows none of the architectures {', '.join(ARCHS)}; set DPO_FAST_CUDA_ARCHS")
     return archs
 
 
+def arch_key(arch: str) -> tuple[int, str]:
+    return int(arch.rstrip("af")), arch
+
+
+def ptx_arch(archs: list[str]) -> str:
+    """The one whose PTX goes in too: the highest, of those that later GPUs run (90a's runs on 9.0 alone)."""
+    return ([arch for arch in archs if arch.isdigit()] or archs)[-1]
+
+
 def arch_flags(archs: list[str]) -> list[str]:
-    """Code for each architecture, and PTX of the last for those to come."""
+    """Code for each architecture, and PTX of one for those to come."""
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    ptx = ptx_arch(archs)
+    return [*flags, f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
+
+
+def literal(name: str, text: str) -> str:
+    """A -D that defines a C string."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'-D{name}="{escaped}"'
+
+
+def first_error(error: CompileError) -> str:
+    """The line of a failed command's output that says most: the first with the word error, else the first."""
+    first, *output = filter(None, map(str.strip, str(error).splitlines()))
+    if not output:  # no command ran, or it said nothing
+        return first
+    return next((line for line in output if "error" in line.lower()), output[0])
 
 
 def run(command: list[str]) -> None:
@@ -81,7 +181,8 @@ def run(command: list[str]) -> None:
     except OSError as error:
         raise CompileError(f"{command[0]} cannot run: {error}") from error
     if done.returncode:
-        raise CompileError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+        output = f"{done.stdout}{done.stderr}".strip() or f"exit status {done.returncode}"
+        raise CompileError(f"{shlex.join(command)}\n{output}")
     if done.stderr.strip():
         print(done.stderr, file=sys.stderr)
 
@@ -96,19 +197,28 @@ class BuildNative(build_ext):
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
+        if MODE == "cpu":
+            return self.build(ext, None, "DPO_FAST_BUILD was cpu; install dpo_fast again without it")
         nvcc = find_nvcc()
-        if MODE == "cuda" and nvcc is None:
-            raise CompileError("DPO_FAST_BUILD=cuda needs nvcc: set CUDA_HOME or put it on the PATH")
-        if nvcc is not None and MODE in ("auto", "cuda"):
+        if nvcc is None:
+            places = ", ".join(nvcc_places())
+            reason = f"no nvcc in {places}; {PACKAGES}, or set CUDA_HOME, then install dpo_fast again"
+            if MODE == "cuda":
+                raise CompileError(f"DPO_FAST_BUILD=cuda needs nvcc: {reason}")
+        else:
             try:
                 return self.build(ext, nvcc)
             except CompileError as error:
                 if MODE == "cuda":
                     raise
-                print(f"dpo_fast: building without CUDA kernels, which do not compile here: {error}", file=sys.stderr)
-        self.build(ext, None)
+                # nv/target: a header of nvidia-cuda-cccl, which nvidia-cuda-nvcc does not require
+                remedy = PACKAGES if "nv/target" in str(error) else "DPO_FAST_BUILD=cuda shows all that it says"
+                reason = f"{nvcc} failed: {first_error(error)}; {remedy}"
+        say(f"building without CUDA kernels: {reason}")
+        self.build(ext, None, reason)
 
-    def build(self, ext: Extension, nvcc: str | None) -> None:
+    def build(self, ext: Extension, nvcc: str | None, left_out: str = "") -> None:
+        """Compile and link. left_out: why there is no nvcc."""
         import pybind11
 
         version = f"-DPYBIND11_USED={pybind11.__version__}"  # its folder is another in each isolated build
@@ -116,13 +226,19 @@ class BuildNative(build_ext):
         includes = [version, f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         commands = {source: [compiler, *CPP_FLAGS, *includes] for source in CPP_SOURCES}
         if nvcc is None:
-            commands[NO_CUDA] = [compiler, *CPP_FLAGS]
+            commands[NO_CUDA] = [compiler, *CPP_FLAGS, literal("DPO_FAST_LEFT_OUT", left_out)]
             link = [compiler, "-shared", "-fopenmp"]
         else:
             host = ["-ccbin", compiler]
-            flags = arch_flags(cuda_archs(nvcc))
-            commands |= {source: [nvcc, *host, *CUDA_FLAGS, *flags] for source in CUDA_SOURCES}
-            link = [nvcc, *host, "-shared", "-cudart=static", "-Xcompiler=-fopenmp"]
+            archs = cuda_archs(nvcc)
+            headers, libraries = toolkit_flags(nvcc)
+            commands[BINDINGS] += [
+                literal("DPO_FAST_CUBINS", ",".join(archs)),
+                literal("DPO_FAST_PTX", ptx_arch(archs)),
+            ]
+            commands |= {source: [nvcc, *host, *CUDA_FLAGS, *headers, *arch_flags(archs)] for source in CUDA_SOURCES}
+            link = [nvcc, *host, "-shared", "-cudart=static", *libraries, "-Xcompiler=-fopenmp"]
+            say(f"building CUDA kernels with {nvcc} for sm_{', sm_'.join(archs)}")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             # CUDA first: it takes longest
             objects = list(pool.map(self.compile, *zip(*reversed(commands.items()), strict=True)))

@@ -5,6 +5,11 @@
 #include "arithmetic.h"
 #include "ops.h"
 
+#ifndef DPO_FAST_CUBINS  // setup.py defines both where there are CUDA kernels
+#define DPO_FAST_CUBINS ""
+#define DPO_FAST_PTX ""
+#endif
+
 namespace py = pybind11;
 
 namespace dpo_fast {
@@ -128,4 +133,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("pair_sums_floats", &dpo_fast::pair_sums_floats, py::arg("place"), py::arg("images"), py::arg("numbers"));
   module.def("cuda_fault", &cuda::fault, py::arg("device"));
   module.def("philox", &philox_words);
+  module.attr("cuda_cubins") = DPO_FAST_CUBINS;  // compute capabilities with code of their own: "80,90a"; "": no CUDA
+  module.attr("cuda_ptx") = DPO_FAST_PTX;        // the one whose PTX is in too: "90"
 }

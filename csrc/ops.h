@@ -104,7 +104,7 @@ void pair_errors(const PairErrors& op, Place place);            // 2 launches
 void pair_errors_grad(const PairErrorsGrad& op, Place place);   // 1 launch
 void dpo_loss(const DPOLoss& op, Place place);                  // 2 launches
 void dpo_loss_grad(const DPOLossGrad& op, Place place);         // 1 launch
-std::string fault(int device);  // why the kernels cannot run on the device, or ""
+std::string fault(int device);  // loads all kernels into the device; why they cannot run there, or ""
 }  // namespace cuda
 
 }  // namespace dpo_fast

@@ -33,9 +33,25 @@ def report() -> str:
     if not torch.cuda.is_available():
         lines.append("gpu: none usable")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    lines += _native_build()
     for title, found in ((f"{device} kernels", usable_backends(device)), ("attention", usable_attention())):
         lines += [f"{title} {name}: {'usable' if not why else 'not usable: ' + why}" for name, why in found.items()]
     return "\n".join(lines)
+
+
+def _native_build() -> list[str]:
+    """What the extension holds, and what each GPU runs of it."""
+    import torch
+
+    try:
+        from dpo_fast.kernels import native
+    except ImportError as error:
+        return [f"native build: none ({error})"]
+    lines = [f"native build: {native.build()}"]
+    for index in range(torch.cuda.device_count()):
+        if code := native.code_on(torch.cuda.get_device_capability(index)):
+            lines.append(f"gpu {index} native: {code}")
+    return lines
 
 
 def _version(package: str) -> str:

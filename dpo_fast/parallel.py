@@ -5,6 +5,7 @@ backward pass, and the reference runs on the very module that is trained.
 """
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,11 +49,18 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum_(self, tensors: list[torch.Tensor]) -> None:
-        """Sum fp32 `tensors` over the ranks in place, bucketed; every rank ends with the same bits."""
+    def sum_(self, tensors: list[torch.Tensor], like: list[torch.Tensor] | None = None) -> None:
+        """Sum fp32 `tensors` over the ranks in place, bucketed; every rank ends with the same bits.
+
+        like: a tensor of the same shape for each, in whose memory order it is put into its bucket; default: the order
+        of its indices. For gradients give the parameters: a gradient that lies as its parameter does is then copied as
+        it lies, without a transposition, and one that does not (autograd may choose) still meets those of other ranks
+        number by number, since all ranks hold their parameters in one order (`broadcast_`).
+        """
         if self.world_size == 1:
             return
-        for bucket in _buckets(tensors):
+        views = tensors if like is None else [t.permute(memory_order(p)) for t, p in zip(tensors, like, strict=True)]
+        for bucket in _buckets(views):
             flat = torch.cat([t.reshape(-1) for t in bucket])
             with self._waiting("the other ranks' gradients"):
                 dist.all_reduce(flat)
@@ -61,8 +69,17 @@ class Ranks:
             )
 
     def broadcast_(self, tensors: list[torch.Tensor]) -> None:
-        """Give every rank the main rank's values, in place."""
+        """Give every rank the main rank's values, in place.
+
+        Raises RuntimeError where a rank's tensors lie in another memory order: numbers are sent as they lie.
+        """
         if self.world_size > 1:
+            orders = self.gather([(tuple(t.shape), memory_order(t)) for t in tensors])
+            if different := [rank for rank, order in enumerate(orders) if order != orders[0]]:
+                raise RuntimeError(
+                    f"rank {different[0]} does not hold the weights in the shapes and memory order of rank 0; run the"
+                    " same versions of dpo_fast, diffusers and torch on every host"
+                )
             with self._waiting("the main rank's weights"):
                 for tensor in tensors:
                     dist.broadcast(tensor, src=0)
@@ -219,6 +236,14 @@ def _check_launcher() -> None:
                 f"accelerate asks for {what} ({variable}={value}), which has no effect here: launch without it, for"
                 " example by `accelerate launch --multi_gpu`, or mend its configuration with `accelerate config`"
             )
+
+
+def memory_order(tensor: torch.Tensor) -> list[int]:
+    """The dimensions from the one with the largest steps in memory to the one with the smallest.
+
+    A dense tensor permuted so is contiguous. Dimensions of size 1 come first: their strides mean nothing.
+    """
+    return sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d) if tensor.shape[d] > 1 else -math.inf)
 
 
 def _buckets(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:

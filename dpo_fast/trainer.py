@@ -119,7 +119,7 @@ class Trainer:
             (terms.loss * self.masters.loss_scale).backward()
             self.masters.accumulate()
         # step: one reduction over the ranks, then clip and update, or skip
-        self.ranks.sum_([*self.masters.gradients(), loss, reward])
+        self.ranks.sum_([*self.masters.gradients(), loss, reward], like=[*self.masters.masters, loss, reward])
         self.grad_norm = self.masters.step(self.run_.step, loss[0], self.ranks.world_size * passes)
         self.run_.kl = (reward[0] / self.ranks.world_size).nan_to_num(0.0, 0.0).clamp(min=0)
         self.run_.step += 1

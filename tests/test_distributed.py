@@ -3,7 +3,10 @@
 import json
 
 import pytest
+import torch
 
+from dpo_fast.parallel import memory_order
+from dpo_fast.trainer import Trainer
 from tests.helpers.runs import STEPS, assert_same_state, flags_for, lines, opened, start, train, weights
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -43,6 +46,22 @@ def test_batch_splits_train_alike(sdxl_path, pairs, tmp_path):
         for name, weight in results[0][1].items():
             # Adam first steps by lr * sign(gradient): where a gradient is all rounding, 2 lr apart a step
             assert (weight - other[name]).abs().max() <= 2 * STEPS * 1e-5
+
+
+@pytest.mark.parametrize("more", [["--tuning", "full"], ["--tuning", "full", "--mixed_precision", "bf16"]])
+def test_gradients_of_a_step_lie_as_the_parameters_they_are_reduced_like(sdxl_path, pairs, tmp_path, more):
+    """So none is transposed on its way into a bucket; those of convolutions are channels_last."""
+    flags = flags_for(sdxl_path, pairs, tmp_path / "run", *more)
+    trainer = Trainer(opened(flags), flags)
+    sums = []
+    trainer.ranks.sum_ = lambda tensors, like: sums.append((tensors, like))
+    trainer.train_step()
+    ((tensors, like),) = sums
+    masters = trainer.masters.masters
+    assert len(tensors) == len(like) == len(masters) + 2  # loss and reward
+    assert all(a is b for a, b in zip(like, masters, strict=False))
+    assert all(t.permute(memory_order(p)).is_contiguous() for t, p in zip(tensors, like, strict=True))
+    assert any(not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
 
 
 def test_two_processes_train_as_one(sdxl_path, pairs, tmp_path):

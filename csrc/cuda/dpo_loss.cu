@@ -30,6 +30,8 @@ __global__ void __launch_bounds__(kThreads) loss_grad(const DPOLossGrad op, cons
 
 }  // namespace
 
+void preload_dpo_loss() { preload(finish_loss, loss_grad); }
+
 void dpo_loss(const DPOLoss& op, Place place) {
   const OnDevice on(place.device);
   const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);

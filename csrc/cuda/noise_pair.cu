@@ -116,6 +116,8 @@ __global__ void __launch_bounds__(kThreads) noise_numbers(const NoisePair op) {
 
 }  // namespace
 
+void preload_noise_pair() { preload(noise_planes, noise_pixels, noise_numbers); }
+
 void noise_pair(const NoisePair& op, Place place) {
   const OnDevice on(place.device);
   const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);

@@ -58,6 +58,8 @@ __global__ void __launch_bounds__(kThreads) errors_grad(const PairErrorsGrad op,
 
 }  // namespace
 
+void preload_pair_errors() { preload(sum_images, finish_errors, errors_grad); }
+
 void launch_sum_images(const PairErrors& op, const Cut& cut, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(cut.chunks), grid_rows(2 * op.pairs));
   sum_images<<<grid, kThreads, 0, stream>>>(op, cut.chunks);
@@ -94,8 +96,9 @@ std::string fault(int device) {
   }
   try {
     const OnDevice on(device);
-    cudaFuncAttributes attributes;
-    check(cudaFuncGetAttributes(&attributes, sum_images));
+    preload_noise_pair();
+    preload_pair_errors();
+    preload_dpo_loss();
   } catch (const std::runtime_error& error) {
     cudaGetLastError();  // so that the next launch does not find it
     return std::string(error.what()) + "; install dpo_fast again on this machine, or set DPO_FAST_CUDA_ARCHS";

@@ -17,7 +17,21 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-// Makes a device current while it lives.
+// Loads kernels into the current device. A kernel is otherwise loaded at its first launch (CUDA_MODULE_LOADING=LAZY is
+// the default), which is an error while a graph is captured.
+template <typename... Kernels>
+void preload(Kernels*... kernels) {
+  cudaFuncAttributes attributes;
+  (check(cudaFuncGetAttributes(&attributes, kernels)), ...);
+}
+
+// All kernels of each .cu file.
+void preload_noise_pair();
+void preload_pair_errors();
+void preload_dpo_loss();
+
+// Makes a device current while it lives. native.py has made it so in PyTorch's runtime, and so in the driver, from
+// which this static runtime takes it: then nothing changes here, and PyTorch's runtime is not left on another device.
 class OnDevice {
  public:
   explicit OnDevice(int device) {

@@ -7,6 +7,8 @@ serves every version of it.
 
 import functools
 import os
+import re
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -36,7 +38,61 @@ def reason_against(device_type: str) -> str:
 
 @functools.cache
 def _cuda_fault(device: int) -> str:
-    return _native.cuda_fault(device)
+    """Loads all kernels into a device; why they cannot run there, or "".
+
+    Kernels are loaded here and not at their first launches, so that a call that is captured in a CUDA graph, where
+    loading is an error, has nothing left to load. This call itself has to come before the capture.
+    """
+    if not torch.cuda.is_available():
+        return _native.cuda_fault(device)
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"backend 'native' is used on cuda:{device} for the first time while a CUDA graph is captured, where"
+                " its kernels cannot be loaded; call an op once on that device before the capture"
+            )
+        return _native.cuda_fault(device)
+
+
+def build() -> str:
+    """What the extension was compiled for, in a line; where it has no CUDA kernels, why."""
+    if not _native.cuda_cubins:
+        return f"C++; {_native.cuda_fault(0)}"
+    archs = ", ".join(f"sm_{arch}" for arch in _native.cuda_cubins.split(","))
+    return f"C++ and CUDA for {archs}, and PTX of compute_{_native.cuda_ptx}"
+
+
+def code_on(capability: tuple[int, int]) -> str:
+    """What a GPU of a compute capability runs, in a line: code of the build, PTX compiled by its driver (JIT), nothing.
+
+    "" where the extension was built without CUDA.
+    """
+    cubins, name = _native.cuda_cubins.split(","), "sm_{}{}".format(*capability)
+    if cubins == [""]:
+        return ""
+    if fitting := [arch for arch in cubins if runs_on(capability, arch, is_ptx=False)]:
+        return f"compiled code of sm_{fitting[-1]}"
+    remedy = f"install dpo_fast again on this machine, or with DPO_FAST_CUDA_ARCHS={name.removeprefix('sm_')}"
+    if runs_on(capability, _native.cuda_ptx, is_ptx=True):
+        return (
+            f"JIT: the build has no code for {name}, so the driver compiles its PTX of compute_{_native.cuda_ptx} when"
+            f" the kernels are loaded; to avoid that, {remedy}"
+        )
+    return f"none: the build has neither code nor PTX for {name}; {remedy}"
+
+
+def runs_on(capability: tuple[int, int], arch: str, is_ptx: bool) -> bool:
+    """Whether a GPU of a compute capability runs code compiled for `arch` (80, 90a, 100f), or PTX of it.
+
+    Code runs on its own major version from its minor version on, PTX on all that is not older. With the suffix a both
+    run on that very capability only, with f on its family, which is the major version. (CUDA programming guide,
+    "Binary Compatibility", "PTX Compatibility", "Feature Set Compiler Targets"; Tegra's own capabilities are left out.)
+    """
+    digits, suffix = re.fullmatch(r"(\d+)([af]?)", arch).groups()
+    built = divmod(int(digits), 10)
+    if suffix == "a":
+        return capability == built
+    return capability >= built if is_ptx and not suffix else capability[0] == built[0] and capability >= built
 
 
 # noise_pair
@@ -63,8 +119,9 @@ def noise_pair_fwd(
     noisy = torch.empty_like(latents, dtype=dtype)
     target_shape = (images if velocity else pairs, channels, height, width)
     target = torch.empty(target_shape, dtype=torch.float32, device=latents.device, memory_format=layout)
-    _native.noise_pair(
-        place=_place(latents),
+    _call(
+        "noise_pair",
+        latents,
         latents=_images(latents, latents),
         signal=_vector(sqrt_alpha_bar, torch.float32, pairs, latents),
         sigma=_vector(sqrt_one_minus_alpha_bar, torch.float32, pairs, latents),
@@ -86,10 +143,9 @@ def noise_pair_fwd(
 
 
 def pair_errors_fwd(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    place = _place(policy_pred)
     policy_error, ref_error, error_delta = (_floats(policy_pred, policy_pred.shape[0]) for _ in range(3))
-    errors, _workspace = _errors(place, policy_pred, ref, target, policy_error, ref_error, error_delta)
-    _native.pair_errors(place, errors)
+    errors, _workspace = _errors(policy_pred, ref, target, policy_error, ref_error, error_delta)
+    _call("pair_errors", policy_pred, errors=errors)
     return policy_error, ref_error, error_delta
 
 
@@ -97,7 +153,7 @@ def pair_errors_bwd(grad_error: Tensor, policy_pred: Tensor, target: Tensor) -> 
     grad = torch.empty_like(policy_pred)
     grad_error = grad_error.float().contiguous()
     address = _vector(grad_error, torch.float32, policy_pred.shape[0], policy_pred)
-    _native.pair_errors_grad(_place(policy_pred), _errors_grad(address, policy_pred, target, grad))
+    _call("pair_errors_grad", policy_pred, errors=_errors_grad(address, policy_pred, target, grad))
     return grad
 
 
@@ -107,12 +163,13 @@ def pair_errors_bwd(grad_error: Tensor, policy_pred: Tensor, target: Tensor) -> 
 def dpo_loss_fwd(
     policy_pred: Tensor, ref: Tensor, target: Tensor, beta: float, label: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    place, images = _place(policy_pred), policy_pred.shape[0]
+    images = policy_pred.shape[0]
     policy_error, ref_error = _floats(policy_pred, images), _floats(policy_pred, images)
     loss, margin = _floats(policy_pred), _floats(policy_pred, images // 2)
-    errors, _workspace = _errors(place, policy_pred, ref, target, policy_error, ref_error, None)
-    _native.dpo_loss(
-        place=place,
+    errors, _workspace = _errors(policy_pred, ref, target, policy_error, ref_error, None)
+    _call(
+        "dpo_loss",
+        policy_pred,
         errors=errors,
         beta=beta,
         label=_vector(label, torch.float32, images // 2, policy_pred),
@@ -133,8 +190,9 @@ def dpo_loss_bwd(
     weight: Tensor | None,
 ) -> Tensor:
     grad, pairs = torch.empty_like(policy_pred), policy_pred.shape[0] // 2
-    _native.dpo_loss_grad(
-        place=_place(policy_pred),
+    _call(
+        "dpo_loss_grad",
+        policy_pred,
         errors=_errors_grad(0, policy_pred, target, grad),
         grad_loss=_vector(grad_loss.view(1), torch.float32, 1, policy_pred),
         margin=_vector(margin, torch.float32, pairs, policy_pred),
@@ -146,6 +204,20 @@ def dpo_loss_bwd(
 
 
 # What the extension takes. ValueError for what it cannot compute with.
+
+
+def _call(op: str, x: Tensor, **arguments: Any) -> None:
+    """Call an op of the extension where x lies.
+
+    The device is made current in PyTorch first: its runtime then makes the context current that the extension's own,
+    static runtime launches in, and both end on the device they began on.
+    """
+    with _current(x.device):
+        getattr(_native, op)(place=_place(x), **arguments)
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _place(x: Tensor) -> Any:
@@ -192,7 +264,6 @@ def _floats(like: Tensor, *shape: int) -> Tensor:
 
 
 def _errors(
-    place: Any,
     policy_pred: Tensor,
     ref: Tensor | None,
     target: Tensor,
@@ -201,8 +272,9 @@ def _errors(
     error_delta: Tensor | None,
 ) -> tuple[Any, Tensor]:
     """The extension's PairErrors, and its workspace, which has to live until the call."""
-    images, numbers = policy_pred.shape[0], policy_pred[0].numel()
-    sums = _floats(policy_pred, _native.pair_sums_floats(place, images, numbers))
+    images = policy_pred.shape[0]
+    numbers = policy_pred.numel() // images
+    sums = _floats(policy_pred, _native.pair_sums_floats(_place(policy_pred), images, numbers))
     is_errors = ref is not None and ref.dim() == 1
     errors = _native.PairErrors(
         policy=_images(policy_pred, policy_pred),
@@ -227,6 +299,6 @@ def _errors_grad(grad_error: int, policy_pred: Tensor, target: Tensor, grad: Ten
         target=_images(target, policy_pred),
         pairs=policy_pred.shape[0] // 2,
         targets=target.shape[0],
-        numbers=policy_pred[0].numel(),
+        numbers=policy_pred.numel() // policy_pred.shape[0],
         grad=_images(grad, policy_pred),
     )

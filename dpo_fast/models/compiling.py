@@ -2,7 +2,8 @@
 
 The policy runs with a graph and the reference without one, LoRA's without adapters too: these are several programs of
 one block. Inductor keeps in fp32 what an eager UNet rounds between two operators, and where it does so depends on what
-it could fuse, so two programs would differ. Compiled blocks therefore round where eager ones do.
+it could fuse, so two programs would differ. Compiled blocks therefore round where eager ones do. On a GPU it also times
+several cuts of a sum and takes the fastest, another one for another program: `deterministic` chooses by rules instead.
 """
 
 import importlib
@@ -18,7 +19,11 @@ from dpo_fast.errors import BadInput
 
 # A program for each shape, for inputs with and without a gradient; PyTorch's own limit of 8 is below what SD1.5 has.
 PROGRAMS_AT_MOST = 64
-OPTIONS = {"emulate_precision_casts": True}  # round where an eager block does
+# Of the programs made with them alone, not of the process.
+OPTIONS = {
+    "emulate_precision_casts": True,  # round where an eager block does
+    "deterministic": True,  # no timing where its outcome would change the order of additions (a GPU's reductions)
+}
 
 
 def compile_unet(unet: UNet2DConditionModel, mode: str) -> None:

@@ -7,17 +7,21 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-_aten = torch.ops.aten
-_PRODUCTS = (_aten.mm.default, _aten.addmm.default, _aten.bmm.default)
+_PRODUCTS = frozenset(("aten::mm", "aten::addmm", "aten::bmm"))
 # What is dear to compute and therefore kept by "selective"; everything else is bound by memory and cheap to repeat.
-_KEPT = (
-    *_PRODUCTS,
-    _aten.convolution.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-)
+# By name, since libraries register their operators when they are imported, if they are there at all.
+_KEPT = _PRODUCTS | {
+    "aten::convolution",
+    # scaled_dot_product_attention, and the operators below it that xformers calls (CUTLASS, and flash in PyTorch)
+    *(f"aten::_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn")),
+    *("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_fused_attention_overrideable"),
+    *(f"aten::_{kind}_attention_forward" for kind in ("flash", "efficient", "cudnn")),
+    # xformers 0.0.35: its own wrappers, CK on AMD, what it compiles into one operator; CUTLASS of earlier versions
+    *("xformers_flash::flash_fwd", "xformers_flash3::flash_fwd", "xformers::efficient_attention_forward_ck"),
+    *("xformer::memory_efficient_attention_forward", "xformers::efficient_attention_forward_cutlass"),
+    # flash-attn 2 and 3, and diffusers' wrapper of the latter
+    *("flash_attn::_flash_attn_forward", "flash_attn_3::fwd", "_diffusers_flash_attn_3::_flash_attn_forward"),
+}
 # A product over an inner dimension as short as a LoRA's rank is cheaper to repeat than to keep.
 _SHORT = 64
 
@@ -48,5 +52,13 @@ def _keeping():
 
 
 def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    short = op in _PRODUCTS and args[-1].shape[-2] <= _SHORT
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT and not short else CheckpointPolicy.PREFER_RECOMPUTE
+    name = _name(op)
+    short = name in _PRODUCTS and args[-1].shape[-2] <= _SHORT
+    return CheckpointPolicy.MUST_SAVE if name in _KEPT and not short else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@functools.cache
+def _name(op) -> str:
+    """namespace::name of an operator, whichever of its overloads it is."""
+    schema = getattr(op, "_schema", None)  # none: a higher-order operator
+    return op.name() if schema is None else schema.name

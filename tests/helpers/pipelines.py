@@ -88,6 +88,13 @@ def make_turbo(folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 
     return _save(_sdxl(scheduler, force_zeros=True), folder, dtype, seed)
 
 
+def sdxl_around(unet: UNet2DConditionModel) -> StableDiffusionXLPipeline:
+    """A pipeline, in memory alone, with a UNet of any width and text encoders that need not fit it."""
+    pipeline = _sdxl(EulerDiscreteScheduler(**_BETAS, steps_offset=1), force_zeros=True)
+    pipeline.register_modules(unet=unet)
+    return pipeline
+
+
 def _sdxl(scheduler, force_zeros: bool, vae: dict | None = None) -> StableDiffusionXLPipeline:
     unet = UNet2DConditionModel(
         sample_size=RESOLUTION // 8,

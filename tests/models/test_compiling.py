@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +121,46 @@ def test_not_compiled_runs_as_written(sdxl_path):
         again = [family.denoise(family.unet, *g) for g in given]
     assert programs_made() == made
     assert all(torch.equal(a, b) for a, b in zip(eager, again, strict=True))
+
+
+class NormBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(self.norm(x))
+
+
+@pytest.mark.slow
+def test_the_options_reach_every_program_and_nothing_else(monkeypatch):
+    """Policy, its backward pass, which is compiled later, and the reference without a graph. In place of a UNet's
+    blocks, which take a minute, one that is compiled with what they are given."""
+    import torch._functorch.config
+    from torch._inductor import config
+    from torch._inductor.graph import GraphLowering
+
+    def options():
+        return {name: getattr(config, name) for name in compiling.OPTIONS}
+
+    found = []
+    codegen = GraphLowering.codegen
+    monkeypatch.setattr(
+        GraphLowering,
+        "codegen",
+        lambda self: found.append((options(), self.is_backward, self.is_inference)) or codegen(self),
+    )
+    before = options()
+    block = NormBlock()
+    compile_unet(SimpleNamespace(compile_repeated_blocks=block.compile), "regional")
+    # a program from the cache would not be lowered again
+    with config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+        with torch.no_grad():
+            block(torch.randn(2, 8))
+        block(torch.randn(2, 8)).sum().backward()
+    assert sorted((backward, inference) for _, backward, inference in found) == [(0, 0), (0, 1), (1, 0)]
+    assert all(options == {"emulate_precision_casts": True, "deterministic": True} for options, *_ in found)
+    assert options() == before == {"emulate_precision_casts": False, "deterministic": False}
 
 
 def test_off_is_off(sd15_path):
