@@ -7,5 +7,6 @@ ptx      what `nvcc -ptx` makes of them, translated to C++ instruction by instru
 
 Both run on the same machine (machine.h): the threads of a block are fibers that run one at a time, in an order drawn
 anew between barriers. build.py compiles, emulated.py puts a build in the place of the backend `native`, and
-triton_driver.py sends the PTX of Triton's kernels the same way. docs/kernels.md says what this shows and what it cannot.
+triton_driver.py sends the PTX of Triton's kernels the same way. docs/kernels.md says what this shows and what it
+cannot.
 """

@@ -161,7 +161,8 @@ def ptx_of(texts: dict[str, str], flags: tuple[str, ...] = ()) -> list[str]:
 
 def ptx_text(name: str, texts: tuple[tuple[str, str], ...], flags: tuple[str, ...]) -> str:
     nvcc = setup().find_nvcc()
-    command = [nvcc, "-ccbin", compiler(), *setup().CUDA_FLAGS, *flags, "-ptx", f"-arch=compute_{ARCH}"]
+    headers, _ = setup().toolkit_flags(nvcc)
+    command = [nvcc, "-ccbin", compiler(), *headers, *setup().CUDA_FLAGS, *flags, "-ptx", f"-arch=compute_{ARCH}"]
     made = kept("\0".join([name, str(texts), *command]), "kernels.ptx")
     with FileLock(f"{made}.lock"):
         if not made.is_file():

@@ -7,7 +7,7 @@
 // Addresses of the parameters in `parameters`. Returns 0, or 1 with a message.
 extern "C" __attribute__((visibility("default"))) int cuda_on_cpu_launch(
     const char* name, const unsigned* grid, unsigned threads, unsigned shared_bytes, const void* const* parameters,
-    char* message, unsigned long message_size) {
+    char* message, unsigned message_size) {
   using namespace cuda_on_cpu;
   try {
     const auto found = translated().find(name);

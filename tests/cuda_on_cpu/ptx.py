@@ -1,8 +1,7 @@
 """PTX to C++: each kernel becomes a function that one thread of the machine runs (machine.h, ptx_runtime.h).
 
-A register becomes a variable, a label a label, an instruction a statement; what an instruction does is written in
-ptx_runtime.h or in the table below, from the PTX ISA. An instruction or a modifier that is not known is an error: nothing
-is guessed.
+A register becomes a variable, a label a label, an instruction a statement; what an instruction does is written below
+or in ptx_runtime.h, from the PTX ISA. An instruction or a modifier that is not known is an error: nothing is guessed.
 """
 
 import re
@@ -42,7 +41,7 @@ class Kernel:
     module: Module
     parameters: dict[str, tuple[int, int]]  # name: number, bytes
     line: int = 0
-    named: set[str] = field(default_factory=set)  # registers whose names have no %
+    registers: set[str] = field(default_factory=set)
 
     # ---- operands
 
@@ -56,8 +55,8 @@ class Kernel:
             return f"!{self.bits(text[1:])}"
         if special := re.fullmatch(r"%(n?ctaid|n?tid)\.([xyz])", text):
             return f"{COORDINATES[special[1]]}().{special[2]}"
-        if re.fullmatch(r"%[\w$]+", text) or text in self.named:
-            return "r_" + text.lstrip("%").replace("$", "_")
+        if text in self.registers:
+            return variable_of(text)
         if exact := re.fullmatch(r"0[fF]([0-9A-Fa-f]{8})", text):
             return f"uint32_t(0x{exact[1]}u)"
         if exact := re.fullmatch(r"0[dD]([0-9A-Fa-f]{16})", text):
@@ -327,10 +326,8 @@ class Kernel:
             if mode is None or set(rest) - set(INTEGER_MODES) - {"ftz"}:
                 raise self.unknown(f"conversion {'.'.join(rest)} from {source} to {to}")
             return self.set(operands[0], f"to_integer<{type}>({a}, {mode})")
-        widens = to == "f64" and source in ("f32", "u32", "s32", "u16", "s16")
-        if to_float and rest not in (["rn"], []) or to_float and not widens and rest != ["rn"]:
-            raise self.unknown(f"conversion {'.'.join(rest)} from {source} to {to}")
-        if not to_float and rest:
+        is_exact = not to_float or (to, source) == ("f64", "f32")  # an exact one has no rounding
+        if rest != ([] if is_exact else ["rn"]):
             raise self.unknown(f"conversion {'.'.join(rest)} from {source} to {to}")
         return self.set(operands[0], f"static_cast<{type}>({a})")
 
@@ -423,6 +420,10 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", text) if part.strip()]
 
 
+def variable_of(register: str) -> str:
+    return "r_" + register.lstrip("%").replace("$", "_")
+
+
 def label_name(label: str) -> str:
     return "l_" + label.replace("$", "_")
 
@@ -504,10 +505,10 @@ def one(kernel: Kernel, statement: str) -> str:
         type = {"float": "uint32_t", "double": "uint64_t"}.get(type, type)
         names = []
         for register in split(registers[2]):
-            many = re.fullmatch(r"%([\w$]+)<(\d+)>", register)
-            names += [f"r_{many[1]}{i}" for i in range(int(many[2]))] if many else [f"r_{register.lstrip('%')}"]
-            kernel.named.add(register)
-        return f"[[maybe_unused]] {type} {', '.join(names)};"
+            many = re.fullmatch(r"([%\w$]+)<(\d+)>", register)
+            names += [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [register]
+        kernel.registers.update(names)
+        return f"[[maybe_unused]] {type} {', '.join(map(variable_of, names))};"
     if re.match(r"\.(shared|pragma)\b", statement):
         return ""
     match = re.fullmatch(r"(?:@(!?%\w+)\s+)?([a-z]\w*(?:[.:]+\w+)*)\s*(.*)", statement)

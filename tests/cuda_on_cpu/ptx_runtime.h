@@ -260,22 +260,21 @@ inline To to_integer(From x, int mode) {
 
 // ---- 9.7.9: memory -------------------------------------------------------------------------------------------------
 
-template <typename T, int N>
-inline T* checked(void* memory, uint64_t address, Where where) {
-  if (address % (N * sizeof(T))) {
-    fail("an access of " + std::to_string(N * sizeof(T)) + " bytes at an address that is not a multiple", where);
+inline void check_alignment(uint64_t address, size_t size, Where where) {
+  if (address % size) {
+    fail("an access of " + std::to_string(size) + " bytes at an address that is not a multiple", where);
   }
-  return static_cast<T*>(memory);
 }
 template <typename T, int N>
 inline T* global(uint64_t address, bool write, Where where) {
-  T* memory = checked<T, N>(reinterpret_cast<void*>(address), address, where);
+  check_alignment(address, N * sizeof(T), where);
   global_access(address, N * sizeof(T), write, where);
-  return memory;
+  return reinterpret_cast<T*>(address);
 }
 template <typename T, int N>
 inline T* shared(uint64_t address, bool write, Where where) {
-  return checked<T, N>(shared_memory(static_cast<uint32_t>(address), N * sizeof(T), write, where), address, where);
+  check_alignment(address, N * sizeof(T), where);
+  return static_cast<T*>(shared_memory(static_cast<uint32_t>(address), N * sizeof(T), write, where));
 }
 template <typename T>
 inline const T* parameter(const void* const* parameters, int number, int offset) {
