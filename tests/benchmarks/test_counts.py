@@ -69,6 +69,16 @@ def test_extra_work_is_counted(monkeypatch):
     assert after.flops == before.flops
 
 
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_making_the_optimizers_state_is_not_counted(tuning):
+    """The counted step costs what a third one costs; the first costs more, as AdamW makes its moments in it."""
+    case = tiny.case("sd15", tuning)
+    first, counted, third = counts.count_step(case, 1), counts.count_step(case), counts.count_step(case, 3)
+    assert counted == third
+    assert 0 < counted.optimizer_launches < first.optimizer_launches
+    assert counted.launches - counted.optimizer_launches == first.launches - first.optimizer_launches
+
+
 def test_attention_is_counted_as_flash_attention():
     """Two products forward, five backward, and no scores kept."""
     case = tiny.case("sd15", "full")
