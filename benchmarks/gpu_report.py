@@ -8,8 +8,9 @@ with all its processes; what fails is recorded and the rest goes on. OUT/<gpu>-<
 versions, commit, and of each stage its commands, status, seconds, the end of its log and its results. It is written
 anew before and after every stage, so the command may be cut off at any moment. OUT/gpu_report.log has all output.
 
-`--device cpu` runs the same lines on small stand-ins on a machine without a GPU. `--write` also puts the JSON into
-benchmarks/results/, from which `python -m benchmarks.fill` fills the tables of README and docs.
+`--stages` runs only those that are named, and keeps the results of others that a file of the same name holds, if GPU
+and commit are the same. `--device cpu` runs the same lines on small stand-ins on a machine without a GPU. `--write` also
+puts the JSON into benchmarks/results/, from which `python -m benchmarks.fill` fills the tables of README and docs.
 
 Exit status: 0 if every stage that can run here did and succeeded, 1 if not, 128 + n after signal n.
 """
@@ -111,15 +112,16 @@ class Report:
             **commit_of(commit),
             "command": shlex.join(["python", "benchmarks/gpu_report.py", *map(_shown, sys.argv[1:])]),
             "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
-            "stages": {},
         }
+        self.records: dict[str, dict] = {}  # of the stages of this run
+        self.earlier = self._earlier()  # of stages that were run before on this GPU, of the same commit
 
     def make(self, chosen: list[Stage], work: Path, seconds: float) -> int:
         """Run the stages within `seconds`; the exit status."""
         began = time.monotonic()
         self.value["limit_seconds"] = seconds
         self.log.write_text("", encoding="utf-8")
-        records = self.value["stages"]
+        records = self.records
         for stage in chosen:
             commands = [
                 shlex.join(map(_shown, line)) for line in command_lines(stage, Path(f"{_file_name(stage)}.json"))
@@ -154,7 +156,7 @@ class Report:
 
     def run(self, stage: Stage, work: Path, limit: float) -> None:
         """Run one stage and record it."""
-        record = self.value["stages"][stage.name]
+        record = self.records[stage.name]
         if stage.missing:
             record |= {"status": "missing", "why": stage.missing}
             print(f"{stage.name:28}missing: {stage.missing}", flush=True)
@@ -184,8 +186,21 @@ class Report:
 
     def write(self) -> None:
         """Write all that is known, atomically."""
+        new = {name: record for name, record in self.records.items() if record["status"] != "not reached"}
         for file in self.files:
-            write_json(file, _plain(self.value))
+            write_json(file, _plain(self.value | {"stages": self.records | self.earlier | new}))
+
+    def _earlier(self) -> dict[str, dict]:
+        """The stages in a file that this report will replace, if they are of the same GPU and commit."""
+        for file in self.files:
+            try:
+                value = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+            same = all(value.get(name) == self.value[name] for name in ("gpu", "commit", "device"))
+            if same and self.value["commit"]:
+                return {name: record for name, record in value["stages"].items() if record["status"] != "not reached"}
+        return {}
 
 
 def first_gpu() -> Gpu:

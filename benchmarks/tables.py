@@ -39,13 +39,13 @@ class Sources:
         ran = [name for name in names if self.results(name)]
         if not ran:
             return wrapped(f"To be measured by `{REPORT}`.")
-        commands = [command for name in ran[:1] for command in self.stage(name)["commands"][-1:]]
+        command = self.stage(ran[0])["commands"][-1]
         versions = self.report["versions"]
         named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "diffusers") if name in versions)
         more = f" (and {len(ran) - 1} more like it)" if len(ran) > 1 else ""
         commit = (self.report["commit"] or "unknown")[:12] + (" with changes" if self.report["changed"] else "")
         return wrapped(
-            f"From `{commands[0]}`{more} on {self.report['gpu']}, driver {self.report['driver']}, {named}, commit"
+            f"From `{command}`{more} on {self.report['gpu']}, driver {self.report['driver']}, {named}, commit"
             f" {commit}, by `{REPORT}`; everything is in `benchmarks/results/{self.report_name}`."
         )
 

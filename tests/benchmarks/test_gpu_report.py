@@ -36,7 +36,7 @@ GOOD = python("good", WRITES, "{file}")
 def made(tmp_path: Path, chosen: list[Stage], seconds: float = 60.0) -> tuple[int, dict[str, dict]]:
     """The exit status of a report, and its stages."""
     (tmp_path / "work").mkdir()
-    report = Report(tmp_path / "out", Gpu("NVIDIA H200", "570.1"), "cuda")
+    report = Report(tmp_path / "out", Gpu("NVIDIA H200", "570.1"), "cuda", commit="0123abcd")
     status = report.make(chosen, tmp_path / "work", seconds)
     [file] = (tmp_path / "out").glob("*.json")
     assert file.name.startswith("nvidia-h200-20")
@@ -146,6 +146,23 @@ def test_cut_off_in_the_middle_it_keeps_what_was_done(tmp_path, number):
     else:
         assert status == 128 + number and value["stages"]["later"]["status"] == "interrupted"
         assert gone(stage)
+
+
+def test_a_second_call_keeps_what_the_first_measured(tmp_path, monkeypatch):
+    """Of stages that it does not run or reach; of another commit nothing is kept."""
+    other = replace(GOOD, name="other")
+    status, records = made(tmp_path, [GOOD, other])
+    assert status == 0 and list(records) == ["good", "other"]
+    (tmp_path / "work").rename(tmp_path / "work of the first")
+    status, records = made(tmp_path, [python("bad", "raise SystemExit(3)", share=1.0), GOOD], seconds=1e-9)
+    assert status == 1 and records["good"]["results"] == {"answer": 42} and records["bad"]["status"] == "not reached"
+    (tmp_path / "work").rename(tmp_path / "work of the second")
+    status, records = made(tmp_path, [replace(GOOD, commands=((sys.executable, "-c", "raise SystemExit(3)"),))])
+    assert status == 1 and records["good"]["status"] == "failed" and records["other"]["results"] == {"answer": 42}
+    (tmp_path / "work").rename(tmp_path / "work of the third")
+    monkeypatch.setattr(gpu_report, "commit_of", lambda given: {"commit": "another", "changed": False})
+    status, records = made(tmp_path, [GOOD])
+    assert status == 0 and list(records) == ["good"]
 
 
 def test_half_a_file_is_no_result(tmp_path):
