@@ -9,8 +9,8 @@ versions, commit, and of each stage its commands, status, seconds, the end of it
 anew before and after every stage, so the command may be cut off at any moment. OUT/gpu_report.log has all output.
 
 `--stages` runs only those that are named, and keeps the results of others that a file of the same name holds, if GPU
-and commit are the same. `--device cpu` runs the same lines on small stand-ins on a machine without a GPU. `--write` also
-puts the JSON into benchmarks/results/, from which `python -m benchmarks.fill` fills the tables of README and docs.
+and commit are the same. `--device cpu` runs the same lines on small stand-ins on a machine without a GPU. `--write`
+also puts the JSON into benchmarks/results/, from which `python -m benchmarks.fill` fills the tables of README and docs.
 
 Exit status: 0 if every stage that can run here did and succeeded, 1 if not, 128 + n after signal n.
 """
