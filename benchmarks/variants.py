@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64, help="channels of the first block")
     parser.add_argument("--size", type=int, default=32, help="side of the latents")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--no_compile", action="store_true", help="leave the compiled variants out")
     parser.add_argument("--more", action="store_true", help="also resnets: minutes of compiling")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -65,11 +66,12 @@ def main() -> None:
     plain = unet(arguments)
     last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     variants = {"contiguous": plain, "channels_last": last}
-    for name, blocks in BLOCKS.items():
+    for name, blocks in ({} if arguments.no_compile else BLOCKS).items():
         if name == "transformer blocks" or arguments.more:
             for order, original in (("contiguous", plain), ("channels_last", last)):
                 variants[f"{order}, {name}"] = compiled(copy.deepcopy(original), blocks, OPTIONS)
-    variants["channels_last, free rounding"] = compiled(copy.deepcopy(last), BLOCKS["transformer blocks"], {})
+    if not arguments.no_compile:
+        variants["channels_last, free rounding"] = compiled(copy.deepcopy(last), BLOCKS["transformer blocks"], {})
 
     given = inputs(plain, arguments)
     first = {name: clock(lambda u=u: step(u, given), arguments.device) for name, u in variants.items()}

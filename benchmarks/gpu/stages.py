@@ -147,5 +147,6 @@ def _attention(device: str) -> Stage:
 def _variants(device: str, model: str, tuning: str) -> Stage:
     size = ("320", "64", "bf16") if device == "cuda" else ("32", "8", "fp32")
     sizes = [word for flag, value in zip(("--width", "--size", "--dtype"), size, strict=True) for word in (flag, value)]
-    words = ("--device", device, "--model", model, "--tuning", tuning, *sizes, "--json", "{file}")
+    small = () if device == "cuda" else ("--no_compile",)
+    words = ("--device", device, "--model", model, "--tuning", tuning, *sizes, "--json", "{file}", *small)
     return Stage(f"variants {model}-{tuning}", ((PYTHON, "benchmarks/variants.py", *words),), 0.5, reading.json_file)
