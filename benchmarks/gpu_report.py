@@ -17,6 +17,7 @@ Exit status: 0 if every stage that can run here did and succeeded, 1 if not, 128
 
 import argparse
 import json
+import math
 import platform
 import re
 import shlex
@@ -243,8 +244,14 @@ def _shown(word: str) -> str:
 
 
 def _plain(value: object) -> object:
-    """`value` as JSON knows it: no numbers that are not finite."""
-    return json.loads(json.dumps(value), parse_constant=lambda name: None)
+    """`value` for the file: without paths of this machine, and without numbers that are not finite."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, str):
+        return _shown(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _stop(number: int, frame: object) -> None:

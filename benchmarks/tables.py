@@ -70,8 +70,8 @@ def _row(cells: list[str]) -> str:
 WRONG = "wrong values"
 
 
-def _kernel_rows(results: dict, columns: tuple[str, ...], absent: str) -> Iterable[list[str]]:
-    """A row for each shape and op; `absent` stands where the benchmark has no row."""
+def _kernel_rows(results: dict, columns: tuple[str, ...], absent: str, digits: int) -> Iterable[list[str]]:
+    """A row for each shape and op, ms with `digits` decimals; `absent` stands where the benchmark has no row."""
     cells = {(row["case"], row["op"], row["implementation"]): row for row in results.get("rows", [])}
     wrong = {(row["case"], row["op"], row["implementation"]) for row in results.get("wrong", [])}
     for case, shape in SHAPES.items():
@@ -81,19 +81,19 @@ def _kernel_rows(results: dict, columns: tuple[str, ...], absent: str) -> Iterab
                 row = cells.get((case, op, column))
                 launches = f" ({row['launches']})" if row and row["launches"] is not None else ""
                 left_out = WRONG if (case, op, column) in wrong else absent
-                line.append(f"{row['ms']:.2f}{launches}" if row else left_out)
+                line.append(f"{row['ms']:.{digits}f}{launches}" if row else left_out)
             yield line
 
 
 def kernels_cpu(sources: Sources) -> str:
     columns = ("eager", "compile", "native")
     results = sources.json("cpu-2026-11-20.json")  # it leaves wrong results out without naming them
-    return table(("shape", "op", *columns), _kernel_rows(results, columns, WRONG))
+    return table(("shape", "op", *columns), _kernel_rows(results, columns, WRONG, 2))
 
 
 def kernels_gpu(sources: Sources) -> str:
     columns = ("eager", "compile", "triton", "native")
-    rows = _kernel_rows(sources.results("kernels"), columns, NOT_MEASURED)
+    rows = _kernel_rows(sources.results("kernels"), columns, NOT_MEASURED, 3)
     return table(("shape, GPU", "op", *columns), rows) + "\n\n" + sources.origin("kernels")
 
 
@@ -240,7 +240,8 @@ def gpu_ceilings(sources: Sources) -> str:
         "copy_gb_per_s": "copy, GB/s",
     }
     results = sources.results("ceilings")
-    cells = [f"{results[name]:.0f}" if name in results else NOT_MEASURED for name in names]
+    digits = {name: ".0f" if results.get(name, 0) >= 100 else ".3g" for name in names}
+    cells = [format(results[name], digits[name]) if name in results else NOT_MEASURED for name in names]
     return table(("what the GPU reaches", *names.values()), [["", *cells]]) + "\n\n" + sources.origin("ceilings")
 
 

@@ -145,10 +145,10 @@ def test_a_gpus_report_fills_every_cell(copy, report, monkeypatch, capsys):
             assert "on NVIDIA H200, driver 570.86, torch 2.13.0, triton 3.9.0" in " ".join(text.split()), name
             assert "commit 0123456789ab, by" in " ".join(text.split()) and file.name in text, name
     for name, line in {
-        "kernels-gpu": "| SD1.5 512, fp16 | noise_pair | 4.51 (165) | wrong values | 0.28 (2) | 0.28 (2) |",
+        "kernels-gpu": "| SD1.5 512, fp16 | noise_pair | 4.510 (165) | wrong values | 0.277 (2) | 0.277 (2) |",
         "step-gpu": "| sdxl-1024-lora | 614 (554 to 733) | 614 (554 to 733) | 632 (582 to 677) | 1180 (1044 to 1456)"
         " | 1.03 times, 1.92 times | 1.1 | yes |",
-        "gpu-ceilings": "| | 51 | 790 | 801 | 4321 |",
+        "gpu-ceilings": "| | 51.2 | 790 | 801 | 4321 |",
         "gpu-margins": "| 10 | 0.25 | 1.2e-02 |",
         "gpu-attention": "| sdxl, bf16 | 1.500 | 0.750 | cannot | cannot | 15.000 | cudnn |",
         "gpu-variants": "| sd15-full, bf16: channels_last | 60.0 | 20.0 | 22.0 | 900 | 31 |",

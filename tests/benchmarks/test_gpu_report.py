@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from dataclasses import replace
@@ -163,6 +164,18 @@ def test_a_second_call_keeps_what_the_first_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_report, "commit_of", lambda given: {"commit": "another", "changed": False})
     status, records = made(tmp_path, [GOOD])
     assert status == 0 and list(records) == ["good"]
+
+
+def test_the_file_has_no_paths_and_no_numbers_that_json_lacks(tmp_path):
+    value = {
+        "command": ["x.py", "--json", f"{tempfile.gettempdir()}/a/b.json", f"{ROOT}/c"],
+        "ms": float("nan"),
+        "n": 1,
+    }
+    code = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
+    _, records = made(tmp_path, [python("paths", code, "{file}", json.dumps(value))])
+    results = records["paths"]["results"]
+    assert results == {"command": ["x.py", "--json", "TMP/a/b.json", "./c"], "ms": None, "n": 1}
 
 
 def test_half_a_file_is_no_result(tmp_path):
