@@ -38,6 +38,7 @@ from dpo_fast.env import PACKAGES, version_of
 from dpo_fast.files import write_json
 
 ROOT = Path(__file__).parents[1]
+LEAST_SECONDS = 5.0  # a stage that may take less is not begun: Python and PyTorch hardly start in it
 LOG_LINES = 60  # of each stage, kept in the JSON
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -134,9 +135,8 @@ class Report:
         try:
             for stage in chosen:
                 left = seconds - (time.monotonic() - began)
-                if left <= 0:
-                    break
-                self.run(stage, work, left * stage.share)
+                if left * stage.share >= LEAST_SECONDS or stage.missing:
+                    self.run(stage, work, left * stage.share)
         except Stopped as error:
             stopped = 128 + error.number
             print(f"gpu_report: stopped by {error}", flush=True)

@@ -34,6 +34,12 @@ def python(name: str, code: str, *words: str, **options: object) -> Stage:
 GOOD = python("good", WRITES, "{file}")
 
 
+@pytest.fixture(autouse=True)
+def short_stages(monkeypatch):
+    """Stages of a second are worth beginning."""
+    monkeypatch.setattr(gpu_report, "LEAST_SECONDS", 1.0)
+
+
 def made(tmp_path: Path, chosen: list[Stage], seconds: float = 60.0) -> tuple[int, dict[str, dict]]:
     """The exit status of a report, and its stages."""
     (tmp_path / "work").mkdir()
