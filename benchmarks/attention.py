@@ -8,7 +8,6 @@ output and gradients against float64, relative to the largest value. The fastest
 """
 
 import argparse
-import json
 import platform
 import sys
 import warnings
@@ -23,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.kernels import error, interleaved
+from dpo_fast.files import write_json
 from dpo_fast.models import COMPUTE_DTYPES
 
 KERNELS = {
@@ -76,9 +76,9 @@ def main() -> None:
                         flush=True,
                     )
                 rows += [{"case": name, "dtype": dtype, "pairs": pairs, **row} for row in found]
-    if arguments.json:
-        result = {"device": where, "torch": torch.__version__, "command": sys.argv, "rows": rows}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+                if arguments.json:  # after every shape: a long run may be cut off
+                    result = {"device": where, "torch": torch.__version__, "command": sys.argv, "rows": rows}
+                    write_json(arguments.json, result)
 
 
 def measure(shape: tuple[int, int, int, int], pairs: int, dtype: torch.dtype, device: str) -> list[dict]:

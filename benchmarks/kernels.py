@@ -10,7 +10,6 @@ largest value of the output it is in.
 """
 
 import argparse
-import json
 import platform
 import sys
 import time
@@ -24,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the cases live with the tests
 
+from dpo_fast.files import write_json
 from dpo_fast.kernels import dispatch, reference
 from tests.kernels.cases import STEP_CASES, Case, loss_inputs, noise_inputs
 
@@ -47,7 +47,7 @@ def main() -> None:
         f"{'case':30}{'op':18}{'implementation':15}{'ms':>9}{'GB/s':>8}{'of copy':>9}{'launches':>10}"
         f"{'error':>9}{'x eager':>9}"
     )
-    rows = []
+    rows, wrong = [], []
     for case in STEP_CASES:
         if case.name not in arguments.cases:
             continue
@@ -57,14 +57,15 @@ def main() -> None:
                     print(
                         f"{row['case']:30}{row['op']:18}{row['implementation']:15} wrong, left out: {row['error']:.2g}"
                     )
+                    wrong.append({name: row[name] for name in ("case", "op", "implementation", "error")})
                     continue
                 rows.append(row)
                 numbers = f"{row['ms']:9.3f}{row['gb_per_s']:8.1f}{row['of_copy']:9.2f}{row['launches'] or '-':>10}"
                 numbers += f"{row['error']:9.1e}{row['speedup_over_eager']:9.2f}"
                 print(f"{row['case']:30}{row['op']:18}{row['implementation']:15}{numbers}", flush=True)
-    if arguments.json:
-        result = {"device": where, "torch": torch.__version__, "copy_gb_per_s": copy, "command": sys.argv, "rows": rows}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+            if arguments.json:  # after every case: a long run may be cut off
+                result = {"device": where, "torch": torch.__version__, "copy_gb_per_s": copy, "command": sys.argv}
+                write_json(arguments.json, result | {"rows": rows, "wrong": wrong})
 
 
 def measure(case: Case, device: str, copy: float, compiled: bool) -> list[dict]:

@@ -1,6 +1,9 @@
 """Time of a training step, ours beside the public scripts and a tuned baseline, on provably the same work.
 
-    python benchmarks/step_time.py --case CASE [--json FILE] [--plot PNG] [--profile] [--providers ...] [--steps N]
+    python benchmarks/step_time.py [--case CASE ...] [--json FILE] [--plot PNG] [--profile] [--providers NAME ...]
+
+Without --case: on a CPU all mini cases, on a GPU SDXL and Turbo, LoRA and full, as far as the free memory allows by the
+prediction that `--dry-run` prints.
 
 ours             dpo_fast's own Trainer.train_step, opened from flags as a user's run is, reading from its cache
 ours-cached      the same with --cached_reference: no reference is held or run
@@ -13,17 +16,21 @@ same six first steps: errors of policy and reference, gradient norm, margins and
 more than its dtype rounds is an error, and the exit status 1. On a CPU the providers take turns, a step each, so that a
 noisy machine disturbs them alike; on a GPU, where they would hold each other's memory, they run one after the other.
 
+The JSON of one case is an object with its `rows`; of several it is {"cases": {name: that object}, "left_out": {name:
+reason}}. It is written again after every provider, so that what was measured before an interruption is in it;
+`unmeasured` names the providers still to come, `failed` is the error of a case that could not be finished.
+
 `launches` and `syncs` (of the host) are counted in one profiled step: on a GPU kernels and waits, on a CPU operators,
 and reads of a value that would be waits. `peak GiB` is the allocator's on a GPU, the whole process's on a CPU.
 """
 
 import argparse
-import json
 import os
 import platform
 import shlex
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -33,9 +40,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.step import counts, report
 from benchmarks.step.cases import CASES, Case
 from benchmarks.step.ceiling import matmul_ceiling
+from benchmarks.step.memory import fitting
 from benchmarks.step.proof import problems, weakness
 from benchmarks.step.work import PROOF_STEPS, Settings
 from benchmarks.step.worker import Failed, Worker
+from dpo_fast.files import write_json
 
 FOR_TUNING = {
     "lora": ("ours", "ours-cached", "tuned", "peer-diffusers"),
@@ -47,9 +56,10 @@ PROFILED = 1
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", required=True, choices=CASES, metavar="CASE", help=", ".join(CASES))
+    cases_help = f"may be given several times or with several names; one of {', '.join(CASES)}"
+    parser.add_argument("--case", nargs="+", action="extend", choices=CASES, metavar="CASE", help=cases_help)
     parser.add_argument("--json", type=Path, help="also write everything to this file")
-    parser.add_argument("--plot", type=Path, help="draw the rows and the floor to this PNG")
+    parser.add_argument("--plot", type=Path, help="draw the rows and the floor of every case to this PNG")
     parser.add_argument("--profile", action="store_true", help="also print time by class of operator")
     parser.add_argument("--providers", nargs="+", help="default: all that do the case's kind of tuning")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each provider")
@@ -58,46 +68,104 @@ def main() -> int:
     parser.add_argument("--batch_size", type=int, help="pairs a forward pass of ours and tuned; default: the case's")
     parser.add_argument("--eager", action="store_true", help="leave the blocks of ours and tuned uncompiled")
     arguments = parser.parse_args()
-    case = CASES[arguments.case]
-    offered = FOR_TUNING[case.tuning]
-    names = arguments.providers or list(offered)
-    for name in names:
-        if name not in offered:
-            parser.error(f"--providers {name} does not train {case.name}: choose from {', '.join(offered)}")
-    batch_size = arguments.batch_size or case.batch_size
-    if case.pairs % batch_size:
-        parser.error(f"--batch_size ({batch_size}) must divide the {case.pairs} pairs of a step of {case.name}")
+    arguments.dtype = arguments.dtype or ("bf16" if arguments.device == "cuda" else "fp32")
     if arguments.steps < 1:
         parser.error(f"--steps ({arguments.steps}) must be at least 1")
+    left_out: dict[str, str] = {}
+    names = list(dict.fromkeys(arguments.case or ()))
+    if not names:
+        names, left_out = default_cases(arguments.device, arguments.dtype)
+        for name, reason in left_out.items():
+            say(f"{name} is left out: {reason}")
+        if not names:
+            say("no case fits: free memory of the GPU, or name a case with --case and a smaller --batch_size")
+            return 1
+    for name in names:
+        for provider in arguments.providers or ():
+            if provider not in (offered := FOR_TUNING[CASES[name].tuning]):
+                parser.error(f"--providers {provider} does not train {name}: choose from {', '.join(offered)}")
+        if arguments.batch_size and CASES[name].pairs % arguments.batch_size:
+            batch_size, pairs = arguments.batch_size, CASES[name].pairs
+            parser.error(f"--batch_size ({batch_size}) must divide the {pairs} pairs of a step of {name}")
+
+    book = Book(arguments.json, single=len(names) == 1 and not left_out, left_out=left_out)
+    for number, name in enumerate(names):
+        if number:
+            print("", flush=True)
+        try:
+            result = measured_case(CASES[name], arguments, book.note)
+        except Failed as error:
+            book.note_failure(name, str(error))
+            print(error, file=sys.stderr)
+            continue
+        print(report.table(result), flush=True)
+        if arguments.profile:
+            print("\n" + report.profile_table(result), flush=True)
+    complete = [result for result in book.results.values() if not result.unmeasured]
+    if arguments.plot and complete:
+        report.plot(complete, arguments.plot)
+    weak = [line for result in complete for line in map(weakness, result.truth.values()) if line]
+    for line in weak:
+        print(f"no proof: {line}", file=sys.stderr)
+    differs = any(row.problems for result in complete for row in result.rows)
+    return 1 if book.failed or weak or differs else 0
+
+
+def default_cases(device: str, dtype: str) -> tuple[list[str], dict[str, str]]:
+    """The cases that are measured where none is named, and why others are left out."""
+    if device == "cpu":
+        return [name for name, case in CASES.items() if case.mini], {}
+    free, _ = torch.cuda.mem_get_info()
+    say(f"predicting which cases fit into {free / 2**30:.1f} GiB")
+    return fitting(free, dtype)
+
+
+class Book:
+    """All that a run of this command has measured so far, kept in its JSON file."""
+
+    def __init__(self, path: Path | None, *, single: bool, left_out: dict[str, str]) -> None:
+        self.path, self.single, self.left_out = path, single, left_out
+        self.results: dict[str, report.Result] = {}
+        self.failed: dict[str, str] = {}
+
+    def note(self, result: report.Result) -> None:
+        """A case as far as it is measured."""
+        self.results[result.case] = result
+        self._write()
+
+    def note_failure(self, name: str, error: str) -> None:
+        self.failed[name] = error
+        self._write()
+
+    def _write(self) -> None:
+        if self.path is None:
+            return
+        cases = {name: report.as_json(result) for name, result in self.results.items()}
+        for name, error in self.failed.items():
+            cases.setdefault(name, {"case": name, "rows": []})["failed"] = error
+        [first, *_] = cases.values()
+        write_json(self.path, first if self.single else {"cases": cases, "left_out": self.left_out})
+
+
+def measured_case(case: Case, arguments: argparse.Namespace, note: Callable[[report.Result], None]) -> report.Result:
+    """Everything of one case. `note` gets what is known after every provider. Raises Failed."""
+    names = arguments.providers or list(FOR_TUNING[case.tuning])
     settings = Settings(
         case.name,
         arguments.device,
-        arguments.dtype or ("bf16" if arguments.device == "cuda" else "fp32"),
-        batch_size,
+        arguments.dtype,
+        arguments.batch_size or case.batch_size,
         PROOF_STEPS + WARM_UP + arguments.steps + PROFILED,
         case.learning_rate,
         not arguments.eager,
     )
-    try:
-        with tempfile.TemporaryDirectory(prefix="step_time-") as folder:
-            result = run(Path(folder), settings, names, arguments.steps)
-    except Failed as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(report.table(result))
-    if arguments.profile:
-        print("\n" + report.profile_table(result))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report.as_json(result), indent=2) + "\n")
-    if arguments.plot:
-        report.plot(result, arguments.plot)
-    weak = [line for line in map(weakness, result.truth.values()) if line]
-    for line in weak:
-        print(f"no proof: {line}", file=sys.stderr)
-    return 1 if weak or any(row.problems for row in result.rows) else 0
+    with tempfile.TemporaryDirectory(prefix="step_time-") as folder:
+        return run(Path(folder), settings, names, arguments.steps, note)
 
 
-def run(folder: Path, settings: Settings, names: list[str], steps: int) -> report.Result:
+def run(
+    folder: Path, settings: Settings, names: list[str], steps: int, note: Callable[[report.Result], None]
+) -> report.Result:
     """Prepare, find the truth, then measure every provider."""
     case = CASES[settings.case]
     ask_once("truth", folder, "prepare", settings)
@@ -105,35 +173,35 @@ def run(folder: Path, settings: Settings, names: list[str], steps: int) -> repor
     ceiling = matmul_ceiling(settings.device, settings.torch_dtype)
     truth = {}
     for optimizer in sorted({optimizer_of(name, case) for name in names}):
-        say(f"the fp32 truth, {optimizer}")
+        say(f"{case.name}: the fp32 truth, {optimizer}")
         truth[optimizer] = ask_once("truth", folder, "prove", optimizer=optimizer)[0]
-    measured = together(folder, names, steps) if settings.device == "cpu" else one_by_one(folder, names, steps)
-    rows = [
-        report.Row(
-            provider=name,
-            pairs=case.pairs,
-            flops=executed(name, case, needed),
-            problems=problems(values["proof"], truth[optimizer_of(name, case)], settings.dtype),
-            **values,
-        )
-        for name, values in measured.items()
-    ]
-    return report.Result(
+    result = report.Result(
         case=case.name,
         machine=machine(settings.device),
         versions=counts.versions() | {"torch": torch.__version__, "python": platform.python_version()},
         command=shlex.join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
         dtype=settings.dtype,
         batch_size=settings.batch_size,
-        ceiling=max(ceiling, matmul_ceiling(settings.device, settings.torch_dtype)),
+        ceiling=ceiling,
         needed_flops=needed["flops"],
         truth=truth,
-        rows=rows,
+        rows=[],
+        unmeasured=list(names),
     )
+    measure = together if settings.device == "cpu" else one_by_one
+    for name, values in measure(folder, names, steps):
+        wrong = problems(values["proof"], truth[optimizer_of(name, case)], settings.dtype)
+        flops = executed(name, case, needed)
+        result.rows.append(report.Row(provider=name, pairs=case.pairs, flops=flops, problems=wrong, **values))
+        result.unmeasured.remove(name)
+        note(result)
+    result.ceiling = max(ceiling, matmul_ceiling(settings.device, settings.torch_dtype))
+    note(result)
+    return result
 
 
-def together(folder: Path, names: list[str], steps: int) -> dict[str, dict]:
-    """Every provider's measurements, a step of each in turn."""
+def together(folder: Path, names: list[str], steps: int) -> Iterator[tuple[str, dict]]:
+    """Every provider's name and measurements, a step of each in turn."""
     workers: dict[str, Worker] = {}
     measured: dict[str, dict] = {}
     try:
@@ -145,24 +213,22 @@ def together(folder: Path, names: list[str], steps: int) -> dict[str, dict]:
             for name, worker in workers.items():
                 timed[name] += worker.ask("steps", 1)
         for name, worker in workers.items():
-            measured[name] |= end(worker, timed[name])
+            yield name, measured[name] | end(worker, timed[name])
     finally:
         for worker in workers.values():
             worker.close()
-    return measured
 
 
-def one_by_one(folder: Path, names: list[str], steps: int) -> dict[str, dict]:
-    """Every provider's measurements, each alone on the device."""
-    measured = {}
+def one_by_one(folder: Path, names: list[str], steps: int) -> Iterator[tuple[str, dict]]:
+    """Every provider's name and measurements, each alone on the device."""
     for name in names:
         worker = Worker(name, folder)
         try:
-            measured[name] = begin(worker)
-            measured[name] |= end(worker, worker.ask("steps", steps))
+            values = begin(worker)
+            values |= end(worker, worker.ask("steps", steps))
         finally:
             worker.close()
-    return measured
+        yield name, values
 
 
 def begin(worker: Worker) -> dict:

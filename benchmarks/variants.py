@@ -1,6 +1,7 @@
 """One UNet in variants of how it runs: memory order, what is compiled, what is kept for the backward pass.
 
     python benchmarks/variants.py [--model sdxl|sd15] [--tuning lora|full] [--width 64] [--size 32] [--dtype fp32]
+        [--json FILE]
 
 The UNet has the blocks of the real one at a fraction of its width and depth, every parameter random. `step` is a
 forward and a backward pass of two images, `reference` a forward pass as the reference runs it (without a graph and
@@ -17,6 +18,7 @@ import platform
 import resource
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # compilers are then children of this process
 
@@ -24,6 +26,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from dpo_fast.files import write_json
 from dpo_fast.models import COMPUTE_DTYPES, AdapterSwitch, add_lora
 from dpo_fast.models.compiling import OPTIONS
 
@@ -52,7 +55,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64, help="channels of the first block")
     parser.add_argument("--size", type=int, default=32, help="side of the latents")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--no_compile", action="store_true", help="leave the compiled variants out")
     parser.add_argument("--more", action="store_true", help="also resnets: minutes of compiling")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     if arguments.device == "cpu":
@@ -61,11 +66,12 @@ def main() -> None:
     plain = unet(arguments)
     last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     variants = {"contiguous": plain, "channels_last": last}
-    for name, blocks in BLOCKS.items():
+    for name, blocks in ({} if arguments.no_compile else BLOCKS).items():
         if name == "transformer blocks" or arguments.more:
             for order, original in (("contiguous", plain), ("channels_last", last)):
                 variants[f"{order}, {name}"] = compiled(copy.deepcopy(original), blocks, OPTIONS)
-    variants["channels_last, free rounding"] = compiled(copy.deepcopy(last), BLOCKS["transformer blocks"], {})
+    if not arguments.no_compile:
+        variants["channels_last, free rounding"] = compiled(copy.deepcopy(last), BLOCKS["transformer blocks"], {})
 
     given = inputs(plain, arguments)
     first = {name: clock(lambda u=u: step(u, given), arguments.device) for name, u in variants.items()}
@@ -77,14 +83,20 @@ def main() -> None:
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else "one CPU thread"
     print(f"{where}, torch {torch.__version__}, python {platform.python_version()}: {vars(arguments)}")
     print(f"{'':36}{'step ms':>9}{'reference':>10}{'with both':>10}{'kept MB':>9}{'compile s':>10}{'x first row':>12}")
+    rows = []
     for name, u in variants.items():
-        row = {kind: found[name] * 1e3 for kind, found in times.items()}
-        speed = times["step"]["contiguous"] / times["step"][name]
+        row = {"variant": name, **{f"{kind.replace(' ', '_')}_ms": found[name] * 1e3 for kind, found in times.items()}}
+        row |= {"kept_mb": kept(u, given) / 1e6, "compile_s": first[name] - times["step"][name]}
+        row["times_as_fast_as_first"] = times["step"]["contiguous"] / times["step"][name]
+        rows.append(row)
         print(
-            f"{name:36}{row['step']:9.0f}{row['reference']:10.0f}{row['with both']:10.0f}{kept(u, given) / 1e6:9.1f}"
-            f"{first[name] - times['step'][name]:10.1f}{speed:12.2f}",
+            f"{name:36}{row['step_ms']:9.0f}{row['reference_ms']:10.0f}{row['with_both_ms']:10.0f}{row['kept_mb']:9.1f}"
+            f"{row['compile_s']:10.1f}{row['times_as_fast_as_first']:12.2f}",
             flush=True,
         )
+    if arguments.json:
+        settings = {name: value for name, value in vars(arguments).items() if name != "json"}
+        write_json(arguments.json, {"device": where, "torch": torch.__version__, **settings, "rows": rows})
 
 
 def unet(arguments: argparse.Namespace) -> nn.Module:

@@ -20,7 +20,7 @@ def report() -> str:
 
     lines = [
         f"python: {platform.python_version()} ({platform.platform()})",
-        *(f"{name}: {_version(name)}" for name in PACKAGES),
+        *(f"{name}: {version_of(name)}" for name in PACKAGES),
         f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
         f"cuda: {torch.version.cuda or 'not in this torch build'}",
     ]
@@ -54,7 +54,8 @@ def _native_build() -> list[str]:
     return lines
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version of a package, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -52,24 +52,12 @@ def plan(config: TrainConfig) -> str:
     vae_scale = 2 ** (len(component_config(path, "vae", **where)["block_out_channels"]) - 1)
     resolution = config.resolution or unet_config["sample_size"] * vae_scale
     costs = unet_costs(unet_config, config, resolution // vae_scale)
-    # run at every visit, and with full fine-tuning held in memory
-    needs_reference = OBJECTIVES[config.objective].needs_reference and not config.cached_reference
-    width = COMPUTE_DTYPES[config.mixed_precision].itemsize
+    needs_reference = _runs_reference(config)
     pairs = config.pairs_per_step or config.train_batch_size * config.gradient_accumulation_steps
 
-    separate = width == 2 or config.optimizer == "adamw8bit"  # masters beside the weights, not the weights themselves
     tokens = component_config(path, "text_encoder", **where).get("max_position_embeddings", 77)
     a_latent, a_prompt = record_bytes(unet_config, resolution // vae_scale, tokens)
-
-    memory = {
-        "UNet weights": costs.parameters * width,
-        "fp32 masters": costs.trained * 4 * separate,
-        "gradients": costs.trained * (4 + width * separate),
-        "optimizer state": costs.trained * STATE_BYTES[config.optimizer],
-        "EMA": costs.trained * 4 * config.use_ema,
-        "reference": costs.parameters * width * (needs_reference and config.tuning == "full"),
-    }
-    activations = 2 * config.train_batch_size * costs.saved_bytes
+    memory = memory_by_part(costs, config)
     checkpoint = costs.trained * (4 + STATE_BYTES[config.optimizer] + 4 * config.use_ema)
     result = costs.trained * 4 if config.tuning == "lora" else costs.parameters * 4
     forwards = 1 + needs_reference
@@ -83,8 +71,7 @@ def plan(config: TrainConfig) -> str:
         f"parameters        {costs.parameters:,} in the UNet, {costs.trained:,} trained",
         f"a step            {pairs} pairs at {resolution} x {resolution}",
         *(f"memory            {in_words(value):>10}  {name}" for name, value in memory.items()),
-        f"memory            {in_words(activations):>10}  activations of {config.train_batch_size} pairs",
-        f"memory            {in_words(sum(memory.values()) + activations):>10}  in all, without VAE and text encoders",
+        f"memory            {in_words(sum(memory.values())):>10}  in all, without VAE and text encoders",
         f"disk              {in_words(checkpoint):>10}  a checkpoint{kept}",
         f"disk              {in_words(result):>10}  the result",
         *_cache_lines(config, pairs, a_latent, a_prompt),
@@ -93,6 +80,26 @@ def plan(config: TrainConfig) -> str:
         + (", recomputation" if recomputes else ""),
     ]
     return "\n".join(lines)
+
+
+def memory_by_part(costs: UNetCosts, config: TrainConfig) -> dict[str, float]:
+    """Bytes that a training step holds, by what holds them; VAE and text encoders have left by then."""
+    width = COMPUTE_DTYPES[config.mixed_precision].itemsize
+    separate = width == 2 or config.optimizer == "adamw8bit"  # masters beside the weights, not the weights themselves
+    return {
+        "UNet weights": costs.parameters * width,
+        "fp32 masters": costs.trained * 4 * separate,
+        "gradients": costs.trained * (4 + width * separate),
+        "optimizer state": costs.trained * STATE_BYTES[config.optimizer],
+        "EMA": costs.trained * 4 * config.use_ema,
+        "reference": costs.parameters * width * (_runs_reference(config) and config.tuning == "full"),
+        f"activations of {config.train_batch_size} pairs": 2 * config.train_batch_size * costs.saved_bytes,
+    }
+
+
+def _runs_reference(config: TrainConfig) -> bool:
+    """Whether the reference is run at every visit, and with full fine-tuning held in memory."""
+    return OBJECTIVES[config.objective].needs_reference and not config.cached_reference
 
 
 def record_bytes(unet_config: dict, latent_size: int, tokens: int) -> tuple[int, int]:

@@ -1,18 +1,20 @@
 """What a matrix product and a copy reach here, on random data: the ceilings that measurements are a fraction of.
 
-python -m benchmarks.step.ceiling [--json FILE]
+python -m benchmarks.step.ceiling [--dtypes fp32 fp16 bf16] [--json FILE]
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
 
+from dpo_fast.files import write_json
+
 # Large enough to fill the machine, small enough to take moments.
 _SIDES = {"cuda": (4096, 8192), "cpu": (1024, 2048)}
 _SECONDS = 2.0
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def matmul_ceiling(device: str, dtype: torch.dtype) -> float:
@@ -55,17 +57,19 @@ def copy_ceiling(device: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write them to this file")
+    parser.add_argument("--dtypes", nargs="+", choices=_DTYPES, default=list(_DTYPES), help="of the products")
+    parser.add_argument("--json", type=Path, help="also write them to this file, each when it is measured")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    result = {
-        f"{name}_tflops": matmul_ceiling(device, dtype)
-        for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16))
-    }
-    result["copy_gb_per_s"] = copy_ceiling(device)
-    print(", ".join(f"{name} {value:.4g}" for name, value in result.items()))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    measurements = {"copy_gb_per_s": lambda: copy_ceiling(device)}
+    for name in arguments.dtypes:
+        measurements[f"{name}_tflops"] = lambda dtype=_DTYPES[name]: matmul_ceiling(device, dtype)
+    result = {}
+    for name, measure in measurements.items():
+        result[name] = measure()
+        print(f"{name} {result[name]:.4g}", flush=True)
+        if arguments.json:
+            write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m benchmarks.step.counts [--write] [CASE ...]
 
 The real `Trainer.train_step` runs on fake tensors, which have sizes and no values, so SDXL needs no memory. One
-optimizer step over one pair, bf16, eager:
+optimizer step over one pair, bf16, eager; the second one, since in the first the optimizer makes its state:
 
 flops      of convolutions, matrix products and attention, 2 a multiply-add (an attention backward counts 2.5 forwards)
 bytes      read and written by every operator, as if nothing stayed in a cache
@@ -17,6 +17,7 @@ import argparse
 import importlib.metadata
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -63,7 +64,9 @@ class StepCounts:
     forward_flops: int  # of them: the policy's forward
     bytes: int
     launches: int
-    optimizer_launches: int  # of them: after the last backward
+    ref_launches: int  # of them: in the reference's forward
+    forward_launches: int  # of them: in the policy's forward
+    optimizer_launches: int  # of them: in the optimizer's step
     saved: int
 
 
@@ -183,22 +186,25 @@ def _convert(module: torch.nn.Module, function, recurse: bool = True) -> torch.n
     return module
 
 
-def count_step(case: Case) -> StepCounts:
-    """Run our training step over one pair of `case` on fake tensors."""
+def count_step(case: Case, step: int = 2) -> StepCounts:
+    """Count our training step number `step` (the first is 1) over one pair of `case` on fake tensors."""
     with fake_tensors():
         trainer = _trainer(case)
+        for _ in range(step - 1):
+            trainer.train_step()
         operators, flops = Operators(), flop_counter()
         weights = {p.untyped_storage()._cdata for p in trainer.unet.parameters()}
         saved = Saved(weights)
-        marks: dict[str, int] = {}
+        spent: Counter[tuple[str, str]] = Counter()
 
         def counted(name: str, function):
-            """`function`, with what it adds to the FLOPs under its name."""
+            """`function`, with the FLOPs and launches that it adds."""
 
             def call(*arguments, **keywords):
-                before = flops.get_total_flops()
+                before = flops.get_total_flops(), operators.launches
                 result = function(*arguments, **keywords)
-                marks[name] = marks.get(name, 0) + flops.get_total_flops() - before
+                spent[name, "flops"] += flops.get_total_flops() - before[0]
+                spent[name, "launches"] += operators.launches - before[1]
                 return result
 
             return call
@@ -206,22 +212,18 @@ def count_step(case: Case) -> StepCounts:
         denoise = trainer.family.denoise
         trainer.reference = counted("reference", trainer.reference)
         trainer.family.denoise = counted("denoise", denoise)
-        step = trainer.masters.step
-
-        def optimizer_step(*arguments):
-            marks["before the optimizer"] = operators.launches
-            return step(*arguments)
-
-        trainer.masters.step = optimizer_step
+        trainer.masters.step = counted("optimizer", trainer.masters.step)
         with operators, flops, saved.hooks():
             trainer.train_step()
     return StepCounts(
         flops=flops.get_total_flops(),
-        ref_flops=marks["reference"],
-        forward_flops=marks["denoise"] - marks["reference"],
+        ref_flops=spent["reference", "flops"],
+        forward_flops=spent["denoise", "flops"] - spent["reference", "flops"],
         bytes=operators.bytes,
         launches=operators.launches,
-        optimizer_launches=operators.launches - marks["before the optimizer"],
+        ref_launches=spent["reference", "launches"],
+        forward_launches=spent["denoise", "launches"] - spent["reference", "launches"],
+        optimizer_launches=spent["optimizer", "launches"],
         saved=saved.bytes,
     )
 

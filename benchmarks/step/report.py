@@ -1,6 +1,7 @@
 """Rows to a table, a JSON object and a picture."""
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -61,6 +62,7 @@ class Result:
     needed_flops: float  # a pair: policy forward and backward, reference forward
     truth: dict[str, Proof]  # by optimizer
     rows: list[Row]
+    unmeasured: list[str] = field(default_factory=list)  # providers still to come
 
     @property
     def floor_ms(self) -> float:
@@ -141,11 +143,31 @@ def as_json(result: Result) -> dict:
         plain["data_wait"] = row.data_wait
         plain["times_as_fast_as"] = {other.provider: ratio(row, other) for other in result.rows}
         plain["proof"]["loss"] = row.proof.loss
-    return value
+    return _finite(value)
 
 
-def plot(result: Result, path: Path) -> None:
-    """Bars of milliseconds a pair with the spread, and the floor as a line, to a PNG."""
+def _finite(value: object) -> object:
+    """`value` with None for every number that is not finite, which JSON does not know."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def plot(results: list[Result], path: Path) -> None:
+    """The pictures of the cases, one below the other, to a PNG."""
+    pictures = [picture(result) for result in results]
+    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    top = 0
+    for part in pictures:
+        sheet.paste(part, (0, top))
+        top += part.height
+    sheet.save(path, "PNG")
+
+
+def picture(result: Result) -> Image.Image:
+    """Bars of milliseconds a pair with the spread, and the floor as a line."""
     width, left, bar, gap, top = 1000, 190, 44, 26, 90
     height = top + len(result.rows) * (bar + gap) + 60
     image = Image.new("RGB", (width, height), "white")
@@ -167,7 +189,7 @@ def plot(result: Result, path: Path) -> None:
     draw.line((x, top - 12, x, bottom), "#c0392b", 3)
     text = f"floor {result.floor_ms:.4g} ms: the needed FLOPs at the matmul ceiling, {_flops(1e12 * result.ceiling)}/s"
     draw.text((left, bottom + 14), text, "#c0392b", small)
-    image.save(path, "PNG")
+    return image
 
 
 def _flops(count: float) -> str:

@@ -12,19 +12,22 @@ import torch
 from PIL import Image
 
 import benchmarks.step
-from benchmarks.step import counts, report
+from benchmarks.step import counts, memory, report
 from benchmarks.step.cases import CASES, PROPORTION_TOLERANCE
 from benchmarks.step.ours import Ours, OursCached
 from benchmarks.step.peer_diffusers import PeerDiffusers
 from benchmarks.step.peer_salesforce import PeerSalesforce
 from benchmarks.step.prepare import prepare
-from benchmarks.step.profiling import CLASSES, classify, profiled
-from benchmarks.step.proof import problems, prove, weakness
+from benchmarks.step.profiling import CLASSES, Profile, classify, profiled
+from benchmarks.step.proof import Proof, problems, prove, weakness
 from benchmarks.step.truth import Truth
 from benchmarks.step.tuned import Tuned
 from benchmarks.step.work import PROOF_STEPS, Settings, Work, decoded
+from benchmarks.step.worker import Failed
 from benchmarks.step_time import executed, main
+from dpo_fast.config import parse
 from dpo_fast.data.images import scaled, to_pixels
+from dpo_fast.plan import memory_by_part, unet_costs
 from tests.benchmarks import tiny
 
 FOLDER = Path(benchmarks.step.__file__).parent
@@ -209,8 +212,10 @@ def test_report_of_real_rows(prepared, tmp_path):
     assert there == pytest.approx(rows[1].ms[0] / rows[0].ms[0])
     assert value["rows"][1]["problems"] and value["floor_ms"] == pytest.approx(40)
 
-    report.plot(result, tmp_path / "plot.png")
+    report.plot([result], tmp_path / "plot.png")
     picture = Image.open(tmp_path / "plot.png").convert("RGB")
+    report.plot([result, result], tmp_path / "two.png")
+    assert Image.open(tmp_path / "two.png").height == 2 * picture.height
     colours = {colour for _, colour in picture.getcolors(maxcolors=1 << 20)}
     assert {(0x2A, 0x6F, 0xBB), (0xB0, 0xB7, 0xBF), (0xC0, 0x39, 0x2B)} <= colours  # ours, the peer, the floor
 
@@ -228,6 +233,97 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert row["problems"] == [] and len(row["seconds"]) == 2 and row["profile"]["launches"] > 3000
     assert row["peak_memory"] > 2**28 and row["profile"]["host_syncs"] >= 4
     assert Image.open(tmp_path / "out.png").width == 1000
+
+
+def run_command(monkeypatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["step_time.py", *words])
+    return main()
+
+
+def row_of(name: str, milliseconds: float) -> report.Row:
+    """A provider's row of made-up numbers, doing the work of the truth below."""
+    profile = Profile(milliseconds / 1e3, 100, 0, dict.fromkeys(CLASSES, 0.0))
+    return report.Row(name, 1, [milliseconds / 1e3], [0.0], 1e9, 2**30, PROOF, profile, 1.0, 2.0, [])
+
+
+PROOF = Proof([1.0, 1.0], [1.0, 1.0], 0.5, [3.0, -3.0])
+
+
+@pytest.fixture
+def quick_cases(monkeypatch):
+    """Every case takes no time: two providers, of which the second fails where the case is in the set that is given."""
+    failing: set[str] = set()
+
+    def measured(case, arguments, note):
+        versions, truth = {"torch": torch.__version__}, {"adamw": PROOF}
+        result = report.Result(case.name, "a machine", versions, "command", "fp32", 1, 0.1, 4e9, truth, [])
+        result.unmeasured = ["ours", "tuned"]
+        for name in ("ours", "tuned"):
+            if name == "tuned" and case.name in failing:
+                raise Failed("tuned: out of memory")
+            result.rows.append(row_of(name, 8.0))
+            result.unmeasured.remove(name)
+            note(result)
+        return result
+
+    monkeypatch.setattr("benchmarks.step_time.measured_case", measured)
+    return failing
+
+
+def test_without_a_case_a_cpu_measures_the_minis(quick_cases, monkeypatch, tmp_path, capsys):
+    files = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
+    assert run_command(monkeypatch, "--device", "cpu", *files) == 0
+    written = json.loads((tmp_path / "out.json").read_text())
+    minis = [name for name in CASES if CASES[name].mini]
+    assert list(written["cases"]) == minis and written["left_out"] == {}
+    assert all(name in capsys.readouterr().out for name in minis[:1])
+    one = report.picture(report.Result("x", "y", {}, "c", "fp32", 1, 0.1, 4e9, {}, [row_of("a", 1), row_of("b", 1)]))
+    assert Image.open(tmp_path / "out.png").height == len(minis) * one.height
+
+
+@pytest.mark.parametrize("words", [("--case", "mini-sd15-512-lora", "mini-sd15-512-full"), None])
+def test_several_cases_and_one_that_fails(quick_cases, monkeypatch, tmp_path, words):
+    """The providers measured before the failure are in the file, and the next case is still measured."""
+    quick_cases.add("mini-sd15-512-lora")
+    words = words or ("--case", "mini-sd15-512-lora", "--case", "mini-sd15-512-full")
+    assert run_command(monkeypatch, "--device", "cpu", *words, "--json", str(tmp_path / "out.json")) == 1
+    cases = json.loads((tmp_path / "out.json").read_text())["cases"]
+    failed, complete = cases["mini-sd15-512-lora"], cases["mini-sd15-512-full"]
+    assert failed["failed"] == "tuned: out of memory" and failed["unmeasured"] == ["tuned"]
+    assert [row["provider"] for row in failed["rows"]] == ["ours"]
+    assert [row["provider"] for row in complete["rows"]] == ["ours", "tuned"] and complete["unmeasured"] == []
+
+
+def test_one_case_keeps_its_format(quick_cases, monkeypatch, tmp_path):
+    path = str(tmp_path / "out.json")
+    assert run_command(monkeypatch, "--device", "cpu", "--case", "mini-sd15-512-lora", "--json", path) == 0
+    assert [row["provider"] for row in json.loads(Path(path).read_text())["rows"]] == ["ours", "tuned"]
+
+
+def test_a_gpu_measures_what_its_memory_holds(quick_cases, monkeypatch, tmp_path, capsys):
+    """Of the default cases those that fit, by the free memory; the others are named with what they need."""
+    sizes = {"sdxl-1024-lora": 50, "turbo-512-lora": 20, "sdxl-1024-full": 90, "turbo-512-full": 60}
+    monkeypatch.setattr(memory, "needed_bytes", lambda case, dtype, batch_size: sizes[case.name] * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60 * 2**30, 80 * 2**30))
+    assert run_command(monkeypatch, "--device", "cuda", "--json", str(tmp_path / "out.json")) == 0
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert list(written["cases"]) == ["sdxl-1024-lora", "turbo-512-lora", "turbo-512-full"]
+    reason = "needs 90.0 GiB, 60.0 GiB are free"
+    assert written["left_out"] == {"sdxl-1024-full": reason}
+    assert f"sdxl-1024-full is left out: {reason}" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * 2**30, 80 * 2**30))
+    assert run_command(monkeypatch, "--device", "cuda") == 1
+
+
+def test_the_predicted_memory_is_that_of_the_dry_run():
+    """Ours as `--dry-run` has it; of LoRA the truth holds a second UNet in fp32."""
+    lora, full = tiny.case("sd15", "lora"), tiny.case("sd15", "full")
+    flags = ["--pretrained_model_name_or_path", "m", "--dataset_name", "d", "--mixed_precision", "bf16"]
+    config, _ = parse([*flags, "--tuning", "full", "--train_batch_size", "64", "--pairs_per_step", "64"])
+    costs = unet_costs({"in_channels": 4, **full.model.unet}, config, full.latent_side)
+    many = replace(full, pairs=64)
+    assert memory.needed_bytes(many, "bf16", 64) == sum(memory_by_part(costs, config).values())
+    assert memory.needed_bytes(lora, "bf16", 1) > 2 * 4 * costs.parameters
 
 
 @pytest.mark.parametrize(

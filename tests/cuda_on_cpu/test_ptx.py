@@ -10,8 +10,8 @@ from tests.cuda_on_cpu.build import compiler
 if shutil.which(compiler()) is None or shutil.which("c++filt") is None:
     pytest.skip("there is no C++ compiler", allow_module_level=True)
 
-from tests.cuda_on_cpu import ptx  # noqa: E402
-from tests.cuda_on_cpu.run_ptx import launch  # noqa: E402
+from tests.cuda_on_cpu import ptx
+from tests.cuda_on_cpu.run_ptx import launch
 
 KERNEL = """
 .version 8.4
@@ -103,7 +103,8 @@ INTEGERS = {  # of any words: the instruction, and what it gives for uint32 a, b
     "lop3.b32 %r6, %r3, %r4, %r5, 0x96;": lambda a, b, c: a ^ b ^ c,
     "prmt.b32 %r6, %r3, %r4, 0x5410;": lambda a, b, c: a & 0xFFFF | b << 16,
     "prmt.b32 %r6, %r3, %r4, 0x8BC7;": lambda a, b, c: (
-        np.where(a & 0x80, 0xFF, 0) << 24 | np.where(a >> 31, 0xFF, 0) << 16 | np.where(b & 0x80, 0xFF, 0) << 8 | b >> 24
+        (np.where(a & 0x80, 0xFF, 0) << 24 | np.where(a >> 31, 0xFF, 0) << 16)
+        | (np.where(b & 0x80, 0xFF, 0) << 8 | b >> 24)
     ),
     "bfe.u32 %r6, %r3, 5, 9;": lambda a, b, c: a >> 5 & 511,
     "bfe.s32 %r6, %r3, 5, 9;": lambda a, b, c: (signed(a) << 50) >> 55,

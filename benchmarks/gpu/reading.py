@@ -1,0 +1,35 @@
+"""Results of a stage from what it left behind: a JSON file, the lines of a log. All take (file, log)."""
+
+import json
+import re
+from pathlib import Path
+
+from benchmarks.gpu.outcomes import summary
+
+
+def nothing(file: Path, log: str) -> None:
+    """For stages whose exit status and log say all."""
+
+
+def json_file(file: Path, log: str) -> object:
+    """What the stage wrote so far; None if nothing."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def tests(file: Path, log: str) -> dict[str, object] | None:
+    """Counts and failures of a pytest run; None if it never began."""
+    return summary(file) if file.exists() else None
+
+
+def named_lines(file: Path, log: str) -> dict[str, str]:
+    """The lines `name: value`."""
+    pairs = (line.split(": ", 1) for line in log.splitlines() if re.match(r"[\w ]+: ", line))
+    return {name: value for name, value in pairs}
+
+
+def sanitizer(file: Path, log: str) -> dict[str, object]:
+    """What compute-sanitizer found, and what the tests under it did."""
+    errors = [int(count) for count in re.findall(r"ERROR SUMMARY: (\d+) error", log)]
+    hazards = re.findall(r"RACECHECK SUMMARY: (\d+) hazard", log)
+    found = [*errors, *map(int, hazards)]
+    return {"errors": sum(found) if found else None, "tests": tests(file, log)}
