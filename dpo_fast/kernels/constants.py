@@ -8,6 +8,7 @@ from the highest coefficient down and rounded after every product and sum.
 PHILOX_PRODUCTS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
+UNIT = 2.0**-24  # of the uniforms
 LN_2 = 0.6931471805599453
 SQRT_HALF_BITS = 0x3F3504F3  # of float32
 # ln(1 + f) = f + f^2 q(f) for 1 + f in [sqrt(1/2), sqrt(2)): q
@@ -21,7 +22,8 @@ COSINE_POLYNOMIAL = (59.42422103881836, -85.44882202148438, 64.93936920166016, -
 
 EXP_RANGE = (-104.0, 89.0)  # e^x is 0 below and infinity above
 LOG2_E = 1.4426950216293335
-ROUND_TO_INTEGER = 12582912.0  # 1.5 * 2^23: what is added to it is rounded to an integer, which its lower bits hold
+# 1.5 * 2^23: what is added to it is rounded to an integer, by which the sum's bits exceed those of this number
+ROUND_TO_INTEGER, ROUND_TO_INTEGER_BITS = 12582912.0, 0x4B400000
 LN_2_HIGH, LN_2_LOW = 0.693145751953125, 1.428606765330187e-06  # 16 bits, and the rest
 # e^r = 1 + r + r^2 q(r) for |r| <= ln(2) / 2: q
 EXP_POLYNOMIAL = (

@@ -49,10 +49,11 @@ def uniform(word: Tensor) -> Tensor:
 
 
 def normal_noise(seed: int, pair_id: Tensor, draw: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """Standard normals, float32 [B, channels, height, width]: float64 Box-Muller, rounded once; the kernels' within 1e-6.
+    """Standard normals, float32 [B, channels, height, width]: float64 Box-Muller, rounded once.
 
     A block gives four channels of one pixel; pixels count in row order whatever the memory format, and a pixel of more
-    than four channels takes the next ceil(channels / 4) blocks. The last block's surplus normals are dropped.
+    than four channels takes the next ceil(channels / 4) blocks. The last block's surplus normals are dropped. The other
+    backends compute in float32 and are within 1e-6.
     """
     pixels, groups = height * width, -(-channels // 4)
     block = torch.arange(pixels * groups, device=pair_id.device)

@@ -64,13 +64,15 @@ class Launcher:
         kinds = self.signature.values()
         parameters = [packed(k, v) for k, v in zip(kinds, arguments, strict=True) if k != "constexpr"]
         sizes = parameter_sizes(kernel.ptx, kernel.name)
-        # behind the kernel's own are scratch memories, which none of ours has
-        scratch = [NULL] * (len(sizes) - len(parameters))
+        # behind the kernel's own are addresses of scratch memory, which none of ours has
+        parameters += [NULL] * (len(sizes) - len(parameters))
         if needed := self.metadata.global_scratch_size or self.metadata.profile_scratch_size:
             raise ValueError(f"{kernel.name} needs {needed} bytes of scratch memory, which this driver does not give")
-        triton.runtime.driver.active.launch(
-            kernel.ptx, kernel.name, (x, y, z), 32 * self.metadata.num_warps, self.metadata.shared, parameters + scratch
-        )
+        if [len(parameter) for parameter in parameters] != sizes:
+            raise ValueError(f"{kernel.name} takes parameters of {sizes} bytes; its signature is {self.signature}")
+        threads = TARGET.warp_size * self.metadata.num_warps
+        launch = triton.runtime.driver.active.launch
+        launch(kernel.ptx, kernel.name, (x, y, z), threads, self.metadata.shared, parameters)
 
 
 class PTXDriver:

@@ -9,11 +9,11 @@ import numpy as np
 from dpo_fast.kernels import constants as c
 
 HEADER = Path(__file__).parents[2] / "csrc" / "arithmetic.h"
-# the numbers of each function in the order in which they stand there; 5.96e-08 is 2^-24, the unit of a uniform
+# the numbers of each function in the order in which they stand there
 NUMBERS = {
     "philox": [*c.PHILOX_PRODUCTS, *c.PHILOX_KEY_STEPS],
-    "minus_two_log": [2.0**-24, c.SQRT_HALF_BITS, 1.0, *c.LOG_POLYNOMIAL, c.LN_2, -2.0],
-    "cos_sin": [2.0**-24, *c.SINE_POLYNOMIAL, *c.COSINE_POLYNOMIAL],
+    "minus_two_log": [c.UNIT, c.SQRT_HALF_BITS, 1.0, *c.LOG_POLYNOMIAL, c.LN_2, -2.0],
+    "cos_sin": [c.UNIT, *c.SINE_POLYNOMIAL, *c.COSINE_POLYNOMIAL],
     "exponential": [
         *(c.EXP_RANGE[1], c.EXP_RANGE[1], c.EXP_RANGE[0], c.EXP_RANGE[0], c.LOG2_E, c.ROUND_TO_INTEGER),
         *(c.ROUND_TO_INTEGER, c.LN_2_HIGH, c.LN_2_LOW, *c.EXP_POLYNOMIAL, 1.0, c.ROUND_TO_INTEGER),
@@ -41,6 +41,11 @@ def test_the_header_has_the_same_constants():
         assert [np.float32(x) if isinstance(x, float) else x for x in actual] == [
             np.float32(x) if isinstance(x, float) else x for x in expected
         ], function
+
+
+def test_the_bits_are_those_of_the_number():
+    assert np.float32(c.ROUND_TO_INTEGER).view(np.uint32) == c.ROUND_TO_INTEGER_BITS
+    assert abs(np.uint32(c.SQRT_HALF_BITS).view(np.float32) - math.sqrt(0.5)) < 2.0**-24
 
 
 def test_the_product_with_the_high_part_of_ln_2_is_exact():

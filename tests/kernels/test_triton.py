@@ -178,6 +178,16 @@ def test_triton_noise_has_the_bits_of_native(case, prediction_type, seed):
 
 
 @beside_native
+@pytest.mark.parametrize("noise_seed", [0, 1 << 31, 1 << 32, 1 << 63, (1 << 64) - 5])
+def test_triton_takes_seeds_of_any_size(noise_seed, seed):
+    """As an op hands them on, signed; Triton gives a kernel 32 bits where they suffice, with their sign."""
+    inputs = noise_inputs(Case("seeds"), seed, device="cpu")
+    inputs.seed = noise_seed
+    actual = noise_pair(*on_device(inputs), prediction_type="epsilon", dtype=F32, backend="triton")
+    assert same_bits(actual.target, native.noise_pair_fwd(*vars(inputs).values(), "epsilon", F32)[1])
+
+
+@beside_native
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_triton_gradients_have_the_bits_of_native(case, seed):
     """Of the errors, and of the loss at margins from small to nan; without and with labels and weights."""

@@ -14,12 +14,14 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
 PHILOX_PRODUCT_0, PHILOX_PRODUCT_1 = map(tl.constexpr, constants.PHILOX_PRODUCTS)
 PHILOX_KEY_STEP_0, PHILOX_KEY_STEP_1 = map(tl.constexpr, constants.PHILOX_KEY_STEPS)
+UNIT = tl.constexpr(constants.UNIT)
 LN_2, SQRT_HALF_BITS = tl.constexpr(constants.LN_2), tl.constexpr(constants.SQRT_HALF_BITS)
 LOG_POLYNOMIAL = tl.constexpr(constants.LOG_POLYNOMIAL)
 SINE_POLYNOMIAL = tl.constexpr(constants.SINE_POLYNOMIAL)
 COSINE_POLYNOMIAL = tl.constexpr(constants.COSINE_POLYNOMIAL)
 EXP_LEAST, EXP_MOST = map(tl.constexpr, constants.EXP_RANGE)
 LOG2_E, ROUND_TO_INTEGER = tl.constexpr(constants.LOG2_E), tl.constexpr(constants.ROUND_TO_INTEGER)
+ROUND_TO_INTEGER_BITS = tl.constexpr(constants.ROUND_TO_INTEGER_BITS)
 LN_2_HIGH, LN_2_LOW = tl.constexpr(constants.LN_2_HIGH), tl.constexpr(constants.LN_2_LOW)
 EXP_POLYNOMIAL = tl.constexpr(constants.EXP_POLYNOMIAL)
 
@@ -62,7 +64,7 @@ def philox(c0, c1, c2, c3, k0, k1):
 @triton.jit
 def minus_two_log(word):
     """-2 ln(u), u = (n + 1) * 2^-24 of a word's upper 24 bits n; relative error below 2^-22."""
-    u = ((word >> 8) + 1).to(tl.int32).to(tl.float32) * 5.960464477539063e-08
+    u = ((word >> 8) + 1).to(tl.int32).to(tl.float32) * UNIT
     bits = u.to(tl.int32, bitcast=True)
     exponent = (bits - SQRT_HALF_BITS) >> 23  # mantissa in [sqrt(1/2), sqrt(2))
     f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
@@ -75,7 +77,7 @@ def cos_sin(word):
     """cos and sin of 2 pi u, u as above; absolute error below 2^-23."""
     n = ((word >> 8) + 1).to(tl.int32)
     quarter = (n + (1 << 21)) >> 22
-    r = (n - (quarter << 22)).to(tl.float32) * 5.960464477539063e-08  # in [-1/8, 1/8], exact
+    r = (n - (quarter << 22)).to(tl.float32) * UNIT  # in [-1/8, 1/8], exact
     z = r * r
     s = polynomial(z, SINE_POLYNOMIAL, 3) * r
     c = polynomial(z, COSINE_POLYNOMIAL, 4)
@@ -108,13 +110,13 @@ def exponential(x):
     """e^x for float32 x, within one unit in the last place, subnormal results too."""
     # beyond these e^x is infinity and 0; a nan passes, whose n below is any integer
     inside = tl.where(x > EXP_MOST, EXP_MOST, tl.where(x < EXP_LEAST, EXP_LEAST, x))
-    # x = n ln 2 + r: the lower bits of `shifted` hold n
+    # x = n ln 2 + r
     shifted = inside * LOG2_E + ROUND_TO_INTEGER
     n = shifted - ROUND_TO_INTEGER
     r = (inside - n * LN_2_HIGH) - n * LN_2_LOW
     exp_r = 1.0 + (r + r * r * polynomial(r, EXP_POLYNOMIAL, 5))
     # 2^n by two factors, since n lies in [-150, 128]: only the second product can round, underflow or overflow
-    exponent = (shifted.to(tl.int32, bitcast=True) << 9) >> 9  # the lower 23 bits, the uppermost of which is their sign
+    exponent = shifted.to(tl.int32, bitcast=True) - ROUND_TO_INTEGER_BITS
     half = exponent >> 1
     return exp_r * power_of_two(half) * power_of_two(exponent - half)
 
