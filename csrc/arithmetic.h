@@ -1,8 +1,10 @@
 // The arithmetic of every op, for CPU and GPU alike: what the tests prove on a CPU is what a GPU computes.
 //
 // Both compilers are told not to contract a * b + c, so that additions, products, quotients and square roots round the
-// same way everywhere: the noise has the same bits on every CPU and GPU. Code is free of branches and table look-ups
-// where a CPU compiler should make vector instructions of it.
+// way everywhere, and call a mathematical library for nothing but the reported loss: noise and gradients have the same
+// bits on every CPU and GPU. Code is free of branches and table look-ups where a CPU compiler should make vector
+// instructions of it. dpo_fast/kernels/triton/arithmetic.py does the same operations in the same order, by the same
+// constants (dpo_fast/kernels/constants.py); tests hold both.
 #pragma once
 
 #include <cmath>
@@ -97,6 +99,14 @@ DPO_FAST_INLINE uint16_t to_float16(float x) {
 #endif
 }
 
+// c[0] x^n + ... + c[n], rounded after every product and sum
+DPO_FAST_INLINE float polynomial(float, float value) { return value; }
+
+template <typename... Rest>
+DPO_FAST_INLINE float polynomial(float x, float value, float next, Rest... rest) {
+  return polynomial(x, value * x + next, rest...);
+}
+
 // ---- the noise: Philox4x32-10 (Salmon et al., SC 2011) and Box-Muller --------------------------------------------
 
 struct Words {
@@ -127,15 +137,9 @@ DPO_FAST_INLINE float minus_two_log(uint32_t word) {
   const int32_t exponent = static_cast<int32_t>(u - 0x3f3504f3u) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
   const float f = float_of(u - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
   // ln(1 + f) = f + f^2 q(f), q by a Chebyshev fit
-  float q = -0.07866667956113815f;
-  q = q * f + 0.12821748852729797f;
-  q = q * f - 0.131016343832016f;
-  q = q * f + 0.1418900042772293f;
-  q = q * f - 0.1662759929895401f;
-  q = q * f + 0.2000196874141693f;
-  q = q * f - 0.2500077188014984f;
-  q = q * f + 0.33333322405815125f;
-  q = q * f - 0.4999999701976776f;
+  const float q = polynomial(
+      f, -0.07866667956113815f, 0.12821748852729797f, -0.131016343832016f, 0.1418900042772293f, -0.1662759929895401f,
+      0.2000196874141693f, -0.2500077188014984f, 0.33333322405815125f, -0.4999999701976776f);
   const float log_u = static_cast<float>(exponent) * 0.6931471805599453f + (f + f * f * q);
   return -2.0f * log_u;
 }
@@ -146,16 +150,10 @@ DPO_FAST_INLINE void cos_sin(uint32_t word, float& cosine, float& sine) {
   const uint32_t quarter = (n + (1u << 21)) >> 22;
   const float r = static_cast<float>(static_cast<int32_t>(n - (quarter << 22))) * 0x1p-24f;  // in [-1/8, 1/8], exact
   const float z = r * r;
-  float s = -75.40184020996094f;
-  s = s * z + 81.59254455566406f;
-  s = s * z - 41.3416633605957f;
-  s = s * z + 6.2831854820251465f;
-  s = s * r;
-  float c = 59.42422103881836f;
-  c = c * z - 85.44882202148438f;
-  c = c * z + 64.93936920166016f;
-  c = c * z - 19.739208221435547f;
-  c = c * z + 1.0f;
+  const float s =
+      polynomial(z, -75.40184020996094f, 81.59254455566406f, -41.3416633605957f, 6.2831854820251465f) * r;
+  const float c = polynomial(
+      z, 59.42422103881836f, -85.44882202148438f, 64.93936920166016f, -19.739208221435547f, 1.0f);
   const bool odd = quarter & 1u;
   const uint32_t cosine_sign = ((quarter + 1u) & 2u) << 30, sine_sign = (quarter & 2u) << 30;
   cosine = float_of(bits_of(odd ? s : c) ^ cosine_sign);
@@ -233,17 +231,41 @@ DPO_FAST_INLINE float pair_margin(float delta_w, float delta_l, double beta) {
   return static_cast<float>(beta / 2) * (delta_l - delta_w);
 }
 
-// -logsigmoid(x)
+// -logsigmoid(x), within 4 units in the last place of float64 of the exact value: the one place where a library decides,
+// and a CPU's and a GPU's differ. It reaches the reported loss alone, of which no gradient is taken.
 DPO_FAST_INLINE double softplus_of_minus(double x) { return (x < 0 ? -x : 0.0) + log1p(exp(x < 0 ? x : -x)); }
 
-// weight * -[y logsigmoid(margin) + (1-y) logsigmoid(-margin)], in float64 so that its mean over B equal pairs is it
+// weight * -[y logsigmoid(margin) + (1-y) logsigmoid(-margin)]. The loss before its weight is rounded to float32, so
+// that up to 2^29 like it add up in float64 without a rounding: B equal losses have exactly that mean, in any order.
+// Where two libraries round to different float32, the mean of the pairs differs by at most one unit in its last place.
 DPO_FAST_INLINE double pair_loss(const DPOLoss& op, int64_t pair, float margin) {
   double loss = softplus_of_minus(margin);
   if (op.label) loss = op.label[pair] * loss + (1.0 - op.label[pair]) * softplus_of_minus(-static_cast<double>(margin));
+  loss = static_cast<float>(loss);
   return op.weight ? op.weight[pair] * loss : loss;
 }
 
-DPO_FAST_INLINE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+// e^x within one unit in the last place of float32 (0.95 by a sweep), subnormal results too; infinity from 88.7229 on
+DPO_FAST_INLINE float exponential(float x) {
+  // beyond these e^x is infinity and 0; a nan passes, whose n below is any integer
+  const float inside = x > 89.0f ? 89.0f : x < -104.0f ? -104.0f : x;
+  // x = n ln 2 + r: adding 1.5 * 2^23 rounds to an integer and leaves it in the lower bits
+  const float shifted = inside * 1.4426950216293335f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  // ln 2 in two parts: 16 bits, whose product with n is exact, and the rest
+  const float r = (inside - n * 0.693145751953125f) - n * 1.428606765330187e-06f;
+  // e^r = 1 + r + r^2 q(r), q by a Chebyshev fit of degree 5; relative error below 2^-30
+  const float q = polynomial(
+      r, 0.0001989098236663267f, 0.0013933642767369747f, 0.00833331048488617f, 0.04166646674275398f,
+      0.1666666716337204f, 0.5f);
+  const float exp_r = 1.0f + (r + r * r * q);
+  // 2^n by two factors, since n lies in [-150, 128]: only the second product can round, underflow or overflow
+  const uint32_t exponent = bits_of(shifted) - bits_of(12582912.0f);
+  const uint32_t half = static_cast<uint32_t>(static_cast<int32_t>(exponent) >> 1);
+  return exp_r * float_of((half + 127u) << 23) * float_of((exponent - half + 127u) << 23);
+}
+
+DPO_FAST_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 // d loss / d prediction = grad_error * two_over(n) * (prediction - target)
 DPO_FAST_INLINE float two_over(int64_t numbers) { return static_cast<float>(2.0 / static_cast<double>(numbers)); }

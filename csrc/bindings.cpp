@@ -100,6 +100,11 @@ py::tuple philox_words(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint3
   return py::make_tuple(words.w[0], words.w[1], words.w[2], words.w[3]);
 }
 
+// The exponential function alone, on float32 [count].
+void exponentials(Address x, Address y, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) pointer<float>(y)[i] = exponential(pointer<const float>(x)[i]);
+}
+
 }  // namespace
 }  // namespace dpo_fast
 
@@ -132,7 +137,11 @@ PYBIND11_MODULE(_native, module) {
       py::arg("margin"), py::arg("label"), py::arg("weight"), py::arg("beta"));
   module.def("pair_sums_floats", &dpo_fast::pair_sums_floats, py::arg("place"), py::arg("images"), py::arg("numbers"));
   module.def("cuda_fault", &cuda::fault, py::arg("device"));
-  module.def("philox", &philox_words);
   module.attr("cuda_cubins") = DPO_FAST_CUBINS;  // compute capabilities with code of their own: "80,90a"; "": no CUDA
   module.attr("cuda_ptx") = DPO_FAST_PTX;        // the one whose PTX is in too: "90"
+  module.def(
+      "philox", &philox_words, "For tests: the generator's four words of a counter's four and a key's two.");
+  module.def(
+      "exponentials", &exponentials, "For tests: e^x of `count` float32 at the first address, to the second.",
+      py::arg("x"), py::arg("y"), py::arg("count"));
 }

@@ -1,8 +1,8 @@
 """The ops in C++ and CUDA: checks tensors and hands their addresses to the extension dpo_fast._native (csrc/ops.h).
 
-On the CPU results do not depend on the number of threads. On CUDA the kernels are experimental: they compile but have
-not run on a GPU yet, so dispatch takes them there only when asked to. The extension knows nothing of PyTorch: one build
-serves every version of it.
+Noise, and gradients at given margins, have the bits of the Triton kernels'. On the CPU results do not depend on the
+number of threads. On CUDA the kernels are experimental: they compile but have not run on a GPU yet, so dispatch takes
+them there only when asked to. The extension knows nothing of PyTorch: one build serves every version of it.
 """
 
 import functools

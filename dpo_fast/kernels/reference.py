@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_fast.kernels.constants import PHILOX_KEY_STEPS, PHILOX_PRODUCTS
+
 NOISE_STREAM = 0  # the other streams are the loader's: dpo_fast/draws.py
 DRAW_BITS = 28  # the last counter word is stream << 28 | draw
 
@@ -28,10 +30,10 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
     k0, k1 = key
     for _ in range(10):
         # the 64-bit products wrap to negative int64: the mask turns the arithmetic shift into a logical one
-        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        product0, product1 = c0 * PHILOX_PRODUCTS[0], c2 * PHILOX_PRODUCTS[1]
         c0, c2 = (product1 >> 32) & _MASK ^ c1 ^ k0, (product0 >> 32) & _MASK ^ c3 ^ k1
         c1, c3 = product1 & _MASK, product0 & _MASK
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+        k0, k1 = (k0 + PHILOX_KEY_STEPS[0]) & _MASK, (k1 + PHILOX_KEY_STEPS[1]) & _MASK
     return c0, c1, c2, c3
 
 
@@ -50,7 +52,8 @@ def normal_noise(seed: int, pair_id: Tensor, draw: Tensor, channels: int, height
     """Standard normals, float32 [B, channels, height, width]: float64 Box-Muller, rounded once.
 
     A block gives four channels of one pixel; pixels count in row order whatever the memory format, and a pixel of more
-    than four channels takes the next ceil(channels / 4) blocks. The last block's surplus normals are dropped.
+    than four channels takes the next ceil(channels / 4) blocks. The last block's surplus normals are dropped. The other
+    backends compute in float32 and are within 1e-6.
     """
     pixels, groups = height * width, -(-channels // 4)
     block = torch.arange(pixels * groups, device=pair_id.device)

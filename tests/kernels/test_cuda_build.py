@@ -94,6 +94,32 @@ def test_kernels_do_not_spill_and_use_128_bit_accesses(tmp_path):
         assert (loads > 0, stores > 0) == KERNELS[name], (name, arch)
 
 
+# instructions that approximate, flush subnormal numbers or round a * b + c once, and why they may
+ALLOWED = {
+    "fma.rn.f64": "in the library's exp and log1p of float64, in the reported loss",
+    "rcp.approx.ftz.f64": "where the library's division in log1p begins; what follows makes it exact to one unit",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["noise_pair", "pair_errors", "dpo_loss"])
+def test_no_float32_is_computed_approximately(source, tmp_path):
+    """Noise, gradients and margins have a CPU's bits: only the loss may, and in float64."""
+    build = builder()
+    nvcc = build.find_nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc is needed: no nvcc")
+    made = tmp_path / "kernels.ptx"
+    flags = [*build.CUDA_FLAGS, "-arch=compute_90", "-ptx", str(ROOT / build.CSRC / "cuda" / f"{source}.cu")]
+    done = subprocess.run([nvcc, *flags, "-o", str(made)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    opcodes = set(re.findall(r"^\s*(?:@!?%p\d+ )?([a-z][\w.]*)", made.read_text(), re.MULTILINE))
+    inexact = {o for o in opcodes if re.search(r"\.(approx|full|ftz)\b|^fma|^mad\.\w+\.f", o)}
+    assert inexact == (set(ALLOWED) if source == "dpo_loss" else set())
+    arithmetic = {o for o in opcodes if re.match(r"(add|sub|mul|div|sqrt|rcp)\..*f\d\d$", o)}
+    assert arithmetic and all(".rn." in o for o in arithmetic - set(ALLOWED)), arithmetic
+
+
 def cuda_sources(build) -> list[Path]:
     return [path.relative_to(ROOT) for path in sorted((ROOT / build.CSRC).glob("cuda/*.cu"))]
 

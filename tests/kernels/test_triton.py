@@ -1,4 +1,4 @@
-"""The Triton kernels' own arithmetic, and that reruns give the same bits; where there is no GPU, by the interpreter.
+"""The Triton kernels' bits: those of the native backend, and the same again; without a GPU, by the interpreter.
 
 Triton reads TRITON_INTERPRET when it is first imported. So where the backend cannot be used, one test runs the tests
 of it in this folder in a process that has the variable.
@@ -18,17 +18,20 @@ from dpo_fast.kernels.dispatch import usable_backends
 from tests.kernels.cases import BF16, CASES, F16, F32, Case, loss_inputs, noise_inputs
 
 USABLE = not usable_backends()["triton"]
+NATIVE = not usable_backends()["native"]
 HERE = Path(__file__).parent
 
 if USABLE:
     import triton
     import triton.language as tl
 
-    from dpo_fast.kernels.triton.common import INTERPRET, rounded
-    from dpo_fast.kernels.triton.dpo_loss import softplus
-    from dpo_fast.kernels.triton.noise_pair import box_muller, philox
+    from dpo_fast.kernels.triton import dpo_loss as triton_dpo_loss
+    from dpo_fast.kernels.triton import noise_pair as triton_noise_pair
+    from dpo_fast.kernels.triton import pair_errors as triton_pair_errors
+    from dpo_fast.kernels.triton.arithmetic import box_muller, exponential, philox, rounded, softplus
+    from dpo_fast.kernels.triton.common import INTERPRET
 
-    DEVICE = "cpu" if INTERPRET.value else "cuda"
+    DEVICE = "cpu" if INTERPRET else "cuda"
 
     @triton.jit
     def philox_kernel(counter, key, words, N: tl.constexpr):
@@ -52,6 +55,11 @@ if USABLE:
         tl.store(normals + N + i, z1)
 
     @triton.jit
+    def exponential_kernel(x, y, N: tl.constexpr):
+        i = tl.arange(0, N)
+        tl.store(y + i, exponential(tl.load(x + i)))
+
+    @triton.jit
     def softplus_kernel(x, y, N: tl.constexpr):
         i = tl.arange(0, N)
         tl.store(y + i, softplus(tl.load(x + i)))
@@ -62,7 +70,11 @@ if USABLE:
         tl.store(y + i, rounded(tl.load(x + i), y.dtype.element_ty))
 
 
+if NATIVE:
+    from dpo_fast.kernels import native
+
 here = pytest.mark.skipif(not USABLE, reason="by the interpreter, in a process of its own")
+beside_native = pytest.mark.skipif(not (USABLE and NATIVE), reason="needs Triton and the extension")
 on_a_gpu = pytest.mark.skipif(not USABLE or DEVICE != "cuda", reason="needs a CUDA device")
 
 
@@ -112,7 +124,7 @@ def test_triton_normals_are_near_float64_up_to_the_ends_of_the_uniform():
     u0, u1 = map(reference.uniform, words)
     radius, angle = (-2 * u0.log()).sqrt(), 2 * math.pi * u1
     exact = torch.stack([radius * angle.cos(), radius * angle.sin()])
-    assert (normals.double() - exact).abs().max() < 1.5e-6  # 3 ulp of the largest, 5.77
+    assert (normals.double() - exact).abs().max() < 1e-6  # 2 ulp of the largest, 5.77
     # the radius of u0 near 1 is small, and right to its own last bits
     assert ((normals.double() - exact).abs() <= 1e-6 * radius).all()
 
@@ -124,7 +136,104 @@ def test_triton_softplus_keeps_its_relative_accuracy():
     y = torch.empty_like(x)
     softplus_kernel[(1,)](x, y, N=1024)
     exact = x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
-    torch.testing.assert_close(y, exact, rtol=1e-12, atol=1e-300)
+    torch.testing.assert_close(y, exact, rtol=2.0**-49, atol=1e-300)  # 8 units in the last place
+
+
+@beside_native
+def test_triton_exponential_has_the_bits_of_native():
+    """For random bits, which are of every exponent, and as many numbers whose results are neither 0 nor infinity."""
+    x = torch.cat([random_words(1 << 15).to(torch.int32).view(F32), torch.empty(1 << 15).uniform_(-104.5, 89.5)])
+    x[:8] = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 88.722839, -103.972084, -87.33655])
+    y, expected = torch.empty(1 << 16, device=DEVICE), torch.empty(1 << 16)
+    exponential_kernel[(1,)](x.to(DEVICE), y, N=1 << 16)
+    native._native.exponentials(x.data_ptr(), expected.data_ptr(), 1 << 16)
+    assert same_bits(y, expected)
+
+
+# ---- the bits of the native backend on a CPU -------------------------------------------------------------------
+
+
+def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Zeros with their signs; nans whatever they hold. `expected` lies on the CPU."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape and actual.stride() == expected.stride()
+    actual, bits = actual.cpu(), torch.int16 if actual.element_size() == 2 else torch.int32
+    number = ~expected.isnan()
+    return torch.equal(~actual.isnan(), number) and torch.equal(actual[number].view(bits), expected[number].view(bits))
+
+
+def on_device(inputs: object) -> list:
+    """The fields of a case's inputs where Triton computes."""
+    return [x.detach().to(DEVICE) if isinstance(x, torch.Tensor) else x for x in vars(inputs).values()]
+
+
+@beside_native
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_triton_noise_has_the_bits_of_native(case, prediction_type, seed):
+    inputs = noise_inputs(case, seed, device="cpu")
+    for dtype in (F16, BF16, F32):
+        actual = triton_noise_pair.noise_pair_fwd(*on_device(inputs), prediction_type, dtype)
+        expected = native.noise_pair_fwd(*vars(inputs).values(), prediction_type, dtype)
+        assert all(map(same_bits, actual, expected))
+
+
+@beside_native
+@pytest.mark.parametrize("noise_seed", [0, 1 << 31, 1 << 32, 1 << 63, (1 << 64) - 5])
+def test_triton_takes_seeds_of_any_size(noise_seed, seed):
+    """As an op hands them on, signed; Triton gives a kernel 32 bits where they suffice, with their sign."""
+    inputs = noise_inputs(Case("seeds"), seed, device="cpu")
+    inputs.seed = noise_seed
+    actual = noise_pair(*on_device(inputs), prediction_type="epsilon", dtype=F32, backend="triton")
+    assert same_bits(actual.target, native.noise_pair_fwd(*vars(inputs).values(), "epsilon", F32)[1])
+
+
+@beside_native
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_triton_gradients_have_the_bits_of_native(case, seed):
+    """Of the errors, and of the loss at margins from small to nan; without and with labels and weights."""
+    inputs = loss_inputs(case, seed, device="cpu")
+    p, _, target, beta, _, _ = (x.detach() if isinstance(x, torch.Tensor) else x for x in vars(inputs).values())
+    generator = torch.Generator().manual_seed(seed)
+    given = torch.randn(2 * case.pairs, generator=generator)
+    device = (x.to(DEVICE) for x in (given, p, target))
+    assert same_bits(triton_pair_errors.pair_errors_bwd(*device), native.pair_errors_bwd(given, p, target))
+    spread = torch.tensor([1e-3, 1.0, 1.0, 10.0, 10.0, 100.0, math.inf, math.nan])
+    label, weight = torch.rand(2, case.pairs, generator=generator)
+    for y, w in ((None, None), (label, None), (None, weight), (label, weight)):
+        which = torch.randint(len(spread), (case.pairs,), generator=generator)
+        margin = spread[which] * torch.randn(case.pairs, generator=generator)
+        arguments = (torch.tensor(8.0), p, target, margin, beta, y, w)
+        expected = native.dpo_loss_bwd(*arguments)
+        device = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments)
+        assert same_bits(triton_dpo_loss.dpo_loss_bwd(*device), expected), margin
+
+
+@beside_native
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_triton_margins_have_the_bits_of_native_where_sums_are_exact(case, seed):
+    """Predictions of few bits, whose sums round in no order; so errors and margins are all that is computed from them.
+
+    The loss of the same margins then differs by what two libraries' exp and log do: one unit in its last place.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def dyadic(like: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(like).copy_(torch.randint(-16, 17, like.shape, generator=generator) / 16)
+
+    inputs = loss_inputs(case, seed, device="cpu")
+    p, ref, target, case_beta, label, weight = vars(inputs).values()
+    p, target = dyadic(p.detach()), dyadic(target)
+    ref = ref if ref.dim() == 1 else dyadic(ref)
+    for others in (ref, None):
+        actual = triton_pair_errors.pair_errors_fwd(*(None if x is None else x.to(DEVICE) for x in (p, others, target)))
+        assert all(map(same_bits, actual, native.pair_errors_fwd(p, others, target)))
+    for beta in (case_beta, 1.0):
+        arguments = (p, ref, target, beta, label, weight)
+        expected = native.dpo_loss_fwd(*arguments)
+        device = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments)
+        actual = triton_dpo_loss.dpo_loss_fwd(*device)
+        assert all(map(same_bits, actual[1:], expected[1:]))
+        assert (expected[0].nextafter(actual[0].cpu()) == actual[0].cpu()).all()  # it or its neighbour
 
 
 @here

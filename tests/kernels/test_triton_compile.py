@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for sm_80 and sm_90 without a GPU: no spills, nothing in local memory, 128-bit accesses.
+"""The Triton kernels compiled without a GPU: exact instructions, no spills, nothing in local memory, 128-bit accesses.
 
 `pytest -s tests/kernels/test_triton_compile.py` prints the table of registers and widths.
 """
@@ -131,6 +131,26 @@ def test_compiles_without_spills_and_with_wide_accesses(kernels, kernel, row, ca
     assert wide_stores >= sum(size_of(images[k]) * 8 // 16 for k in outputs if k in images)
     # all that is not wide is one number a program
     assert sum(n for a, n in accesses.items() if "128" not in a) <= 8
+
+
+# instructions that approximate, flush subnormal numbers or round a * b + c once, and why they may
+ALLOWED = {
+    "fma.rn.f64": "in the library's exp and log of float64, in the reported loss",
+    "rcp.approx.ftz.f64": "where the library's log of float64 begins; what follows makes it exact to one unit",
+    "abs.ftz.f32": "on the upper half of a float64 in the library's exp, to ask how large it is",
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("kernel, row", KERNELS, ids=label)
+def test_no_float32_is_computed_approximately(kernels, kernel, row, capability):
+    """Those of the loss only reach float64; every sum and product is one that no assembler may contract."""
+    ptx = compile_for(kernels, kernel, row, capability).asm["ptx"]
+    opcodes = set(re.findall(r"^\s*(?:@!?%p\d+ )?([a-z][\w.]*)", ptx, re.MULTILINE))
+    inexact = {o for o in opcodes if re.search(r"\.(approx|full|ftz)\b|^fma|^mad\.\w+\.f", o)}
+    assert inexact == (set(ALLOWED) if kernel == "dpo_loss.dpo_loss_kernel" else set())
+    arithmetic = {o for o in opcodes if re.match(r"(add|sub|mul|div|sqrt|rcp)\..*f\d\d$", o)}
+    assert arithmetic and all(".rn." in o for o in arithmetic - set(ALLOWED)), arithmetic
 
 
 @pytest.mark.parametrize("size", [1, "i32"], ids=["ones", "odd"])

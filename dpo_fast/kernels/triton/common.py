@@ -1,24 +1,12 @@
-"""What the kernels share: the store's rounding, and where they are launched."""
+"""Where the kernels are launched."""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
-INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """float32 x in `dtype`, to the nearest, ties to even. The interpreter's own cast to bfloat16 truncates."""
-    if INTERPRET and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        upper = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-        upper = tl.where(x == x, upper, 0x7FC0)  # the sum could carry a nan's bits into the sign
-        return upper.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(dtype)
+INTERPRET = knobs.runtime.interpret
 
 
 def launching_for(*tensors: Tensor | None) -> AbstractContextManager:

@@ -9,24 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpo_fast.kernels.triton.arithmetic import one_over, sigmoid, softplus
 from dpo_fast.kernels.triton.common import launching_for
 from dpo_fast.kernels.triton.pair_errors import COLUMNS, ROWS, STRETCH, image_errors, store_gradients, stretch_sums
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + exp(x)) = -logsigmoid(-x) for float64 x, to full relative accuracy however large |x|."""
-    small = tl.exp(-tl.abs(x))
-    near_one = 1 + small
-    # log1p(small): log's relative error at near_one, rounded, is the same factor off as near_one - 1 is
-    kept = near_one - 1
-    log1p = tl.where(kept > 0, tl.log(near_one) * (small / tl.where(kept > 0, kept, 1.0)), small)
-    return tl.maximum(x, 0.0) + log1p
-
-
-@triton.jit
-def sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
 
 
 @triton.jit
@@ -55,11 +40,11 @@ def dpo_loss_kernel(
         other = pair + pairs
         e_w, r_w, d_w = image_errors(sums, cached_error, pair, inside, 2 * pairs, numbers, stretches, ONLINE, COLUMNS)
         e_l, r_l, d_l = image_errors(sums, cached_error, other, inside, 2 * pairs, numbers, stretches, ONLINE, COLUMNS)
-        tl.store(policy_error + pair, e_w.to(tl.float32), mask=inside)
-        tl.store(policy_error + other, e_l.to(tl.float32), mask=inside)
-        tl.store(ref_error + pair, r_w.to(tl.float32), mask=inside)
-        tl.store(ref_error + other, r_l.to(tl.float32), mask=inside)
-        m = (half_beta * (d_l - d_w)).to(tl.float32)
+        tl.store(policy_error + pair, e_w, mask=inside)
+        tl.store(policy_error + other, e_l, mask=inside)
+        tl.store(ref_error + pair, r_w, mask=inside)
+        tl.store(ref_error + other, r_l, mask=inside)
+        m = half_beta * (d_l - d_w)
         tl.store(margin + pair, m, mask=inside)
 
         m = m.to(tl.float64)
@@ -67,13 +52,13 @@ def dpo_loss_kernel(
         if label is not None:
             y = tl.load(label + pair, mask=inside, other=1.0).to(tl.float64)
             pair_loss = y * pair_loss + (1 - y) * softplus(m)
-        # to 24 bits, of which B can be added in float64 without a rounding
+        # to 24 bits, of which up to 2^29 equal ones add up in float64 without a rounding
         pair_loss = pair_loss.to(tl.float32).to(tl.float64)
         if weight is not None:
             pair_loss *= tl.load(weight + pair, mask=inside, other=0.0).to(tl.float64)
         total += tl.where(inside, pair_loss, 0.0)
         first += ROWS
-    tl.store(loss, (tl.sum(total) / pairs).to(tl.float32))
+    tl.store(loss, (tl.sum(total) * one_over(pairs)).to(tl.float32))
 
 
 @triton.jit

@@ -11,59 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dpo_fast.kernels.reference import memory_format
-from dpo_fast.kernels.triton.common import launching_for, rounded
+from dpo_fast.kernels.triton.arithmetic import box_muller, philox, rounded
+from dpo_fast.kernels.triton.common import launching_for
 
 BLOCKS = 256  # Philox blocks to a program of one warp: 8 neighbours a thread, 128 bits of a 16-bit dtype
-
-
-@triton.jit
-def philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10 (Salmon et al., SC 2011) on uint32; products and key sums wrap."""
-    for _ in tl.static_range(10):
-        high0, low0 = tl.umulhi(c0, 0xD2511F53), tl.mul(c0, 0xD2511F53, sanitize_overflow=False)
-        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), tl.mul(c2, 0xCD9E8D57, sanitize_overflow=False)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
-        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
-    return c0, c1, c2, c3
-
-
-@triton.jit
-def box_muller(word0, word1):
-    """Two standard normals, within 2e-6 of the exact values for u = (word >> 8) + 1 over 2^24.
-
-    The hardware's logarithm and libdevice's sine will not do: the first is wrong near u = 1, the second spills. Errors
-    of the polynomials, Chebyshev interpolants: 2e-8 of their results.
-    """
-    # u0 = 2^exponent (1 + f), 1 + f in [sqrt(1/2), sqrt(2)); ln(1 + f) = f - f^2/2 + f^3 P(f)
-    bits = ((word0 >> 8) + 1).to(tl.int32).to(tl.float32).to(tl.int32, bitcast=True) - 0x3F3504F3
-    exponent = ((bits >> 23) - 24).to(tl.float32)
-    f = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1
-    polynomial = tl.fma(f, -0.0790274366736412, 0.12622319161891937)
-    polynomial = tl.fma(f, polynomial, -0.12998183071613312)
-    polynomial = tl.fma(f, polynomial, 0.14214496314525604)
-    polynomial = tl.fma(f, polynomial, -0.166412815451622)
-    polynomial = tl.fma(f, polynomial, 0.20001044869422913)
-    polynomial = tl.fma(f, polynomial, -0.25000306963920593)
-    polynomial = tl.fma(f, polynomial, 0.3333333134651184)
-    logarithm = tl.fma(f * f, tl.fma(f, polynomial, -0.5), f) + exponent * 0.6931471805599453
-    radius = tl.sqrt(-2 * logarithm)
-
-    # 2 pi u1 = quadrant pi/2 + x with x in [-pi/4, pi/4), reduced exactly, in integers
-    turn = ((word1 >> 8) + 1).to(tl.int32)  # of 2^24
-    quadrant = (turn + (1 << 21)) >> 22
-    x = (turn - (quadrant << 22)).to(tl.float32) * 3.7450702829238413e-07  # 2 pi / 2^24
-    z = x * x
-    sine = tl.fma(z, -0.00019587890710681677, 0.008332747966051102)
-    sine = tl.fma(x * z, tl.fma(z, sine, -0.166666641831398), x)
-    cosine = tl.fma(z, 2.454794230288826e-05, -0.001388830249197781)
-    cosine = tl.fma(z, tl.fma(z, tl.fma(z, cosine, 0.0416666641831398), -0.5), 1.0)
-    odd = (quadrant & 1) != 0
-    cos_turn = tl.where(odd, sine, cosine)
-    sin_turn = tl.where(odd, cosine, sine)
-    cos_turn = tl.where(((quadrant + 1) & 2) != 0, -cos_turn, cos_turn)
-    sin_turn = tl.where((quadrant & 2) != 0, -sin_turn, sin_turn)
-    return radius * cos_turn, radius * sin_turn
 
 
 @triton.jit

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpo_fast.kernels.triton.common import launching_for, rounded
+from dpo_fast.kernels.triton.arithmetic import one_over, rounded
+from dpo_fast.kernels.triton.common import launching_for
 
 STRETCH = 2048  # numbers of an image to a program: 16 a thread, so that even 16-bit loads are of 128 bits
 ROWS, COLUMNS = 16, 32  # images or pairs, and stretches, that the second launch takes at a time
@@ -69,7 +70,7 @@ def image_errors(
     ONLINE: tl.constexpr,  # whether sums has the reference's
     COLUMNS: tl.constexpr,
 ):
-    """policy_error, ref_error and error_delta of some images, float64 [ROWS]."""
+    """policy_error, ref_error and error_delta of some images, float32 [ROWS]: sums in float64, rounded once."""
     e = tl.zeros([image.shape[0], COLUMNS], tl.float64)
     r = tl.zeros([image.shape[0], COLUMNS], tl.float64)
     d = tl.zeros([image.shape[0], COLUMNS], tl.float64)
@@ -84,13 +85,14 @@ def image_errors(
             r += tl.load(tile + plane, mask=valid, other=0.0)
             d += tl.load(tile + 2 * plane, mask=valid, other=0.0)
         first += COLUMNS
-    policy_error = tl.sum(e, 1) / numbers
+    mean = one_over(numbers)
+    policy_error = (tl.sum(e, 1) * mean).to(tl.float32)
     if ONLINE:
-        return policy_error, tl.sum(r, 1) / numbers, tl.sum(d, 1) / numbers
+        return policy_error, (tl.sum(r, 1) * mean).to(tl.float32), (tl.sum(d, 1) * mean).to(tl.float32)
     elif ref_error is None:
         return policy_error, tl.zeros_like(policy_error), policy_error
     else:
-        cached = tl.load(ref_error + image, mask=inside, other=0.0).to(tl.float64)
+        cached = tl.load(ref_error + image, mask=inside, other=0.0)
         return policy_error, cached, policy_error - cached
 
 
@@ -111,9 +113,9 @@ def image_errors_kernel(
     image = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = image < images
     e, r, d = image_errors(sums, cached_error, image, inside, images, numbers, stretches, ONLINE, COLUMNS)
-    tl.store(policy_error + image, e.to(tl.float32), mask=inside)
-    tl.store(ref_error + image, r.to(tl.float32), mask=inside)
-    tl.store(error_delta + image, d.to(tl.float32), mask=inside)
+    tl.store(policy_error + image, e, mask=inside)
+    tl.store(ref_error + image, r, mask=inside)
+    tl.store(error_delta + image, d, mask=inside)
 
 
 @triton.jit
