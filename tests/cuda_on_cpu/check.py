@@ -11,11 +11,13 @@ prints the first problem of each case, what ran, and the seconds. Of each case i
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -44,6 +46,7 @@ LOW_LIMITS = (
 )  # fmt: skip
 LOW_ROWS = 3
 TILE, MAX_CHUNKS = 2048, 128  # csrc/cuda/pair_errors.cuh
+NATIVE = SimpleNamespace(noise_pair=native, pair_errors=native, dpo_loss=native)
 
 Outputs = dict[str, tuple[Tensor, ...]]
 
@@ -54,8 +57,8 @@ def displaced(x: Tensor) -> Tensor:
     return room[1:].as_strided(x.shape, x.stride(), 1).copy_(x)
 
 
-def everything(case: Case, seed: int, displace: bool = False) -> Outputs:
-    """All outputs of all ops on one case."""
+def everything(case: Case, seed: int, displace: bool = False, ops: SimpleNamespace = NATIVE) -> Outputs:
+    """All outputs of all ops on one case. `ops` has the modules of a backend by the names of the ops."""
 
     def placed(values: Iterable) -> list:
         return [displaced(x) if displace and isinstance(x, Tensor) and x.dim() else x for x in values]
@@ -67,28 +70,36 @@ def everything(case: Case, seed: int, displace: bool = False) -> Outputs:
     grad, margin = placed([torch.linspace(-1, 1, 2 * case.pairs), torch.linspace(-9, 9, case.pairs)])
     scale = torch.tensor(8.0)
     outputs = {
-        f"noise_pair {kind} {dtype}": native.noise_pair_fwd(*noise, kind, dtype)
+        f"noise_pair {kind} {dtype}": ops.noise_pair.noise_pair_fwd(*noise, kind, dtype)
         for kind in ("epsilon", "v_prediction")
         for dtype in (F32, F16, BF16)
     }
     return outputs | {
-        "pair_errors": native.pair_errors_fwd(p, ref, target),
-        "pair_errors without a reference": native.pair_errors_fwd(p, None, target),
-        "dpo_loss": native.dpo_loss_fwd(p, ref, target, beta, label, weight),
-        "pair_errors_bwd": (native.pair_errors_bwd(grad, p, target),),
-        "dpo_loss_bwd": (native.dpo_loss_bwd(scale, p, target, margin, beta, label, weight),),
-        "dpo_loss_bwd of decided pairs": (native.dpo_loss_bwd(scale, p, target, 20 * margin, beta, label, weight),),
+        "pair_errors": ops.pair_errors.pair_errors_fwd(p, ref, target),
+        "pair_errors without a reference": ops.pair_errors.pair_errors_fwd(p, None, target),
+        "dpo_loss": ops.dpo_loss.dpo_loss_fwd(p, ref, target, beta, label, weight),
+        "pair_errors_bwd": (ops.pair_errors.pair_errors_bwd(grad, p, target),),
+        "dpo_loss_bwd": (ops.dpo_loss.dpo_loss_bwd(scale, p, target, margin, beta, label, weight),),
+        "dpo_loss_bwd of decided pairs": (
+            ops.dpo_loss.dpo_loss_bwd(scale, p, target, 20 * margin, beta, label, weight),
+        ),
     }
 
 
-def sums_problem(case: Case, seed: int, outputs: Outputs, max_chunks: int) -> str:
-    """How the sums differ from float64 by more than their additions can, or ""."""
+def additions_of(case: Case, max_chunks: int) -> int:
+    """The longest chain of roundings that a term of an error goes through in csrc/cuda.
+
+    A thread adds eight numbers of each of its tiles, a warp five times, a block seven; a term is rounded four times.
+    """
+    tiles = -(-math.prod(case.shape) // TILE)
+    return 8 * -(-tiles // min(tiles, max_chunks)) + 5 + 7 + 4
+
+
+def sums_problem(case: Case, seed: int, outputs: Outputs, additions: int) -> str:
+    """How the sums differ from float64 by more than so many roundings can, or ""."""
     inputs = loss_inputs(case, seed)
     p, ref, target = inputs.policy_pred.detach(), inputs.ref, inputs.target
     truth = reference.pair_errors(p.double(), ref.double(), target.double())
-    tiles = -(-p[0].numel() // TILE)
-    # a thread adds eight numbers of each of its tiles, a warp five times, a block seven; a term is rounded four times
-    additions = 8 * -(-tiles // min(tiles, max_chunks)) + 5 + 7 + 4
     unit = torch.finfo(F32).eps / 2
     if ref.dim() == 4:
         terms = (truth[0], truth[1], difference_terms(p, ref, target))
@@ -130,7 +141,7 @@ def problem(gpu: Emulated, case: Case, seed: int, schedules: int, max_chunks: in
                     bits = name.startswith("noise") or "_bwd" in name
                     if bits and not torch.equal(actual, from_cpu):
                         return f"{name}: other bits than the CPU's"
-            if wrong := sums_problem(case, seed, first, max_chunks):
+            if wrong := sums_problem(case, seed, first, additions_of(case, max_chunks)):
                 return wrong
             for schedule in range(1, schedules + 1):
                 gpu.schedule(seed + schedule)

@@ -320,12 +320,13 @@ void meet(unsigned mask, Where where) {
   exchange(mask, 0, 0, true, where);
 }
 
-void* shared_memory(uint64_t offset, size_t size, bool write, Where where) {
+void* shared_memory(uint64_t offset, size_t size, const void* written, Where where) {
   Machine& m = machine();
   if (offset + size > m.shared.size()) {
     fail("an access to shared memory ends at byte " + std::to_string(offset + size) + " of " +
          std::to_string(m.shared.size()), where);
   }
+  const bool write = written != nullptr;
   const uint32_t thread = m.running->number + 1, warp = m.running->number / kWarp, turn = m.turns[warp];
   const auto ordered = [&](uint32_t other, uint32_t turn_of_other) {  // by a meeting of the warp
     return other == thread || ((other - 1) / kWarp == warp && turn_of_other < turn);
@@ -333,7 +334,8 @@ void* shared_memory(uint64_t offset, size_t size, bool write, Where where) {
   for (uint64_t i = offset; i < offset + size; ++i) {
     SharedByte& byte = m.shared_bytes[i];
     if (!write && !byte.written) fail("shared memory is read before anything is written there", where);
-    bool race = byte.writer && !ordered(byte.writer, byte.writer_turn);
+    const bool same = write && m.shared[i] == static_cast<const char*>(written)[i - offset];
+    bool race = byte.writer && !same && !ordered(byte.writer, byte.writer_turn);
     if (write && byte.reader) {
       const bool only_reader = !byte.several_readers && byte.reader == thread;
       race = race || byte.several_warps || !(only_reader || ((byte.reader - 1) / kWarp == warp && byte.reader_turn < turn));
@@ -350,18 +352,21 @@ void* shared_memory(uint64_t offset, size_t size, bool write, Where where) {
   return m.shared.data() + offset;
 }
 
-void global_access(uint64_t address, size_t size, bool write, Where where) {
+void global_access(uint64_t address, size_t size, const void* written, Where where) {
   Machine& m = machine();
   const uint64_t threads = uint64_t(m.threads.x) * m.threads.y * m.threads.z;
   const uint64_t thread = m.block_number * threads + m.running->number;
   // accesses of a kernel are of 2 bytes at least, or single bytes, which are told apart
-  for (uint64_t i = address; i < address + size; i += size % 2 ? 1 : 2) {
+  const size_t step = size % 2 ? 1 : 2;
+  for (uint64_t i = address; i < address + size; i += step) {
     const auto owner = m.owners.find(i);
-    if (owner != m.owners.end() && owner->second != thread) {
-      fail(std::string(write ? "two threads write" : "a thread reads what another has written to") +
+    const bool same =
+        written && !std::memcmp(reinterpret_cast<void*>(i), static_cast<const char*>(written) + (i - address), step);
+    if (owner != m.owners.end() && owner->second != thread && !same) {
+      fail(std::string(written ? "two threads write" : "a thread reads what another has written to") +
            " the same global memory in one launch", where);
     }
-    if (write) {
+    if (written) {
       const auto reader = m.readers.find(i);
       if (reader != m.readers.end() && reader->second != thread) {
         fail("a thread writes global memory that another has read in the same launch", where);

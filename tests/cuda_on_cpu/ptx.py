@@ -366,12 +366,13 @@ class Kernel:
                 raise self.unknown(f"bytes {offset} to {offset + width} of a parameter of {size}")
             memory = f"parameter<{type}>(parameters, {number}, {offset})"
         else:
-            start = f"uint64_t({self.value(base, 'uint64_t' if space == 'global' else 'uint32_t')}) + int64_t({offset})"
-            memory = f"{space}<{type}, {vector}>({start}, {'true' if write else 'false'}, {self.where})"
-        moves = (
-            f"memory[{i}] = {self.value(name, type)};" if write else self.set(name, f"memory[{i}]")
-            for i, name in enumerate(names)
-        )
+            width = "uint64_t" if space == "global" else "uint32_t"
+            start = f"{width}({self.value(base, width)} + {width}({offset}))"
+            if write:
+                values = ", ".join(self.value(name, type) for name in names)
+                return f"{{ const {type} values[] = {{{values}}}; store_{space}({start}, values, {self.where}); }}"
+            memory = f"load_{space}<{type}, {vector}>({start}, {self.where})"
+        moves = (self.set(name, f"memory[{i}]") for i, name in enumerate(names))
         return f"{{ auto* memory = {memory}; {' '.join(moves)} }}"
 
     def do_stmatrix(self, rest, types, operands) -> str:

@@ -266,15 +266,26 @@ inline void check_alignment(uint64_t address, size_t size, Where where) {
   }
 }
 template <typename T, int N>
-inline T* global(uint64_t address, bool write, Where where) {
+inline const T* load_global(uint64_t address, Where where) {
   check_alignment(address, N * sizeof(T), where);
-  global_access(address, N * sizeof(T), write, where);
-  return reinterpret_cast<T*>(address);
+  global_access(address, N * sizeof(T), nullptr, where);
+  return reinterpret_cast<const T*>(address);
 }
 template <typename T, int N>
-inline T* shared(uint64_t address, bool write, Where where) {
+inline void store_global(uint64_t address, const T (&values)[N], Where where) {
+  check_alignment(address, sizeof values, where);
+  global_access(address, sizeof values, values, where);
+  std::memcpy(reinterpret_cast<void*>(address), values, sizeof values);
+}
+template <typename T, int N>
+inline const T* load_shared(uint32_t address, Where where) {
   check_alignment(address, N * sizeof(T), where);
-  return static_cast<T*>(shared_memory(static_cast<uint32_t>(address), N * sizeof(T), write, where));
+  return static_cast<const T*>(shared_memory(address, N * sizeof(T), nullptr, where));
+}
+template <typename T, int N>
+inline void store_shared(uint32_t address, const T (&values)[N], Where where) {
+  check_alignment(address, sizeof values, where);
+  std::memcpy(shared_memory(address, sizeof values, values, where), values, sizeof values);
 }
 template <typename T>
 inline const T* parameter(const void* const* parameters, int number, int offset) {
@@ -305,8 +316,9 @@ template <int N>
 inline void store_matrices(uint32_t address, const uint32_t (&values)[N], Where where) {
   const uint32_t lane = thread_index().x % kWarp;
   for (int i = 0; i < N; ++i) {
-    const uint64_t row = exchange(~0u, address, 8 * i + lane / 4, false, where);
-    *shared<uint32_t, 1>(row + 4 * (lane % 4), true, where) = values[i];
+    const uint32_t row = static_cast<uint32_t>(exchange(~0u, address, 8 * i + lane / 4, false, where));
+    const uint32_t two_numbers[] = {values[i]};
+    store_shared(row + 4 * (lane % 4), two_numbers, where);
   }
 }
 

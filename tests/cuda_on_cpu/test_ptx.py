@@ -225,6 +225,8 @@ FROM_NEIGHBOUR = "st.shared.b32 [%r7], %r3; {order} ld.shared.b32 %r6, [%r9];"
 @pytest.mark.parametrize("order", ["bar.sync 0;", "bar.warp.sync -1;"])
 def test_shared_memory_of_another_thread_is_read_after_a_barrier(order):
     words = np.arange(3 * 64, dtype=np.uint32).reshape(3, 64)
+    # all threads may write one value to one place, as in Triton's reductions
+    run(["mov.u32 %r7, room; st.shared.b32 [%r7], 7; st.global.b32 [%rd2], 7; mov.b32 %r6, 0;"], words, SHARED)
     for schedule in range(6):
         out = run([f"{ADDRESS} {FROM_NEIGHBOUR.format(order=order)}"], words, SHARED, schedule)
         assert np.array_equal(out[0], words[0] ^ 1)
@@ -240,7 +242,7 @@ def test_shared_memory_of_another_thread_is_read_after_a_barrier(order):
         ("ld.shared.b32 %r6, [%r7+256];", r"ends at byte \d+ of 256"),
         ("st.shared.b32 [%r7+2], %r3; mov.b32 %r6, 0;", "4 bytes at an address that is not a multiple"),
         ("setp.lt.u32 %p1, %r1, 9; @%p1 bar.sync 0; mov.b32 %r6, 0;", "wait at a barrier and others have ended"),
-        ("st.global.b32 [%rd2], %r3; mov.b32 %r6, 0;", "two threads write"),
+        ("st.global.b32 [%rd2], %r1; mov.b32 %r6, 0;", "two threads write"),
         ("shfl.sync.bfly.b32 %r6, %r3, 1, 31, 1;", "not in the mask|outside its mask"),
     ],
 )

@@ -1,0 +1,60 @@
+"""What Triton makes of its kernels for sm_90, run on a CPU: the bits of the native ops, and no fault.
+
+The interpreter, in which tests/kernels runs them, knows neither threads nor shared memory nor approximate instructions.
+"""
+
+import functools
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from dpo_fast.kernels.dispatch import usable_backends
+from tests.cuda_on_cpu.build import reason_against
+
+if reason := usable_backends()["native"] or reason_against("source"):
+    pytest.skip(f"PTX cannot run on this CPU: {reason}", allow_module_level=True)
+
+from tests.cuda_on_cpu.check import everything, sums_problem
+from tests.cuda_on_cpu.run_ptx import launch
+from tests.cuda_on_cpu.triton_driver import triton_on_ptx
+from tests.kernels.cases import CASES
+
+# a thread adds 16 numbers of a stretch of 2048, a warp five times, four warps twice; a term is rounded four times
+ADDITIONS = 16 + 5 + 2 + 4
+QUICK = "labels_weights_bf16"
+CHOSEN = ["odd", "five_channels", "fp16", "ref_errors", "channels_last", "channels_last_odd", "one_number", QUICK]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[] if case.name == QUICK else pytest.mark.exhaustive)
+        for case in CASES
+        if case.name in CHOSEN
+    ],
+    ids=str,
+)
+def test_the_ptx_of_triton_gives_the_bits_of_the_native_ops(case, seed):
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # memory that PyTorch hands out holds nan
+    try:
+        expected = everything(case, seed)
+        results = []
+        for schedule in (0, seed % 1000 + 1):
+            with triton_on_ptx(functools.partial(launch, schedule=schedule)) as ops:
+                results.append(everything(case, seed, ops=ops))
+    finally:
+        torch.use_deterministic_algorithms(before)
+    for name, values in results[0].items():
+        for actual, other, native in zip(values, results[1][name], expected[name], strict=True):
+            assert torch.isfinite(actual).all(), name
+            # another order of threads, and other errors of instructions that a GPU approximates
+            assert torch.equal(actual, other), name
+            if name.startswith("noise") or "_bwd" in name:
+                assert torch.equal(actual, native), name
+    assert sums_problem(case, seed, results[0], ADDITIONS) == ""
