@@ -226,7 +226,7 @@ FROM_NEIGHBOUR = "st.shared.b32 [%r7], %r3; {order} ld.shared.b32 %r6, [%r9];"
 def test_shared_memory_of_another_thread_is_read_after_a_barrier(order):
     words = np.arange(3 * 64, dtype=np.uint32).reshape(3, 64)
     # all threads may write one value to one place, as in Triton's reductions
-    run(["mov.u32 %r7, room; st.shared.b32 [%r7], 7; st.global.b32 [%rd2], 7; mov.b32 %r6, 0;"], words, SHARED)
+    run(["mov.u32 %r7, room; st.shared.b32 [%r7], 7; mov.b32 %r6, 0;"], words, SHARED)
     for schedule in range(6):
         out = run([f"{ADDRESS} {FROM_NEIGHBOUR.format(order=order)}"], words, SHARED, schedule)
         assert np.array_equal(out[0], words[0] ^ 1)

@@ -12,16 +12,16 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from dpo_fast.kernels.dispatch import usable_backends
-from tests.cuda_on_cpu.build import reason_against
+from dpo_fast.kernels.dispatch import usable_backends  # noqa: E402
+from tests.cuda_on_cpu.build import reason_against  # noqa: E402
 
 if reason := usable_backends()["native"] or reason_against("source"):
     pytest.skip(f"PTX cannot run on this CPU: {reason}", allow_module_level=True)
 
-from tests.cuda_on_cpu.check import everything, sums_problem
-from tests.cuda_on_cpu.run_ptx import launch
-from tests.cuda_on_cpu.triton_driver import triton_on_ptx
-from tests.kernels.cases import CASES
+from tests.cuda_on_cpu.check import everything, sums_problem  # noqa: E402
+from tests.cuda_on_cpu.run_ptx import launch  # noqa: E402
+from tests.cuda_on_cpu.triton_driver import triton_on_ptx  # noqa: E402
+from tests.kernels.cases import CASES  # noqa: E402
 
 # a thread adds 16 numbers of a stretch of 2048, a warp five times, four warps twice; a term is rounded four times
 ADDITIONS = 16 + 5 + 2 + 4
