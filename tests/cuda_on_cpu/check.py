@@ -68,7 +68,7 @@ def everything(case: Case, seed: int, displace: bool = False, ops: SimpleNamespa
     inputs.policy_pred = inputs.policy_pred.detach()
     p, ref, target, beta, label, weight = placed(vars(inputs).values())
     grad, margin = placed([torch.linspace(-1, 1, 2 * case.pairs), torch.linspace(-9, 9, case.pairs)])
-    scale, decided = torch.tensor(8.0), 20 * margin
+    scale = torch.tensor(8.0)
     outputs = {
         f"noise_pair {kind} {dtype}": ops.noise_pair.noise_pair_fwd(*noise, kind, dtype)
         for kind in ("epsilon", "v_prediction")
