@@ -197,7 +197,8 @@ def test_triton_gradients_have_the_bits_of_native(case, seed):
     given = torch.randn(2 * case.pairs, generator=generator)
     device = (x.to(DEVICE) for x in (given, p, target))
     assert same_bits(triton_pair_errors.pair_errors_bwd(*device), native.pair_errors_bwd(given, p, target))
-    spread = torch.tensor([1e-3, 1.0, 1.0, 10.0, 10.0, 100.0, math.inf, math.nan])
+    # from 104 on one side's sigmoid is 0: its gradients are zeros with signs
+    spread = torch.tensor([1e-3, 1.0, 10.0, 100.0, 100.0, 1000.0, math.inf, math.nan])
     label, weight = torch.rand(2, case.pairs, generator=generator)
     for y, w in ((None, None), (label, None), (None, weight), (label, weight)):
         which = torch.randint(len(spread), (case.pairs,), generator=generator)

@@ -10,7 +10,7 @@ import torch
 try:
     from triton import knobs
 except ImportError as error:
-    raise ImportError(f"Triton cannot be imported ({error}); pip install 'triton>=3.5' (Linux)") from error
+    raise ImportError(f"Triton cannot be imported ({error}); pip install 'triton>=3.6' (Linux)") from error
 
 if not (torch.cuda.is_available() or knobs.runtime.interpret):
     raise ImportError("Triton needs a CUDA device; without one set TRITON_INTERPRET=1 before Python starts (slow)")

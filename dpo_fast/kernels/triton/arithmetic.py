@@ -82,10 +82,10 @@ def cos_sin(word):
     s = polynomial(z, SINE_POLYNOMIAL, 3) * r
     c = polynomial(z, COSINE_POLYNOMIAL, 4)
     odd = (quarter & 1) != 0
-    cosine, sine = tl.where(odd, s, c), tl.where(odd, c, s)
-    cosine = tl.where(((quarter + 1) & 2) != 0, -cosine, cosine)
-    sine = tl.where((quarter & 2) != 0, -sine, sine)
-    return cosine, sine
+    # by the sign's bit: Triton before 3.8 computes -x as 0 - x, which loses the sign of 0
+    cosine = tl.where(odd, s, c).to(tl.int32, bitcast=True) ^ (((quarter + 1) & 2) << 30)
+    sine = tl.where(odd, c, s).to(tl.int32, bitcast=True) ^ ((quarter & 2) << 30)
+    return cosine.to(tl.float32, bitcast=True), sine.to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -88,7 +88,8 @@ def dpo_loss_bwd_kernel(
     if weight is not None:
         descent *= tl.load(weight + pair)
     w = tl.load(grad_loss) * scale * descent * slope
-    store_gradients(w, -w, policy, target, grad, pair, start, pairs, numbers, SHARED_TARGET, STRETCH)
+    # not -w, which Triton before 3.8 computes as 0 - w: a zero would lose its sign
+    store_gradients(w, -1.0 * w, policy, target, grad, pair, start, pairs, numbers, SHARED_TARGET, STRETCH)
 
 
 def dpo_loss_fwd(
