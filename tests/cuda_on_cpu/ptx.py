@@ -453,8 +453,6 @@ def read(*texts: str) -> Module:
             raise Unknown("PTX with functions, constants or global variables is not known to tests/cuda_on_cpu/ptx.py")
         for entry in re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{]*)\{", text, re.S):
             translate(module, text, entry)
-        for variable in re.findall(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[\]", text):
-            module.shared[variable] = -1  # set once the static ones are known
     return module
 
 
@@ -470,18 +468,16 @@ def translate(module: Module, text: str, entry: re.Match) -> None:
         match = re.fullmatch(r"\.param((?:\s+\.\w+|\s+\d+)*)\s+([\w$]+)(?:\[(\d+)\])?", declared)
         type = re.findall(r"\.([bufs]\d+)\b", match[1])[-1]
         parameters[match[2]] = number, int(re.search(r"\d+", type)[0]) // 8 * int(match[3] or 1)
-    kernel = Kernel(module, parameters)
-    first_line = text.count("\n", 0, entry.end()) + 1
-    lines = [f"void kernel_{mangled}([[maybe_unused]] const void* const* parameters) {{"]
-    for line, statement in statements(code):
-        kernel.line = first_line + line - 1
-        lines.append(one(kernel, statement))
-    lines.append("}")
     name = plain_name(mangled)
     if name in module.kernels:
         raise Unknown(f"two kernels are called {name}")
-    module.kernels[name] = "\n".join(lines)
-    module.kernels[name] = module.kernels[name].replace(f"kernel_{mangled}(", f"kernel_{name}(", 1)
+    kernel = Kernel(module, parameters)
+    first_line = text.count("\n", 0, entry.end()) + 1
+    lines = [f"void kernel_{name}([[maybe_unused]] const void* const* parameters) {{"]
+    for line, statement in statements(code):
+        kernel.line = first_line + line - 1
+        lines.append(one(kernel, statement))
+    module.kernels[name] = "\n".join([*lines, "}"])
 
 
 def body(text: str, start: int) -> str:
