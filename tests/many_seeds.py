@@ -1,6 +1,7 @@
 """Run the tests under many seeds; print which failed under which.
 
 python -m tests.many_seeds 20                          all tests, exhaustive ones too, under the seeds 1 to 20
+python -m tests.many_seeds 7-20                        under the seeds 7 to 20
 python -m tests.many_seeds 20 tests/kernels -n 0       further arguments are pytest's
 
 The first seed runs everything and shows which tests draw from the seed; the others run only those, since the rest
@@ -42,9 +43,10 @@ def run(seed: int, arguments: list[str]) -> tuple[set[str], dict[str, str]]:
 
 
 def main(arguments: list[str]) -> int:
-    if not arguments or not arguments[0].isdecimal() or int(arguments[0]) < 1:
-        sys.exit("usage: python -m tests.many_seeds NUMBER [arguments of pytest]")
-    seeds, given = range(1, int(arguments[0]) + 1), arguments[1:]
+    first, _, last = (arguments or [""])[0].rpartition("-")
+    if not last.isdecimal() or not (first or "1").isdecimal() or not 1 <= int(first or 1) <= int(last):
+        sys.exit("usage: python -m tests.many_seeds NUMBER|FIRST-LAST [arguments of pytest]")
+    seeds, given = range(int(first or 1), int(last) + 1), arguments[1:]
     options = [one for one in given if not Path(one.split("::")[0]).exists()]  # the rest selects tests
     failures: dict[str, dict[int, str]] = {}  # test -> seed -> message
     chosen = given
@@ -52,7 +54,7 @@ def main(arguments: list[str]) -> int:
         drew, failed = run(seed, chosen)
         for name, message in failed.items():
             failures.setdefault(name, {})[seed] = message
-        if seed == 1:
+        if seed == seeds[0]:
             chosen = [*sorted(drew), *options]
             if not drew:
                 break
