@@ -121,7 +121,8 @@ def build(variant: Variant) -> Path:
             runtime = machine | {"ptx_runtime.h": (HERE / "ptx_runtime.h").read_text()}
             runtime["kernels.cpp"] = ptx.to_cpp(*ptx_of(texts, variant.nvcc_flags))
             quiet = ["-Wno-unused-label", "-Wno-unused-but-set-variable"]
-            objects.append(pool.submit(compiled, "kernels.cpp", runtime, [*gpu, *quiet]))
+            plain = [flag for flag in gpu if "sanitize" not in flag]  # its memory is read and written in machine.cpp
+            objects.append(pool.submit(compiled, "kernels.cpp", runtime, [*plain, *quiet]))
         made = [job.result() for job in objects]
     sanitizers = [flag for flag in gpu if flag.startswith("-fsanitize=")]
     extension = linked(made, ["-shared", "-fopenmp", *sanitizers], "_native.so")

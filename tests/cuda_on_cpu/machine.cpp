@@ -240,6 +240,74 @@ void run_block(size_t count) {
   }
 }
 
+void check_alignment(uint64_t address, size_t size, Where where) {
+  if (address % size) {
+    fail("an access of " + std::to_string(size) + " bytes at an address that is not a multiple", where);
+  }
+}
+
+// Where an access of shared memory begins. `written` is what it writes, null for a read.
+char* shared_memory(uint64_t offset, size_t size, const void* written, Where where) {
+  check_alignment(offset, size, where);
+  Machine& m = machine();
+  if (offset + size > m.shared.size()) {
+    fail("an access to shared memory ends at byte " + std::to_string(offset + size) + " of " +
+         std::to_string(m.shared.size()), where);
+  }
+  const bool write = written != nullptr;
+  const uint32_t thread = m.running->number + 1, warp = m.running->number / kWarp, turn = m.turns[warp];
+  const auto ordered = [&](uint32_t other, uint32_t turn_of_other) {  // by a meeting of the warp
+    return other == thread || ((other - 1) / kWarp == warp && turn_of_other < turn);
+  };
+  for (uint64_t i = offset; i < offset + size; ++i) {
+    SharedByte& byte = m.shared_bytes[i];
+    if (!write && !byte.written) fail("shared memory is read before anything is written there", where);
+    const bool same = write && m.shared[i] == static_cast<const char*>(written)[i - offset];
+    bool race = byte.writer && !same && !ordered(byte.writer, byte.writer_turn);
+    if (write && byte.reader) {
+      const bool only_reader = !byte.several_readers && byte.reader == thread;
+      race = race || byte.several_warps || !(only_reader || ((byte.reader - 1) / kWarp == warp && byte.reader_turn < turn));
+    }
+    if (race) fail("two threads use the same shared memory, one of them writes, and no barrier is between", where);
+    if (write) {
+      byte = {thread, 0, turn, 0, true, false, false};
+    } else {
+      byte.several_readers = byte.several_readers || (byte.reader && byte.reader != thread);
+      byte.several_warps = byte.several_warps || (byte.reader && (byte.reader - 1) / kWarp != warp);
+      byte.reader = thread, byte.reader_turn = turn;
+    }
+  }
+  return m.shared.data() + offset;
+}
+
+void global_access(uint64_t address, size_t size, const void* written, Where where) {
+  check_alignment(address, size, where);
+  Machine& m = machine();
+  const uint64_t threads = uint64_t(m.threads.x) * m.threads.y * m.threads.z;
+  const uint64_t thread = m.block_number * threads + m.running->number;
+  // accesses of a kernel are of 2 bytes at least, or single bytes, which are told apart
+  const size_t step = size % 2 ? 1 : 2;
+  for (uint64_t i = address; i < address + size; i += step) {
+    const auto owner = m.owners.find(i);
+    const bool same =
+        written && !std::memcmp(reinterpret_cast<void*>(i), static_cast<const char*>(written) + (i - address), step);
+    if (owner != m.owners.end() && owner->second != thread && !same) {
+      fail(std::string(written ? "two threads write" : "a thread reads what another has written to") +
+           " the same global memory in one launch", where);
+    }
+    if (written) {
+      const auto reader = m.readers.find(i);
+      if (reader != m.readers.end() && reader->second != thread) {
+        fail("a thread writes global memory that another has read in the same launch", where);
+      }
+      m.owners[i] = thread;
+    } else {
+      const auto [reader, added] = m.readers.try_emplace(i, thread);
+      if (!added && reader->second != thread) reader->second = kSeveral;
+    }
+  }
+}
+
 }  // namespace
 
 void fail(const std::string& what, Where where) {
@@ -320,63 +388,22 @@ void meet(unsigned mask, Where where) {
   exchange(mask, 0, 0, true, where);
 }
 
-void* shared_memory(uint64_t offset, size_t size, const void* written, Where where) {
-  Machine& m = machine();
-  if (offset + size > m.shared.size()) {
-    fail("an access to shared memory ends at byte " + std::to_string(offset + size) + " of " +
-         std::to_string(m.shared.size()), where);
-  }
-  const bool write = written != nullptr;
-  const uint32_t thread = m.running->number + 1, warp = m.running->number / kWarp, turn = m.turns[warp];
-  const auto ordered = [&](uint32_t other, uint32_t turn_of_other) {  // by a meeting of the warp
-    return other == thread || ((other - 1) / kWarp == warp && turn_of_other < turn);
-  };
-  for (uint64_t i = offset; i < offset + size; ++i) {
-    SharedByte& byte = m.shared_bytes[i];
-    if (!write && !byte.written) fail("shared memory is read before anything is written there", where);
-    const bool same = write && m.shared[i] == static_cast<const char*>(written)[i - offset];
-    bool race = byte.writer && !same && !ordered(byte.writer, byte.writer_turn);
-    if (write && byte.reader) {
-      const bool only_reader = !byte.several_readers && byte.reader == thread;
-      race = race || byte.several_warps || !(only_reader || ((byte.reader - 1) / kWarp == warp && byte.reader_turn < turn));
-    }
-    if (race) fail("two threads use the same shared memory, one of them writes, and no barrier is between", where);
-    if (write) {
-      byte = {thread, 0, turn, 0, true, false, false};
-    } else {
-      byte.several_readers = byte.several_readers || (byte.reader && byte.reader != thread);
-      byte.several_warps = byte.several_warps || (byte.reader && (byte.reader - 1) / kWarp != warp);
-      byte.reader = thread, byte.reader_turn = turn;
-    }
-  }
-  return m.shared.data() + offset;
+void read_shared(uint64_t offset, size_t size, void* value, Where where) {
+  std::memcpy(value, shared_memory(offset, size, nullptr, where), size);
 }
 
-void global_access(uint64_t address, size_t size, const void* written, Where where) {
-  Machine& m = machine();
-  const uint64_t threads = uint64_t(m.threads.x) * m.threads.y * m.threads.z;
-  const uint64_t thread = m.block_number * threads + m.running->number;
-  // accesses of a kernel are of 2 bytes at least, or single bytes, which are told apart
-  const size_t step = size % 2 ? 1 : 2;
-  for (uint64_t i = address; i < address + size; i += step) {
-    const auto owner = m.owners.find(i);
-    const bool same =
-        written && !std::memcmp(reinterpret_cast<void*>(i), static_cast<const char*>(written) + (i - address), step);
-    if (owner != m.owners.end() && owner->second != thread && !same) {
-      fail(std::string(written ? "two threads write" : "a thread reads what another has written to") +
-           " the same global memory in one launch", where);
-    }
-    if (written) {
-      const auto reader = m.readers.find(i);
-      if (reader != m.readers.end() && reader->second != thread) {
-        fail("a thread writes global memory that another has read in the same launch", where);
-      }
-      m.owners[i] = thread;
-    } else {
-      const auto [reader, added] = m.readers.try_emplace(i, thread);
-      if (!added && reader->second != thread) reader->second = kSeveral;
-    }
-  }
+void write_shared(uint64_t offset, size_t size, const void* value, Where where) {
+  std::memcpy(shared_memory(offset, size, value, where), value, size);
+}
+
+void read_global(uint64_t address, size_t size, void* value, Where where) {
+  global_access(address, size, nullptr, where);
+  std::memcpy(value, reinterpret_cast<const void*>(address), size);
+}
+
+void write_global(uint64_t address, size_t size, const void* value, Where where) {
+  global_access(address, size, value, where);
+  std::memcpy(reinterpret_cast<void*>(address), value, size);
 }
 
 double approximated(double x, double bits) {

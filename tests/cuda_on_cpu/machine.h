@@ -43,14 +43,17 @@ uint64_t exchange(unsigned mask, uint64_t value, unsigned lane, bool own, Where 
 void meet(unsigned mask, Where where);
 [[noreturn]] void fail(const std::string& what, Where where = {nullptr, 0, false});
 
-// Shared memory that PTX declares: one array for a block. The check finds addresses past its end, what is read before
-// it is written, and accesses of two threads, one of them a write, with no barrier between; but two may write the same
-// value, as Triton's programs do. `written` is the value, null for a read.
-void* shared_memory(uint64_t offset, size_t size, const void* written, Where where);
+// What the instructions of PTX read and write, at addresses that are multiples of the size. The copies are made here, so
+// that AddressSanitizer need not look into the translated kernels.
+//
+// Shared memory is one array for a block. The check finds addresses past its end, what is read before it is written, and
+// accesses of two threads, one of them a write, with no barrier between; but two may write the same value, as Triton's
+// programs do. Of global memory, what one thread writes in a launch no other may read, or overwrite by another value.
+void read_shared(uint64_t offset, size_t size, void* value, Where where);
+void write_shared(uint64_t offset, size_t size, const void* value, Where where);
+void read_global(uint64_t address, size_t size, void* value, Where where);
+void write_global(uint64_t address, size_t size, const void* value, Where where);
 void reserve_shared(size_t bytes);  // of the kernels' own declarations, beside what a launch asks for
-// Global memory: what one thread writes in a launch, no other thread may read, or overwrite by another value.
-void global_access(uint64_t address, size_t size, const void* written, Where where);
-
 // x with a relative error of at most 2^-bits, the same for the same x: an instruction that a GPU approximates.
 double approximated(double x, double bits);
 

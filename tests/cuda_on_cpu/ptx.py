@@ -358,22 +358,22 @@ class Kernel:
         if space == "param" and write:
             raise self.unknown("a store to a parameter")
         elif space == "param" and base not in self.parameters:  # a register with an address in one
-            memory = f"reinterpret_cast<const {type}*>({self.value(base, 'uint64_t')} + int64_t({offset}))"
+            memory = f"load_parameter<{type}, {vector}>({self.value(base, 'uint64_t')} + {offset})"
         elif space == "param":
-            number, size = self.parameters[base]
+            _, size = self.parameters[base]
             width = vector * int(re.search(r"\d+", types[0])[0]) // 8
             if offset < 0 or offset + width > size:
                 raise self.unknown(f"bytes {offset} to {offset + width} of a parameter of {size}")
-            memory = f"parameter<{type}>(parameters, {number}, {offset})"
+            memory = f"load_parameter<{type}, {vector}>({self.bits(base)} + {offset})"
         else:
             width = "uint64_t" if space == "global" else "uint32_t"
             start = f"{width}({self.value(base, width)} + {width}({offset}))"
             if write:
                 values = ", ".join(self.value(name, type) for name in names)
-                return f"{{ const {type} values[] = {{{values}}}; store_{space}({start}, values, {self.where}); }}"
+                return f"store_{space}({start}, Vector<{type}, {vector}>{{{values}}}, {self.where});"
             memory = f"load_{space}<{type}, {vector}>({start}, {self.where})"
-        moves = (self.set(name, f"memory[{i}]") for i, name in enumerate(names))
-        return f"{{ auto* memory = {memory}; {' '.join(moves)} }}"
+        moves = (self.set(name, f"memory.x[{i}]") for i, name in enumerate(names))
+        return f"{{ const auto memory = {memory}; {' '.join(moves)} }}"
 
     def do_stmatrix(self, rest, types, operands) -> str:
         shape = [m for m in rest if m not in ("sync", "aligned", "shared", "m8n8")]

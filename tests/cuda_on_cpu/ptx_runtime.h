@@ -260,36 +260,35 @@ inline To to_integer(From x, int mode) {
 
 // ---- 9.7.9: memory -------------------------------------------------------------------------------------------------
 
-inline void check_alignment(uint64_t address, size_t size, Where where) {
-  if (address % size) {
-    fail("an access of " + std::to_string(size) + " bytes at an address that is not a multiple", where);
-  }
+template <typename T, int N>
+struct Vector {
+  T x[N];
+};
+template <typename T, int N>
+inline Vector<T, N> load_global(uint64_t address, Where where) {
+  Vector<T, N> values;
+  read_global(address, sizeof values, &values, where);
+  return values;
 }
 template <typename T, int N>
-inline const T* load_global(uint64_t address, Where where) {
-  check_alignment(address, N * sizeof(T), where);
-  global_access(address, N * sizeof(T), nullptr, where);
-  return reinterpret_cast<const T*>(address);
+inline void store_global(uint64_t address, const Vector<T, N>& values, Where where) {
+  write_global(address, sizeof values, &values, where);
 }
 template <typename T, int N>
-inline void store_global(uint64_t address, const T (&values)[N], Where where) {
-  check_alignment(address, sizeof values, where);
-  global_access(address, sizeof values, values, where);
-  std::memcpy(reinterpret_cast<void*>(address), values, sizeof values);
+inline Vector<T, N> load_shared(uint32_t address, Where where) {
+  Vector<T, N> values;
+  read_shared(address, sizeof values, &values, where);
+  return values;
 }
 template <typename T, int N>
-inline const T* load_shared(uint32_t address, Where where) {
-  check_alignment(address, N * sizeof(T), where);
-  return static_cast<const T*>(shared_memory(address, N * sizeof(T), nullptr, where));
+inline void store_shared(uint32_t address, const Vector<T, N>& values, Where where) {
+  write_shared(address, sizeof values, &values, where);
 }
 template <typename T, int N>
-inline void store_shared(uint32_t address, const T (&values)[N], Where where) {
-  check_alignment(address, sizeof values, where);
-  std::memcpy(shared_memory(address, sizeof values, values, where), values, sizeof values);
-}
-template <typename T>
-inline const T* parameter(const void* const* parameters, int number, int offset) {
-  return reinterpret_cast<const T*>(static_cast<const char*>(parameters[number]) + offset);
+inline Vector<T, N> load_parameter(uint64_t address) {
+  Vector<T, N> values;
+  std::memcpy(&values, reinterpret_cast<const void*>(address), sizeof values);
+  return values;
 }
 
 // ---- 9.7.9.6: shuffles ---------------------------------------------------------------------------------------------
@@ -317,8 +316,7 @@ inline void store_matrices(uint32_t address, const uint32_t (&values)[N], Where 
   const uint32_t lane = thread_index().x % kWarp;
   for (int i = 0; i < N; ++i) {
     const uint32_t row = static_cast<uint32_t>(exchange(~0u, address, 8 * i + lane / 4, false, where));
-    const uint32_t two_numbers[] = {values[i]};
-    store_shared(row + 4 * (lane % 4), two_numbers, where);
+    store_shared(row + 4 * (lane % 4), Vector<uint32_t, 1>{values[i]}, where);
   }
 }
 
