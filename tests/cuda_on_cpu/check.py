@@ -193,11 +193,14 @@ def main(arguments: list[str]) -> int:
 
 def sanitizing() -> dict[str, str]:
     """The environment of a process that loads a sanitized build: the sanitizer has to be there first."""
-    library = subprocess.run(
-        [compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+
+    def library(name: str) -> str:
+        command = [compiler(), f"-print-file-name={name}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     options = {"ASAN_OPTIONS": "detect_leaks=0:use_sigaltstack=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    return {**os.environ, **options, "LD_PRELOAD": library}
+    # the C++ library too, or the sanitizer finds nobody to pass exceptions on to
+    return {**os.environ, **options, "LD_PRELOAD": f"{library('libasan.so')}:{library('libstdc++.so.6')}"}
 
 
 if __name__ == "__main__":
