@@ -206,7 +206,8 @@ def written(made: Path, texts: dict[str, str]) -> Path:
 
 
 def run(command: list[str], folder: Path = ROOT) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a sanitizer's, of ours
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise Refused(f"{' '.join(command)}\n{done.stdout[-3000:]}{done.stderr[-6000:]}")
 

@@ -293,7 +293,7 @@ void global_access(uint64_t address, size_t size, const void* written, Where whe
         written && !std::memcmp(reinterpret_cast<void*>(i), static_cast<const char*>(written) + (i - address), step);
     if (owner != m.owners.end() && owner->second != thread && !same) {
       fail(std::string(written ? "two threads write" : "a thread reads what another has written to") +
-           " the same global memory in one launch", where);
+           " the same global memory in the same launch", where);
     }
     if (written) {
       const auto reader = m.readers.find(i);

@@ -150,10 +150,12 @@ class Kernel:
 
     def do_fma(self, rest, types, operands) -> str:
         type = self.plain(rest, types, (*MODES, "ftz"))
-        if "ftz" in rest:
-            raise self.unknown("fma.ftz")
         a, b, c = (self.value(x, type) for x in operands[1:4])
         mode = next(MODES[m] for m in rest if m in MODES)
+        if "ftz" in rest and mode != MODES["rn"]:
+            raise self.unknown("this fma")
+        if "ftz" in rest:
+            return self.set(operands[0], f"flushed(std::fma(flushed({a}), flushed({b}), flushed({c})))")
         call = f"std::fma({a}, {b}, {c})" if mode == MODES["rn"] else f"fma_rounded<{type}>({a}, {b}, {c}, {mode})"
         return self.set(operands[0], call)
 
@@ -255,9 +257,10 @@ class Kernel:
         if "approx" in rest:
             call = f"{approximate}({'flushed' if 'ftz' in rest and type == 'float' else ''}({a}))"
             return self.set(operands[0], f"flushed({call})" if "ftz" in rest and type == "float" else call)
-        if exact is None or "ftz" in rest:
+        if exact is None:
             raise self.unknown("this root")
-        return self.set(operands[0], f"{exact}({a})")
+        call = f"flushed({exact}(flushed({a})))" if "ftz" in rest else f"{exact}({a})"
+        return self.set(operands[0], call)
 
     def approximate(self, function: str, rest, types, operands) -> str:
         self.plain(rest, types, ("approx", "ftz"))
@@ -326,6 +329,10 @@ class Kernel:
             if mode is None or set(rest) - set(INTEGER_MODES) - {"ftz"}:
                 raise self.unknown(f"conversion {'.'.join(rest)} from {source} to {to}")
             return self.set(operands[0], f"to_integer<{type}>({a}, {mode})")
+        if (to, source, rest) == ("f32", "f64", ["rn", "ftz"]):
+            return self.set(operands[0], f"flushed(static_cast<float>({a}))")
+        if (to, source, rest) == ("f64", "f32", ["ftz"]):
+            return self.set(operands[0], f"static_cast<double>(flushed({a}))")
         is_exact = not to_float or (to, source) == ("f64", "f32")  # an exact one has no rounding
         if rest != ([] if is_exact else ["rn"]):
             raise self.unknown(f"conversion {'.'.join(rest)} from {source} to {to}")
