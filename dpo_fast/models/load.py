@@ -296,7 +296,7 @@ def _check_scheduler(path: str, hub: dict) -> dict:
     """
     try:
         config = DDPMScheduler.load_config(path, subfolder="scheduler", **hub)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # the last: JSON that is nested too deeply
         return {}
     check_discrete(config)
     return config
