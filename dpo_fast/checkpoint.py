@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_fast.checksums import file_digest, parse_signed, write_signed_json
 from dpo_fast.errors import BadInput, disk_error
-from dpo_fast.files import atomic_folder, read_bytes, regular_file, remove_folder, rename_away
+from dpo_fast.files import atomic_folder, is_inside, read_bytes, regular_file, remove_folder, rename_away
 
 PREFIX = "checkpoint-"
 
@@ -65,6 +65,8 @@ def load(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, ob
             # only those of earlier versions, which list their files, have no digest
             state = parse_signed(data, required=isinstance(digests, dict))
             del state["files"]
+            if not all(is_inside(name) and "/" not in name for name in digests):
+                raise ValueError("it names files that are not in its folder")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"state.json is damaged: {error}") from error
         if not isinstance(digests, dict):

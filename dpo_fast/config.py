@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -356,12 +357,18 @@ def parse(argv: list[str]) -> tuple[TrainConfig, list[str]]:
 
 
 def refuse_empty(argv: Sequence[str]) -> None:
-    """Raise BadInput where a flag is given an empty text, which as a path means the current folder.
+    """Raise BadInput where a flag is given an empty text, which as a path means the current folder, or no UTF-8.
 
-    Most come from a shell variable that is not set.
+    Most empty ones come from a shell variable that is not set. What is no UTF-8 could not be written to config.yaml.
     """
     flag = ""
     for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:  # bytes that the locale's encoding does not have
+            locale = sys.getfilesystemencoding()
+            advice = "rename it in UTF-8" if locale == "utf-8" else "set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+            raise BadInput(f"{word[:300]!a} is no text in this locale, whose encoding is {locale}: {advice}") from error
         if word.startswith("--"):
             flag, equals, value = word.partition("=")
             empty = bool(equals) and not value.strip()
@@ -435,22 +442,32 @@ def _did_you_mean(name: str, flags: type) -> str:
     return f" (did you mean {' or '.join(f'--{known}' for known in near)}?)" if near else ""
 
 
+# What PyYAML raises beside its own errors for values that do not fit their tags: dates, numbers, empty ones.
+_OF_YAML = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
+
+
 def _recipe_flags(path: Path) -> list[str]:
     """A YAML mapping as command-line flags, so that one parser checks names and types."""
     try:
-        recipe = yaml.safe_load(regular_file(path, "--config").read_text(encoding="utf-8")) or {}
+        text = regular_file(path, "--config").read_bytes().decode()
     except OSError as error:
         raise BadInput(f"--config {path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise BadInput(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"--config {path} is not text in UTF-8 ({error}): save it as UTF-8") from error
+    try:
+        recipe = yaml.safe_load(text) or {}
+    except RecursionError:
+        raise BadInput(f"--config {path} is nested too deeply: write `flag: value` lines") from None
+    except (yaml.YAMLError, *_OF_YAML) as error:
+        raise BadInput(f"--config {path} is not YAML: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(recipe, dict):
         raise BadInput(f"--config {path} must hold `flag: value` lines, not a {type(recipe).__name__}")
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     flags: list[str] = []
     for key, value in recipe.items():
-        name = str(key).replace("-", "_")
+        name = _word(path, "a flag's name", key).replace("-", "_")
         if name not in names:
-            raise BadInput(f"--config {path}: unknown flag {key!r}{_did_you_mean(name, TrainConfig)}")
+            raise BadInput(f"--config {path}: unknown flag {name!r:.200}{_did_you_mean(name, TrainConfig)}")
         if name == "config":
             raise BadInput(f"--config {path} names a further config; put everything into one file")
         if isinstance(value, bool) and name in ("compile", "zero_terminal_snr"):  # YAML's words for true and false
@@ -458,10 +475,24 @@ def _recipe_flags(path: Path) -> list[str]:
         elif isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no_{name}")
         elif isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
+            flags += [f"--{name}", *(_word(path, name, one) for one in value)]
         else:
-            flags.append(f"--{name}={value}")  # one word: the value may begin with a dash
+            flags.append(f"--{name}={_word(path, name, value)}")  # one word: the value may begin with a dash
     return flags
+
+
+def _word(path: Path, name: str, value: object) -> str:
+    """A value of a recipe as it would stand on the command line."""
+    if isinstance(value, (dict, list, set, tuple)):  # by aliases a few lines can stand for gigabytes
+        raise BadInput(
+            f"--config {path}: {name} holds a {type(value).__name__}; give it one value, or a list of values"
+        )
+    try:
+        return str(value)
+    except ValueError as error:  # an integer of thousands of digits
+        raise BadInput(
+            f"--config {path}: {name} is a number that is too long ({error}); write a shorter one"
+        ) from error
 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, list[str]]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import IO, NoReturn
 
 from dpo_fast.errors import BadInput, Unresponsive, disk_error, remedy
+from dpo_fast.files import NO_HOME, has_home
 
 
 def guarded(work: Callable[[], int], *, kept: str, go_on: str) -> int:
@@ -28,10 +29,20 @@ def guarded(work: Callable[[], int], *, kept: str, go_on: str) -> int:
 
 
 def _guarded(work: Callable[[], int], kept: str, go_on: str) -> int:
+    if not has_home():  # libraries would make a folder called ~
+        return refuse(NO_HOME)
     try:
         return work()
     except BadInput as error:
         return refuse(str(error), any_rank=hasattr(error, "of_this_rank"))
+    except UnicodeEncodeError as error:
+        encoding, text = sys.getfilesystemencoding(), error.object[max(0, error.start - 40) : error.end + 40]
+        if encoding in ("utf-8", "utf8"):
+            raise
+        return refuse(
+            f"the name {text!a} cannot be written in this locale, whose encoding is {encoding}: set PYTHONUTF8=1, or"
+            " LC_ALL=C.UTF-8"
+        )
     except Unresponsive as error:
         refuse(str(error), any_rank=True)
         _unresponsive.set()

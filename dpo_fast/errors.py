@@ -66,6 +66,8 @@ def remedy(error: OSError) -> str:
         return "make the place writable, or name another"
     if error.errno in _OPEN_FILES:
         return "raise the limit of open files (ulimit -n) or lower --dataloader_num_workers"
+    if error.errno == errno.ENAMETOOLONG:
+        return "choose a shorter name"
     if error.errno in _IN_THE_WAY:
         return "move away what is in its place, or name another"
     return "check the disk or the network folder, or name another"

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -25,6 +26,10 @@ _GOING = ".tmp-gone-"  # and the name of a folder that is being deleted
 _NOT_CONTENT = (_TEMPORARY, LOCK, ".nfs")  # .nfs: what NFS keeps of a file that was deleted while it was open
 # what file systems answer that cannot flush folders (Windows: what was opened for reading) or change modes
 _NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF)
+NO_HOME = (
+    "no home folder is known (HOME is not set, and this user has no passwd entry): set HOME to a folder that you can"
+    " write; caches go there, where --latent_cache_dir, --cache_dir and HF_HOME name no others"
+)
 _KINDS = {
     stat.S_IFIFO: "a FIFO (or the end of a pipe)",
     stat.S_IFSOCK: "a socket",
@@ -224,6 +229,48 @@ def read_text(path: Path) -> str:
     return read_bytes(path).decode()
 
 
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """`json.loads`. Raises ValueError for all that it cannot take, also for what is nested too deeply for Python."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises as `read_bytes`, and ValueError where it is no JSON in UTF-8."""
+    return parse_json(read_text(path))
+
+
+def exists(path: Path) -> bool:
+    """Whether a path exists. A name that no file can have (too long, with a null character) does not."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return False
+        raise
+    return True
+
+
+def file_name(text: str) -> str:
+    """A path in a text as this process gives it to the system: file names are UTF-8, also in an ASCII locale.
+
+    Raises ValueError for half a surrogate pair.
+    """
+    return os.fsdecode(text.encode())
+
+
+def is_inside(name: object) -> bool:
+    """Whether a name that a file gives is one of a file below a folder: relative, and without `..`."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
 def regular_files(path: Path) -> None:
     """Raise BadInput where `path`, or an entry of the folder `path` or of one in it, is neither file nor folder."""
     for entry in (path, *path.glob("*"), *path.glob("*/*")) if path.is_dir() else (path,):
@@ -246,16 +293,23 @@ def user_path(name: str | Path) -> Path:
     """The path that a user means by `name`: that very file, but for a leading `~`.
 
     `~` and `~/...` are the home folder. `~name` is a file of that name where there is one, else the home folder of the
-    user `name` where there is such a user.
+    user `name` where there is such a user. Raises BadInput for the home folder where none is known.
     """
     path = Path(name)
     first = path.parts[0] if path.parts else ""
-    if not first.startswith("~") or (first != "~" and path.exists()):
+    if not first.startswith("~") or (first != "~" and exists(path)):
         return path
+    if first == "~" and not has_home():  # or a folder called ~ would be made
+        raise BadInput(f"{name}: {NO_HOME}")
     try:
         return path.expanduser()
     except RuntimeError:  # no such user
         return path
+
+
+def has_home() -> bool:
+    """Whether there is a home folder: not in a container whose user has neither HOME nor a passwd entry."""
+    return not os.path.expanduser("~").startswith("~")
 
 
 def in_words(size: float) -> str:

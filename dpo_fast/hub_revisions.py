@@ -4,7 +4,7 @@ Nothing is fetched: the answer is what the hub's cache, a download's own notes o
 """
 
 import hashlib
-import json
+import os
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Literal
 
 from huggingface_hub import constants
 
-from dpo_fast.files import user_path
+from dpo_fast.files import exists, read_json, read_text, user_path
 
 NOT_FETCHED, NOT_READABLE = "not fetched", "not readable"
 _TABLES = ("*.jsonl", "*.parquet", "*.arrow")
@@ -41,16 +41,16 @@ def revision_of(
     """
     path = user_path(name)
     try:
-        if _exists(path):
+        if exists(path):
             return _noted(path) or _in_snapshots(path) or f"files {_digest(path, kind)}"
     except OSError:  # it says what was used, and must not end what is done
         return NOT_READABLE
     folder = Path(cache_dir or constants.HF_HUB_CACHE) / f"{kind}s--{str(name).replace('/', '--')}"
     wanted = revision or constants.DEFAULT_REVISION
     try:
-        return (folder / "refs" / wanted).read_text(encoding="utf-8").strip()
+        return read_text(folder / "refs" / wanted).strip()
     except (OSError, ValueError):
-        commits = [path.name for path in folder.glob("snapshots/*")] if _exists(folder) else []
+        commits = [path.name for path in folder.glob("snapshots/*")] if os.path.exists(folder) else []
         if wanted in commits or (revision is None and len(commits) == 1):
             return wanted if revision else commits[0]
         return NOT_FETCHED
@@ -76,20 +76,13 @@ def _files(folder: Path, kind: str) -> list[Path]:
         return sorted(file for pattern in _TABLES for file in folder.rglob(pattern) if _is_shown(file, folder))
     index = folder / "model_index.json"
     try:
-        parts = {name for name in json.loads(index.read_text(encoding="utf-8")) if (folder / name).is_dir()}
+        parts = {name for name in read_json(index) if (folder / name).is_dir()}
     except (OSError, ValueError, TypeError):
         parts = None
     files = sorted(file for file in folder.rglob("*") if _is_shown(file, folder))
     if parts is None:
         return files
     return [file for file in files if file == index or file.relative_to(folder).parts[0] in parts]
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name too long for a file, or with a null character
-        return False
 
 
 def _is_shown(file: Path, folder: Path) -> bool:
@@ -104,7 +97,7 @@ def _noted(folder: Path) -> str | None:
     notes, commits = folder / ".cache" / "huggingface" / "download", set()
     for note in notes.glob("**/*.metadata"):
         try:
-            commit, _, time = note.read_text(encoding="utf-8").split()
+            commit, _, time = read_text(note).split()
             file = folder / note.relative_to(notes).with_suffix("")
             if file.stat().st_mtime - 1 > float(time):  # as huggingface_hub has it
                 return None

@@ -23,7 +23,7 @@ from pathlib import Path
 from filelock import FileLock, LeaseCompromise, SoftFileLease, Timeout
 
 from dpo_fast.errors import BadInput
-from dpo_fast.files import LOCK, naming
+from dpo_fast.files import LOCK, naming, regular_file
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 LEASE_SECONDS = 60.0  # all processes must agree
@@ -115,14 +115,14 @@ class Hold:
         except Timeout:
             return False
         self._held = True
-        with suppress(OSError), self._file.open("r+b", buffering=0) as file:
+        with suppress(OSError), regular_file(self._file).open("r+b", buffering=0) as file:
             self._sign(file.fileno())
         return True
 
     def holder(self) -> str:
         """Who has the folder, in words."""
         text = ""
-        with suppress(OSError), self._file.open("rb", buffering=0) as file:
+        with suppress(OSError), regular_file(self._file).open("rb", buffering=0) as file:
             file.seek(1)  # Windows locks the first byte
             text = file.read().decode(errors="replace").strip()
         owner = self._lease and self._lease.owner

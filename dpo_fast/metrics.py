@@ -17,7 +17,7 @@ import torch
 import xxhash
 
 from dpo_fast.checksums import Damaged
-from dpo_fast.files import atomic_file, naming, read_bytes, regular_file
+from dpo_fast.files import atomic_file, naming, parse_json, read_bytes, regular_file
 
 TIMESTEP_BUCKETS = 10  # of the schedule's length each: [0, T/10), ...
 
@@ -220,7 +220,7 @@ def kept_lines(path: Path, through_step: int, extent: Extent | None) -> bytes:
 def _step_of(line: bytes) -> int | None:
     """The step of a line of a log; None where it is no such line."""
     try:
-        step = json.loads(line)["step"]
+        step = parse_json(line)["step"]
     except (ValueError, LookupError, TypeError):
         return None
     return step if type(step) is int and step > 0 else None

@@ -253,7 +253,25 @@ def _saved_state(config: TrainConfig, ranks: Ranks) -> tuple[dict, dict]:
     if config.resume_from_checkpoint is not None:
         ranks.on_main(look)  # on a network disk the others may not see yet what the main rank sees
     folder = ranks.share(folder)
-    return ranks.on_all(lambda: checkpoint.load(folder)) if folder else ({}, {})
+    return ranks.on_all(lambda: _load_checkpoint(folder)) if folder else ({}, {})
+
+
+def _load_checkpoint(folder: Path) -> tuple[dict, dict]:
+    """The files and the state of a checkpoint. Raises BadInput for one that is whole but not of a run."""
+    files, saved = checkpoint.load(folder)
+    kinds = {"step": int, "config": dict, "fingerprints": dict, "notes": dict, "bad_rows": list}
+    lacking = [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]
+    lacking += ["optimizer_values"] * ("optimizer_values" not in saved)
+    if not lacking:
+        config = saved["config"]
+        lacking = [f"config.{name}" for name in ("seed", "resolution", "max_train_steps") if name not in config]
+    lacking += [f"{name}.safetensors" for name in ("weights", "optimizer") if name not in files]
+    if lacking:
+        raise BadInput(
+            f"{folder} is no checkpoint of a run (it lacks {', '.join(lacking)}): put it back from a copy, or delete"
+            " it, and --resume_from_checkpoint latest goes on from the one before"
+        )
+    return files, saved
 
 
 def _check_backend(config: TrainConfig, ranks: Ranks) -> None:

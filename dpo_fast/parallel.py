@@ -7,12 +7,14 @@ backward pass, and the reference runs on the very module that is trained.
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from accelerate.utils import ProjectConfiguration
 from PIL import Image
 
 from dpo_fast import heartbeat
-from dpo_fast.errors import BadInput, Unresponsive, missing_extra
+from dpo_fast.errors import BadInput, Unresponsive, disk_error, missing_extra
 
 T = TypeVar("T")
 
@@ -142,7 +144,14 @@ class Ranks:
         folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.project_configuration.logging_dir = str(folder)
         scalars = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items()}
-        self.accelerator.init_trackers(project, config=scalars, init_kwargs={"wandb": {"dir": str(folder)}})
+        try:
+            self.accelerator.init_trackers(project, config=scalars, init_kwargs={"wandb": {"dir": str(folder)}})
+        except Exception as error:  # each raises its own: no login, no network, a project that may not be written
+            if disk_error(error) is not None:
+                raise
+            names = ", ".join(str(getattr(one, "value", one)) for one in self.accelerator.log_with)
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise BadInput(f"--report_to {names}: a tracker cannot be started ({reason}); or leave it out") from error
 
     def end_trackers(self) -> None:
         """Let the trackers write what they still hold. (accelerate's end_training would end the process group too.)"""
@@ -199,6 +208,7 @@ def start(report_to: str) -> Ranks:
             raise BadInput(f"--report_to {name} is not known; choose {', '.join(TRACKERS)}, all or none")
         if name != "all" and importlib.util.find_spec(name) is None:
             raise missing_extra(name, "trackers", f"--report_to {name}")
+    _check_keys(trackers or ())
     accelerator = Accelerator(
         mixed_precision="no",
         cpu=not torch.cuda.is_available(),
@@ -225,6 +235,41 @@ _NOT_HEEDED = {
     "ACCELERATE_DYNAMO_BACKEND": ("a dynamo backend (--compile regional compiles here)", "no"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient accumulation (--gradient_accumulation_steps here)", "1"),
 }
+
+
+def _check_keys(trackers: Sequence[str]) -> None:
+    """Raise BadInput for wandb without a key, which it would ask for once all images are encoded."""
+    wanted = "wandb" in trackers or ("all" in trackers and importlib.util.find_spec("wandb") is not None)
+    asks = sys.stdin is not None and sys.stdin.isatty()  # on a terminal wandb asks for a key
+    if wanted and os.environ.get("RANK", "0") == "0" and not asks and not _wandb_is_set_up():
+        raise BadInput(
+            "--report_to wandb needs a key: run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline to log"
+            " without one"
+        )
+
+
+def _wandb_is_set_up() -> bool:
+    """Whether wandb may find a key, or was told to need none, by its environment, settings or netrc."""
+    said = os.environ.get
+    if said("WANDB_MODE", "online") not in ("online", "run", "shared"):
+        return True
+    if said("WANDB_API_KEY") or said("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    home = Path(os.path.expanduser("~"))
+    settings = (Path(said("WANDB_CONFIG_DIR") or home / ".config/wandb"), Path(said("WANDB_DIR") or ".", "wandb"))
+    netrcs = (Path(said("NETRC") or home / ".netrc"), home / "_netrc")
+    host = urlsplit(said("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    for folder in settings:
+        if any(word in _text_of(folder / "settings") for word in ("mode", "api_key", "base_url")):
+            return True
+    return any(host in _text_of(file) for file in netrcs)
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    except OSError:
+        return ""
 
 
 def _check_launcher() -> None:

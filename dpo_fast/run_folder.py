@@ -5,7 +5,6 @@ with an evaluation: report.html  scores.parquet  samples.png
 and the result: pytorch_lora_weights.safetensors, or a diffusers pipeline
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -16,7 +15,17 @@ from pathlib import Path
 from dpo_fast import locks
 from dpo_fast.checksums import Damaged, check_text, file_digest, read_signed_json, signed_text
 from dpo_fast.errors import BadInput
-from dpo_fast.files import LOCK, atomic_folder, contents, delete, remove_folder, remove_temporaries, write_text
+from dpo_fast.files import (
+    LOCK,
+    atomic_folder,
+    contents,
+    delete,
+    is_inside,
+    read_json,
+    remove_folder,
+    remove_temporaries,
+    write_text,
+)
 
 REPORT = "bad_rows.jsonl"
 SUMMARY = "summary.json"
@@ -97,7 +106,7 @@ def is_finished(folder: Path, step: int, *, evaluated: bool, uploaded: bool) -> 
     A summary that cannot be read is one that is not there.
     """
     try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        summary = read_json(folder / SUMMARY)
         return (
             summary["steps"] == step
             and (not evaluated or "win_rate" in summary)
@@ -198,7 +207,10 @@ def check_result(folder: Path) -> None:
     if not path.is_file():
         return
     summary = read_signed_json(path, "put it back from a copy, or delete it, and the result is used unchecked")
-    for name, expected in summary.get("result", {}).items():
+    result = summary.get("result", {})
+    if not isinstance(result, dict) or not all(map(is_inside, result)):
+        raise Damaged(f"{path} is damaged (it lists no files of this folder as result): put it back from a copy")
+    for name, expected in result.items():
         if (folder / name).is_file() and file_digest(folder / name) != expected:
             raise Damaged(
                 f"{folder / name} is not what the run wrote (its checksum is not the one in {path.name}): it is"

@@ -79,6 +79,8 @@ def check_discrete(scheduler_config: Mapping) -> None:
     CogVideoX's shifted signal-to-noise ratio. What else a config may hold (spacing, Karras sigmas and their ends, the
     last sigma, clipping, the solver's order) chooses how a trained model is sampled.
     """
+    if not isinstance(scheduler_config, Mapping):
+        raise BadInput(f"the scheduler config is no object but a {type(scheduler_config).__name__}: copy it again")
     name, found = scheduler_config.get("_class_name", "the scheduler"), None
     if "sigma_data" in scheduler_config or str(name).startswith("EDM"):
         found = "EDM's continuous noise levels"

@@ -5,7 +5,6 @@ than training's, each rank its share of the records (`dpo_fast.data.cache.errors
 computed; a process killed at any moment loses the record it had in hand, and the next one ends with the same files.
 """
 
-import json
 import logging
 import math
 import random
@@ -42,6 +41,7 @@ from dpo_fast.data.cache.store import (
 )
 from dpo_fast.data.pairs import Usable, judge_streamed
 from dpo_fast.errors import BadInput
+from dpo_fast.files import read_json
 from dpo_fast.inputs import add_noise, conditioning_of
 from dpo_fast.kernels import dispatch, pair_errors
 from dpo_fast.models import Family
@@ -306,7 +306,7 @@ class Scoring:
         nearest = None
         for file in self.root.glob("reference-*/recipe.json"):
             try:
-                recipe = Recipe.from_json(json.loads(file.read_text(encoding="utf-8")))
+                recipe = Recipe.from_json(read_json(file))
                 if recipe.folder_name == self.recipe.folder_name or not missing & Store(self.root, recipe).keys():
                     continue
             except (OSError, ValueError):  # BadInput too: what is not usable is no help

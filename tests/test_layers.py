@@ -11,7 +11,8 @@ ROOT = Path(dpo_fast.__file__).parent
 # From the ground up; modules of one level do not import each other, files of one package may.
 LEVELS = [
     ["errors", "quiet"],
-    ["files", "door", "heartbeat"],
+    ["files", "heartbeat"],
+    ["door"],
     ["locks", "checksums", "hub_revisions", "kernels"],
     ["draws", "schedule", "objectives", "config"],
     ["models", "data", "shapes"],

@@ -10,7 +10,6 @@ Three layouts are understood:
 """
 
 import glob
-import json
 import os
 import re
 import tempfile
@@ -25,7 +24,7 @@ from dpo_fast.data.columns import LAYOUTS, WantedColumns
 from dpo_fast.data.relabelled import check_labels
 from dpo_fast.data.sources import JsonlSource, Source, StreamedSource, TableSource, as_bad_input, stamp_of
 from dpo_fast.errors import BadInput
-from dpo_fast.files import read_text, regular_file, regular_files, user_path
+from dpo_fast.files import exists, is_inside, read_json, regular_file, regular_files, user_path
 
 
 def open_source(
@@ -55,7 +54,7 @@ def open_source(
         raise BadInput(f"max_train_samples ({max_rows}) must be at least 1")
     wanted = WantedColumns(image_columns, label_column, caption_column)
     path = user_path(name_or_path)
-    if path.exists():
+    if exists(path):
         if config_name or revision:
             raise BadInput(
                 f"config_name and revision belong to hub data sets, and {str(path)!r} is on this disk: leave them out"
@@ -107,11 +106,13 @@ def split_names(path: Path) -> list[str]:
 
 def is_local(name_or_path: str | Path) -> bool:
     """Whether a name means something on this disk, there or not, and no hub id."""
-    return user_path(name_or_path).exists() or _looks_local(str(name_or_path))
+    return exists(user_path(name_or_path)) or _looks_local(str(name_or_path))
 
 
 def _local_splits(path: Path) -> tuple[dict[str, list[Path]], Path | None]:
     """Split name -> its files (a save_to_disk folder counts as one file); and the images' root folder for JSONL."""
+    if path.resolve() == Path(path.resolve().anchor):
+        raise BadInput(f"data set {str(path)!r} is the root of the file system: name the folder of the data set")
     if path.is_file():
         if path.suffix not in (".parquet", ".arrow", ".jsonl"):
             raise BadInput(f"data set {str(path)!r} is not a .parquet, .arrow or .jsonl file; accepted: {LAYOUTS}")
@@ -120,14 +121,17 @@ def _local_splits(path: Path) -> tuple[dict[str, list[Path]], Path | None]:
         regular_file(path)
     if (path / "dataset_dict.json").is_file():
         with as_bad_input(f"data set {str(path)!r}"):
-            return {
-                split: [path / split] for split in json.loads(read_text(path / "dataset_dict.json"))["splits"]
-            }, None
+            names = read_json(path / "dataset_dict.json")["splits"]
+            if not isinstance(names, list) or not names or not all(is_inside(split) for split in names):
+                raise ValueError("dataset_dict.json names no splits of this folder")
+            return {split: [path / split] for split in names}, None
     if (path / "state.json").is_file():
         return {"train": [path]}, None
     for pattern in ("*.jsonl", "**/*.parquet", "**/*.arrow"):
         splits: dict[str, list[Path]] = {}
-        for file in sorted(path.glob(pattern)):
+        with as_bad_input(f"folder {str(path)!r}"):
+            found = sorted(path.glob(pattern))
+        for file in found:
             splits.setdefault(_split_of(file, path), []).append(regular_file(file))
         if splits:
             return splits, path if pattern == "*.jsonl" else None
@@ -163,6 +167,7 @@ def _load_local(
         root = _cache_root(cache_dir)
         if files[0].is_dir():
             regular_files(files[0])
+            _check_saved(files[0])
             table = datasets.load_from_disk(_literal(files[0], root))
             return table.to_iterable_dataset() if streaming else table
         kind = files[0].suffix[1:]  # "parquet" and "arrow" are also the loaders' names
@@ -182,6 +187,13 @@ def _load_local(
             cache_dir=root if cache_dir is not None else None,
             **only,
         )
+
+
+def _check_saved(folder: Path) -> None:
+    """Raise ValueError where the state.json of a folder of save_to_disk names files that are not in it."""
+    files = read_json(folder / "state.json")["_data_files"]
+    if not all(is_inside(file["filename"]) for file in files):
+        raise ValueError("state.json names files outside the folder")
 
 
 def _cache_root(cache_dir: str | Path | None) -> str:

@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_fast.checksums import Damaged
+from dpo_fast.errors import disk_error
+from dpo_fast.files import regular_file
 
 IMAGES = ("jpg_0", "jpg_1")
 DIGEST = b"dpo_fast.relabel.digest"  # the key of the digest of captions, labels and scores in the file's metadata
@@ -36,8 +38,15 @@ def check_labels(path: Path) -> None:
 
     The images, which are most of the file, are not read. Any other parquet file passes.
     """
-    # absolute: pyarrow takes a relative name with a colon for a URI
-    expected = (pq.read_metadata(os.path.abspath(path)).metadata or {}).get(DIGEST)
+    regular_file(path)
+    try:
+        # absolute: pyarrow takes a relative name with a colon for a URI
+        expected = (pq.read_metadata(os.path.abspath(path)).metadata or {}).get(DIGEST)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        if disk_error(error) is not None:
+            raise
+        reason = " ".join(str(error).split())
+        raise Damaged(f"{path} cannot be read as a parquet file ({reason}): copy it again") from error
     if expected is None:
         return
     try:
@@ -48,7 +57,7 @@ def check_labels(path: Path) -> None:
                 for row in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
                     found.update(row)
         reason = None if found.hexdigest().encode() == expected else "they do not agree with their digest"
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
     if reason is not None:
         raise Damaged(f"{path}: its captions, labels or scores are damaged ({reason}): {_AGAIN}")

@@ -1,7 +1,6 @@
 """What a source of preference pairs answers, whatever it is kept in. Nothing here decodes an image."""
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +15,8 @@ from tqdm import tqdm
 
 from dpo_fast.data.columns import Columns, WantedColumns
 from dpo_fast.data.images import SAME, BadImage, decode, image_key
-from dpo_fast.errors import BadInput
+from dpo_fast.errors import BadInput, Unresponsive, disk_error
+from dpo_fast.files import file_name, parse_json, read_bytes
 
 
 class BadRow(NamedTuple):
@@ -206,16 +206,14 @@ class JsonlSource(_Encoded):
         return _identity(self._name, self._split, self.columns, len(self))
 
     def stamp(self) -> str:
-        files = (
-            self._root / path for paths in self._paths for path in paths if isinstance(path, str) and "\0" not in path
-        )
+        files = (self._root / _stored(path) for paths in self._paths for path in paths if isinstance(path, str))
         return stamp_of(files)
 
     def contents(self) -> str:
         return _contents(self._name, self._split, self.columns)
 
     def row_stamp(self, row: int) -> str:
-        return stamp_of(self._root / path for path in self._paths[row] if isinstance(path, str) and "\0" not in path)
+        return stamp_of(self._root / _stored(path) for path in self._paths[row] if isinstance(path, str))
 
     def _resolve(self, row: int, side: int) -> Path:
         """The file behind a path, by its true name, if that is a file inside the folder."""
@@ -223,10 +221,11 @@ class JsonlSource(_Encoded):
         if not isinstance(given, str) or not given:
             raise BadImage(f"is not a file path ({given!r:.200})", column)
         try:
-            path = Path(os.path.realpath(self._root / given))
+            relative = file_name(given)
+            path = Path(os.path.realpath(self._root / relative))
         except ValueError as error:  # a null character, or half a surrogate pair
             raise BadImage(f"is not a file path ({given!r:.200})", column) from error
-        inside = os.path.normpath(self._root / given).startswith(f"{self._root}{os.sep}")
+        inside = os.path.normpath(self._root / relative).startswith(f"{self._root}{os.sep}")
         in_blobs = self._blobs is not None and path.parent == self._blobs and inside
         if not (path.is_relative_to(self._root) or in_blobs):
             raise BadImage(f"leads out of the folder ({given!r:.200})", column)
@@ -281,9 +280,12 @@ class StreamedSource:
                 try:
                     record = next(records, None)
                 except Exception as error:  # the network and the file formats raise what they like
-                    raise RuntimeError(
-                        f"data set {name!r}: the stream broke off after {row} rows ({one_line(error)}); "
-                        "the run can be resumed from its last checkpoint, the cache be built on by the same command"
+                    broken = f"data set {name!r}: the stream broke off after {row} rows ({one_line(error)}); "
+                    if files and disk_error(error) is None:
+                        raise BadInput(f"{broken}a file of it is damaged: copy it again") from error
+                    raise Unresponsive(
+                        f"{broken}the run can be resumed from its last checkpoint, the cache be built on by the same"
+                        " command"
                     ) from error
                 if record is None:
                     return
@@ -321,9 +323,17 @@ class StreamedSource:
         return self._stamp
 
 
+def _stored(path: str) -> str:
+    """The path of an image as the system has it; as it is written where it can be none."""
+    try:
+        return file_name(path)
+    except ValueError:
+        return path
+
+
 def _read_jsonl(file: Path) -> list[dict[str, Any]]:
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_bytes(file).decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{str(file)!r} cannot be read as UTF-8 text: {one_line(error)}") from error
     records = []
@@ -331,7 +341,7 @@ def _read_jsonl(file: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             raise BadInput(f"{str(file)!r} line {number} is not JSON ({error}): put one object on each line") from error
         if not isinstance(record, dict):

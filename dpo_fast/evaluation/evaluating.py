@@ -29,7 +29,7 @@ from dpo_fast.evaluation.pairing import Files, Pairs, pair_up
 from dpo_fast.evaluation.scored import Scored, write_scores
 from dpo_fast.evaluation.scorers import default_dtype, facts, load_scorer, provenance
 from dpo_fast.evaluation.signals import measure
-from dpo_fast.files import remove_temporaries, user_path, write_json, write_text
+from dpo_fast.files import exists, remove_temporaries, user_path, write_json, write_text
 from dpo_fast.parallel import Ranks
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class Comparison:
 def is_images(path: str) -> bool:
     """Whether `path` is a folder of images, and neither run nor pipeline. Raises BadInput where it has several."""
     folder = user_path(path)
-    if not folder.is_dir() or any((folder / name).is_file() for name in ("config.yaml", "model_index.json")):
+    others = ("config.yaml", "model_index.json")
+    if not exists(folder) or not folder.is_dir() or any((folder / name).is_file() for name in others):
         return False
     if (folder / "images.json").is_file():
         raise BadInput(f"{path} holds the images of several models: name one of the folders in it")

@@ -124,7 +124,7 @@ def _read_one(file: Path, about: Mapping[str, str]) -> dict[str, float]:
         if content["about"] != about:
             return {}
         return {str(key): float(score) for key, score in content["scores"].items()}
-    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
         return {}
 
 

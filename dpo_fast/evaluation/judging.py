@@ -273,7 +273,7 @@ class _Work:
             bad = {row: BadRow(row, column, reason) for row, column, reason in content["bad"]}
             scores = {row: [float(a), float(b)] for row, (a, b) in zip(content["rows"], content["scores"], strict=True)}
             return _Part(scores, bad, dict(zip([*scores, *bad], content["marks"], strict=True)))
-        except (FileNotFoundError, ValueError, LookupError, TypeError):
+        except (FileNotFoundError, ValueError, LookupError, TypeError, OverflowError):
             return _Part({}, {}, {})
 
     def _write(self, name: str, first: int, scores: dict[int, list[float]], bad: dict[int, BadRow]) -> None:

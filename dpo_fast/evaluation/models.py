@@ -11,7 +11,7 @@ import torch
 
 from dpo_fast.config import TrainConfig, parse
 from dpo_fast.errors import BadInput
-from dpo_fast.files import read_text
+from dpo_fast.files import exists, read_json
 from dpo_fast.models import COMPUTE_DTYPES, Family, load, load_family, merge_lora
 from dpo_fast.models.faults import bad_input
 from dpo_fast.models.load import align_weights, component_config, family_of
@@ -113,7 +113,7 @@ def result_of(config: TrainConfig, folder: Path) -> ModelSource:
 
 def is_run(path: str) -> bool:
     """Whether `path` is an output folder of `python -m dpo_fast.train`."""
-    return Path(path, "config.yaml").is_file()
+    return exists(Path(path, "config.yaml")) and Path(path, "config.yaml").is_file()
 
 
 def read_run(folder: str) -> TrainConfig:
@@ -235,7 +235,7 @@ def files_stamp(source: ModelSource) -> str:
         path = Path(place)
         index = path / "model_index.json"
         if index.is_file():
-            parts = [path / name for name in json.loads(read_text(index))]
+            parts = [path / name for name in read_json(index)]
             files = [index, *(file for part in parts if part.is_dir() for file in sorted(part.iterdir()))]
         elif path.is_dir():
             files = sorted(path.glob("*.safetensors"))  # a LoRA, a VAE
@@ -259,10 +259,10 @@ def compute_dtype(source: ModelSource, device: torch.device) -> torch.dtype:
 
 def _tidy(path: str) -> str:
     """A folder by one name, however it was written; a hub id as it is."""
-    return os.path.normpath(path) if Path(path).exists() else path
+    return os.path.normpath(path) if exists(Path(path)) else path
 
 
 def _folder_name(path: str) -> str:
     """The last part of a path or hub id, in letters that every disk takes."""
-    last = Path(path).resolve().name if Path(path).exists() else path.rsplit("/", 1)[-1]
+    last = Path(path).resolve().name if exists(Path(path)) else path.rsplit("/", 1)[-1]
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in last.removesuffix(".safetensors")) or "model"

@@ -12,7 +12,6 @@ repository of the hub, such as yuvalkirstain/pickapic_v1 or a copy without image
 """
 
 import csv
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import NamedTuple
 
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.naming import composed
-from dpo_fast.files import regular_file, user_path
+from dpo_fast.files import read_json, regular_file, user_path
 
 PICKAPIC = "yuvalkirstain/pickapic_v2"
 PICKAPIC_SPLITS = ("validation_unique", "validation")  # the first that there is
@@ -160,7 +159,7 @@ def _hps(copy: Path | None, where: Where) -> list[Prompt]:
         if file is None:
             raise BadInput(f"--prompts hps={copy} holds no {style}.json: name the folder with {', '.join(HPS_STYLES)}")
         try:
-            texts = json.loads(file.read_text(encoding="utf-8"))
+            texts = read_json(file)
         except (OSError, ValueError) as error:
             raise BadInput(f"--prompts hps: {file} cannot be read ({error}); copy it again") from error
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
@@ -196,6 +195,8 @@ def _pickapic(copy: Path | None, where: Where) -> list[Prompt]:
         split = "train" if local and copy.is_file() else next((s for s in PICKAPIC_SPLITS if s in splits), None)
         rows = () if split is None else stream_columns(copy, columns, split=split) if local else splits[split]
         captions = [row["caption"] for row in rows]
+        if not all(text is None or isinstance(text, str) for text in captions):
+            raise ValueError("its column caption holds no texts")
     except Exception as error:  # the network and the file formats raise what they like
         raise _unreachable("pickapic-validation", error) from error
     if split is None:

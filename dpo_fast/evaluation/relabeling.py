@@ -19,7 +19,7 @@ from dpo_fast.data.relabelled import DIGEST, LabelDigest, check_all
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.judging import Scores
 from dpo_fast.evaluation.statistics import binomial_interval
-from dpo_fast.files import atomic_file, read_bytes
+from dpo_fast.files import atomic_file, read_bytes, regular_file
 
 GROUP_BYTES = 64 << 20  # of images, a row group of the file
 NOTE = b"dpo_fast.relabel"  # the key of what the file itself says about how it was made
@@ -220,6 +220,7 @@ def write_pairs(
 
 def note_of(path: Path) -> dict | None:
     """The note in a file of `write_pairs`; None where it is another file. Raises Damaged where the note has changed."""
+    regular_file(path)
     try:
         metadata = pq.read_schema(os.path.abspath(path)).metadata or {}
     except (OSError, ValueError, pa.ArrowException):
@@ -227,7 +228,10 @@ def note_of(path: Path) -> dict | None:
     if NOTE not in metadata:
         return None
     try:
-        return parse_signed(metadata[NOTE], required=False)
+        note = parse_signed(metadata[NOTE], required=False)
+        if not isinstance(note, dict):
+            raise ValueError("its note is no object")
+        return note
     except ValueError as error:
         raise Damaged(
             f"{path} is damaged ({error}): --overwrite writes it again from the scores that were kept"
@@ -241,7 +245,7 @@ def check_output(path: Path) -> None:
         report = parse_signed(read_bytes(path.with_suffix(".json")))
     except (OSError, ValueError):
         report = {}
-    if "checksum" not in report:
+    if not isinstance(report, dict) or "checksum" not in report:
         check_all(path)
     elif file_digest(path) != report["checksum"]:
         raise Damaged(

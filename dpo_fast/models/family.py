@@ -76,9 +76,19 @@ class Family(ABC):
         self.resolution_multiple: int = self.vae_factor * 2 ** (len(unet_config.block_out_channels) - 1)
         self.latent_statistics = self._latent_statistics()
         self._empty_prompt: Conditioning | None = None
+        self._limit_tokens()
         for module in self._modules().values():
             module.eval().requires_grad_(False).to(self.device)
         self.unet.to(memory_format=torch.channels_last)
+
+    def _limit_tokens(self) -> None:
+        """Let no tokenizer make more tokens than its text encoder has positions: some are saved without a length."""
+        for suffix in ("", "_2"):
+            tokenizer = getattr(self.pipeline, f"tokenizer{suffix}", None)
+            config = getattr(getattr(self.pipeline, f"text_encoder{suffix}", None), "config", None)
+            positions = getattr(config, "max_position_embeddings", None)
+            if tokenizer is not None and positions is not None and tokenizer.model_max_length > positions:
+                tokenizer.model_max_length = positions
 
     @property
     def unet(self) -> UNet2DConditionModel:

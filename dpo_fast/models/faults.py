@@ -4,11 +4,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError
 
 from dpo_fast.errors import BadInput
 
-_FAULTS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
+_FAULTS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    SafetensorError,
+    SingleFileComponentError,
+)
 _LONGEST = 300  # characters of a library's message
 
 

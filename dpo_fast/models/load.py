@@ -3,7 +3,7 @@
 The family is what the pipeline's own files say, never a part of the path. Only safetensors are loaded.
 """
 
-import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from safetensors import safe_open
 from torch import nn
 
 from dpo_fast.errors import BadInput
-from dpo_fast.files import read_text, regular_files
+from dpo_fast.files import exists, read_json, regular_files
 from dpo_fast.hub_revisions import revision_of
 from dpo_fast.models.attention import set_attention
 from dpo_fast.models.family import Family
@@ -54,6 +54,10 @@ _PICKLED = "check its files; pickled weights are not loaded, convert them with s
 _USUAL = {SD15: "stable-diffusion-v1-5/stable-diffusion-v1-5", SDXL: "stabilityai/stable-diffusion-xl-base-1.0"}
 ALIGNMENT = 64  # bytes: of what PyTorch allocates on a CPU
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+_OF_VARIANT = re.compile(r"\.([A-Za-z]\w*)(-\d+-of-\d+)?\.safetensors$")  # model.fp16.safetensors
+# diffusers' converter to single files leaves this matrix under the name that transformers has for it, not transposed as
+# the original's `text_projection` is, and diffusers' loader does not look for it.
+_CONVERTERS_PROJECTION = "conditioner.embedders.1.model.text_projection.weight"
 _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"  # the argument's name
 
 
@@ -104,16 +108,13 @@ def load_family(
             _check_sd2(path, scheduler)
         pipeline = _load_file(path, kind, dtype, unet_dtype, {"config": config, "cache_dir": cache_dir, "token": token})
     else:
-        pipeline = _load_folder(path, kind, dtype, unet_dtype, variant, hub)
+        pipeline = _load_folder(path, kind, dtype, unet_dtype, variant, hub, vae_path is None)
     if None in (pipeline.text_encoder, pipeline.tokenizer) or (kind is SDXL and pipeline.text_encoder_2 is None):
         raise BadInput(f"{path} has no text encoder (the SDXL refiner?): use a pipeline with all of them")
     if vae_path is not None:
         pipeline.vae = _load_vae(str(vae_path), pipeline.vae, {"cache_dir": cache_dir, "token": token})
-    if not isinstance(pipeline.vae, AutoencoderKL):
-        raise BadInput(
-            f"the VAE is of class {type(pipeline.vae).__name__}, whose latents have no posterior mean; name an"
-            " AutoencoderKL, for example with pretrained_vae_model_name_or_path"
-        )
+    _check_complete(path, pipeline)
+    _check_vae({"_class_name": type(pipeline.vae).__name__})
     if pipeline.vae.config.force_upcast is False:
         pipeline.vae.to(dtype)
     scheduler = marks_of_scheduler(pipeline.scheduler.config)
@@ -206,12 +207,12 @@ def _kind(path: str, turbo: bool, hub: dict) -> type[Family]:
 def _kind_of_folder(path: str, hub: dict) -> type[Family]:
     """SD15 or SDXL, by the pipeline class that model_index.json names; of a hub id only that file is fetched."""
     index = Path(path, "model_index.json")
-    if not index.is_file():
-        if Path(path).is_dir():
+    if not exists(index) or not index.is_file():
+        if exists(Path(path)) and Path(path).is_dir():
             raise BadInput(f"{path} has no model_index.json: name the folder of a whole diffusers pipeline")
         index = _index_from_hub(path, hub)
     try:
-        class_name = json.loads(read_text(Path(index)))["_class_name"]
+        class_name = read_json(Path(index))["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path}: model_index.json names no pipeline class; load and save the pipeline again") from error
     if not isinstance(class_name, str) or class_name not in _FAMILIES:
@@ -241,7 +242,7 @@ def _index_from_hub(path: str, hub: dict) -> str:
 
 def _kind_of_file(path: str) -> type[Family]:
     """SD15 or SDXL, by the tensors named in the header of a .safetensors file."""
-    if not Path(path).is_file():
+    if not exists(Path(path)) or not Path(path).is_file():
         raise BadInput(f"{path} is no file: check the path")
     names, _ = _header(path)
     first_layer = "model.diffusion_model.input_blocks.0.0.weight"
@@ -295,7 +296,7 @@ def _check_scheduler(path: str, hub: dict) -> dict:
     """
     try:
         config = DDPMScheduler.load_config(path, subfolder="scheduler", **hub)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # the last: JSON that is nested too deeply
         return {}
     check_discrete(config)
     return config
@@ -325,16 +326,52 @@ def _is_sd2(names: list[str]) -> bool:
 
 
 def _load_folder(
-    path: str, kind: type[Family], dtype: torch.dtype, unet_dtype: torch.dtype, variant: str | None, hub: dict
+    path: str,
+    kind: type[Family],
+    dtype: torch.dtype,
+    unet_dtype: torch.dtype,
+    variant: str | None,
+    hub: dict,
+    own_vae: bool,  # it is the one that will be used
 ) -> DiffusionPipeline:
-    with bad_input(f"{path} cannot be loaded", _PICKLED):
+    with bad_input(f"{path} cannot be loaded", _advice(Path(path), variant)):
         regular_files(Path(path))
         if not Path(path).is_dir():  # first, so that downloads keep their progress bars
             path = DiffusionPipeline.download(path, variant=variant, use_safetensors=True, **hub)
+        if own_vae:
+            _check_vae(AutoencoderKL.load_config(path, subfolder="vae"))
         dtypes = {"unet": unet_dtype, "vae": torch.float32, "default": dtype}
         with no_loading_bars():
             return DiffusionPipeline.from_pretrained(
                 path, variant=variant, use_safetensors=True, **{_DTYPE: dtypes}, **_UNUSED_PARTS[kind]
+            )
+
+
+def _advice(folder: Path, variant: str | None) -> str:
+    """What to do about a folder that cannot be loaded."""
+    there = _variants(folder)
+    if variant is None and there:
+        return f"if its weights are of a variant only, add --variant {' or '.join(there)}; {_PICKLED}"
+    if variant is not None and folder.is_dir() and variant not in there:
+        return f"it holds {' and '.join(there) or 'no variants'}, not {variant}: leave --variant out; {_PICKLED}"
+    return _PICKLED
+
+
+def _variants(folder: Path) -> list[str]:
+    """The variants (fp16 of model.fp16.safetensors) whose weights are in a folder and the folders in it."""
+    names = (file.name for file in (*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")))
+    return sorted({match[1] for name in names if (match := _OF_VARIANT.search(name))})
+
+
+def _check_complete(path: str, pipeline: DiffusionPipeline) -> None:
+    """Raise BadInput where a library left weights without values, for it did not find them."""
+    for name, module in pipeline.components.items():
+        named = (*module.named_parameters(), *module.named_buffers()) if isinstance(module, nn.Module) else ()
+        missing = [tensor_name for tensor_name, tensor in named if tensor.is_meta]
+        if missing:
+            raise BadInput(
+                f"{path} lacks {len(missing)} of the tensors of the {name}, first {missing[0]}: copy it again, or name"
+                " a diffusers folder"
             )
 
 
@@ -346,8 +383,25 @@ def _load_file(
         # from_single_file knows one dtype only, so what differs is loaded on its own
         vae = AutoencoderKL.from_single_file(path, subfolder="vae", **{_DTYPE: torch.float32}, **where)
         unet = UNet2DConditionModel.from_single_file(path, subfolder="unet", **{_DTYPE: unet_dtype}, **where)
-        return _PIPELINES[kind].from_single_file(
+        pipeline = _PIPELINES[kind].from_single_file(
             path, unet=unet, vae=vae, **{_DTYPE: dtype}, **_UNUSED_PARTS[kind], **where
+        )
+        if kind is SDXL and _CONVERTERS_PROJECTION in _header(path)[0]:
+            with safe_open(path, framework="pt") as file:
+                weight = file.get_tensor(_CONVERTERS_PROJECTION).to(dtype)
+            if weight.shape != pipeline.text_encoder_2.text_projection.weight.shape:
+                raise ValueError(f"{_CONVERTERS_PROJECTION} is of shape {[*weight.shape]}")
+            pipeline.text_encoder_2.text_projection.weight = nn.Parameter(weight)
+        return pipeline
+
+
+def _check_vae(config: dict) -> None:
+    """Raise BadInput for the config of a VAE of another class, of which diffusers would fill in what fits."""
+    name = config.get("_class_name", "AutoencoderKL")
+    if name != "AutoencoderKL":
+        raise BadInput(
+            f"the VAE is of class {name}, whose latents have no posterior mean; name an AutoencoderKL, for example with"
+            " pretrained_vae_model_name_or_path"
         )
 
 
@@ -359,7 +413,16 @@ def _load_vae(path: str, replaced: AutoencoderKL, hub: dict) -> AutoencoderKL:
             with tempfile.TemporaryDirectory() as config:  # diffusers' own guess has the scaling factor of SD1.5
                 replaced.save_config(config)
                 return AutoencoderKL.from_single_file(path, config=config, **{_DTYPE: torch.float32})
-        subfolder = "vae" if Path(path, "vae").is_dir() else None  # of a whole pipeline
+        subfolder = "vae" if exists(Path(path)) and Path(path, "vae").is_dir() else None  # of a whole pipeline
+        _check_vae(AutoencoderKL.load_config(path, subfolder=subfolder, **hub))
+        folder = Path(path, subfolder or "")
+        plain = exists(folder) and any(not _OF_VARIANT.search(file.name) for file in folder.glob("*.safetensors"))
+        variants = [] if plain or not exists(folder) else _variants(folder)
         return AutoencoderKL.from_pretrained(
-            path, subfolder=subfolder, use_safetensors=True, **{_DTYPE: torch.float32}, **hub
+            path,
+            subfolder=subfolder,
+            use_safetensors=True,
+            variant=variants[0] if len(variants) == 1 else None,
+            **{_DTYPE: torch.float32},
+            **hub,
         )

@@ -6,7 +6,6 @@ A file holds pairs of low-rank matrices for layers of the UNet and of the text e
 turns the names into those of layers; a loader of diffusers or peft drops in silence what it knows no layer for.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from safetensors import safe_open
 from torch import nn
 
 from dpo_fast.errors import BadInput
-from dpo_fast.files import regular_file
+from dpo_fast.files import parse_json, regular_file
 from dpo_fast.models.faults import bad_input
 from dpo_fast.models.lora import WEIGHT_NAME
 
@@ -96,7 +95,7 @@ def merge_lora(
         file = _lora_file(path, cache_dir, token)
         with safe_open(file, framework="pt") as opened:
             state = {name: opened.get_tensor(name) for name in opened.keys()}
-            metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata") or "{}")
+            metadata = parse_json((opened.metadata() or {}).get("lora_adapter_metadata") or "{}")
         layers = {component: _layers(pipeline, component) for component in _COMPONENTS}
         updates, left = _updates(state, metadata, pipeline, layers)
     advice = f"name a LoRA of a {type(pipeline).__name__}"

@@ -9,7 +9,7 @@ import pytest
 
 from dpo_fast.data import BadImage, BadRow, StreamedSource, open_source
 from dpo_fast.data.opening import _split_of
-from dpo_fast.errors import BadInput
+from dpo_fast.errors import BadInput, Unresponsive
 from tests.helpers.pairs import (
     as_image_feature,
     pickapic,
@@ -365,7 +365,7 @@ def test_a_stream_that_breaks_off_says_where(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
     rows = open_source("some/set", streaming=True).rows()
     assert next(rows).row == 0
-    with pytest.raises(RuntimeError, match=r"broke off after 1 rows.*peer reset.*resumed"):
+    with pytest.raises(Unresponsive, match=r"broke off after 1 rows.*peer reset.*resumed"):
         next(rows)
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
@@ -411,3 +411,82 @@ def test_weights_lie_where_torch_puts_them(sdxl_path, monkeypatch):
     family = load_family(sdxl_path, **FP32)
     for name, parameter in family.pipeline.text_encoder_2.named_parameters():
         assert parameter.data_ptr() % load.ALIGNMENT == 0 and torch.equal(parameter, values[name])
+
+
+# what is saved in other ways
+
+
+@pytest.mark.parametrize("length", [None, 10**30, 248])
+def test_a_tokenizer_without_a_length_takes_what_its_encoder_has_positions_for(sdxl_path, tmp_path, length):
+    """transformers has 10^30 in its place, which ended in an OverflowError of the tokenizer."""
+    model = Path(shutil.copytree(sdxl_path, tmp_path / "model"))
+    for name in ("tokenizer", "tokenizer_2"):
+        config = json.loads((model / name / "tokenizer_config.json").read_text())
+        config = {key: value for key, value in config.items() if key != "model_max_length"}
+        more = {} if length is None else {"model_max_length": length}
+        (model / name / "tokenizer_config.json").write_text(json.dumps({**config, **more}))
+    family, usual = load_family(model, **FP32), load_family(sdxl_path, **FP32)
+    prompts = ["a cat", "a long caption " * 40]
+    ours, theirs = family.encode_prompts(prompts), usual.encode_prompts(prompts)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert family.cut_off(prompts) == usual.cut_off(prompts)
+
+
+def asymmetric() -> AsymmetricAutoencoderKL:
+    """A VAE with all the weights of an AutoencoderKL, and more."""
+    blocks = {"down_block_out_channels": (8,), "up_block_out_channels": (8,), "norm_num_groups": 4}
+    return AsymmetricAutoencoderKL(**blocks, layers_per_down_block=1, layers_per_up_block=1)
+
+
+def test_a_vae_of_another_class_is_refused_whatever_names_it(sd15_copy, tmp_path):
+    """diffusers fills an AutoencoderKL with those weights of an AsymmetricAutoencoderKL that fit, and warns."""
+    asymmetric().save_pretrained(tmp_path / "vae")
+    refused("the VAE is of class AsymmetricAutoencoderKL", sd15_copy, vae_path=tmp_path / "vae")
+    shutil.rmtree(sd15_copy / "vae")
+    asymmetric().save_pretrained(sd15_copy / "vae")  # model_index.json says AutoencoderKL
+    refused("the VAE is of class AsymmetricAutoencoderKL", sd15_copy)
+    edit_json(sd15_copy / "model_index.json", vae=["diffusers", "AsymmetricAutoencoderKL"])
+    refused("the VAE is of class AsymmetricAutoencoderKL", sd15_copy)
+
+
+def test_a_single_file_of_diffusers_own_converter(single_files, sdxl_path, tmp_path):
+    """It leaves a projection under transformers' name, where the loader left it without values."""
+    state, name = load_file(single_files["sdxl"]), "conditioner.embedders.1.model.text_projection"
+    state[f"{name}.weight"] = state.pop(name).T.contiguous()
+    save_file(state, tmp_path / "converted.safetensors")
+    ours = load_family(tmp_path / "converted.safetensors", single_file_config=sdxl_path, **FP32).pipeline
+    theirs = load_family(sdxl_path, **FP32).pipeline
+    assert torch.equal(ours.text_encoder_2.text_projection.weight, theirs.text_encoder_2.text_projection.weight)
+    save_file({**state, f"{name}.weight": torch.ones(2, 2)}, tmp_path / "converted.safetensors")
+    refused("is of shape", tmp_path / "converted.safetensors", single_file_config=sdxl_path)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_single_file_that_lacks_a_tensor_is_refused(single_files, sd15_path, sdxl_path, tmp_path, family):
+    """It ended in a NotImplementedError about meta tensors, or with a library's own kind of error."""
+    state, config = load_file(single_files[family]), {"sd15": sd15_path, "sdxl": sdxl_path}[family]
+    lacking = next(name for name in state if name.endswith("text_model.final_layer_norm.weight"))
+    save_file({name: t for name, t in state.items() if name != lacking}, tmp_path / "a.safetensors")
+    refused("lacks 1 of the tensors of the text_encoder", tmp_path / "a.safetensors", single_file_config=config)
+    without = {name.replace("transformer.text_model.", "transformer."): tensor for name, tensor in state.items()}
+    save_file(without, tmp_path / "b.safetensors")
+    refused("cannot be loaded", tmp_path / "b.safetensors", single_file_config=config)
+
+
+def test_a_folder_with_weights_of_a_variant_only_names_the_variant(sd15_path, tmp_path):
+    pipeline = DiffusionPipeline.from_pretrained(sd15_path)
+    pipeline.to(dtype=torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    refused("add --variant fp16", tmp_path / "half")
+    refused("it holds fp16, not bf16: leave --variant out", tmp_path / "half", variant="bf16")
+    refused("it holds no variants, not fp16: leave --variant out", sd15_path, variant="fp16")
+    family = load_family(sd15_path, vae_path=tmp_path / "half" / "vae", **FP32)  # there is no flag for its variant
+    whole = load_family(tmp_path / "half", variant="fp16", **FP32)
+    for ours, theirs in zip(family.pipeline.vae.parameters(), whole.pipeline.vae.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["x" * 500, "owner/" + "x" * 500, "a\0b"], ids=["long", "long with an owner", "null"])
+def test_a_name_that_no_file_can_have(sd15_path, name):
+    refused("no folder, file or hub id", name)
+    refused("cannot be loaded as a VAE", sd15_path, vae_path=name)
+    refused("is no file", name + ".safetensors")

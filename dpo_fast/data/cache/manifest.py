@@ -26,7 +26,7 @@ from dpo_fast.data.columns import Columns
 from dpo_fast.data.images import KEY_BYTES, SAME, BadImage, decode, image_key
 from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
 from dpo_fast.errors import BadInput, disk_error
-from dpo_fast.files import atomic_file, has_temporaries, read_bytes, remove_temporaries
+from dpo_fast.files import atomic_file, has_temporaries, is_inside, parse_json, read_bytes, remove_temporaries
 
 STREAM_FORMAT = 2  # of the labels that a stream's manifest holds: raise it when `Columns.label_of` changes
 
@@ -62,14 +62,14 @@ class Manifest:
         self._new: list[int] = []  # not yet in any file
         try:
             if (folder / "manifest.json").exists():
-                self.about = parse_signed(read_bytes(folder / "manifest.json"))
+                self.about = _checked(parse_signed(read_bytes(folder / "manifest.json")))
             parts = sorted(folder.glob("part-*.parquet"))
             whole = sorted(folder.glob("rows-*.parquet"), key=lambda file: file.stat().st_mtime_ns)
             if self.about is not None and (kept := self.about.get("rows")) and not (folder / kept).is_file():
                 raise ValueError(f"{kept} is not there")
             for file in [*whole, *parts]:  # of a row the latest counts
                 self._read(file)
-        except (OSError, ValueError, pa.ArrowException) as error:
+        except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
             if disk_error(error) is not None:
                 raise  # no reason to delete it
             raise BadInput(f"{folder} cannot be read ({error}): delete the folder, it is made again") from error
@@ -132,8 +132,7 @@ class Manifest:
     @property
     def columns(self) -> Columns:
         """The source's columns, once it is known what this is about."""
-        named = self.about["columns"]
-        return Columns(**{name: tuple(value) if isinstance(value, list) else value for name, value in named.items()})
+        return _columns(self.about["columns"])
 
     def streamed_rows(self) -> Iterator[StreamedRow]:
         """A stream's known rows, keys in the place of image bytes."""
@@ -142,7 +141,7 @@ class Manifest:
     def streamed_row(self, row: int) -> StreamedRow:
         """A stream's known row, keys in the place of image bytes."""
         facts = self._rows[row]
-        return StreamedRow(row, json.loads(facts["caption"]), json.loads(facts["label"]), self.images(row))
+        return StreamedRow(row, parse_json(facts["caption"]), parse_json(facts["label"]), self.images(row))
 
     def stream(self) -> StreamedSource:
         """The stream again, as far as it is known, keys in the place of image bytes."""
@@ -215,6 +214,28 @@ class Manifest:
     def _write_about(self, about: dict[str, Any]) -> None:
         self.about = about
         write_signed_json(self.folder / "manifest.json", about, indent=None)
+
+
+def _columns(named: dict[str, Any]) -> Columns:
+    return Columns(**{name: tuple(value) if isinstance(value, list) else value for name, value in named.items()})
+
+
+def _checked(about: Any) -> dict[str, Any]:
+    """What manifest.json holds, as it is. Raises ValueError where that is something else."""
+    try:
+        texts, columns, rows = (
+            (about["description"], about["identity"]),
+            _columns(about["columns"]),
+            about.get("rows", ""),
+        )
+        named = [*columns.images, *columns.of_label, columns.caption, *(columns.names or ())]
+        if not all(isinstance(text, str) for text in (*texts, *named, rows)) or len(columns.images) != 2:
+            raise ValueError("texts are missing")
+        if not isinstance(about["ended"], bool) or (rows and (not is_inside(rows) or "/" in rows)):
+            raise ValueError("it names no file of this folder")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"manifest.json is not what was written: {error}") from error
+    return about
 
 
 def _listing(folder: Path) -> list[str]:
@@ -321,7 +342,7 @@ def _facts(images: tuple[bytes | BadImage, bytes | BadImage], text: tuple | None
 
 
 def _fault(text: str) -> BadImage:
-    column, reason = json.loads(text)
+    column, reason = parse_json(text)
     return BadImage(reason, column)
 
 

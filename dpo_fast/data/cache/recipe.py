@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,10 +67,18 @@ class Recipe:
         """Raises ValueError for what is not a recipe of this format."""
         try:
             if value["format"] != FORMAT:
-                raise ValueError(f"it has format {value['format']}, this version reads {FORMAT}")
+                raise ValueError(f"it has format {value['format']!r:.50}, this version reads {FORMAT}")
             fields = tuple(Field(f["name"], tuple(f["shape"]), f["dtype"]) for f in value["fields"])
-            if not fields or any(field.dtype not in DTYPES for field in fields):
-                raise ValueError(f"its fields are {value['fields']}")
+            sizes = [size for field in fields for size in field.shape]
+            if (
+                not fields
+                or any(field.dtype not in DTYPES or not isinstance(field.name, str) for field in fields)
+                or any(type(size) is not int or not 0 < size < 2**31 for size in sizes)
+                or sum(math.prod(field.shape) for field in fields) >= 2**31
+            ):
+                raise ValueError(f"its fields are {value['fields']!r:.200}")
+            if not isinstance(value["kind"], str):
+                raise ValueError(f"its kind is {value['kind']!r:.200}")
             return Recipe(value["kind"], dict(value["facts"]), fields)
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"it is not a recipe ({type(error).__name__}: {error})") from error

@@ -28,7 +28,17 @@ from dpo_fast.checksums import Damaged, digest, parse_signed, sha256_of, write_s
 from dpo_fast.data.cache.recipe import Recipe
 from dpo_fast.data.images import KEY_BYTES
 from dpo_fast.errors import DISK_ERRORS, FORBIDDEN, BadInput, remedy
-from dpo_fast.files import flush, has_temporaries, read_bytes, read_text, remove_temporaries, user_path, write_json
+from dpo_fast.files import (
+    flush,
+    has_temporaries,
+    parse_json,
+    read_bytes,
+    read_json,
+    regular_file,
+    remove_temporaries,
+    user_path,
+    write_json,
+)
 
 SHARD_BYTES = 256 << 20  # a full shard's records, about
 _SHARD = re.compile(r"shard-(\d+)-(\d+)\.(json|bin|part|log)$")
@@ -191,7 +201,7 @@ class Writer:
             self._path("bin").rename(part)
         size, lines = self.recipe.record_bytes, []
         if part.exists() and log.exists():
-            with part.open("rb") as file:
+            with regular_file(part).open("rb") as file:
                 for line in read_bytes(log).splitlines(keepends=True):
                     record = file.read(size)
                     entry = _entry(line)
@@ -271,8 +281,8 @@ def log_keys(folder: Path) -> set[bytes]:
     """The keys of the records in unfinished shards, after their writers took them up."""
     keys = set()
     for rank, number, kind in _shard_files(folder):
-        if kind == "log":
-            lines = read_bytes(folder / f"shard-{rank}-{number:05d}.log").splitlines(keepends=True)
+        if kind == "log" and (path := folder / f"shard-{rank}-{number:05d}.log").exists():  # not a link to nowhere
+            lines = read_bytes(path).splitlines(keepends=True)
             keys |= {entry[0] for entry in map(_entry, lines) if entry is not None}
     return keys
 
@@ -331,7 +341,9 @@ def read_shard(path: Path, recipe: Recipe) -> Shard:
         shared: dict[tuple, list] = {}  # sizes recur: one list of each, or millions of records take much memory
         meta = [shared.setdefault(tuple(m), m) if isinstance(m, list) else m for m in body["meta"]]
         sha256, of = body["sha256"], (body["recipe"], body["record_bytes"])
-    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if not len(keys) == len(checksums) == len(meta):
+            raise ValueError(f"it has {len(keys)} keys, {len(checksums)} checksums and {len(meta)} notes")
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise Damaged(f"{path} cannot be read as the index of a shard ({error}); {_mended(recipe)}") from error
     if of != (recipe.digest, recipe.record_bytes):
         raise BadInput(
@@ -376,7 +388,7 @@ def _check_recipe(folder: Path, recipe: Recipe) -> None:
     if not path.exists():
         return
     try:
-        there = json.loads(read_text(path))
+        there = read_json(path)
     except ValueError as error:
         raise BadInput(f"{path} cannot be read ({error}): delete this file, it is made again") from error
     if there != recipe.as_json():
@@ -413,7 +425,7 @@ def _line(key: bytes, checksum: int, meta: Any) -> bytes:
 def _entry(line: bytes) -> tuple[bytes, int, Any] | None:
     """What `_line` was given; None where the line was cut off or has changed."""
     try:
-        key, checksum, meta, _ = json.loads(line)
+        key, checksum, meta, _ = parse_json(line)
         entry = bytes.fromhex(key), int(checksum, 16), meta
     except (ValueError, TypeError):
         return None

@@ -1,6 +1,5 @@
 """Looking after a cache folder: what it holds, whether it is whole, and what may go."""
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -14,7 +13,7 @@ from dpo_fast.data.cache.manifest import Manifest
 from dpo_fast.data.cache.recipe import Recipe
 from dpo_fast.data.cache.store import locked, read_shard, remove_shard, shard_indices
 from dpo_fast.errors import BadInput
-from dpo_fast.files import contents, read_text, remove_folder, rename_away
+from dpo_fast.files import contents, read_json, remove_folder, rename_away
 
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
 
@@ -64,7 +63,7 @@ def verify(root: Path, *, remove: bool = False) -> Iterator[tuple[Path, str | No
                 continue
             try:
                 path = entry.folder / "recipe.json"
-                recipe = Recipe.from_json(json.loads(read_text(path)))
+                recipe = Recipe.from_json(read_json(path))
                 if recipe.folder_name != entry.folder.name:
                     raise ValueError(f"it is the recipe of {recipe.folder_name}")
             except (FileNotFoundError, ValueError) as error:
@@ -128,8 +127,8 @@ def _manifest_fault(folder: Path) -> str | None:
 def _about_recipe(file: Path) -> tuple[str, int]:
     """A recipe in words, and the number of its entries; what cannot be read is for `verify` to find."""
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))["facts"]
-        items = sum(len(json.loads(path.read_text(encoding="utf-8"))["keys"]) for path in shard_indices(file.parent))
+        facts = read_json(file)["facts"]
+        items = sum(len(read_json(path)["keys"]) for path in shard_indices(file.parent))
         shown = {k: v for k, v in facts.items() if isinstance(v, (str, int, float)) and k != "images"}
         return ", ".join(f"{name} {value}" for name, value in shown.items()), items
     except _UNREADABLE:
@@ -138,6 +137,6 @@ def _about_recipe(file: Path) -> tuple[str, int]:
 
 def _about_pairs(file: Path) -> str:
     try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["description"])
+        return str(read_json(file)["description"])
     except _UNREADABLE:
         return "damaged: see verify"

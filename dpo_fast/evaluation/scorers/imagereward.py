@@ -8,7 +8,6 @@ The score is the raw reward less its mean, in its standard deviations, both over
 published means of Stable Diffusion models are -0.2 to 1.3. Prompts are cut after 35 tokens, as in the published code.
 """
 
-import json
 import re
 
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from dpo_fast.evaluation.scorers import Loading, Scorer
 from dpo_fast.evaluation.scorers.linear_head import linear_head
 from dpo_fast.evaluation.scorers.preprocessing import crop_to_square, rounded
 from dpo_fast.evaluation.scorers.published import file, fill, of_model, tokenizer
+from dpo_fast.files import read_json
 from dpo_fast.models.faults import bad_input
 
 REPOSITORY = "zai-org/ImageReward"
@@ -81,7 +81,7 @@ class ImageReward(nn.Module):
 def load(name: str, loading: Loading) -> Scorer:
     path, config = (file(REPOSITORY, wanted, loading) for wanted in ("ImageReward.pt", "med_config.json"))
     with bad_input(f"{config} does not describe ImageReward's BERT", "take the published file"):
-        given = json.loads(config.read_text(encoding="utf-8"))
+        given = read_json(config)
         text = {key: given[key] for key in _OF_MED_CONFIG}
         text_config = BlipTextConfig(**text, encoder_hidden_size=VISION.hidden_size, is_decoder=True)
     model = ImageReward(VISION, text_config).requires_grad_(False).eval()

@@ -1,0 +1,1 @@
+"""Damaged and hostile files for every reader: `mutations` draws them, `readers` reads them, `cases` judges."""
