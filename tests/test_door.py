@@ -140,8 +140,8 @@ def test_an_error_of_one_rank_is_printed_by_it(capsys, monkeypatch):
     assert capsys.readouterr().err == "dpo_fast, rank 1: error: record 3 is damaged\n"
 
 
-# What a name may carry: window titles, clipboards (OSC 52), cursor moves, C1 forms of them, a carriage return that writes
-# over the line, overrides of direction, a line of somebody else's, halves of surrogate pairs.
+# What a name may carry: window titles, clipboards (OSC 52), cursor moves, C1 forms of them, a carriage return that
+# writes over the line, overrides of direction, separators of lines, halves of surrogate pairs.
 HOSTILE = [
     "\x1b]0;title\x07",
     "\x1b]52;c;cm0gLXJm\x1b\\",
@@ -161,8 +161,8 @@ HOSTILE = [
     "\0",
 ]
 LEGITIMATE = (
-    "\u4e2d\u6587, caf\u00e9, cafe\u0301, \u05e9\u05dc\u05d5\u05dd, \U0001f468\u200d\U0001f469\u200d\U0001f467, \u2764\ufe0f,"
-    " \u0645\u06cc\u200c\u062e"
+    "\u4e2d\u6587, caf\u00e9, cafe\u0301, \u05e9\u05dc\u05d5\u05dd, \U0001f468\u200d\U0001f469\u200d\U0001f467,"
+    " \u2764\ufe0f, \u0645\u06cc\u200c\u062e"
 )
 
 

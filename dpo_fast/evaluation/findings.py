@@ -181,8 +181,8 @@ class Findings:
         """For the terminal; the exact intervals and the medians are in the page and in summary.json."""
         about, first = self.about, self.overall[0]
         parts = [
-            f"{printable(about.policy)} against {printable(about.base)}\n{printable(about.prompt_set)}: {counted(first.prompts, 'prompt')},"
-            f" {counted(self.images, 'image')} of each",
+            f"{printable(about.policy)} against {printable(about.base)}\n{printable(about.prompt_set)}:"
+            f" {counted(first.prompts, 'prompt')}, {counted(self.images, 'image')} of each",
             _columns(
                 ["scorer", "win rate [95%]", "won", "tied", "lost", "p", "base", "policy", "gain [95%]"],
                 [[v.scorer, str(v.interval), *map(str, v.won), p_value(v.p_holm), *_scores(v)] for v in self.overall],
