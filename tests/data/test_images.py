@@ -93,7 +93,7 @@ def test_orientation_is_read_wherever_a_format_keeps_it(kind, orientation):
     ("size", "orientation"), [((1024, 768), 1), ((450, 2051), 1), *(((1021, 771), k) for k in range(1, 9))]
 )
 def test_draft_decoding_is_near_full_decoding(size, orientation, seed):
-    """Of 255: a fifth on average where the picture is a photograph's kind. Sides and place are those of full decoding."""
+    """Of 255: a fifth on average for a kind of photograph. Sides and place are those of full decoding."""
     exif = Image.Exif()
     exif[274] = orientation
     random = np.random.default_rng(seed)
