@@ -19,7 +19,7 @@ from typing import Any
 
 from dpo_fast.config import parse, refuse_empty
 from dpo_fast.door import guarded, leave, say, show_log
-from dpo_fast.errors import BadInput
+from dpo_fast.errors import BadInput, printable
 from dpo_fast.files import in_words, user_path
 
 
@@ -149,7 +149,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _line(entry) -> str:
     days = (time.time() - entry.used) / 86400
     items = f"{entry.items} entries" if entry.items else "row index"
-    return f"{entry.folder.name}  {in_words(entry.bytes)}  {items}  used {days:.1f} days ago  {entry.about}"
+    return printable(f"{entry.folder.name}  {in_words(entry.bytes)}  {items}  used {days:.1f} days ago  {entry.about}")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from dpo_fast.data.cache.store import (
     tidy,
 )
 from dpo_fast.data.columns import Columns
-from dpo_fast.data.images import RULE, BadImage, crop_corner, decode, mirror, resize, to_pixels
+from dpo_fast.data.images import RULE, BadImage, TooThin, crop_corner, mirror, scaled, to_pixels
 from dpo_fast.data.pairs import Usable, judge_streamed, too_many_bad
 from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
 from dpo_fast.errors import FORBIDDEN, BadInput, disk_error, remedy
@@ -434,16 +434,14 @@ class _Work:
 
     def _decode(self, unit: _Unit) -> tuple[_Unit, torch.Tensor | None, Any]:
         """A unit with its pixels uint8 [n,3,R,R] and (true height, true width, crop top, crop left); or its fault."""
-        resolution, decodes = self.config.resolution, False
+        resolution = self.config.resolution
         try:
-            original = decode(unit.data)
-            decodes = True
-            image = resize(original, resolution)
+            image, (height, width) = scaled(unit.data, resolution)
         except BadImage as error:
-            return unit, None, {"bad": error.reason, "decodes": decodes}
+            return unit, None, {"bad": error.reason, "decodes": isinstance(error, TooThin)}
         top, left = crop_corner(image.size, resolution, None)
         squares = [to_pixels(mirror(image) if flip else image, top, left, resolution) for _, flip in unit.keys]
-        return unit, torch.stack(squares), [original.height, original.width, top, left]
+        return unit, torch.stack(squares), [height, width, top, left]
 
     def _encode_units(self, some: Sequence[tuple[_Unit, torch.Tensor | None, Any]], writer: Writer) -> None:
         pixels = [squares for _, squares, _ in some if squares is not None]

@@ -1,5 +1,8 @@
 """What all commands share: errors as one line and an exit status, signals, and output that never ends a run.
 
+Everything that a command prints goes through `SteadyStream`, which lets nothing through that a terminal obeys: names in
+data and files, and the messages of exceptions, are written by others.
+
 Exit status: 0 done, 2 input that cannot be used (one line on stderr), 130 interrupted, 1 an internal error (with a
 traceback), or something that never answers (one line).
 """
@@ -10,11 +13,13 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from types import TracebackType
 from typing import IO, NoReturn
 
-from dpo_fast.errors import BadInput, Unresponsive, disk_error, remedy
+from dpo_fast.errors import BadInput, Unresponsive, disk_error, printable, remedy
 from dpo_fast.files import NO_HOME, has_home
 
 
@@ -24,8 +29,14 @@ def guarded(work: Callable[[], int], *, kept: str, go_on: str) -> int:
     kept: what an interruption leaves. go_on: what to do once the disk can be written again.
     Within `work` a SIGTERM, SIGHUP or SIGUSR1 ends it as Ctrl-C does, and output that is closed or full is dropped.
     """
+    if sys.excepthook is sys.__excepthook__:  # Python calls it once the process's own streams are back
+        sys.excepthook = _print_traceback
     with steady_output(), on_signals(_ENDING, _interrupt):
         return _guarded(work, kept, go_on)
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    SteadyStream(sys.stderr).write("".join(traceback.format_exception(kind, error, where)))
 
 
 def _guarded(work: Callable[[], int], kept: str, go_on: str) -> int:
@@ -106,22 +117,32 @@ def on_signals(numbers: Iterable[int], handler: Callable[[int, object], None]) -
 def acknowledge(message: str) -> None:
     """Write a line to stderr from a signal handler: print may be in the middle of another line and cannot be used."""
     with suppress(OSError):
-        os.write(2, f"\ndpo_fast: {message}\n".encode())
+        os.write(2, f"\ndpo_fast: {printable(message)}\n".encode())
 
 
 class SteadyStream:
-    """A text stream that drops what it cannot write: a closed terminal or a full log disk must not end a run."""
+    """A text stream that drops what it cannot write: a closed terminal or a full log disk must not end a run.
+
+    What a terminal would obey is escaped (`printable`). Lines and tabs stay, a carriage return at the begin and the end
+    of what is written, which a progress bar begins with, and its way up to another bar, which it writes by itself.
+    """
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
+        shown = _shown(text)
         try:
-            return self._stream.write(text)
+            self._stream.write(shown)
         except UnicodeEncodeError:  # a terminal or log in ASCII
-            return self._stream.write(text.encode("ascii", "backslashreplace").decode())
+            self._stream.write(shown.encode("ascii", "backslashreplace").decode())
         except (OSError, ValueError):  # ValueError: closed
-            return len(text)
+            pass
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def flush(self) -> None:
         with suppress(OSError, ValueError):
@@ -129,6 +150,17 @@ class SteadyStream:
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
+
+
+_UP = "\x1b[A"  # a line up, as tqdm writes it
+
+
+def _shown(text: str) -> str:
+    if text and text == _UP * (len(text) // len(_UP)):
+        return text
+    inner = text.strip("\r")
+    begin = len(text) - len(text.lstrip("\r"))
+    return text[:begin] + printable(inner.replace("\r\n", "\n"), keep="\n\t") + text[begin + len(inner) :]
 
 
 @contextmanager
@@ -172,7 +204,15 @@ def say(message: str, any_rank: bool = False) -> None:
     rank = os.environ.get("RANK", "0")
     if rank == "0" or any_rank:
         where = "dpo_fast" if rank == "0" else f"dpo_fast, rank {rank}"
-        print(f"{where}: {message}", file=sys.stderr, flush=True)
+        print(f"{where}: {printable(message)}", file=sys.stderr, flush=True)
+
+
+class _OneLine(logging.Formatter):
+    """A record's message in one line: a name with a line break in it must not look like another message."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
 
 
 def show_log() -> None:
@@ -180,6 +220,6 @@ def show_log() -> None:
     logger = logging.getLogger("dpo_fast")
     if os.environ.get("RANK", "0") == "0" and not logger.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("dpo_fast: %(message)s"))
+        handler.setFormatter(_OneLine("dpo_fast: %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)

@@ -1,4 +1,7 @@
-"""What the user can mend: one exception, and a disk's errors. Doors turn them into one line and exit status 2."""
+"""What the user can mend: one exception, and a disk's errors. Doors turn them into one line and exit status 2.
+
+Here too: how text that others wrote is shown (`printable`).
+"""
 
 import errno
 import os
@@ -17,6 +20,14 @@ DISK_ERRORS = (*_FULL, *FORBIDDEN, *_OPEN_FILES, *_IN_THE_WAY, *_FAILING)
 _NUMBER = re.compile(r"(?:\berrno|\bos error) (\d+)", re.IGNORECASE)
 _NAME = re.compile(r"\[Errno \d+\][^\n]*?: '([^'\n]+)'")
 
+_COLOUR = re.compile(r"\x1b\[[0-9;:]*m")  # sets colours and weight only; libraries write it where they see a terminal
+# What a terminal obeys or what reorders or hides a line: the control characters of C0 and C1, marks and overrides of
+# direction, line separators, invisible characters, and halves of surrogate pairs. Joiners, which emoji and some scripts
+# need, are none of these.
+_UNSHOWN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
+
 
 class BadInput(ValueError):
     """Input that cannot be used. The message carries the value and the remedy."""
@@ -32,6 +43,20 @@ class Unresponsive(RuntimeError):
 
     Commands turn it into one line and exit status 1.
     """
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text as a terminal, a log or a picture may get it, whoever wrote it: what it would obey is escaped as in Python.
+
+    Colours are dropped. keep: control characters to leave as they are, such as "\\n" where lines are meant.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+
+    def escaped(character: re.Match[str]) -> str:
+        return character[0] if character[0] in keep else character[0].encode("unicode_escape").decode()
+
+    return _UNSHOWN.sub(escaped, _COLOUR.sub("", text))
 
 
 def missing_extra(package: str, extra: str, needed_for: str) -> BadInput:

@@ -14,6 +14,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from dpo_fast.errors import printable
+
 INTERVAL = 5.0  # seconds between two beats
 SILENCE = 120.0  # seconds without a beat after which a rank is presumed dead
 
@@ -66,9 +68,9 @@ class Heartbeat:
 
     def _end_if_waiting(self, why: str) -> None:
         if (what := self.waiting_for()) is not None:
-            line = f"dpo_fast, rank {self.rank}: error: {why} while this rank waited for {what}; ending\n"
+            line = f"dpo_fast, rank {self.rank}: error: {why} while this rank waited for {what}; ending"
             with suppress(OSError):
-                os.write(2, line.encode())
+                os.write(2, (printable(line) + "\n").encode())
             os._exit(1)
 
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from dpo_fast.errors import printable
+
 WIDTH, HEIGHT = 960, 600
 LEFT, RIGHT, TOP, BOTTOM = 90, 30, 50, 80  # margins, pixels; names of several series make the one at the top wider
 COLOURS = ("#1f5fa8", "#c8501e", "#2e8b57", "#8a3ea8", "#a88a1f", "#555555")
@@ -55,7 +57,7 @@ def against(
 
     sheet = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
-    draw.text((LEFT, 14), title, fill="black", font=font)
+    draw.text((LEFT, 14), printable(title), fill="black", font=font)
     for k in range(round((high - low) / step) + 1):
         y = low + k * step
         draw.line([(LEFT, y_of(y)), (WIDTH - RIGHT, y_of(y))], fill="#e4e4e4")
@@ -64,9 +66,9 @@ def against(
         draw.line([(LEFT, y_of(even)), (WIDTH - RIGHT, y_of(even))], fill="#888888")
     for x, text in ticks:
         draw.line([(x_of(x), HEIGHT - BOTTOM), (x_of(x), HEIGHT - BOTTOM + 6)], fill="black")
-        draw.text((x_of(x), HEIGHT - BOTTOM + 10), text, fill="black", font=font, anchor="ma")
+        draw.text((x_of(x), HEIGHT - BOTTOM + 10), printable(text), fill="black", font=font, anchor="ma")
     draw.line([(LEFT, top), (LEFT, HEIGHT - BOTTOM), (WIDTH - RIGHT, HEIGHT - BOTTOM)], fill="black")
-    draw.text(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 30), x_label, fill="black", font=font, anchor="ma")
+    draw.text(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 30), printable(x_label), fill="black", font=font, anchor="ma")
     for number, one in enumerate(series):
         colour, aside = COLOURS[number % len(COLOURS)], 8 * (number - (len(series) - 1) / 2)
         line = [(x_of(p.x) + aside, y_of(p.y)) for p in sorted(one.points)]
@@ -82,7 +84,7 @@ def against(
         if named:
             y = TOP - 12 + number * (FONT_SIZE + 6)
             draw.rectangle([(WIDTH - RIGHT - 14, y), (WIDTH - RIGHT - 4, y + 10)], fill=colour)
-            draw.text((WIDTH - RIGHT - 22, y + 5), one.name, fill="black", font=font, anchor="rm")
+            draw.text((WIDTH - RIGHT - 22, y + 5), printable(one.name), fill="black", font=font, anchor="rm")
     return sheet
 
 

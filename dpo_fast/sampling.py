@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from dpo_fast.checksums import png_is_whole, signed_png
 from dpo_fast.config import TrainConfig
+from dpo_fast.errors import printable
 from dpo_fast.files import atomic_file, read_bytes
 from dpo_fast.models.family import Family
 
@@ -176,10 +177,10 @@ def picture_grid(
         x = MARGIN + column * (cell + MARGIN)
         for row, (title, images) in enumerate(rows.items()):
             y = MARGIN + row * (cell + label + MARGIN)
-            draw.text((x, y), title, fill="gray", font=font)
+            draw.text((x, y), printable(title), fill="gray", font=font)
             sheet.paste(images[column].resize((cell, cell), enlarge), (x, y + label))
         width = int(cell / (FONT_SIZE * 0.55))  # in characters
-        lines = textwrap.wrap(caption, width, max_lines=CAPTION_LINES, placeholder=" ...")
+        lines = textwrap.wrap(printable(caption, keep="\t\n"), width, max_lines=CAPTION_LINES, placeholder=" ...")
         panel = Image.new("RGB", (cell, CAPTION_LINES * (FONT_SIZE + 4)), "white")  # wide letters end at its edge
         ImageDraw.Draw(panel).multiline_text((0, 0), "\n".join(lines), fill="black", font=font)
         sheet.paste(panel, (x, bottom))

@@ -24,7 +24,7 @@ from dpo_fast import locks, run_folder
 from dpo_fast.checksums import read_signed_json, write_signed_json
 from dpo_fast.config import TrainConfig, parse
 from dpo_fast.door import guarded, leave, say
-from dpo_fast.errors import BadInput
+from dpo_fast.errors import BadInput, printable
 from dpo_fast.files import remove_temporaries
 from dpo_fast.plot import Point, Series, against
 from dpo_fast.sampling import save_png
@@ -199,7 +199,7 @@ def table(rows: Sequence[dict], swept: Sequence[str]) -> str:
         line = []
         for key in shown:
             value, interval = row.get(key), row.get(intervals.get(key) or "")
-            text = value if isinstance(value, str) else "-" if value is None else f"{value:.4g}"
+            text = printable(value) if isinstance(value, str) else "-" if value is None else f"{value:.4g}"
             line.append(text + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""))
         cells.append(line)
     widths = [max(len(line[column]) for line in cells) for column in range(len(shown))]

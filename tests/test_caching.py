@@ -39,7 +39,7 @@ def calls(monkeypatch):
     counting(Family, "encode_prompts", "prompts", lambda a: len(a[1]))
     for module in ("images", "sources", "cache.manifest"):
         counting(sys.modules[f"dpo_fast.data.{module}"], "decode", "decoded", lambda a: 1)
-    counting(sys.modules["dpo_fast.caching"], "decode", "decoded", lambda a: 1)
+    counting(sys.modules["dpo_fast.caching"], "scaled", "decoded", lambda a: 1)
     return counted
 
 

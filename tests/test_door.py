@@ -2,16 +2,19 @@
 
 import errno
 import io
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+import unicodedata
 
 import pytest
+from tqdm import tqdm
 
-from dpo_fast.door import SteadyStream, guarded, on_signals
-from dpo_fast.errors import BadInput, Unresponsive
+from dpo_fast.door import SteadyStream, guarded, on_signals, say, show_log
+from dpo_fast.errors import BadInput, Unresponsive, printable
 from tests.helpers.runs import environment
 
 SCRIPT = """
@@ -135,3 +138,113 @@ def test_an_error_of_one_rank_is_printed_by_it(capsys, monkeypatch):
     mark_of_this_rank(error)
     assert guarded(work, kept="", go_on="") == 2
     assert capsys.readouterr().err == "dpo_fast, rank 1: error: record 3 is damaged\n"
+
+
+# What a name may carry: window titles, clipboards (OSC 52), cursor moves, C1 forms of them, a carriage return that
+# writes over the line, overrides of direction, separators of lines, halves of surrogate pairs.
+HOSTILE = [
+    "\x1b]0;title\x07",
+    "\x1b]52;c;cm0gLXJm\x1b\\",
+    "\x1b[2J\x1b[H",
+    "\x9b2J",
+    "\x1b\x1b[0m[2J",
+    "a\rb",
+    "a\x08b",
+    "\x0e",
+    "\u202eexe.",
+    "\u2066a\u2069",
+    "\u200fa",
+    "a\u2028b",
+    "\ufeff",
+    "\x7f",
+    "\ud83d",
+    "\0",
+]
+LEGITIMATE = (
+    "\u4e2d\u6587, caf\u00e9, cafe\u0301, \u05e9\u05dc\u05d5\u05dd, \U0001f468\u200d\U0001f469\u200d\U0001f467,"
+    " \u2764\ufe0f, \u0645\u06cc\u200c\u062e"
+)
+
+
+def obeyed(text: str) -> list[str]:
+    """What a terminal would obey in a text, lines and tabs aside."""
+    bidirectional = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+    return [
+        c for c in text
+        if (unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") and c not in "\n\t")
+        or unicodedata.bidirectional(c) in bidirectional
+        or c in "\u200e\u200f\ufeff"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
+def test_nothing_that_a_terminal_obeys_is_printed(text, capsys):
+    assert obeyed(text)
+
+    def work() -> int:
+        print("column", text, "x")
+        sys.stdout.writelines([f"column {text} x"])
+        say(f"column {text} x")
+        with tqdm(total=1, desc=f"scoring {text} x", file=sys.stderr) as bar:
+            bar.set_postfix_str(f"{text} x")
+        raise BadInput(f"column {text} x")
+
+    assert guarded(work, kept="", go_on="") == 2
+    out, err = capsys.readouterr()
+    bars = [line for part in err.split("\n") for line in part.split("\r")]  # a bar writes over itself
+    assert not obeyed(out) and not any(map(obeyed, bars)) and out and err
+
+
+def test_every_character_of_unicode_is_shown_or_escaped():
+    shown = printable("".join(map(chr, range(sys.maxunicode + 1))))
+    assert not obeyed(shown) and "\n" not in shown and "\t" not in shown
+    assert shown.encode()
+
+
+def test_names_of_all_scripts_stay_as_they_are(capsys):
+    assert printable(LEGITIMATE) == LEGITIMATE
+    assert guarded(lambda: print(LEGITIMATE) or 0, kept="", go_on="") == 0
+    assert capsys.readouterr().out == LEGITIMATE + "\n"
+
+
+def test_colours_are_dropped_and_bars_stay_beside_each_other():
+    written = io.StringIO()
+    stream = SteadyStream(written)
+    stream.write("\x1b[1mbold\x1b[0m")
+    assert written.getvalue() == "bold"
+    with tqdm(total=2, file=stream, position=1, mininterval=0, ascii=True):
+        pass
+    assert "\x1b[A" in written.getvalue() and "\r" in written.getvalue() and "\\x1b" not in written.getvalue()
+
+
+def test_a_line_break_in_a_name_begins_no_line_of_ours(capsys):
+    logger = logging.getLogger("dpo_fast")
+    before, logger.handlers, level = logger.handlers, [], logger.level
+    try:
+
+        def work() -> int:
+            show_log()
+            logger.warning("%s is damaged", "a.png\ndpo_fast: error: \x1b[2Jdisk full")
+            say("note a\ndpo_fast: error: b")
+            return 0
+
+        assert guarded(work, kept="", go_on="") == 0
+    finally:
+        logger.handlers = before
+        logger.setLevel(level)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "dpo_fast: a.png\\ndpo_fast: error: \\x1b[2Jdisk full is damaged", "dpo_fast: note a\\ndpo_fast: error: b"
+    ]  # fmt: skip
+
+
+def test_a_traceback_is_printed_without_what_its_message_carries():
+    script = r"""
+from dpo_fast.door import guarded, leave
+def work():
+    raise RuntimeError("row \x1b]0;title\x07 \u202e is odd")
+leave(guarded(work, kept="", go_on=""))
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and not obeyed(done.stderr)
+    assert "Traceback" in done.stderr and r"RuntimeError: row \x1b]0;title\x07 \u202e is odd" in done.stderr

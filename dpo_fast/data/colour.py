@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
+LARGEST = 4 << 20  # bytes of a profile; those of presses have up to about three million
 TOLERANCE = 2  # of 255: the tables of the sRGB profiles in use differ by so much from each other
 
 # The colour spaces of profiles: PIL's mode of what they are applied to.
@@ -24,7 +25,7 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image if transform is None else transform.apply(image)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """From `profile` to sRGB; None: leave the pixels. Any thread may use it: LittleCMS keeps nothing between calls."""
     flags = ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.NOCACHE

@@ -3,13 +3,20 @@
 import hashlib
 import io
 import math
+import os
 import warnings
+from collections.abc import Callable
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from dpo_fast.data.colour import to_srgb
+from dpo_fast.data import colour
+from dpo_fast.data.budget import IN_FLIGHT, Budget
+from dpo_fast.data.headers import Header, Refused, orientation_of_exif, orientation_of_xmp, read_header
+
+T = TypeVar("T")
 
 # Only codecs that are data: PIL would hand EPS to Ghostscript, and the exotic ones are where decoders break.
 # Not every PIL is built with every one, and Image.open fails on a name that it does not know.
@@ -23,11 +30,25 @@ KEY_BYTES = 16  # of the name of an image, or of whatever else is named by a has
 # How an encoded image becomes what the VAE sees, in words: part of what identifies a cached latent. A change of
 # `decode`, `resize` or `crop_corner` that changes pixels must change this line.
 RULE = (
-    "upright, in sRGB, over white; shorter side to the resolution, bilinear with antialiasing;"
-    " mirrored before a centre crop"
+    "upright, in sRGB, over white; shorter side to the resolution, bilinear with antialiasing; a JPEG from its half,"
+    " quarter or eighth as long as that is four times as large; the first frame; mirrored before a centre crop"
 )
+DRAFT = 4  # a JPEG's shorter side is decoded to at least so many times the resolution
 
-# PIL warns above its pixel limit and refuses above twice that; `decode` refuses at the limit, so the warning is noise.
+BAND = 1 << 20  # pixels that are converted at a time
+CONVERTING = 24  # bytes for each of these
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# PIL warns above its pixel limit and refuses above twice that; `decode` refuses at the limit before PIL looks.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -40,6 +61,23 @@ class BadImage(ValueError):
         self.column = column
 
 
+_budget = Budget.of_threads()
+
+
+def share(budget: Budget) -> None:
+    """From now on all threads of this process decode within `budget`."""
+    global _budget
+    _budget = budget
+
+
+# What threads of the parent hold at a fork is held by none in the child.
+os.register_at_fork(after_in_child=lambda: share(Budget.of_threads()))
+
+
+class TooThin(BadImage):
+    """An image that decodes, but whose shorter side cannot be enlarged to the resolution."""
+
+
 def image_key(data: bytes) -> bytes:
     """The name of an image, whatever data set holds it: KEY_BYTES, a hash of its encoded bytes."""
     return hashlib.blake2b(data, digest_size=KEY_BYTES).digest()
@@ -50,35 +88,118 @@ def decode(data: bytes) -> Image.Image:
 
     EXIF rotation is applied, then an embedded colour profile (see `colour`), then transparency is laid over white (its
     values mix as they are, as in browsers). Palettes, grey and CMYK become RGB; of 16 bits the upper 8 stay, rounded.
+    An animation is its first frame, a TIFF its first page.
 
-    Raises BadImage for what is not an image, is truncated, is animated, or has more pixels than PIL's limit.
+    All threads together decode within a `Budget`, and wait for it. Raises BadImage for what is not an image, is
+    truncated, has more pixels than PIL's limit, needs more memory than the budget, or costs more than it can show.
     """
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_size(image.width, image.height)
-        # A camera's MPO is a JPEG with further views behind the photograph, which is the first frame.
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-            raise BadImage(f"is animated or has several pages ({image.format}, {image.n_frames} frames)")
-        profile = image.info.get("icc_profile")
-        return _to_rgb(ImageOps.exif_transpose(image), profile)
-    except BadImage:
-        raise
-    except Exception as error:  # decoders fed a broken file raise nearly anything, and one file must not end a run
-        raise BadImage(f"cannot be decoded ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
+    return _within_budget(data, None, lambda upright: upright.image)
 
 
 def resize(image: Image.Image, resolution: int) -> Image.Image:
     """Scale so that the shorter side is `resolution` (bilinear with antialiasing; the longer side rounds down)."""
-    short = min(image.size)
-    size = tuple(resolution if side == short else resolution * side // short for side in image.size)
-    _check_size(*size)  # a strip of 1 x 60000 pixels is small until its shorter side becomes 1024
-    return image.resize(size, Image.Resampling.BILINEAR)
+    return _resize(_Upright(image, image.size, None), resolution)
 
 
 def scaled(data: bytes, resolution: int) -> tuple[Image.Image, tuple[int, int]]:
-    """Encoded bytes to an upright image whose shorter side is `resolution`, and its true (height, width)."""
-    image = decode(data)
-    return resize(image, resolution), (image.height, image.width)
+    """Encoded bytes to an upright image whose shorter side is `resolution`, and its true (height, width).
+
+    As `decode` and `resize`, but a JPEG that is much larger is not decoded in full (`DRAFT`).
+    """
+    return _within_budget(data, resolution, lambda upright: (_resize(upright, resolution), upright.true[::-1]))
+
+
+class _Upright(NamedTuple):
+    """An image in RGB, or a smaller one that stands for it."""
+
+    image: Image.Image
+    true: tuple[int, int]  # width, height of the image
+    box: tuple[float, float, float, float] | None  # where in the smaller one it lies; None: all over
+
+
+def _within_budget(data: bytes, resolution: int | None, use: Callable[[_Upright], T]) -> T:
+    """What `use` makes of the image, which for a `resolution` is perhaps a smaller one.
+
+    What `use` does not return is freed before another thread goes on.
+    """
+    try:
+        header = read_header(data)
+        _check_size(header.width, header.height)
+    except (Refused, ValueError) as error:
+        raise _bad(error) from error
+    part = _part(header, resolution)
+    size = header.coefficients + -(-(header.bytes - header.coefficients) // part**2)
+    size += CONVERTING * min(BAND, header.width * header.height)
+    if size > IN_FLIGHT:
+        raise BadImage(
+            f"is too large (decoding {header.width} x {header.height} pixels of {header.format} takes"
+            f" {size >> 20} MiB; the limit is {IN_FLIGHT >> 20} MiB)"
+        )
+    with _budget.held(size):
+        try:
+            image = _open(header, part)
+        except Exception as error:  # decoders fed a broken file raise nearly anything; one file must not end a run
+            raise _bad(error) from error
+        used = use(_upright(image, header, part))
+        del image
+    return used
+
+
+def _upright(image: Image.Image, header: Header, part: int) -> _Upright:
+    if part == 1:
+        return _Upright(image, image.size, None)
+    # A side that `part` does not divide is rounded up, behind the last pixels as they are stored.
+    true = (header.width, header.height) if header.orientation < 5 else (header.height, header.width)
+    width, height = (side / part for side in true)
+    left = image.width - width if header.orientation in (2, 3, 6, 7) else 0
+    top = image.height - height if header.orientation in (3, 4, 7, 8) else 0
+    return _Upright(image, true, (left, top, left + width, top + height))
+
+
+def _bad(error: Exception) -> BadImage:
+    if isinstance(error, BadImage):
+        return error
+    if isinstance(error, Refused):
+        return BadImage(str(error))
+    return BadImage(f"cannot be decoded ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+
+
+def _part(header: Header, resolution: int | None) -> int:
+    """1, 2, 4 or 8: how many times smaller a JPEG is decoded."""
+    if resolution is None or header.format != "JPEG":
+        return 1
+    short = min(header.width, header.height)
+    return next(part for part in (8, 4, 2, 1) if part == 1 or short >= part * DRAFT * resolution)
+
+
+def _open(header: Header, part: int) -> Image.Image:
+    if header.format not in FORMATS:
+        raise BadImage(f"cannot be decoded: this Pillow reads no {header.format}")
+    image = Image.open(io.BytesIO(header.data), formats=[header.format])
+    if image.width * image.height > header.width * header.height:
+        raise Refused("has two headers that disagree on its size")
+    profile = image.info.get("icc_profile")
+    if profile and len(profile) > colour.LARGEST:
+        raise Refused(f"has a colour profile of {len(profile)} bytes; the limit is {colour.LARGEST}")
+    orientation = header.orientation
+    if header.format == "AVIF":
+        exif, xmp = (image.info.get(name) or b"" for name in ("exif", "xmp"))
+        orientation = orientation_of_exif(exif) or orientation_of_xmp(xmp) or 1
+    if part > 1:
+        image.draft(None, (header.width // part, header.height // part))
+    image.load()
+    image = _to_rgb(image, profile)
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def texts_of(file: IO[bytes]) -> dict[str, str]:
+    """The texts of a PNG that stand before its pixels; none for another file. Raises what PIL does for a broken one."""
+    signature = b"\x89PNG\r\n\x1a\n"
+    if file.read(len(signature)) != signature:
+        return {}
+    file.seek(0)
+    with Image.open(file, formats=["PNG"]) as image:
+        return {name: text for name, text in image.info.items() if isinstance(text, str)}
 
 
 def mirror(image: Image.Image) -> Image.Image:
@@ -104,6 +225,16 @@ def to_pixels(image: Image.Image, top: int, left: int, resolution: int) -> torch
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
+def _resize(upright: _Upright, resolution: int) -> Image.Image:
+    short = min(upright.true)
+    size = tuple(resolution if side == short else resolution * side // short for side in upright.true)
+    try:
+        _check_size(*size)  # a strip of 1 x 60000 pixels is small until its shorter side becomes 1024
+    except BadImage as error:
+        raise TooThin(error.reason) from error
+    return upright.image.resize(size, Image.Resampling.BILINEAR, box=upright.box)
+
+
 def _check_size(width: int, height: int) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
@@ -111,15 +242,29 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """The image in RGB, converted in bands of rows: a conversion takes several copies of what it is given."""
     if image.mode == "F":
         raise BadImage("has floating-point pixels, whose range is unknown")
+    if image.mode == "RGB" and not profile and not image.has_transparency_data:
+        return image
+    rows = max(1, BAND // image.width)
+    if rows >= image.height:
+        return _band_to_rgb(image, profile)
+    whole = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        whole.paste(_band_to_rgb(band, profile), (0, top))
+    return whole
+
+
+def _band_to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     if image.mode.startswith("I"):
         image = _from_16_bit(image)
     if image.has_transparency_data:
         grey = image.mode in ("1", "L", "LA", "La")
         image = image.convert("RGBA")
         colours = image.convert("L" if grey else "RGB") if profile else image  # all channels are equal where grey
-        if profile and (converted := to_srgb(colours, profile)) is not colours:
+        if profile and (converted := colour.to_srgb(colours, profile)) is not colours:
             converted.putalpha(image.getchannel("A"))
             image = converted
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -129,7 +274,7 @@ def _to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             image = image.convert("L")
         elif image.mode not in ("L", "CMYK"):
             image = image.convert("RGB")
-        image = to_srgb(image, profile)
+        image = colour.to_srgb(image, profile)
     return image.convert("RGB")
 
 

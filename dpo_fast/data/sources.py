@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dpo_fast.data.columns import Columns, WantedColumns
 from dpo_fast.data.images import SAME, BadImage, decode, image_key
-from dpo_fast.errors import BadInput, Unresponsive, disk_error
+from dpo_fast.errors import BadInput, Unresponsive, disk_error, printable
 from dpo_fast.files import file_name, parse_json, read_bytes
 
 
@@ -421,7 +421,8 @@ def stamp_of(files: Iterable[str | Path]) -> str:
 def _describe(name: str, split: str, columns: Columns, rows: int | None) -> str:
     size = "streamed" if rows is None else f"{rows} rows"
     better = f"{columns.images[0]} is the chosen image" if columns.label is None else f"label {columns.label}"
-    return f"{name}, split {split}, {size}: images {' and '.join(columns.images)}, {better}, caption {columns.caption}"
+    images = " and ".join(columns.images)
+    return printable(f"{name}, split {split}, {size}: images {images}, {better}, caption {columns.caption}")
 
 
 def _identity(name: str, split: str, columns: Columns, rows: int | None) -> str:

@@ -26,6 +26,8 @@ from tqdm import tqdm
 
 from dpo_fast import draws
 from dpo_fast.data.batch import Batch, EncodedPair, PairDataset, PairItem, PairTransform, chosen_first, collate
+from dpo_fast.data.budget import Budget
+from dpo_fast.data.images import share
 from dpo_fast.data.pairs import SaysNothing, Usable, faulty, judge_streamed, nothing_to_train_on, too_many_bad
 from dpo_fast.data.sources import BadRow, StreamedSource
 from dpo_fast.errors import BadInput, Unresponsive
@@ -278,6 +280,7 @@ def _load(
     if dataset.transform.in_threads:
         yield from _in_threads(dataset.batch, iter(batches), max(1, num_workers), pin_memory)
         return
+    budget = Budget.of_processes(torch.multiprocessing.get_context()) if num_workers else None
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
@@ -286,7 +289,7 @@ def _load(
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
         timeout=PATIENCE if num_workers else 0,
-        worker_init_fn=partial(_start_worker, os.getpid()),
+        worker_init_fn=partial(_start_worker, os.getpid(), budget),
     )
     try:
         for batch in loader:
@@ -339,7 +342,7 @@ def _to_tensors(value: Any) -> Any:
     return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
-def _start_worker(trainer: int, worker: int) -> None:
+def _start_worker(trainer: int, budget: Budget, worker: int) -> None:
     # Ctrl-C and a cluster's signals reach every process of a run; the trainer answers them, and needs its workers until
     # it has saved. It ends them itself, by a SIGTERM of its own.
     for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
@@ -349,6 +352,7 @@ def _start_worker(trainer: int, worker: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         Thread(target=_end_by, args=(trainer,), daemon=True).start()
     torch.set_num_threads(1)
+    share(budget)
 
 
 def _end_by(trainer: int) -> None:

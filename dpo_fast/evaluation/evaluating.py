@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 
 from dpo_fast.checksums import read_signed_json, write_signed_json
+from dpo_fast.data.images import texts_of
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.findings import About, Findings, judge
 from dpo_fast.evaluation.generating import Wanted, check_free, differences, generate_images, is_complete
@@ -216,6 +216,6 @@ def _dtype(device: torch.device) -> str:
 
 def _texts(file: Path) -> dict[str, str]:
     """What dpo_fast.generate notes in an image; of other images nothing."""
-    with Image.open(file) as image:
-        found = image.info
+    with open(file, "rb") as opened:
+        found = texts_of(opened)
     return {name: found[name] for name in SHOWN if isinstance(found.get(name), str)} if "noise_seed" in found else {}

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
+from dpo_fast.errors import printable
 from dpo_fast.evaluation.scored import Scored
 from dpo_fast.evaluation.signals import Signal
 from dpo_fast.evaluation.statistics import (
@@ -180,8 +181,8 @@ class Findings:
         """For the terminal; the exact intervals and the medians are in the page and in summary.json."""
         about, first = self.about, self.overall[0]
         parts = [
-            f"{about.policy} against {about.base}\n{about.prompt_set}: {counted(first.prompts, 'prompt')},"
-            f" {counted(self.images, 'image')} of each",
+            f"{printable(about.policy)} against {printable(about.base)}\n{printable(about.prompt_set)}:"
+            f" {counted(first.prompts, 'prompt')}, {counted(self.images, 'image')} of each",
             _columns(
                 ["scorer", "win rate [95%]", "won", "tied", "lost", "p", "base", "policy", "gain [95%]"],
                 [[v.scorer, str(v.interval), *map(str, v.won), p_value(v.p_holm), *_scores(v)] for v in self.overall],
@@ -320,6 +321,7 @@ def _width(text: str) -> int:
 
 def _columns(head: list[str], rows: list[list[str]]) -> str:
     """A plain table: the first column to the left, all others to the right, two blanks between."""
+    head, *rows = ([printable(cell) for cell in row] for row in (head, *rows))
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     lines = []
     for first, *others in [head, *rows]:

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from dpo_fast import __version__, run_folder
 from dpo_fast.checksums import png_is_whole, read_signed_json, write_signed_json
-from dpo_fast.data.images import BadImage, crop_corner, decode, resize, to_pixels
+from dpo_fast.data.images import BadImage, crop_corner, decode, scaled, texts_of, to_pixels
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.generate_options import STRENGTH, GenerateConfig
 from dpo_fast.evaluation.models import ModelSource, OneAtATime, compute_dtype, files_stamp
@@ -55,7 +55,7 @@ class Layout:
 
     def pixels(self, resolution: int) -> torch.Tensor:
         """uint8 [3, resolution, resolution]: the shorter side scaled to the resolution, then the centre."""
-        image = resize(decode(read_bytes(self.path)), resolution)
+        image, _ = scaled(read_bytes(self.path), resolution)
         return to_pixels(image, *crop_corner(image.size, resolution, None), resolution)
 
 
@@ -344,8 +344,7 @@ def _missing(wanted: Wanted, rows: Sequence[ImageRow], out: Path) -> list[str]:
             whole = png_is_whole(data)
             if whole is False or (whole is None and listing.get("signed")):
                 return "it is damaged"
-            with Image.open(io.BytesIO(data)) as image:
-                texts = image.info
+            texts = texts_of(io.BytesIO(data))
         except FileNotFoundError:
             return ""
         except (OSError, ValueError, SyntaxError) as error:  # of a PNG

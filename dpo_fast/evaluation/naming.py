@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
+from dpo_fast.data.images import texts_of
 from dpo_fast.errors import BadInput
 
 LONGEST_NAME = 80  # characters of a prompt in a file's name
@@ -114,8 +113,8 @@ def _texts_in(file: Path) -> dict[str, str]:
     if file.suffix.lower() != ".png":
         return {}
     try:
-        with Image.open(file) as image:
-            return {name: text for name, text in image.info.items() if isinstance(text, str)}
+        with open(file, "rb") as opened:
+            return texts_of(opened)
     except Exception:  # a broken file raises nearly anything; whoever reads its pixels says what is wrong
         return {}
 

@@ -1,0 +1,483 @@
+"""What decoding an encoded image will cost, read from its header; and the file without what decoding does not need.
+
+PIL allocates what a header asks for, some of it while a file is merely opened, and reads all metadata: by values that
+many entries share (EXIF, TIFF), by joining what comes in pieces (a JPEG's EXIF, a GIF's comments), by inflating texts.
+Here a header is read once, in time and memory that grow with the file's size alone. Comments, texts, further frames and
+EXIF are left out of what PIL is given, but for EXIF's orientation, which is read here.
+
+Formats: ITU T.81 (JPEG), W3C PNG, GIF89a, RFC 9649 (WebP), TIFF 6.0 and BigTIFF, ITU T.800 (JPEG 2000), ISO/IEC
+14496-12 and 23008-12 with AV1's bitstream specification (AVIF).
+"""
+
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+LEAST_BITS_A_BLOCK = 1  # of a JPEG: Huffman codes have a bit at least, and a block's DC coefficient takes one
+MAX_SCANS = 64  # of a JPEG; each passes over all of the image, and encoders write about ten
+MAX_SEGMENTS = 10_000  # of a JPEG's header; more than any writer's
+MAX_TEXT = 1 << 20  # bytes of a PNG's text that may hold an orientation, once it is inflated
+
+# Bytes a pixel of the peak of decoding to RGB, decoder and result together, as benchmarks/bombs.py measures it.
+OPENED = 8  # the decoded image, and its copy that is converted or turned
+WEBP = 24  # two canvases, the decoder's own picture, a string of the frame
+AVIF = 24  # planes of 16 bits, RGBA, a string of it
+LONGEST_SEQUENCE_HEADER = 512  # bytes of AV1's; 32 operating points of 44 bits, and more than what stands around them
+TILE_OF_JPEG2000 = 16 << 10  # bytes that OpenJPEG keeps of every tile
+
+
+class Refused(ValueError):
+    """An image that is not decoded at all, and why."""
+
+
+class Header(NamedTuple):
+    """What a file is before it is decoded."""
+
+    format: str  # as PIL calls it
+    width: int  # pixels, as stored
+    height: int
+    bytes: int  # of memory at the peak of decoding
+    coefficients: int  # bytes of these that draft decoding does not save: a JPEG's that comes in several scans
+    orientation: int  # EXIF's, 1 to 8; 1 also where PIL itself reads it (TIFF, AVIF)
+    data: bytes  # what PIL is given
+
+
+def read_header(data: bytes) -> Header:
+    """The header of an encoded image. Raises Refused for what is not decoded, ValueError for what is no image."""
+    for is_format, read in _READERS:
+        if is_format(data):
+            try:
+                return read(data)
+            except (struct.error, LookupError) as error:
+                raise ValueError("the header is damaged or cut off") from error
+    raise ValueError("cannot identify the image: its format is none of those that are read")
+
+
+def orientation_of_exif(exif: bytes) -> int:
+    """The orientation (1 to 8) in an EXIF block's first directory; 0 where there is none, or it cannot be read."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    try:
+        if order is None:
+            return 0
+        (start,) = struct.unpack_from(order + "I", exif, 4)
+        (count,) = struct.unpack_from(order + "H", exif, start)
+        for place in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, number = struct.unpack_from(order + "HHI", exif, place)
+            if tag == 274 and number == 1 and kind in (1, 3, 4):
+                (value,) = struct.unpack_from(order + {1: "B", 3: "H", 4: "I"}[kind], exif, place + 8)
+                return value if 1 <= value <= 8 else 1
+    except struct.error:  # cut off
+        pass
+    return 0
+
+
+def orientation_of_xmp(xmp: bytes) -> int:
+    """The orientation that an XMP packet has; 0 where there is none."""
+    match = re.search(rb'tiff:Orientation(?:="|>)([1-8])', xmp)
+    return int(match[1]) if match else 0
+
+
+# ---- JPEG ------------------------------------------------------------------------------------------------------------
+
+_STARTS_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+
+
+def _jpeg(data: bytes) -> Header:
+    kept, place, frame, first_scan = [data[:2]], 2, None, None
+    exif = xmp = b""
+    for _ in range(MAX_SEGMENTS):
+        start = data.find(b"\xff", place)
+        if start < 0:
+            raise ValueError("no pixels: the file is cut off")
+        marker = start + 1
+        while data[marker] == 0xFF:  # padding
+            marker += 1
+        code = data[marker]
+        if code in (0x00, 0x01, *range(0xD0, 0xD9)):  # no segment
+            place = marker + 1
+            continue
+        if code == 0xD9:
+            break
+        (length,) = struct.unpack_from(">H", data, marker + 1)
+        end = marker + 1 + length
+        body = data[marker + 3 : end]
+        if code == 0xDA:
+            first_scan = body
+            kept.append(data[start:])
+            break
+        if code in _STARTS_OF_FRAME:
+            if frame is not None:
+                raise Refused("has two frame headers")
+            frame = (code, body)
+        elif code == 0xE1 and body.startswith(b"Exif\0\0"):
+            exif = exif or body
+        elif code == 0xE1 and body.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
+            xmp = xmp or body
+        if not (0xE0 <= code <= 0xEF or code == 0xFE) or _needed(code, body):
+            kept.append(b"\xff" + data[marker:end])
+        place = end
+    else:
+        raise Refused(f"has more than {MAX_SEGMENTS} segments before its pixels")
+    if frame is None or first_scan is None:
+        raise ValueError("no pixels: the file is cut off")
+    code, body = frame
+    height, width, count = struct.unpack_from(">HHB", body, 1)
+    factors = [(body[7 + 3 * k] >> 4, body[7 + 3 * k] & 15) for k in range(count)]
+    if not factors or min(min(pair) for pair in factors) < 1:
+        raise ValueError("the frame header is damaged")
+    across, down = (max(pair[axis] for pair in factors) for axis in (0, 1))
+    blocks = _up(width, 8 * across) * _up(height, 8 * down) * sum(a * b for a, b in factors)
+    _check_jpeg(data, code, blocks, width, height)
+    several = code in (0xC2, 0xC6, 0xCA, 0xCE) or first_scan[0] < count  # libjpeg then holds all coefficients
+    coefficients = 128 * blocks if several else 0
+    orientation = orientation_of_exif(exif) or orientation_of_xmp(xmp) or 1
+    peak = OPENED * width * height + coefficients
+    return Header("JPEG", width, height, peak, coefficients, orientation, b"".join(kept))
+
+
+def _needed(code: int, body: bytes) -> bool:
+    """Whether an application's segment changes pixels: JFIF's and Adobe's say which colours, ICC's are a profile."""
+    return code in (0xE0, 0xEE) or (code == 0xE2 and body.startswith(b"ICC_PROFILE\0"))
+
+
+def _check_jpeg(data: bytes, code: int, blocks: int, width: int, height: int) -> None:
+    scans = data.count(b"\xff\xda")  # never within coefficients, where 0 follows 0xff
+    if scans > MAX_SCANS:
+        raise Refused(f"comes in {scans} scans; the limit is {MAX_SCANS}")
+    if code < 0xC8 and 8 * len(data) < LEAST_BITS_A_BLOCK * blocks:  # above: arithmetic coding, which needs less
+        raise Refused(
+            f"has {len(data)} bytes for {width} x {height} pixels, less than a bit for each of its {blocks} blocks"
+        )
+
+
+XMP, RAW_PROFILE = b"XML:com.adobe.xmp", b"Raw profile type exif"  # the latter as ImageMagick writes EXIF
+
+
+# ---- PNG -------------------------------------------------------------------------------------------------------------
+
+
+def _png(data: bytes) -> Header:
+    width, height = struct.unpack_from(">II", data, 16)
+    kept, left_out, place, exif, texts = [data[:8]], False, 8, b"", {}
+    while place + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, place)
+        end = place + 12 + length
+        if name[0] & 0x20 == 0 or name in (b"tRNS", b"iCCP"):  # critical, or of pixels
+            kept.append(data[place:end])
+        else:
+            left_out = True
+            if name == b"eXIf":
+                exif = exif or data[place + 8 : end - 4]
+            elif name in (b"iTXt", b"zTXt", b"tEXt"):
+                key, text = _text(name, data[place + 8 : end - 4])
+                texts.setdefault(key, text)
+        place = end
+        if name == b"IEND":
+            break
+    exif = exif or _of_raw_profile(texts.get(RAW_PROFILE, b""))
+    orientation = orientation_of_exif(exif) or orientation_of_xmp(texts.get(XMP, b"")) or 1
+    return Header("PNG", width, height, OPENED * width * height, 0, orientation, b"".join(kept) if left_out else data)
+
+
+def _text(name: bytes, body: bytes) -> tuple[bytes, bytes]:
+    """Key and text of a chunk, the text only where it may hold an orientation."""
+    key, _, rest = body.partition(b"\0")
+    if key not in (XMP, RAW_PROFILE):
+        return b"", b""
+    packed = name == b"zTXt"
+    if name == b"iTXt":
+        packed, rest = rest[:1] == b"\1", rest[2:].split(b"\0", 2)[-1]
+    elif packed:
+        rest = rest[1:]
+    try:
+        return key, zlib.decompressobj().decompress(rest, MAX_TEXT) if packed else rest[:MAX_TEXT]
+    except zlib.error:
+        return key, b""
+
+
+def _of_raw_profile(text: bytes) -> bytes:
+    try:
+        return bytes.fromhex(b"".join(text.split(b"\n")[3:]).decode("ascii"))
+    except ValueError:
+        return b""
+
+
+# ---- GIF, BMP, WebP --------------------------------------------------------------------------------------------------
+
+
+def _gif(data: bytes) -> Header:
+    width, height, flags = struct.unpack_from("<HHB", data, 6)
+    place = 13 + (3 << (flags & 7) + 1 if flags & 128 else 0)
+    kept = [data[:place]]
+    while data[place] != 0x2C:
+        if data[place] == 0x3B:
+            raise ValueError("there is no image in it")
+        if data[place] != 0x21:  # PIL passes over it, too
+            place += 1
+            continue
+        start, place = place, place + 2
+        while size := data[place]:
+            place += 1 + size
+        place += 1
+        if data[start + 1] == 0xF9:  # which colour is transparent
+            kept.append(data[start:place])
+    left, top, across, down = struct.unpack_from("<HHHH", data, place + 1)
+    kept.append(data[place:])
+    width, height = max(width, left + across), max(height, top + down)
+    return Header("GIF", width, height, OPENED * width * height, 0, 1, b"".join(kept))
+
+
+def _bmp(data: bytes) -> Header:
+    (size,) = struct.unpack_from("<I", data, 14)
+    width, height = struct.unpack_from("<HH" if size == 12 else "<ii", data, 18)
+    width, height = abs(width), abs(height)
+    return Header("BMP", width, height, OPENED * width * height, 0, 1, data)
+
+
+def _webp(data: bytes) -> Header:
+    width = height = 1
+    exif = xmp = 0
+    for name, start, end in _riff_chunks(data):
+        if name == b"VP8X":
+            a, b = (int.from_bytes(data[place : place + 3], "little") for place in (start + 4, start + 7))
+            width, height = max(width, a + 1), max(height, b + 1)
+        elif name == b"VP8 ":
+            a, b = struct.unpack_from("<HH", data, start + 6)
+            width, height = max(width, a & 0x3FFF), max(height, b & 0x3FFF)
+        elif name == b"VP8L":
+            (bits,) = struct.unpack_from("<I", data, start + 1)
+            width, height = max(width, (bits & 0x3FFF) + 1), max(height, (bits >> 14 & 0x3FFF) + 1)
+        elif name == b"EXIF":
+            exif = exif or orientation_of_exif(data[start:end])
+        elif name == b"XMP ":
+            xmp = xmp or orientation_of_xmp(data[start:end])
+    return Header("WEBP", width, height, WEBP * width * height, 0, exif or xmp or 1, data)
+
+
+def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    place = 12
+    while place + 8 <= len(data):
+        name, size = struct.unpack_from("<4sI", data, place)
+        yield name, place + 8, place + 8 + size
+        place += 8 + size + size % 2
+
+
+# ---- TIFF ------------------------------------------------------------------------------------------------------------
+
+_TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_TIFF_NUMBERS = {1: "B", 3: "H", 4: "I", 16: "Q"}
+_DIRECTORIES = (34665, 34853)  # EXIF's and GPS's, which PIL reads with the image
+
+
+def _tiff(data: bytes) -> Header:
+    order = "<" if data[:2] == b"II" else ">"
+    big = data[2] == 43  # PIL's rule
+    (start,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
+    tags, size = _directory(data, start, order, big)
+    for tag in _DIRECTORIES:
+        if tag in tags:
+            size += _directory(data, tags[tag], order, big)[1]
+    if size > len(data):
+        raise Refused(f"has tags of {size} bytes in a file of {len(data)}: several share the same values")
+    width, height, samples = tags[256], tags[257], tags.get(277, 1)
+    bits = tags.get(258, 1)
+    area = max(width * height, tags.get(322, 0) * tags.get(323, 0))  # a tile is decoded as a whole, and a strip too
+    buffer = area * samples * bits // 8 if tags.get(259, 1) != 1 else 0
+    return Header("TIFF", width, height, OPENED * width * height + buffer, 0, 1, data)
+
+
+def _directory(data: bytes, start: int, order: str, big: bool) -> tuple[dict[int, int], int]:
+    """A directory's numbers (the first of each tag), and the bytes that its values take outside of it."""
+    count, entry, head, inside = ("Q", "HHQ", 8, 8) if big else ("H", "HHI", 2, 4)
+    (entries,) = struct.unpack_from(order + count, data, start)
+    step = struct.calcsize("=" + entry) + inside
+    if start + head + entries * step > len(data):
+        raise ValueError("a directory is cut off")
+    tags, total = {}, 0
+    for place in range(start + head, start + head + entries * step, step):
+        tag, kind, number = struct.unpack_from(order + entry, data, place)
+        size, value = number * _TIFF_SIZES.get(kind, 0), place + step - inside
+        if size > inside:
+            total += size
+            (value,) = struct.unpack_from(order + ("Q" if big else "I"), data, value)
+        if kind in _TIFF_NUMBERS and number and tag not in tags and value + _TIFF_SIZES[kind] <= len(data):
+            (tags[tag],) = struct.unpack_from(order + _TIFF_NUMBERS[kind], data, value)
+    return tags, total
+
+
+# ---- boxes: JPEG 2000, AVIF ------------------------------------------------------------------------------------------
+
+
+def _boxes(data: bytes, place: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """The boxes of ISO/IEC 14496-12 in a range: name, where the contents begin, where they end."""
+    end = min(end, len(data))
+    while place + 8 <= end:
+        size, name = struct.unpack_from(">I4s", data, place)
+        head = 8
+        if size == 1:
+            (size,), head = struct.unpack_from(">Q", data, place + 8), 16
+        stop = end if size == 0 else place + size
+        if size and size < head:
+            raise ValueError("a box is damaged")
+        yield name, place + head, min(stop, end)
+        place = stop
+
+
+def _jpeg_2000(data: bytes) -> Header:
+    width = height = 1
+    codestream = 0
+    if not data.startswith(b"\xff\x4f"):
+        for name, start, end in _boxes(data, 0, len(data)):
+            if name == b"jp2h":
+                for inner, at, _ in _boxes(data, start, end):
+                    if inner == b"ihdr":
+                        height, width = struct.unpack_from(">II", data, at)
+            elif name == b"jp2c":
+                codestream = start
+                break
+        else:
+            raise ValueError("no pixels: the file is cut off")
+    right, bottom, left, top, across, down, x, y, parts = struct.unpack_from(">8IH", data, codestream + 8)
+    width, height = max(width, right - left), max(height, bottom - top)
+    if not (across and down):
+        raise ValueError("its tiles have no size")
+    tiles = _up(max(right - x, 0), across) * _up(max(bottom - y, 0), down)
+    size = (OPENED + 6 * parts) * width * height + TILE_OF_JPEG2000 * tiles
+    return Header("JPEG2000", width, height, size, 0, 1, data)
+
+
+_TO_SAMPLES = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
+
+
+def _avif(data: bytes) -> Header:
+    sizes, coded = [(0, 0)], []
+    for name, start, end in _boxes(data, 0, len(data)):
+        if name == b"meta":
+            inner = {box: (at, stop) for box, at, stop in _boxes(data, start + 4, end)}
+            for at, stop in [inner[b"iprp"]] if b"iprp" in inner else []:
+                for _, a, b in _boxes(data, at, stop):
+                    sizes += [struct.unpack_from(">II", data, p + 4) for n, p, _ in _boxes(data, a, b) if n == b"ispe"]
+            if b"iloc" in inner:
+                coded += _items(data, inner[b"iloc"][0], inner.get(b"idat", (0, 0))[0])
+        elif name == b"moov":
+            coded += [data[place:] for place in _first_samples(data, start, end)]
+    if sum(map(len, coded)) > 2 * len(data):
+        raise Refused("has several items of the same bytes")
+    width, height = max(sizes, key=lambda size: size[0] * size[1])
+    return Header("AVIF", width, height, AVIF * max(width * height, sum(map(_coded_pixels, coded))), 0, 1, data)
+
+
+def _items(data: bytes, at: int, idat: int) -> Iterator[bytes]:
+    """The items of an `iloc` box, whose extents lie in the file or, counted from `idat`, in that box."""
+    version, sizes = data[at], struct.unpack_from(">H", data, at + 4)[0]
+    offset, length, base, index = sizes >> 12, sizes >> 8 & 15, sizes >> 4 & 15, sizes & 15 if version else 0
+    place = at + 6
+
+    def number(size: int) -> int:
+        nonlocal place
+        place += size
+        if place > len(data):
+            raise ValueError("the list of items is cut off")
+        return int.from_bytes(data[place - size : place], "big")
+
+    for _ in range(number(4 if version == 2 else 2)):
+        number(4 if version == 2 else 2)
+        inside = idat if version and number(2) & 15 == 1 else 0
+        number(2)
+        begin, parts = number(base) + inside, []
+        for _ in range(number(2)):
+            number(index)
+            start, size = begin + number(offset), number(length)
+            parts.append(data[start : start + size] if size else data[start:])
+            if sum(map(len, parts)) > len(data):
+                raise Refused("has an item of the same bytes several times")
+        yield b"".join(parts)
+
+
+def _first_samples(data: bytes, start: int, end: int) -> Iterator[int]:
+    """Where the first sample of each track begins."""
+    for name, at, stop in _boxes(data, start, end):
+        if name in _TO_SAMPLES:
+            yield from _first_samples(data, at, stop)
+        elif name in (b"stco", b"co64"):
+            yield struct.unpack_from(">I" if name == b"stco" else ">Q", data, at + 8)[0]
+
+
+def _coded_pixels(data: bytes) -> int:
+    """The most pixels of a frame that AV1's sequence headers in an item allow; 0: there is none."""
+    place = most = 0
+    while place + 1 < len(data):
+        kind, extended, sized = data[place] >> 3 & 15, data[place] & 4, data[place] & 2
+        place += 2 if extended else 1
+        size = len(data) - place
+        if sized:
+            size = shift = 0
+            while True:
+                size |= (data[place] & 127) << shift
+                shift, place = shift + 7, place + 1
+                if data[place - 1] < 128:
+                    break
+        if kind == 1:
+            most = max(most, _sequence_pixels(data[place : place + min(size, LONGEST_SEQUENCE_HEADER)]))
+        place += size
+    return most
+
+
+def _sequence_pixels(header: bytes) -> int:
+    """Width times height of AV1's sequence header (5.5.1 of its specification)."""
+    bits, place = int.from_bytes(header, "big"), 8 * len(header)
+
+    def read(count: int) -> int:
+        nonlocal place
+        place -= count
+        if place < 0:
+            raise ValueError("a sequence header is cut off")
+        return bits >> place & (1 << count) - 1
+
+    read(3 + 1)  # profile, still picture
+    if read(1):  # reduced header
+        read(5)
+    else:
+        delay = 0
+        model = False
+        if read(1):  # timing
+            read(64)
+            if read(1):  # equal intervals: a number in unary and binary
+                zeros = 0
+                while not read(1):
+                    zeros += 1
+                read(min(zeros, 32))
+            if model := bool(read(1)):
+                delay = read(5) + 1
+                read(32 + 5 + 5)
+        displayed = read(1)
+        for _ in range(read(5) + 1):
+            read(12)
+            if read(5) > 7:
+                read(1)
+            if model and read(1):
+                read(2 * delay + 1)
+            if displayed and read(1):
+                read(4)
+    across, down = read(4) + 1, read(4) + 1
+    return (read(across) + 1) * (read(down) + 1)
+
+
+def _up(length: int, step: int) -> int:
+    return -(-length // step)
+
+
+_READERS: list[tuple[Callable[[bytes], bool], Callable[[bytes], Header]]] = [
+    (lambda data: data.startswith(b"\xff\xd8\xff"), _jpeg),
+    (lambda data: data.startswith(b"\x89PNG\r\n\x1a\n"), _png),
+    (lambda data: data[:6] in (b"GIF87a", b"GIF89a"), _gif),
+    (lambda data: data.startswith(b"BM"), _bmp),
+    (lambda data: data[:4] == b"RIFF" and data[8:12] == b"WEBP", _webp),
+    # PIL reads no BigTIFF of the order MM
+    (lambda data: data[:2] in (b"II", b"MM") and data[2:4] in (b"\0*", b"*\0", b"+\0"), _tiff),
+    (lambda data: data.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n")), _jpeg_2000),
+    (lambda data: data[4:12] in (b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1"), _avif),
+]
