@@ -15,7 +15,7 @@ from dpo_fast.files import read_text
 from dpo_fast.models import COMPUTE_DTYPES, Family, load, load_family, merge_lora
 from dpo_fast.models.faults import bad_input
 from dpo_fast.models.load import align_weights, component_config, family_of
-from dpo_fast.models.lora import WEIGHT_NAME, check_loaded
+from dpo_fast.models.lora import WEIGHT_NAME, check_adapter, check_loaded
 from dpo_fast.run_folder import check_result
 
 if TYPE_CHECKING:
@@ -200,6 +200,7 @@ class OneAtATime:
             self._held = bare, self._load(bare)
         family = self._held[1]
         if source.adapter is not None:
+            check_adapter(Path(source.adapter) / WEIGHT_NAME)
             with bad_input(f"{source.adapter} cannot be loaded", "name the folder of a run on this base"):
                 family.pipeline.load_lora_weights(source.adapter, weight_name=WEIGHT_NAME, use_safetensors=True)
             check_loaded(family.unet, Path(source.adapter) / WEIGHT_NAME)

@@ -3,7 +3,6 @@
 The family is what the pipeline's own files say, never a part of the path. Only safetensors are loaded.
 """
 
-import json
 import tempfile
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -33,7 +32,7 @@ from safetensors import safe_open
 from torch import nn
 
 from dpo_fast.errors import BadInput
-from dpo_fast.files import read_text, regular_files
+from dpo_fast.files import regular_files
 from dpo_fast.hub_revisions import revision_of
 from dpo_fast.models.attention import set_attention
 from dpo_fast.models.family import Family
@@ -42,6 +41,7 @@ from dpo_fast.models.lora import WEIGHT_NAME
 from dpo_fast.models.marks import Marks, marks_of_file, marks_of_scheduler, refuse_edm, settled
 from dpo_fast.models.sd15 import SD15
 from dpo_fast.models.sdxl import SDXL, Turbo
+from dpo_fast.models.untrusted import INDEX, check_part, check_pipeline, check_weights, read_index
 from dpo_fast.quiet import no_loading_bars
 from dpo_fast.schedule import check_discrete
 
@@ -52,6 +52,18 @@ _UNUSED_PARTS = {SD15: {**_UNUSED, "safety_checker": None, "requires_safety_chec
 _PICKLED = "check its files; pickled weights are not loaded, convert them with save_pretrained(folder)"
 # Where the configuration of a single file comes from when none is given.
 _USUAL = {SD15: "stable-diffusion-v1-5/stable-diffusion-v1-5", SDXL: "stabilityai/stable-diffusion-xl-base-1.0"}
+# What diffusers would fetch of a VAE's repository.
+_WEIGHTS = "diffusion_pytorch_model"
+_FILES_OF_VAE = [
+    f"{folder}{name}"
+    for folder in ("", "vae/")
+    for name in (
+        "config.json",
+        f"{_WEIGHTS}.safetensors",
+        f"{_WEIGHTS}.safetensors.index.json",
+        f"{_WEIGHTS}-*.safetensors",
+    )
+]
 ALIGNMENT = 64  # bytes: of what PyTorch allocates on a CPU
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"  # the argument's name
@@ -97,23 +109,21 @@ def load_family(
     kind = _kind(path, turbo, hub)
     marks = Marks()
     if path.endswith(".safetensors"):
-        config = None if single_file_config is None else str(single_file_config)
+        config = None if single_file_config is None else _config_folder(str(single_file_config), hub)
         scheduler = _check_scheduler(_config_source(path, config), {**hub, "revision": None})
         marks = marks_of_file(path, *_header(path), prediction_type)
         if prediction_type is None and marks.prediction_type is None:
             _check_sd2(path, scheduler)
         pipeline = _load_file(path, kind, dtype, unet_dtype, {"config": config, "cache_dir": cache_dir, "token": token})
     else:
+        if vae_path is None:
+            _check_vae(_index(path, hub).get("vae", [None, None])[1])
         pipeline = _load_folder(path, kind, dtype, unet_dtype, variant, hub)
     if None in (pipeline.text_encoder, pipeline.tokenizer) or (kind is SDXL and pipeline.text_encoder_2 is None):
         raise BadInput(f"{path} has no text encoder (the SDXL refiner?): use a pipeline with all of them")
     if vae_path is not None:
         pipeline.vae = _load_vae(str(vae_path), pipeline.vae, {"cache_dir": cache_dir, "token": token})
-    if not isinstance(pipeline.vae, AutoencoderKL):
-        raise BadInput(
-            f"the VAE is of class {type(pipeline.vae).__name__}, whose latents have no posterior mean; name an"
-            " AutoencoderKL, for example with pretrained_vae_model_name_or_path"
-        )
+    _check_vae(type(pipeline.vae).__name__)
     if pipeline.vae.config.force_upcast is False:
         pipeline.vae.to(dtype)
     scheduler = marks_of_scheduler(pipeline.scheduler.config)
@@ -204,24 +214,31 @@ def _kind(path: str, turbo: bool, hub: dict) -> type[Family]:
 
 
 def _kind_of_folder(path: str, hub: dict) -> type[Family]:
-    """SD15 or SDXL, by the pipeline class that model_index.json names; of a hub id only that file is fetched."""
-    index = Path(path, "model_index.json")
+    """SD15 or SDXL, by the pipeline class that model_index.json names; of a hub id only that file is fetched.
+
+    Raises BadInput for a pipeline whose files name code, as far as they are on this disk.
+    """
+    class_name = _index(path, hub)["_class_name"]
+    if class_name not in _FAMILIES:
+        raise BadInput(f"{path} is a {class_name}; supported are {' and '.join(_FAMILIES)}: use such a base model")
+    if Path(path).is_dir():
+        check_pipeline(Path(path))
+    return _FAMILIES[class_name]
+
+
+def _index(path: str, hub: dict) -> dict[str, object]:
+    """The model_index.json of a folder or hub id, whose parts are of known classes."""
+    index = Path(path, INDEX)
     if not index.is_file():
         if Path(path).is_dir():
-            raise BadInput(f"{path} has no model_index.json: name the folder of a whole diffusers pipeline")
-        index = _index_from_hub(path, hub)
-    try:
-        class_name = json.loads(read_text(Path(index)))["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path}: model_index.json names no pipeline class; load and save the pipeline again") from error
-    if not isinstance(class_name, str) or class_name not in _FAMILIES:
-        raise BadInput(f"{path} is a {class_name}; supported are {' and '.join(_FAMILIES)}: use such a base model")
-    return _FAMILIES[class_name]
+            raise BadInput(f"{path} has no {INDEX}: name the folder of a whole diffusers pipeline")
+        index = Path(_index_from_hub(path, hub))
+    return read_index(path, index)
 
 
 def _index_from_hub(path: str, hub: dict) -> str:
     try:
-        return hf_hub_download(path, "model_index.json", **hub)
+        return hf_hub_download(path, INDEX, **hub)
     except HFValidationError as error:
         raise BadInput(f"{path} is no folder, file or hub id (owner/name): check the spelling") from error
     except GatedRepoError as error:
@@ -288,6 +305,20 @@ def _config_source(path: str, single_file_config: str | Path | None) -> str:
     return _USUAL[kind]
 
 
+def _config_folder(path: str, hub: dict) -> str:
+    """The folder, on this disk, with the configuration of the pipeline at `path`; it names no code.
+
+    Raises BadInput for one that cannot be found, and for one whose files name code.
+    """
+    hub = {**hub, "revision": None}
+    _kind_of_folder(path, hub)
+    if not Path(path).is_dir():
+        with bad_input(f"the configuration of {path} cannot be fetched", "name a downloaded folder"):
+            path = snapshot_download(path, allow_patterns=["*.json", "*.txt"], **hub)
+        check_pipeline(Path(path))
+    return path
+
+
 def _check_scheduler(path: str, hub: dict) -> dict:
     """The config of the scheduler of a folder or hub id; empty where it cannot be read, of which loading says more.
 
@@ -331,6 +362,7 @@ def _load_folder(
         regular_files(Path(path))
         if not Path(path).is_dir():  # first, so that downloads keep their progress bars
             path = DiffusionPipeline.download(path, variant=variant, use_safetensors=True, **hub)
+        check_pipeline(Path(path), weights=True)
         dtypes = {"unet": unet_dtype, "vae": torch.float32, "default": dtype}
         with no_loading_bars():
             return DiffusionPipeline.from_pretrained(
@@ -359,7 +391,19 @@ def _load_vae(path: str, replaced: AutoencoderKL, hub: dict) -> AutoencoderKL:
             with tempfile.TemporaryDirectory() as config:  # diffusers' own guess has the scaling factor of SD1.5
                 replaced.save_config(config)
                 return AutoencoderKL.from_single_file(path, config=config, **{_DTYPE: torch.float32})
-        subfolder = "vae" if Path(path, "vae").is_dir() else None  # of a whole pipeline
-        return AutoencoderKL.from_pretrained(
-            path, subfolder=subfolder, use_safetensors=True, **{_DTYPE: torch.float32}, **hub
+        if not Path(path).is_dir():
+            path = snapshot_download(path, allow_patterns=_FILES_OF_VAE, **hub)
+        folder = Path(path, "vae") if Path(path, "vae").is_dir() else Path(path)  # of a whole pipeline
+        check_part(folder, "vae")
+        check_weights(folder)
+        _check_vae(AutoencoderKL.load_config(folder).get("_class_name", AutoencoderKL.__name__))
+        return AutoencoderKL.from_pretrained(folder, use_safetensors=True, **{_DTYPE: torch.float32})
+
+
+def _check_vae(class_name: str | None) -> None:
+    """Raise BadInput for a VAE of another class than AutoencoderKL; None: there is none."""
+    if class_name is not None and class_name != AutoencoderKL.__name__:
+        raise BadInput(
+            f"the VAE is of class {class_name}, whose latents have no posterior mean; name an {AutoencoderKL.__name__},"
+            " for example with pretrained_vae_model_name_or_path"
         )

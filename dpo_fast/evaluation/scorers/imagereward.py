@@ -12,12 +12,13 @@ import json
 import re
 
 from torch import Tensor, nn
-from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+from transformers import BertTokenizerFast, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from dpo_fast.evaluation.scorers import Loading, Scorer
 from dpo_fast.evaluation.scorers.linear_head import linear_head
 from dpo_fast.evaluation.scorers.preprocessing import crop_to_square, rounded
 from dpo_fast.evaluation.scorers.published import file, fill, of_model, tokenizer
+from dpo_fast.files import read_text
 from dpo_fast.models.faults import bad_input
 
 REPOSITORY = "zai-org/ImageReward"
@@ -81,7 +82,7 @@ class ImageReward(nn.Module):
 def load(name: str, loading: Loading) -> Scorer:
     path, config = (file(REPOSITORY, wanted, loading) for wanted in ("ImageReward.pt", "med_config.json"))
     with bad_input(f"{config} does not describe ImageReward's BERT", "take the published file"):
-        given = json.loads(config.read_text(encoding="utf-8"))
+        given = json.loads(read_text(config))
         text = {key: given[key] for key in _OF_MED_CONFIG}
         text_config = BlipTextConfig(**text, encoder_hidden_size=VISION.hidden_size, is_decoder=True)
     model = ImageReward(VISION, text_config).requires_grad_(False).eval()
@@ -89,7 +90,8 @@ def load(name: str, loading: Loading) -> Scorer:
     model.vision.to(loading.device, loading.dtype)
     model.text.to(loading.device, loading.dtype)
     model.head.to(loading.device)  # fp32
-    bert = tokenizer(TOKENIZER, text_config.vocab_size - 2, loading)  # BLIP's [DEC] and [ENC] are in no prompt
+    tokens_of_prompts = text_config.vocab_size - 2  # BLIP's [DEC] and [ENC] are in none
+    bert = tokenizer(TOKENIZER, BertTokenizerFast, tokens_of_prompts, loading)
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
         tokens = bert(prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
