@@ -33,7 +33,7 @@ from torch import nn
 
 from dpo_fast.errors import BadInput
 from dpo_fast.files import regular_files
-from dpo_fast.hub_revisions import revision_of
+from dpo_fast.hub_revisions import public_names, revision_of
 from dpo_fast.models.attention import set_attention
 from dpo_fast.models.family import Family
 from dpo_fast.models.faults import bad_input
@@ -143,7 +143,8 @@ def load_family(
 def revisions(
     path: str | Path, *others: str | Path | None, revision: str | None = None, cache_dir: str | None = None
 ) -> dict[str, str]:
-    """Repository, folder or file -> its `revision_of`, for the model at `path` and what else it was loaded from.
+    """Repository, folder or file, by its `public_name` -> its `revision_of`, for the model at `path` and what else it
+    was loaded from.
 
     others: VAE, LoRAs, configuration of a single file; None for those not given.
     """
@@ -151,7 +152,7 @@ def revisions(
     for place in filter(None, others):
         lora = Path(place, WEIGHT_NAME)  # in an output folder, which holds more
         found[str(place)] = revision_of(lora if lora.is_file() else place, cache_dir=cache_dir)
-    return found
+    return public_names(found.items())
 
 
 def align_weights(pipeline: DiffusionPipeline) -> None:
