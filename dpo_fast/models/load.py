@@ -8,6 +8,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -366,9 +367,29 @@ def _load_folder(
         check_pipeline(Path(path), weights=True)
         dtypes = {"unet": unet_dtype, "vae": torch.float32, "default": dtype}
         with no_loading_bars():
-            return DiffusionPipeline.from_pretrained(
+            pipeline = DiffusionPipeline.from_pretrained(
                 path, variant=variant, use_safetensors=True, **{_DTYPE: dtypes}, **_UNUSED_PARTS[kind]
             )
+        for part in ("text_encoder", "text_encoder_2"):
+            _check_names(Path(path, part), getattr(pipeline, part, None))
+        return pipeline
+
+
+def _check_names(folder: Path, text_encoder: nn.Module | None) -> None:
+    """Raise BadInput for a text encoder that transformers 5.6 or newer saved where an older one has loaded it.
+
+    The older one knows none of its tensors' names, and leaves the weights random without an error.
+    """
+    prefix, names = "text_model.", []
+    if not hasattr(text_encoder, "text_model"):
+        return
+    for file in folder.glob("*.safetensors"):
+        names += _header(str(file))[0]
+    if not any(name.startswith(prefix) for name in names):
+        raise BadInput(
+            f"{folder} was saved by transformers 5.6 or newer, and {transformers.__version__} does not know its tensors"
+            ": pip install --upgrade transformers"
+        )
 
 
 def _load_file(

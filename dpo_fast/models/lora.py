@@ -21,7 +21,8 @@ from dpo_fast.models.faults import bad_input
 DEFAULT_TARGETS = TrainConfig.lora_targets  # the attention projections
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 _ADAPTER = "default"
-_METADATA = ("r", "lora_alpha", "target_modules")  # what a file says of its adapter, in peft's words
+_PATTERNS = ("rank_pattern", "alpha_pattern")  # empty, but diffusers 0.35 fails without them
+_METADATA = ("r", "lora_alpha", "target_modules", *_PATTERNS)  # what a file says of its adapter, in peft's words
 
 
 @torch.no_grad()
@@ -99,9 +100,12 @@ def save_lora(family: Family, folder: Path, state: Mapping[str, torch.Tensor]) -
     family.pipeline.save_lora_weights(
         folder,
         unet_lora_layers=layers,
-        unet_lora_adapter_metadata=dict(
-            zip(_METADATA, (config.r, config.r, sorted(config.target_modules)), strict=True)
-        ),
+        unet_lora_adapter_metadata={
+            "r": config.r,
+            "lora_alpha": config.r,
+            "target_modules": sorted(config.target_modules),
+            **{pattern: {} for pattern in _PATTERNS},
+        },
         weight_name=WEIGHT_NAME,
     )
     _sort_metadata(Path(folder, WEIGHT_NAME))
@@ -138,12 +142,15 @@ def check_adapter(file: Path) -> None:
             f"{file} has settings that no run writes ({', '.join(others[:3])}), with which peft may load code: merge it"
             " with --init_lora, or name the folder of a run"
         )
-    rank, targets = said.get("unet.r"), said.get("unet.target_modules", [])
-    if said and (ranks != {rank} or said.get("unet.lora_alpha") != rank or not isinstance(targets, list)):
+    written = {"unet.r": min(ranks, default=0), "unet.lora_alpha": min(ranks, default=0)}
+    written |= {f"unet.{pattern}": {} for pattern in _PATTERNS}
+    other = next((name for name, value in written.items() if said.get(name, value) != value), None)
+    if other is None and not isinstance(said.get("unet.target_modules", []), list):
+        other = "unet.target_modules"
+    if other is not None or len(ranks) > 1:
         raise BadInput(
-            f"{file} says rank {rank!r:.40}, alpha {said.get('unet.lora_alpha')!r:.40} and target_modules"
-            f" {targets!r:.80}, which no run writes for tensors of rank {', '.join(map(str, sorted(ranks)))}: name the"
-            " folder of a run"
+            f"{file} has tensors of rank {', '.join(map(str, sorted(ranks)))} and says"
+            f" {f'{other} {said[other]!r:.80}' if other else 'one rank'}, which no run writes: name the folder of a run"
         )
 
 

@@ -281,6 +281,19 @@ def test_bad_vae(sd15_path, tmp_path):
     refused("latents have 8", sd15_path, vae_path=tmp_path / "wide")
 
 
+def test_text_encoder_with_the_names_of_newer_versions(sd15_path, sd15_copy):
+    """Read, or refused; an older transformers would leave the weights random."""
+    file = sd15_copy / "text_encoder" / "model.safetensors"
+    state = {name.removeprefix("text_model."): tensor for name, tensor in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+    encoder = load_family(sd15_path, **FP32).pipeline.text_encoder
+    if hasattr(encoder, "text_model"):
+        refused("pip install --upgrade transformers", sd15_copy)
+    else:
+        mine = load_family(sd15_copy, **FP32).pipeline.text_encoder.state_dict()
+        assert all(torch.equal(mine[name], tensor) for name, tensor in encoder.state_dict().items())
+
+
 def test_vae_of_another_class(sd15_path, sd15_copy):
     tiny = AutoencoderTiny(encoder_block_out_channels=(4, 4, 4, 4), decoder_block_out_channels=(4, 4, 4, 4))
     shutil.rmtree(sd15_copy / "vae")

@@ -126,6 +126,33 @@ def test_configurations_of_single_files(sd15_path, single_file, tmp_path, marker
     assert not marker.exists()
 
 
+def cached(folder: Path, where: Path, name: str) -> str:
+    """`folder` as the repository `name` in a cache of the hub at `where`, which is read without a connection."""
+    repository = where / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    return name
+
+
+def test_parts_from_the_hub(sd15_path, single_file, tmp_path, marker):
+    """They are checked where they were downloaded to, and loaded from there."""
+    vae = cached(sd15_path / "vae", tmp_path / "hub", "owner/vae")
+    whole = cached(sd15_path, tmp_path / "hub", "owner/model")
+    where = {**FP32, "cache_dir": str(tmp_path / "hub")}
+    for path, more in ((sd15_path, {"vae_path": vae}), (single_file, {"single_file_config": whole})):
+        assert load_family(path, **more, **where).name == "sd15"
+    bad = Path(shutil.copytree(sd15_path, tmp_path / "bad"))
+    hostile.PIPELINES["own module beside known names, text_encoder"](bad, marker)
+    hostile.VAES["auto_map"](bad / "vae", marker)
+    vae = cached(bad / "vae", tmp_path / "hub", "owner/bad-vae")
+    whole = cached(bad, tmp_path / "hub", "owner/bad-model")
+    for path, more in ((sd15_path, {"vae_path": vae}), (single_file, {"single_file_config": whole}), (whole, {})):
+        with pytest.raises(BadInput, match=r"which is not run|auto_map"):
+            load_family(path, **more, **where)
+    assert not marker.exists()
+
+
 def adapter(folder: Path, said: object, rank: int = 2) -> Path:
     """A run's LoRA for one layer, with what it says of itself."""
     layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -134,7 +161,13 @@ def adapter(folder: Path, said: object, rank: int = 2) -> Path:
     return folder
 
 
-GOOD = {"unet.r": 2, "unet.lora_alpha": 2, "unet.target_modules": ["to_q"]}
+GOOD = {
+    "unet.r": 2,
+    "unet.lora_alpha": 2,
+    "unet.target_modules": ["to_q"],
+    "unet.rank_pattern": {},
+    "unet.alpha_pattern": {},
+}
 
 
 @pytest.mark.parametrize(
@@ -145,6 +178,7 @@ GOOD = {"unet.r": 2, "unet.lora_alpha": 2, "unet.target_modules": ["to_q"]}
         {**GOOD, "unet.auto_mapping": {"base_model_class": "Own", "parent_library": hostile.MODULE}},
         {**GOOD, "unet.r": 10**9, "unet.lora_alpha": 10**9},
         {**GOOD, "unet.target_modules": "(.*)*x"},
+        {**GOOD, "unet.rank_pattern": {"(.*)*x": 10**9}},
         [GOOD],
     ],
 )
