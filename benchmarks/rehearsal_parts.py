@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.rehearsal import RANK, SEED
 from benchmarks.step.cases import CASES, scheduler_config
 from benchmarks.step.prepare import save_pipeline, write_pairs
+from dpo_fast.models.lora import WEIGHT_NAME
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
@@ -76,7 +77,7 @@ def read(folder: Path) -> None:
     ours = load_file(folder / "policy.safetensors")
     pipeline = DiffusionPipeline.from_pretrained(folder / "model", **{DTYPE_ARGUMENT: torch.bfloat16})
     base = _predict(pipeline.unet, ours)
-    pipeline.load_lora_weights(folder / "run")
+    pipeline.load_lora_weights(folder / "run", weight_name=WEIGHT_NAME)
     result = _predict(pipeline.unet, ours)
 
     def difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -1,15 +1,42 @@
-"""The model card of a run: what was trained on what, by which command, and how to load it."""
+"""The model card of a run: what was trained on what, by which command, and how to load it.
 
+Names come from outside (models, data sets, the command line). In the card they are text: no line, markup or YAML of
+theirs, and of a place on this disk the last part alone.
+"""
+
+import html
+import os
 import platform
+import re
 import shlex
 from importlib.metadata import version
 from pathlib import Path
 
 import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from dpo_fast import __version__
+from dpo_fast.files import read_text
+from dpo_fast.hub_revisions import public_name
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets")
+# What the published base models' own cards say.
+_LICENCES = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": {"license": "creativeml-openrail-m"},
+    "stabilityai/stable-diffusion-2-1": {"license": "openrail++"},
+    "stabilityai/stable-diffusion-xl-base-1.0": {"license": "openrail++"},
+    "stabilityai/sdxl-turbo": {
+        "license": "other",
+        "license_name": "sai-nc-community",
+        "license_link": "https://huggingface.co/stabilityai/sdxl-turbo/blob/main/LICENSE.md",
+    },
+}
+_LICENCE_KEYS = ("license", "license_name", "license_link")
+_WORD = re.compile(r"[\w.+:/-]{1,200}")  # of a licence
+_MARKUP = re.compile(r"[\\`*\[\]|~!#$]|^[-+=>]|(?<!\w)_|_(?!\w)")
+_LINKS = re.compile(r":(?=//)|(?<=www)\.|@", re.IGNORECASE)  # what GitHub and the hub make links of
 
 
 def model_card(
@@ -26,14 +53,8 @@ def model_card(
     the schedule which was trained, and the settings in which it differs from the base's own; None: the base's will do.
     """
     lora = config["tuning"] == "lora"
-    base = config["pretrained_model_name_or_path"]
+    base, pairs = (public_name(config[name]) for name in ("pretrained_model_name_or_path", "dataset_name"))
     pipeline = "StableDiffusionPipeline" if family == "sd15" else "StableDiffusionXLPipeline"
-    on_hub = {"base_model": base, "datasets": [config["dataset_name"]]}  # the hub refuses local paths here
-    metadata = {
-        **{k: v for k, v in on_hub.items() if not Path(v[0] if k == "datasets" else v).exists()},
-        "library_name": "diffusers",
-        "tags": ["text-to-image", "diffusers", "diffusion-dpo", *(["lora"] if lora else [])],
-    }
     here = config["hub_model_id"] or "FOLDER"
     from_base = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
     load = (
@@ -48,15 +69,14 @@ def model_card(
         load += f"\npipeline.scheduler = {kind}.from_config(pipeline.scheduler.config{changed})"
     else:
         imports = f"from diffusers import {pipeline}"
+    merged = f" with the LoRA {_text(public_name(config['init_lora']))} merged: load that first"
     rows = {
-        "base model": base
-        + (f" with the LoRA {config['init_lora']} merged: load that first" if config["init_lora"] else ""),
+        "base model": _text(base) + merged * bool(config["init_lora"]),
         "tuning": f"LoRA, rank {config['rank']}, alpha {config['lora_alpha'] or config['rank']}"
         if lora
         else "full UNet",
         "objective": f"{config['objective']}, beta {config['beta_dpo']:g}",
-        "pairs": f"{config['dataset_name']}: "
-        + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.items()),
+        "pairs": f"{_text(pairs)}: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.items()),
         "steps": f"{summary['steps']} of {config['pairs_per_step']} pairs",
         "learning rate": f"{config['learning_rate']:g}" + (" x pairs a step" if config["scale_lr"] else ""),
         "compute dtype": {"no": "fp32"}.get(config["mixed_precision"], config["mixed_precision"]) + ", masters fp32",
@@ -65,27 +85,118 @@ def model_card(
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    return (
-        f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n\n"
-        f"# {base} aligned by Diffusion-DPO\n\n"
+    body = (
+        f"# {_text(base)} aligned by Diffusion-DPO\n\n"
         "Trained with dpo_fast by [Diffusion-DPO](https://arxiv.org/abs/2311.12908).\n\n"
         f"| | |\n|---|---|\n{table}\n\n"
         f"## Use\n\n```python\n{imports}\n\n{load}\n```\n\n"
-        f"## Made by\n\n```bash\npython -m dpo_fast.train {shlex.join(_without_token(argv))}\n```\n\n"
+        f"## Made by\n\n```bash\npython -m dpo_fast.train {' '.join(map(_word, shown_command(argv)))}\n```\n\n"
         f"dpo_fast {__version__}, Python {platform.python_version()}, {versions}. All settings are in config.yaml.\n"
     )
+    metadata = _metadata(config, summary, lora).to_yaml()
+    return ModelCard(f"---\n{metadata}\n---\n\n{body}").content
 
 
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"
-
-
-def _without_token(argv: list[str]) -> list[str]:
-    """The command line with the hub token's value left out."""
+def shown_command(argv: list[str]) -> list[str]:
+    """The command line as others may see it: without the hub token's value, and of a place on this disk its last part
+    alone."""
     shown, skip = [], False
     for word in argv:
         name = word.split("=", 1)[0].replace("-", "_")
         if not skip and name != "__hub_token":
-            shown.append(word)
+            flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+            shown.append(flag + equals + public_name(value))
         skip = name == "__hub_token" and "=" not in word
     return shown
+
+
+def _metadata(config: dict[str, object], summary: dict[str, object], lora: bool) -> ModelCardData:
+    """The block that the hub reads. It refuses local paths as models and data sets."""
+    base, pairs = config["pretrained_model_name_or_path"], config["dataset_name"]
+    data: dict[str, object] = {**_licence(base)}
+    if _on_hub(base):
+        data |= {"base_model": base, "base_model_relation": "adapter" if lora else "finetune"}
+    if _on_hub(pairs):
+        data["datasets"] = [pairs]
+    results = []
+    if (accuracy := summary.get("validation_accuracy")) is not None:
+        results = [
+            EvalResult(
+                task_type="text-to-image",
+                dataset_type=pairs if _on_hub(pairs) else "local",
+                dataset_name=_line(public_name(pairs)),
+                metric_type="accuracy",
+                metric_name="Implicit accuracy on pairs held out",
+                metric_value=round(accuracy, 4),
+            )
+        ]
+    name = config["hub_model_id"] or f"{public_name(base)} aligned by Diffusion-DPO"
+    return ModelCardData(
+        **data,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", "diffusion-dpo", *(["lora"] if lora else [])],
+        **({"model_name": _line(name), "eval_results": results} if results else {}),
+    )
+
+
+def _licence(base: str) -> dict[str, str]:
+    """The licence of the base model, which its derivatives have: as published, or as the card in its folder says.
+
+    Empty where it is not known.
+    """
+    if base in _LICENCES and not os.path.exists(base):
+        return dict(_LICENCES[base])
+    try:
+        block = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*\n", read_text(Path(base, "README.md")), re.DOTALL)
+        said = yaml.safe_load(block[1]) if block else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    if not isinstance(said, dict):
+        return {}
+    found = {key: said[key] for key in _LICENCE_KEYS if isinstance(said.get(key), str) and _WORD.fullmatch(said[key])}
+    return found if "license" in found else {}
+
+
+def _on_hub(name: str) -> bool:
+    """Whether `name` is a repository of the hub rather than a place on this disk."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not os.path.exists(name)
+
+
+def _line(text: str) -> str:
+    """In one line, whatever does not print spelled out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _text(name: str) -> str:
+    """A name in Markdown, as it is read: without markup, HTML, links or table cells of its own."""
+    escaped = html.escape(_line(name), quote=False)
+    escaped = re.sub(_MARKUP, lambda found: "".join("\\" + c for c in found[0]), escaped)
+    return re.sub(_LINKS, lambda found: f"&#{ord(found[0])};", escaped)
+
+
+def _word(word: str) -> str:
+    """A word of a command line for bash, in one line."""
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = "".join(_ESCAPES.get(c) or (c if c.isprintable() else _code(c)) for c in word)
+    return f"$'{escaped}'"
+
+
+_ESCAPES = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+
+
+def _code(character: str) -> str:
+    """An unprintable character as bash's $'...' has it; a byte that is no UTF-8 as that byte."""
+    number = ord(character)
+    if 0xDC80 <= number <= 0xDCFF:  # surrogateescape
+        return f"\\x{number - 0xDC00:02x}"
+    return f"\\U{number:08x}" if number > 0xFF else f"\\u{number:04x}"
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"

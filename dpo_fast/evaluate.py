@@ -245,7 +245,7 @@ def _implicit(
     """The implicit-reward accuracy, on the main rank."""
     from dpo_fast.evaluation.implicit import accuracy, implicit_rewards
     from dpo_fast.evaluation.models import revisions
-    from dpo_fast.hub_revisions import revision_of
+    from dpo_fast.hub_revisions import public_name, revision_of
 
     as_trained = {}
     if run is not None:
@@ -265,7 +265,7 @@ def _implicit(
     )
     if rewards is None:
         return None
-    pairs = {config.dataset_name: revision_of(config.dataset_name, kind="dataset")}
+    pairs = {public_name(config.dataset_name): revision_of(config.dataset_name, kind="dataset")}
     return replace(
         accuracy(rewards),
         files={"reference": revisions(reference), "policy": revisions(policy), "pairs": pairs},

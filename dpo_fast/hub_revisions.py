@@ -6,8 +6,9 @@ Nothing is fetched: the answer is what the hub's cache, a download's own notes o
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Literal
 
 from huggingface_hub import constants
@@ -54,6 +55,31 @@ def revision_of(
         if wanted in commits or (revision is None and len(commits) == 1):
             return wanted if revision else commits[0]
         return NOT_FETCHED
+
+
+def public_name(name: str | Path) -> str:
+    """A name as results say it, which others may read: of an absolute path its last part, of anything else the name.
+
+    One part after a slash (`/imagine a cat`) is a path only where there is such a file.
+    """
+    name = str(name)
+    path = PureWindowsPath(name) if re.match(r"[A-Za-z]:[\\/]|\\\\", name) else PurePath(name)
+    if not (path.is_absolute() or name.startswith("~")):
+        return name
+    if name.startswith("/") and len(path.parts) <= 2 and not os.path.exists(name):
+        return name
+    return path.name or "local"
+
+
+def public_names(revisions: Iterable[tuple[str | Path, str]]) -> dict[str, str]:
+    """`public_name` -> revision, of (name, revision); where two places have the same, the later ones are numbered."""
+    shown: dict[str, str] = {}
+    for place, revision in dict(revisions).items():
+        name, number = public_name(place), 1
+        while (key := name if number == 1 else f"{name} ({number})") in shown:
+            number += 1
+        shown[key] = revision
+    return shown
 
 
 def _digest(path: Path, kind: str) -> str:

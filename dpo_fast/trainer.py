@@ -24,7 +24,7 @@ from dpo_fast.data.pairs import faulty, too_many_bad
 from dpo_fast.door import acknowledge, on_signals
 from dpo_fast.errors import BadInput, mark_of_this_rank
 from dpo_fast.files import write_text
-from dpo_fast.hub_revisions import revision_of
+from dpo_fast.hub_revisions import public_name, revision_of
 from dpo_fast.inputs import add_noise, conditioning_of
 from dpo_fast.kernels import dispatch
 from dpo_fast.locks import Hold
@@ -499,7 +499,8 @@ class Trainer:
         """The progress bar, metrics.jsonl and the trackers."""
         run, config, main = self.run_, self.config, self.ranks.is_main
         if main and config.report_to != "none":
-            self.ranks.start_trackers(run.folder / config.logging_dir, config.tracker_name, public(config))
+            shown = hub.public_config(public(config))
+            self.ranks.start_trackers(run.folder / config.logging_dir, config.tracker_name, shown)
         held_out = main and config.run_validation and run.validation is not None
         self.metrics, self.validations = (
             MetricsFile(run.folder / name if kept else Path(os.devnull), run.step, run.logs.get(name))
@@ -567,7 +568,7 @@ class Trainer:
         others = (config.pretrained_vae_model_name_or_path, config.init_lora, config.single_file_config)
         hub = {"revision": config.revision, "cache_dir": config.cache_dir}
         model = revisions(config.pretrained_model_name_or_path, *others, **hub)
-        return model | {config.dataset_name: revision_of(config.dataset_name, kind="dataset")}
+        return model | {public_name(config.dataset_name): revision_of(config.dataset_name, kind="dataset")}
 
     def _overview(self) -> str:
         """What is about to happen, in a few lines."""

@@ -5,9 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from dpo_fast import hub
+from dpo_fast.checksums import check_text, signed_text
+from dpo_fast.config import TrainConfig, to_yaml
 from dpo_fast.errors import BadInput
 
 
@@ -28,6 +31,9 @@ class FakeApi:
     def create_repo(self, name: str, *, exist_ok: bool) -> SimpleNamespace:
         assert exist_ok
         return SimpleNamespace(repo_id=name if "/" in name else f"me/{name}")
+
+    def upload_file(self, *, path_or_fileobj: bytes, path_in_repo: str, repo_id: str) -> None:
+        self.uploaded[path_in_repo] = path_or_fileobj.decode()
 
     def upload_folder(self, *, repo_id: str, folder_path: Path, ignore_patterns: list[str]) -> str:
         if self.fault:
@@ -83,3 +89,18 @@ def test_every_fault_of_the_client_is_one_line(api, folder, fault):
     with pytest.raises(BadInput, match=r"the upload failed \(no \w+\), .* safe in .*run; .*`hf upload me/a "):
         hub.push(folder, "me/a", None)
     assert (folder / "README.md").exists()
+
+
+def test_the_settings_are_uploaded_without_this_disks_paths(api, folder, tmp_path):
+    config = TrainConfig(pretrained_model_name_or_path=str(folder), dataset_name="owner/pairs", eval_prompts=Path("a"))
+    (folder / "config.yaml").write_text(signed_text(to_yaml(config)))
+    hub.push(folder, "me/a", None)
+    assert "config.yaml" not in api.uploaded["files"]
+    text = api.uploaded["config.yaml"]
+    assert str(tmp_path) not in text
+    values = yaml.safe_load(text)
+    assert (values["pretrained_model_name_or_path"], values["dataset_name"]) == ("run", "owner/pairs")
+    copied = tmp_path / "config.yaml"
+    copied.write_text(text)
+    check_text(copied, "never")  # its checksum is of what was uploaded
+    assert str(folder) in (folder / "config.yaml").read_text()  # here a run can go on and be evaluated

@@ -331,8 +331,11 @@ def test_dry_run_only_prints(sdxl_path, tmp_path, capsys):
 def test_the_model_card_tells_how_it_was_made(sdxl_path, pairs, tmp_path):
     out = train(sdxl_path, pairs, tmp_path / "run", "--hub_token", "secret", "--max_train_steps", 1)
     card = (out / "README.md").read_text()
-    assert f"--pretrained_model_name_or_path {sdxl_path}" in card and f"torch {torch.__version__}" in card
+    assert f"--pretrained_model_name_or_path {sdxl_path.name} " in card and f"torch {torch.__version__}" in card
     assert "rows 12, ties dropped 0" in card
+    for name in ("README.md", "summary.json", "metrics.jsonl"):
+        text = (out / name).read_text()
+        assert str(tmp_path) not in text and str(sdxl_path.parent) not in text and str(pairs.parent) not in text, name
     assert not any("secret" in path.read_text() for path in out.rglob("*") if path.suffix in (".md", ".yaml", ".json"))
 
 

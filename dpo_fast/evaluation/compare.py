@@ -142,7 +142,7 @@ def _about(config: TrainConfig, base: Family, device: torch.device) -> About:
         prompt_set=config.eval_prompts.name,
         date=date.today().isoformat(),
         settings={
-            "Base": str(base_of(config)),
+            "Base": base_of(config).shown(),
             "Trained": f"{trained}, {config.max_train_steps} steps of {config.pairs_per_step} pairs",
             "Seed": str(config.seed),
             "Sampler": f"{type(base.pipeline.scheduler).__name__}, {steps} steps",

@@ -234,7 +234,7 @@ class _Share:
         family, source = models.open(self.source), self.source
         self.about = {
             "model": self.name,
-            "weights": str(source),
+            "weights": source.shown(),
             "digest": _digest({part: weights_digest(module) for part, module in _modules(family)}),
             "family": family.name,
             "sampler": type(family.pipeline.scheduler).__name__,

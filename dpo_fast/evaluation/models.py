@@ -11,11 +11,13 @@ import torch
 
 from dpo_fast.config import TrainConfig, parse
 from dpo_fast.errors import BadInput
-from dpo_fast.files import exists, read_json
+from dpo_fast.files import exists
+from dpo_fast.hub_revisions import public_name
 from dpo_fast.models import COMPUTE_DTYPES, Family, load, load_family, merge_lora
 from dpo_fast.models.faults import bad_input
 from dpo_fast.models.load import align_weights, component_config, family_of
-from dpo_fast.models.lora import WEIGHT_NAME, check_loaded
+from dpo_fast.models.lora import WEIGHT_NAME, check_adapter, check_loaded
+from dpo_fast.models.untrusted import read_index
 from dpo_fast.run_folder import check_result
 
 if TYPE_CHECKING:
@@ -46,6 +48,10 @@ class ModelSource:
 
     def __str__(self) -> str:
         return " + LoRA ".join(filter(None, (self.path, self.merged, self.adapter)))
+
+    def shown(self) -> str:
+        """As `str`, without the places on this disk: for what others may read."""
+        return " + LoRA ".join(public_name(part) for part in (self.path, self.merged, self.adapter) if part)
 
     def weights(self) -> "ModelSource":
         """The same without how it is usually sampled."""
@@ -200,6 +206,7 @@ class OneAtATime:
             self._held = bare, self._load(bare)
         family = self._held[1]
         if source.adapter is not None:
+            check_adapter(Path(source.adapter) / WEIGHT_NAME)
             with bad_input(f"{source.adapter} cannot be loaded", "name the folder of a run on this base"):
                 family.pipeline.load_lora_weights(source.adapter, weight_name=WEIGHT_NAME, use_safetensors=True)
             check_loaded(family.unet, Path(source.adapter) / WEIGHT_NAME)
@@ -235,7 +242,7 @@ def files_stamp(source: ModelSource) -> str:
         path = Path(place)
         index = path / "model_index.json"
         if index.is_file():
-            parts = [path / name for name in read_json(index)]
+            parts = [path / name for name in read_index(path, index)]
             files = [index, *(file for part in parts if part.is_dir() for file in sorted(part.iterdir()))]
         elif path.is_dir():
             files = sorted(path.glob("*.safetensors"))  # a LoRA, a VAE

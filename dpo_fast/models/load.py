@@ -9,6 +9,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -17,7 +18,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -33,8 +34,8 @@ from safetensors import safe_open
 from torch import nn
 
 from dpo_fast.errors import BadInput
-from dpo_fast.files import exists, read_json, regular_files
-from dpo_fast.hub_revisions import revision_of
+from dpo_fast.files import exists, regular_files
+from dpo_fast.hub_revisions import public_names, revision_of
 from dpo_fast.models.attention import set_attention
 from dpo_fast.models.family import Family
 from dpo_fast.models.faults import bad_input
@@ -42,6 +43,7 @@ from dpo_fast.models.lora import WEIGHT_NAME
 from dpo_fast.models.marks import Marks, marks_of_file, marks_of_scheduler, refuse_edm, settled
 from dpo_fast.models.sd15 import SD15
 from dpo_fast.models.sdxl import SDXL, Turbo
+from dpo_fast.models.untrusted import INDEX, check_part, check_pipeline, check_weights, read_index
 from dpo_fast.quiet import no_loading_bars
 from dpo_fast.schedule import check_discrete
 
@@ -52,6 +54,18 @@ _UNUSED_PARTS = {SD15: {**_UNUSED, "safety_checker": None, "requires_safety_chec
 _PICKLED = "check its files; pickled weights are not loaded, convert them with save_pretrained(folder)"
 # Where the configuration of a single file comes from when none is given.
 _USUAL = {SD15: "stable-diffusion-v1-5/stable-diffusion-v1-5", SDXL: "stabilityai/stable-diffusion-xl-base-1.0"}
+# What diffusers would fetch of a VAE's repository.
+_WEIGHTS = "diffusion_pytorch_model"
+_FILES_OF_VAE = [
+    f"{folder}{name}"
+    for folder in ("", "vae/")
+    for name in (
+        "config.json",
+        f"{_WEIGHTS}.safetensors",
+        f"{_WEIGHTS}.safetensors.index.json",
+        f"{_WEIGHTS}-*.safetensors",
+    )
+]
 ALIGNMENT = 64  # bytes: of what PyTorch allocates on a CPU
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 _OF_VARIANT = re.compile(r"\.([A-Za-z]\w*)(-\d+-of-\d+)?\.safetensors$")  # model.fp16.safetensors
@@ -101,13 +115,15 @@ def load_family(
     kind = _kind(path, turbo, hub)
     marks = Marks()
     if path.endswith(".safetensors"):
-        config = None if single_file_config is None else str(single_file_config)
+        config = None if single_file_config is None else _config_folder(str(single_file_config), hub)
         scheduler = _check_scheduler(_config_source(path, config), {**hub, "revision": None})
         marks = marks_of_file(path, *_header(path), prediction_type)
         if prediction_type is None and marks.prediction_type is None:
             _check_sd2(path, scheduler)
         pipeline = _load_file(path, kind, dtype, unet_dtype, {"config": config, "cache_dir": cache_dir, "token": token})
     else:
+        if vae_path is None and (part := _index(path, hub).get("vae")):
+            _check_vae({"_class_name": part[1]})
         pipeline = _load_folder(path, kind, dtype, unet_dtype, variant, hub, vae_path is None)
     if None in (pipeline.text_encoder, pipeline.tokenizer) or (kind is SDXL and pipeline.text_encoder_2 is None):
         raise BadInput(f"{path} has no text encoder (the SDXL refiner?): use a pipeline with all of them")
@@ -134,7 +150,8 @@ def load_family(
 def revisions(
     path: str | Path, *others: str | Path | None, revision: str | None = None, cache_dir: str | None = None
 ) -> dict[str, str]:
-    """Repository, folder or file -> its `revision_of`, for the model at `path` and what else it was loaded from.
+    """Repository, folder or file, by its `public_name` -> its `revision_of`, for the model at `path` and what else it
+    was loaded from.
 
     others: VAE, LoRAs, configuration of a single file; None for those not given.
     """
@@ -142,7 +159,7 @@ def revisions(
     for place in filter(None, others):
         lora = Path(place, WEIGHT_NAME)  # in an output folder, which holds more
         found[str(place)] = revision_of(lora if lora.is_file() else place, cache_dir=cache_dir)
-    return found
+    return public_names(found.items())
 
 
 def align_weights(pipeline: DiffusionPipeline) -> None:
@@ -205,24 +222,31 @@ def _kind(path: str, turbo: bool, hub: dict) -> type[Family]:
 
 
 def _kind_of_folder(path: str, hub: dict) -> type[Family]:
-    """SD15 or SDXL, by the pipeline class that model_index.json names; of a hub id only that file is fetched."""
-    index = Path(path, "model_index.json")
+    """SD15 or SDXL, by the pipeline class that model_index.json names; of a hub id only that file is fetched.
+
+    Raises BadInput for a pipeline whose files name code, as far as they are on this disk.
+    """
+    class_name = _index(path, hub)["_class_name"]
+    if class_name not in _FAMILIES:
+        raise BadInput(f"{path} is a {class_name}; supported are {' and '.join(_FAMILIES)}: use such a base model")
+    if exists(Path(path)) and Path(path).is_dir():
+        check_pipeline(Path(path))
+    return _FAMILIES[class_name]
+
+
+def _index(path: str, hub: dict) -> dict[str, object]:
+    """The model_index.json of a folder or hub id, whose parts are of known classes."""
+    index = Path(path, INDEX)
     if not exists(index) or not index.is_file():
         if exists(Path(path)) and Path(path).is_dir():
-            raise BadInput(f"{path} has no model_index.json: name the folder of a whole diffusers pipeline")
-        index = _index_from_hub(path, hub)
-    try:
-        class_name = read_json(Path(index))["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path}: model_index.json names no pipeline class; load and save the pipeline again") from error
-    if not isinstance(class_name, str) or class_name not in _FAMILIES:
-        raise BadInput(f"{path} is a {class_name}; supported are {' and '.join(_FAMILIES)}: use such a base model")
-    return _FAMILIES[class_name]
+            raise BadInput(f"{path} has no {INDEX}: name the folder of a whole diffusers pipeline")
+        index = Path(_index_from_hub(path, hub))
+    return read_index(path, index)
 
 
 def _index_from_hub(path: str, hub: dict) -> str:
     try:
-        return hf_hub_download(path, "model_index.json", **hub)
+        return hf_hub_download(path, INDEX, **hub)
     except HFValidationError as error:
         raise BadInput(f"{path} is no folder, file or hub id (owner/name): check the spelling") from error
     except GatedRepoError as error:
@@ -289,6 +313,20 @@ def _config_source(path: str, single_file_config: str | Path | None) -> str:
     return _USUAL[kind]
 
 
+def _config_folder(path: str, hub: dict) -> str:
+    """The folder, on this disk, with the configuration of the pipeline at `path`; it names no code.
+
+    Raises BadInput for one that cannot be found, and for one whose files name code.
+    """
+    hub = {**hub, "revision": None}
+    _kind_of_folder(path, hub)
+    if not Path(path).is_dir():
+        with bad_input(f"the configuration of {path} cannot be fetched", "name a downloaded folder"):
+            path = snapshot_download(path, allow_patterns=["*.json", "*.txt"], **hub)
+        check_pipeline(Path(path))
+    return path
+
+
 def _check_scheduler(path: str, hub: dict) -> dict:
     """The config of the scheduler of a folder or hub id; empty where it cannot be read, of which loading says more.
 
@@ -338,13 +376,34 @@ def _load_folder(
         regular_files(Path(path))
         if not Path(path).is_dir():  # first, so that downloads keep their progress bars
             path = DiffusionPipeline.download(path, variant=variant, use_safetensors=True, **hub)
+        check_pipeline(Path(path), weights=True)
         if own_vae:
             _check_vae(AutoencoderKL.load_config(path, subfolder="vae"))
         dtypes = {"unet": unet_dtype, "vae": torch.float32, "default": dtype}
         with no_loading_bars():
-            return DiffusionPipeline.from_pretrained(
+            pipeline = DiffusionPipeline.from_pretrained(
                 path, variant=variant, use_safetensors=True, **{_DTYPE: dtypes}, **_UNUSED_PARTS[kind]
             )
+        for part in ("text_encoder", "text_encoder_2"):
+            _check_names(Path(path, part), getattr(pipeline, part, None))
+        return pipeline
+
+
+def _check_names(folder: Path, text_encoder: nn.Module | None) -> None:
+    """Raise BadInput for a text encoder that transformers 5.6 or newer saved where an older one has loaded it.
+
+    The older one knows none of its tensors' names, and leaves the weights random without an error.
+    """
+    prefix, names = "text_model.", []
+    if not hasattr(text_encoder, "text_model"):
+        return
+    for file in folder.glob("*.safetensors"):
+        names += _header(str(file))[0]
+    if not any(name.startswith(prefix) for name in names):
+        raise BadInput(
+            f"{folder} was saved by transformers 5.6 or newer, and {transformers.__version__} does not know its tensors"
+            ": pip install --upgrade transformers"
+        )
 
 
 def _advice(folder: Path, variant: str | None) -> str:
@@ -413,16 +472,17 @@ def _load_vae(path: str, replaced: AutoencoderKL, hub: dict) -> AutoencoderKL:
             with tempfile.TemporaryDirectory() as config:  # diffusers' own guess has the scaling factor of SD1.5
                 replaced.save_config(config)
                 return AutoencoderKL.from_single_file(path, config=config, **{_DTYPE: torch.float32})
-        subfolder = "vae" if exists(Path(path)) and Path(path, "vae").is_dir() else None  # of a whole pipeline
-        _check_vae(AutoencoderKL.load_config(path, subfolder=subfolder, **hub))
-        folder = Path(path, subfolder or "")
-        plain = exists(folder) and any(not _OF_VARIANT.search(file.name) for file in folder.glob("*.safetensors"))
-        variants = [] if plain or not exists(folder) else _variants(folder)
+        if not (exists(Path(path)) and Path(path).is_dir()):
+            path = snapshot_download(path, allow_patterns=_FILES_OF_VAE, **hub)
+        folder = Path(path, "vae") if Path(path, "vae").is_dir() else Path(path)  # of a whole pipeline
+        check_part(folder, "vae")
+        check_weights(folder)
+        _check_vae(AutoencoderKL.load_config(folder))
+        plain = any(not _OF_VARIANT.search(file.name) for file in folder.glob("*.safetensors"))
+        variants = [] if plain else _variants(folder)
         return AutoencoderKL.from_pretrained(
-            path,
-            subfolder=subfolder,
+            folder,
             use_safetensors=True,
             variant=variants[0] if len(variants) == 1 else None,
             **{_DTYPE: torch.float32},
-            **hub,
         )

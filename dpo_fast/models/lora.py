@@ -14,12 +14,15 @@ from torch import nn
 
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput
+from dpo_fast.files import regular_file
 from dpo_fast.models.family import Family
 from dpo_fast.models.faults import bad_input
 
 DEFAULT_TARGETS = TrainConfig.lora_targets  # the attention projections
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 _ADAPTER = "default"
+_PATTERNS = ("rank_pattern", "alpha_pattern")  # empty, but diffusers 0.35 fails without them
+_METADATA = ("r", "lora_alpha", "target_modules", *_PATTERNS)  # what a file says of its adapter, in peft's words
 
 
 @torch.no_grad()
@@ -101,6 +104,7 @@ def save_lora(family: Family, folder: Path, state: Mapping[str, torch.Tensor]) -
             "r": config.r,
             "lora_alpha": config.r,
             "target_modules": sorted(config.target_modules),
+            **{pattern: {} for pattern in _PATTERNS},
         },
         weight_name=WEIGHT_NAME,
     )
@@ -119,6 +123,35 @@ def _sort_metadata(file: Path) -> None:
         if len(text) <= size:  # the same text in another order; the rest is padding
             opened.seek(8)
             opened.write(text.ljust(size))
+
+
+def check_adapter(file: Path) -> None:
+    """Raise BadInput for a LoRA file that says more of its adapter, or otherwise, than `save_lora` does.
+
+    peft makes its configuration of it: some settings name modules that it imports, a text for target_modules is a
+    regular expression, and memory is taken for whatever rank is named.
+    """
+    with bad_input(f"{file} cannot be loaded", "name the folder of a run"):
+        with safe_open(regular_file(Path(file)), framework="pt") as opened:
+            said = json.loads((opened.metadata() or {}).get("lora_adapter_metadata") or "{}")
+            ranks = {opened.get_slice(name).get_shape()[0] for name in opened.keys() if ".lora_A." in name}
+        if not isinstance(said, dict):
+            raise ValueError("its lora_adapter_metadata is no object")
+    if others := sorted(said.keys() - {f"unet.{name}" for name in _METADATA}):
+        raise BadInput(
+            f"{file} has settings that no run writes ({', '.join(others[:3])}), with which peft may load code: merge it"
+            " with --init_lora, or name the folder of a run"
+        )
+    written = {"unet.r": min(ranks, default=0), "unet.lora_alpha": min(ranks, default=0)}
+    written |= {f"unet.{pattern}": {} for pattern in _PATTERNS}
+    other = next((name for name, value in written.items() if said.get(name, value) != value), None)
+    if other is None and not isinstance(said.get("unet.target_modules", []), list):
+        other = "unet.target_modules"
+    if other is not None or len(ranks) > 1:
+        raise BadInput(
+            f"{file} has tensors of rank {', '.join(map(str, sorted(ranks)))} and says"
+            f" {f'{other} {said[other]!r:.80}' if other else 'one rank'}, which no run writes: name the folder of a run"
+        )
 
 
 def check_loaded(unet: nn.Module, file: Path) -> None:

@@ -37,6 +37,8 @@ _PAIRS = (
 )
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")  # peft's DoRA
 _ALPHA = ".alpha"
+# Regular expressions come from the file: one with several repetitions can take longer than any run.
+_PATTERN = re.compile(r"(?:[\w.^$-]|\\[.d-])*(?:[*+]\??(?:[\w.^$-]|\\[.d-])*)?")
 _SHOWN = 3  # names in a message
 
 
@@ -191,6 +193,11 @@ def _scale(metadata: Mapping, component: str, layer: str, rank: int) -> float:
     }
     alpha = settings.get("lora_alpha", rank)
     for pattern, value in (settings.get("alpha_pattern") or {}).items():
+        if not _PATTERN.fullmatch(pattern):
+            raise BadInput(
+                f"the alpha_pattern {pattern[:80]!r} of the LoRA's metadata is no layer's name with at most one"
+                " repetition; write names there"
+            )
         if re.match(rf"(.*\.)?({pattern})$", layer):
             alpha = value
             break

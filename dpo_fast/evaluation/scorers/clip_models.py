@@ -2,7 +2,7 @@
 
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.scorers import Loading
@@ -10,6 +10,7 @@ from dpo_fast.evaluation.scorers.published import ADVICE, repository, tokenizer
 from dpo_fast.models.faults import bad_input
 from dpo_fast.quiet import no_loading_bars
 
+MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
 VIT_L = "openai/clip-vit-large-patch14"
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
@@ -22,7 +23,7 @@ class Clip:
         self.width: int = model.config.projection_dim  # of an embedding
         self.scale = model.logit_scale.exp().item()
         self._model = model.requires_grad_(False).eval().to(loading.device, loading.dtype)
-        self._tokenizer = tokenizer(tokenizer_of, model.config.text_config.vocab_size, loading)
+        self._tokenizer = tokenizer(tokenizer_of, CLIPTokenizerFast, model.config.text_config.vocab_size, loading)
         self._length = model.config.text_config.max_position_embeddings
 
     def of_images(self, pixels: Tensor) -> Tensor:  # fp32 [B,3,size,size], normalised
@@ -45,9 +46,9 @@ class Clip:
 
 def clip(name: str, loading: Loading) -> CLIPModel:
     """The CLIP model of the repository OWNER/NAME, from its safetensors."""
-    source, hub = repository(name, loading)
+    source = repository(name, loading, MODEL_FILES)
     with bad_input(f"{source} cannot be loaded as a CLIP model", ADVICE), no_loading_bars():
-        model, found = CLIPModel.from_pretrained(source, use_safetensors=True, output_loading_info=True, **hub)
+        model, found = CLIPModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)
     if found["missing_keys"]:
         missing = min(found["missing_keys"])
         raise BadInput(f"{source} is not a whole CLIP model, {missing} is missing: take the published files")
@@ -56,6 +57,6 @@ def clip(name: str, loading: Loading) -> CLIPModel:
 
 def empty_clip(name: str, loading: Loading) -> CLIPModel:
     """A CLIP model of that repository's architecture, whose weights are to be filled in."""
-    source, hub = repository(name, loading)
+    source = repository(name, loading, MODEL_FILES[:1])
     with bad_input(f"the configuration of {source} cannot be read", ADVICE):
-        return CLIPModel(CLIPConfig.from_pretrained(source, **hub))
+        return CLIPModel(CLIPConfig.from_pretrained(source))

@@ -11,7 +11,7 @@ published means of Stable Diffusion models are -0.2 to 1.3. Prompts are cut afte
 import re
 
 from torch import Tensor, nn
-from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+from transformers import BertTokenizerFast, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from dpo_fast.evaluation.scorers import Loading, Scorer
 from dpo_fast.evaluation.scorers.linear_head import linear_head
@@ -89,7 +89,8 @@ def load(name: str, loading: Loading) -> Scorer:
     model.vision.to(loading.device, loading.dtype)
     model.text.to(loading.device, loading.dtype)
     model.head.to(loading.device)  # fp32
-    bert = tokenizer(TOKENIZER, text_config.vocab_size - 2, loading)  # BLIP's [DEC] and [ENC] are in no prompt
+    tokens_of_prompts = text_config.vocab_size - 2  # BLIP's [DEC] and [ENC] are in none
+    bert = tokenizer(TOKENIZER, BertTokenizerFast, tokens_of_prompts, loading)
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
         tokens = bert(prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")

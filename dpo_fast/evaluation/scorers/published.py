@@ -2,53 +2,73 @@
 they compute as a Scorer."""
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.scorers import Loading, Scorer
 from dpo_fast.files import regular_files
 from dpo_fast.models.faults import bad_input
+from dpo_fast.models.untrusted import check_part
 
 ADVICE = "take the published files, or check the connection and the token"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+)
 
 
-def repository(name: str, loading: Loading) -> tuple[str, dict[str, str | None]]:
-    """The first argument and the keywords of transformers' from_pretrained for the repository OWNER/NAME."""
+def repository(name: str, loading: Loading, files: Sequence[str]) -> Path:
+    """The folder, on this disk, with those `files` (patterns) of the repository OWNER/NAME; none of them names code.
+
+    Raises BadInput where it cannot be had.
+    """
     if loading.where is None:
-        return name, {"cache_dir": loading.cache_dir, "token": loading.token}
-    folder = loading.where / name
-    if not folder.is_dir():
-        raise BadInput(f"{folder} is no folder: hf download {name} --local-dir {folder}")
-    regular_files(folder)
-    return str(folder), {}
+        with bad_input(f"the files of {name} cannot be fetched", ADVICE):
+            where = {"cache_dir": loading.cache_dir, "token": loading.token}
+            folder = Path(snapshot_download(name, allow_patterns=list(files), **where))
+    else:
+        folder = _local(name, loading.where)
+    check_part(folder)
+    return folder
 
 
 def file(name: str, file_name: str, loading: Loading) -> Path:
     """One file of the repository OWNER/NAME."""
-    source, hub = repository(name, loading)
     if loading.where is None:
         with bad_input(f"{file_name} of {name} cannot be fetched", ADVICE):
-            return Path(hf_hub_download(source, file_name, **hub))
-    path = Path(source, file_name)
+            return Path(hf_hub_download(name, file_name, cache_dir=loading.cache_dir, token=loading.token))
+    path = _local(name, loading.where) / file_name
     if not path.is_file():
-        raise BadInput(f"{path} is no file: hf download {name} {file_name} --local-dir {source}")
+        raise BadInput(f"{path} is no file: hf download {name} {file_name} --local-dir {path.parent}")
     return path
 
 
-def tokenizer(name: str, tokens: int, loading: Loading) -> PreTrainedTokenizerBase:
-    """The tokenizer of the repository OWNER/NAME, which has at least that many tokens."""
-    source, hub = repository(name, loading)
-    with bad_input(f"the tokenizer of {source} cannot be loaded", ADVICE):
-        found = AutoTokenizer.from_pretrained(source, **hub)
+def tokenizer(name: str, kind: type[PreTrainedTokenizerBase], tokens: int, loading: Loading) -> PreTrainedTokenizerBase:
+    """The tokenizer, of the class `kind`, of the repository OWNER/NAME, which has at least that many tokens."""
+    folder = repository(name, loading, TOKENIZER_FILES)
+    with bad_input(f"the tokenizer of {folder} cannot be loaded", ADVICE):
+        found = kind.from_pretrained(folder)
     if len(found) < tokens:  # transformers makes an empty one where files are missing
-        raise BadInput(f"the tokenizer of {source} knows {len(found)} tokens of {tokens}: take the published files")
+        raise BadInput(f"the tokenizer of {folder} knows {len(found)} tokens of {tokens}: take the published files")
     return found
+
+
+def _local(name: str, where: Path) -> Path:
+    folder = where / name
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is no folder: hf download {name} --local-dir {folder}")
+    regular_files(folder)
+    return folder
 
 
 def fill(
