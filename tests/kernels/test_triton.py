@@ -83,6 +83,7 @@ def random_words(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(USABLE, reason="the backend can be used here: its tests run as they are")
 def test_the_kernels_pass_their_tests_in_the_interpreter(pytestconfig):
     """All but the distribution of a million normals, which are compared with the reference's one by one instead."""
