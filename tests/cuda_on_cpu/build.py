@@ -5,7 +5,6 @@ python -m tests.cuda_on_cpu.build [source|ptx] prints the path of a build.
 
 import functools
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ import pybind11
 from filelock import FileLock
 
 from tests.cuda_on_cpu import ptx
+from tests.helpers.setup_file import load_setup
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -47,11 +47,7 @@ class Variant:
 
 @functools.cache
 def setup() -> ModuleType:
-    """setup.py as a module, for its flags."""
-    spec = importlib.util.spec_from_file_location("dpo_fast_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_setup()
 
 
 def reason_against(route: str) -> str:

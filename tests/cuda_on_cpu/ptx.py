@@ -17,6 +17,10 @@ MODES = {"rn": "FE_TONEAREST", "rz": "FE_TOWARDZERO", "rm": "FE_DOWNWARD", "rp":
 INTEGER_MODES = {f"{mode}i": value for mode, value in MODES.items()}
 COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<="}
 COMPARISONS |= {"hi": ">", "hs": ">="}
+# instructions that differ only in the C++ of what they compute
+BINARY = {"add": "plus", "sub": "minus", "min": "smaller", "max": "larger", "rem": "remainder"}
+LOGIC = {"and": "&", "or": "|", "xor": "^"}
+APPROXIMATE = ("ex2", "lg2", "sin", "cos", "tanh")  # NAME_approx of ptx_runtime.h
 COORDINATES = {"tid": "thread_index", "ctaid": "block_index", "ntid": "block_size", "nctaid": "grid_size"}
 
 
@@ -85,6 +89,12 @@ class Kernel:
         name, *modifiers = opcode.split(".")
         types = [m for m in modifiers if m in TYPES or m in SMALL_FLOATS or m in ("f16x2", "bf16x2")]
         rest = [m for m in modifiers if m not in types]
+        if name in BINARY:
+            return self.binary(BINARY[name], rest, types, operands)
+        if name in LOGIC:
+            return self.logic(LOGIC[name], rest, types, operands)
+        if name in APPROXIMATE:
+            return self.approximate(f"{name}_approx", rest, types, operands)
         method = getattr(self, f"do_{name}", None)
         if method is None:
             raise self.unknown(f"instruction {opcode}")
@@ -106,21 +116,6 @@ class Kernel:
             a, b = (f"flushed({self.value(x, type)})" for x in operands[1:3])
             call = f"flushed({function}<{type}>({a}, {b}))"
         return self.set(operands[0], call)
-
-    def do_add(self, *given) -> str:
-        return self.binary("plus", *given)
-
-    def do_sub(self, *given) -> str:
-        return self.binary("minus", *given)
-
-    def do_min(self, *given) -> str:
-        return self.binary("smaller", *given)
-
-    def do_max(self, *given) -> str:
-        return self.binary("larger", *given)
-
-    def do_rem(self, *given) -> str:
-        return self.binary("remainder", *given)
 
     def do_div(self, rest, types, operands) -> str:
         if types == ["f32"] and ("full" in rest or "approx" in rest):
@@ -177,15 +172,6 @@ class Kernel:
         type = self.plain(rest, types)
         a, b = (self.value(x, type) for x in operands[1:3])
         return self.set(operands[0], f"static_cast<{type}>({a} {sign} {b})")
-
-    def do_and(self, *given) -> str:
-        return self.logic("&", *given)
-
-    def do_or(self, *given) -> str:
-        return self.logic("|", *given)
-
-    def do_xor(self, *given) -> str:
-        return self.logic("^", *given)
 
     def do_shl(self, rest, types, operands) -> str:
         type = self.plain(rest, types)
@@ -269,21 +255,6 @@ class Kernel:
         a = self.value(operands[1], "float")
         return self.set(operands[0], f"flushed({function}(flushed({a})))" if "ftz" in rest else f"{function}({a})")
 
-    def do_ex2(self, *given) -> str:
-        return self.approximate("ex2_approx", *given)
-
-    def do_lg2(self, *given) -> str:
-        return self.approximate("lg2_approx", *given)
-
-    def do_sin(self, *given) -> str:
-        return self.approximate("sin_approx", *given)
-
-    def do_cos(self, *given) -> str:
-        return self.approximate("cos_approx", *given)
-
-    def do_tanh(self, *given) -> str:
-        return self.approximate("tanh_approx", *given)
-
     # ---- moving and converting
 
     def do_mov(self, rest, types, operands) -> str:
@@ -291,7 +262,7 @@ class Kernel:
         to, source = operands
         if to.startswith("{"):
             parts = split(to[1:-1])
-            width = 8 * int(re.search(r"\d+", types[0])[0]) // len(parts) // 8
+            width = int(re.search(r"\d+", types[0])[0]) // len(parts)
             pieces = (f"static_cast<uint{width}_t>(all >> {i * width})" for i in range(len(parts)))
             moves = "".join(self.set(part, piece) for part, piece in zip(parts, pieces, strict=True))
             return f"{{ const {type} all = {self.value(source, type)}; {moves} }}"
@@ -377,8 +348,8 @@ class Kernel:
             start = f"{width}({self.value(base, width)} + {width}({offset}))"
             if write:
                 values = ", ".join(self.value(name, type) for name in names)
-                return f"store_{space}({start}, Vector<{type}, {vector}>{{{values}}}, {self.where});"
-            memory = f"load_{space}<{type}, {vector}>({start}, {self.where})"
+                return f"store<write_{space}>({start}, Vector<{type}, {vector}>{{{values}}}, {self.where});"
+            memory = f"loaded<read_{space}, {type}, {vector}>({start}, {self.where})"
         moves = (self.set(name, f"memory.x[{i}]") for i, name in enumerate(names))
         return f"{{ const auto memory = {memory}; {' '.join(moves)} }}"
 

@@ -264,25 +264,18 @@ template <typename T, int N>
 struct Vector {
   T x[N];
 };
-template <typename T, int N>
-inline Vector<T, N> load_global(uint64_t address, Where where) {
+// `read` and `write` are those of one space: read_global, write_shared and the like.
+using Read = void (*)(uint64_t address, size_t size, void* value, Where where);
+using Write = void (*)(uint64_t address, size_t size, const void* value, Where where);
+template <Read read, typename T, int N>
+inline Vector<T, N> loaded(uint64_t address, Where where) {
   Vector<T, N> values;
-  read_global(address, sizeof values, &values, where);
+  read(address, sizeof values, &values, where);
   return values;
 }
-template <typename T, int N>
-inline void store_global(uint64_t address, const Vector<T, N>& values, Where where) {
-  write_global(address, sizeof values, &values, where);
-}
-template <typename T, int N>
-inline Vector<T, N> load_shared(uint32_t address, Where where) {
-  Vector<T, N> values;
-  read_shared(address, sizeof values, &values, where);
-  return values;
-}
-template <typename T, int N>
-inline void store_shared(uint32_t address, const Vector<T, N>& values, Where where) {
-  write_shared(address, sizeof values, &values, where);
+template <Write write, typename T, int N>
+inline void store(uint64_t address, const Vector<T, N>& values, Where where) {
+  write(address, sizeof values, &values, where);
 }
 template <typename T, int N>
 inline Vector<T, N> load_parameter(uint64_t address) {
@@ -316,7 +309,7 @@ inline void store_matrices(uint32_t address, const uint32_t (&values)[N], Where 
   const uint32_t lane = thread_index().x % kWarp;
   for (int i = 0; i < N; ++i) {
     const uint32_t row = static_cast<uint32_t>(exchange(~0u, address, 8 * i + lane / 4, false, where));
-    store_shared(row + 4 * (lane % 4), Vector<uint32_t, 1>{values[i]}, where);
+    store<write_shared>(row + 4 * (lane % 4), Vector<uint32_t, 1>{values[i]}, where);
   }
 }
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from dpo_fast.kernels.dispatch import usable_backends
 from tests.cuda_on_cpu.build import Variant, reason_against
@@ -29,12 +28,7 @@ ROUTES = [
 
 @pytest.mark.parametrize("case", QUICK, ids=str)
 def test_a_small_case(case, seed):
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # memory that PyTorch hands out holds nan
-    try:
-        assert problem(emulated(Variant("source")), case, seed, schedules=2) == ""
-    finally:
-        torch.use_deterministic_algorithms(before)
+    assert problem(emulated(Variant("source")), case, seed, schedules=2) == ""
 
 
 @pytest.mark.exhaustive

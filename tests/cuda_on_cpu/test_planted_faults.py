@@ -1,6 +1,6 @@
-"""Faults planted in csrc/cuda, each of which the emulation has to find; run with -s, it prints how.
+"""Faults planted in csrc/cuda, each of which the emulation must find; -s prints what it says.
 
-What stands in the table is the text that is changed, what it becomes, and a part of what is said.
+Each row of the table has the text that is replaced, its replacement, and part of the expected message.
 """
 
 import json
@@ -9,7 +9,6 @@ import sys
 from dataclasses import dataclass
 
 import pytest
-import torch
 
 from dpo_fast.kernels.dispatch import usable_backends
 from tests.cuda_on_cpu.build import Variant, reason_against
@@ -30,8 +29,8 @@ class Fault:
     file: str  # below csrc
     old: str
     new: str
-    source: str | None  # what is said where the text runs; None: that route cannot see it
-    ptx: str | None  # what is said where nvcc's instructions run
+    source: str | None  # part of the message when the C++ text runs; None: that route cannot see the fault
+    ptx: str | None  # part of the message when nvcc's instructions run
     case: str = "labels"
     sanitized: tuple[str, ...] = ()  # the routes on which AddressSanitizer or UBSan says it
 
@@ -110,19 +109,7 @@ def found(fault: Fault, route: str, seed: int, nvcc_flags: tuple[str, ...] = ())
     if rows and "limit" in fault.name:  # the limit itself is lowered in both
         gpu = emulated(Variant(route, edits=(*LOW_LIMITS[:1], *edits)))
     gpu.limit_rows(LOW_ROWS if rows else 65535)
-    with poisoned():
-        return problem(gpu, case, seed, schedules=12)
-
-
-class poisoned:
-    """Memory that PyTorch hands out holds nan."""
-
-    def __enter__(self):
-        self.before = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(True)
-
-    def __exit__(self, *error):
-        torch.use_deterministic_algorithms(self.before)
+    return problem(gpu, case, seed, schedules=12)
 
 
 def rows(route: str) -> list:

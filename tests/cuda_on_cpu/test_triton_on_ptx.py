@@ -21,6 +21,7 @@ if reason := usable_backends()["native"] or reason_against("source"):
 from tests.cuda_on_cpu.check import everything, sums_problem  # noqa: E402
 from tests.cuda_on_cpu.run_ptx import launch  # noqa: E402
 from tests.cuda_on_cpu.triton_driver import triton_on_ptx  # noqa: E402
+from tests.helpers.memory import poisoned_memory  # noqa: E402
 from tests.kernels.cases import CASES  # noqa: E402
 
 # a thread adds 16 numbers of a stretch of 2048, a warp five times, four warps twice; a term is rounded four times
@@ -40,16 +41,12 @@ CHOSEN = ["odd", "five_channels", "fp16", "ref_errors", "channels_last", "channe
     ids=str,
 )
 def test_the_ptx_of_triton_gives_the_bits_of_the_native_ops(case, seed):
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # memory that PyTorch hands out holds nan
-    try:
+    with poisoned_memory():
         expected = everything(case, seed)
         results = []
         for schedule in (0, seed % 1000 + 1):
             with triton_on_ptx(functools.partial(launch, schedule=schedule)) as ops:
                 results.append(everything(case, seed, ops=ops))
-    finally:
-        torch.use_deterministic_algorithms(before)
     for name, values in results[0].items():
         for actual, other, native in zip(values, results[1][name], expected[name], strict=True):
             assert torch.isfinite(actual).all(), name

@@ -10,6 +10,7 @@ import torch
 
 from dpo_fast.kernels.dispatch import usable_backends
 from tests.cuda_on_cpu.build import Variant, reason_against
+from tests.helpers.memory import poisoned_memory
 
 ROUTES = {"cuda_source": "source", "cuda_ptx": "ptx"}  # csrc/cuda on the CPU: tests/cuda_on_cpu
 
@@ -49,10 +50,7 @@ def backend(request: pytest.FixtureRequest, seed: int) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Memory that PyTorch hands out holds nan, so that what a kernel leaves unwritten shows in its outputs."""
-    given = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(1).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(given)
+def poisoned() -> Iterator[None]:
+    """Outputs that a kernel does not write hold nan."""
+    with poisoned_memory():
+        yield

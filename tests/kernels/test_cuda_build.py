@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.setup_file import load_setup
+
 ROOT = Path(__file__).parents[2]
 ARCHS = ("80", "90")
 # kernel: whether it reads and whether it writes arrays of numbers in 16 bytes; the others touch a few numbers a pair
@@ -26,14 +28,6 @@ KERNELS = {
 }
 
 
-def builder():
-    """setup.py as a module, for its flags."""
-    spec = importlib.util.spec_from_file_location("dpo_fast_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def tool(name: str) -> str | None:
     """One of CUDA's binary tools: on the PATH or in Triton's wheel."""
     triton = importlib.util.find_spec("triton")
@@ -47,7 +41,7 @@ def kernel_name(mangled: str) -> str:
 
 @pytest.mark.slow
 def test_kernels_do_not_spill_and_use_128_bit_accesses(tmp_path):
-    build = builder()
+    build = load_setup()
     nvcc, cuobjdump = build.find_nvcc(), tool("cuobjdump")
     if nvcc is None or cuobjdump is None:
         pytest.skip("nvcc and cuobjdump are needed: " + ("no nvcc" if nvcc is None else "no cuobjdump"))
@@ -105,7 +99,7 @@ ALLOWED = {
 @pytest.mark.parametrize("source", ["noise_pair", "pair_errors", "dpo_loss"])
 def test_no_float32_is_computed_approximately(source, tmp_path):
     """Noise, gradients and margins have a CPU's bits: only the loss may, and in float64."""
-    build = builder()
+    build = load_setup()
     nvcc = build.find_nvcc()
     if nvcc is None:
         pytest.skip("nvcc is needed: no nvcc")
@@ -193,7 +187,7 @@ LIST_ARCHS = 'if [ "$1" = --list-gpu-arch ]; then echo compute_80; echo compute_
 @pytest.fixture
 def build(monkeypatch, tmp_path):
     """setup.py as a module, on a machine whose every place for CUDA is an empty folder of tmp_path."""
-    module = builder()
+    module = load_setup()
     for name in ("CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV", "CONDA_PREFIX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
