@@ -59,6 +59,11 @@ def printable(text: str, keep: str = "") -> str:
     return _UNSHOWN.sub(escaped, _COLOUR.sub("", text))
 
 
+def one_line(error: BaseException, longest: int = 300) -> str:
+    """An error's message in one line of at most `longest` characters; its type where it has no message."""
+    return " ".join(str(error).split())[:longest] or type(error).__name__
+
+
 def missing_extra(package: str, extra: str, needed_for: str) -> BadInput:
     """The error for an optional package that is not installed, naming the extra that brings it."""
     return BadInput(

@@ -24,7 +24,7 @@ from accelerate.utils import ProjectConfiguration
 from PIL import Image
 
 from dpo_fast import heartbeat
-from dpo_fast.errors import BadInput, Unresponsive, disk_error, missing_extra
+from dpo_fast.errors import BadInput, Unresponsive, disk_error, missing_extra, one_line
 
 T = TypeVar("T")
 
@@ -150,8 +150,9 @@ class Ranks:
             if disk_error(error) is not None:
                 raise
             names = ", ".join(str(getattr(one, "value", one)) for one in self.accelerator.log_with)
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise BadInput(f"--report_to {names}: a tracker cannot be started ({reason}); or leave it out") from error
+            raise BadInput(
+                f"--report_to {names}: a tracker cannot be started ({one_line(error)}); or leave it out"
+            ) from error
 
     def end_trackers(self) -> None:
         """Let the trackers write what they still hold. (accelerate's end_training would end the process group too.)"""

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+PNG = b"\x89PNG\r\n\x1a\n"  # what a PNG begins with
 LEAST_BITS_A_BLOCK = 1  # of a JPEG: Huffman codes have a bit at least, and a block's DC coefficient takes one
 MAX_SCANS = 64  # of a JPEG; each passes over all of the image, and encoders write about ten
 MAX_SEGMENTS = 10_000  # of a JPEG's header; more than any writer's
@@ -472,7 +473,7 @@ def _up(length: int, step: int) -> int:
 
 _READERS: list[tuple[Callable[[bytes], bool], Callable[[bytes], Header]]] = [
     (lambda data: data.startswith(b"\xff\xd8\xff"), _jpeg),
-    (lambda data: data.startswith(b"\x89PNG\r\n\x1a\n"), _png),
+    (lambda data: data.startswith(PNG), _png),
     (lambda data: data[:6] in (b"GIF87a", b"GIF89a"), _gif),
     (lambda data: data.startswith(b"BM"), _bmp),
     (lambda data: data[:4] == b"RIFF" and data[8:12] == b"WEBP", _webp),

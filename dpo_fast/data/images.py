@@ -14,7 +14,7 @@ from PIL import Image
 
 from dpo_fast.data import colour
 from dpo_fast.data.budget import IN_FLIGHT, Budget
-from dpo_fast.data.headers import Header, Refused, orientation_of_exif, orientation_of_xmp, read_header
+from dpo_fast.data.headers import PNG, Header, Refused, orientation_of_exif, orientation_of_xmp, read_header
 
 T = TypeVar("T")
 
@@ -194,8 +194,7 @@ def _open(header: Header, part: int) -> Image.Image:
 
 def texts_of(file: IO[bytes]) -> dict[str, str]:
     """The texts of a PNG that stand before its pixels; none for another file. Raises what PIL does for a broken one."""
-    signature = b"\x89PNG\r\n\x1a\n"
-    if file.read(len(signature)) != signature:
+    if file.read(len(PNG)) != PNG:
         return {}
     file.seek(0)
     with Image.open(file, formats=["PNG"]) as image:

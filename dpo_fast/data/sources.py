@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dpo_fast.data.columns import Columns, WantedColumns
 from dpo_fast.data.images import SAME, BadImage, decode, image_key
-from dpo_fast.errors import BadInput, Unresponsive, disk_error, printable
+from dpo_fast.errors import BadInput, Unresponsive, disk_error, one_line, printable
 from dpo_fast.files import file_name, parse_json, read_bytes
 
 
@@ -432,10 +432,6 @@ def _identity(name: str, split: str, columns: Columns, rows: int | None) -> str:
 
 def _contents(name: str, split: str, columns: Columns) -> str:
     return f"{name} split={split} columns={','.join(columns.images)},{columns.caption}"
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager

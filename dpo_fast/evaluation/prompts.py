@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dpo_fast.errors import BadInput
+from dpo_fast.errors import BadInput, one_line
 from dpo_fast.evaluation.naming import composed
 from dpo_fast.files import read_json, regular_file, user_path
 
@@ -240,5 +240,6 @@ def _from_hub(name: str, repository: str, file: str, where: Where) -> Path:
 
 
 def _unreachable(name: str, error: Exception) -> BadInput:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return BadInput(f"--prompts {name} cannot be read ({reason}); name a copy of yours, --prompts {name}=PATH")
+    return BadInput(
+        f"--prompts {name} cannot be read ({one_line(error, 200)}); name a copy of yours, --prompts {name}=PATH"
+    )

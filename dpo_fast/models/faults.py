@@ -7,7 +7,7 @@ import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError
 
-from dpo_fast.errors import BadInput
+from dpo_fast.errors import BadInput, one_line
 
 _FAULTS = (
     OSError,
@@ -20,7 +20,6 @@ _FAULTS = (
     SafetensorError,
     SingleFileComponentError,
 )
-_LONGEST = 300  # characters of a library's message
 
 
 @contextmanager
@@ -34,5 +33,4 @@ def bad_input(what: str, advice: str) -> Iterator[None]:
     except (BadInput, torch.OutOfMemoryError):
         raise
     except _FAULTS as error:
-        message = " ".join(str(error).split())[:_LONGEST] or type(error).__name__
-        raise BadInput(f"{what}: {message.rstrip('.')}; {advice}") from error
+        raise BadInput(f"{what}: {one_line(error).rstrip('.')}; {advice}") from error

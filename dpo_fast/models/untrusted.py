@@ -2,10 +2,9 @@
 
 The JSON files of a model name classes, modules, kernels and further files, and diffusers and transformers follow them.
 How far differs from version to version: diffusers 0.35 imports any module that model_index.json names, a .py file of
-the model's own folder before all others, and newer ones do so when asked to trust it. Here nothing is left to them: a
-pipeline has parts of known classes, its folders hold no Python, and its files name no module, no kernel, no
-quantization and no file of another folder. Weights are safetensors; that a pickle is not read is seen to where they
-are loaded.
+the model's own folder before all others, and newer ones do so when asked to trust it. We do not rely on them: a
+pipeline must have parts of known classes, its folders must hold no Python, and its files must not name a module, a
+kernel, a quantization method or a file of another folder. Weights must be safetensors; the loaders refuse pickles.
 """
 
 import json
@@ -17,7 +16,7 @@ from diffusers import SchedulerMixin
 from diffusers.models.modeling_utils import ModelMixin
 
 from dpo_fast.errors import BadInput
-from dpo_fast.files import read_text, regular_files
+from dpo_fast.files import read_json, regular_files
 from dpo_fast.models.faults import bad_input
 
 INDEX = "model_index.json"
@@ -219,10 +218,7 @@ def _object(file: Path) -> dict[str, object]:
     size = file.stat().st_size
     if size > _LONGEST:
         raise ValueError(f"{size} bytes are more than the {_LONGEST} of settings")
-    try:
-        content = json.loads(read_text(file))
-    except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+    content = read_json(file)
     if not isinstance(content, dict):
         raise ValueError(f"it holds {type(content).__name__}, not an object")
     return content
