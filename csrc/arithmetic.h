@@ -1,7 +1,7 @@
 // The arithmetic of every op, for CPU and GPU alike: what the tests prove on a CPU is what a GPU computes.
 //
 // Both compilers are told not to contract a * b + c, so that additions, products, quotients and square roots round the
-// way everywhere, and call a mathematical library for nothing but the reported loss: noise and gradients have the same
+// same way everywhere, and call a mathematical library for nothing but the reported loss: noise and gradients have the same
 // bits on every CPU and GPU. Code is free of branches and table look-ups where a CPU compiler should make vector
 // instructions of it. dpo_fast/kernels/triton/arithmetic.py does the same operations in the same order, by the same
 // constants (dpo_fast/kernels/constants.py); tests hold both.

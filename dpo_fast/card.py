@@ -1,7 +1,7 @@
 """The model card of a run: what was trained on what, by which command, and how to load it.
 
-Names come from outside (models, data sets, the command line). In the card they are text: no line, markup or YAML of
-theirs, and of a place on this disk the last part alone.
+Names of models, data sets and files come from outside. The card shows them as plain text, so they cannot add lines,
+markup or YAML, and it shows only the last part of a path on this disk.
 """
 
 import html
@@ -98,8 +98,7 @@ def model_card(
 
 
 def shown_command(argv: list[str]) -> list[str]:
-    """The command line as others may see it: without the hub token's value, and of a place on this disk its last part
-    alone."""
+    """The command line as others may see it: without the hub token, and with only the last part of absolute paths."""
     shown, skip = [], False
     for word in argv:
         name = word.split("=", 1)[0].replace("-", "_")

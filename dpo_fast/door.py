@@ -123,8 +123,8 @@ def acknowledge(message: str) -> None:
 class SteadyStream:
     """A text stream that drops what it cannot write: a closed terminal or a full log disk must not end a run.
 
-    What a terminal would obey is escaped (`printable`). Lines and tabs stay, a carriage return at the begin and the end
-    of what is written, which a progress bar begins with, and its way up to another bar, which it writes by itself.
+    What a terminal would obey is escaped (`printable`), except what text and progress bars need: line breaks, tabs,
+    carriage returns at the beginning or end of a write, and a write that only moves the cursor up.
     """
 
     def __init__(self, stream: IO[str]) -> None:

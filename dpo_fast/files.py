@@ -256,7 +256,7 @@ def exists(path: Path) -> bool:
 
 
 def file_name(text: str) -> str:
-    """A path in a text as this process gives it to the system: file names are UTF-8, also in an ASCII locale.
+    """A path from a text as Python must pass it to the system: file names are UTF-8, even in an ASCII locale.
 
     Raises ValueError for half a surrogate pair.
     """
@@ -264,7 +264,7 @@ def file_name(text: str) -> str:
 
 
 def is_inside(name: object) -> bool:
-    """Whether a name that a file gives is one of a file below a folder: relative, and without `..`."""
+    """Whether a name found in a file stays below the folder it is relative to: not absolute, and without `..`."""
     if not isinstance(name, str) or not name or "\0" in name:
         return False
     path = Path(name)

@@ -58,9 +58,9 @@ def revision_of(
 
 
 def public_name(name: str | Path) -> str:
-    """A name as results say it, which others may read: of an absolute path its last part, of anything else the name.
+    """A name as published results show it: the last part of an absolute path; any other name unchanged.
 
-    One part after a slash (`/imagine a cat`) is a path only where there is such a file.
+    A slash and one more part (`/imagine a cat`) counts as a path only if that file exists.
     """
     name = str(name)
     path = PureWindowsPath(name) if re.match(r"[A-Za-z]:[\\/]|\\\\", name) else PurePath(name)

@@ -30,8 +30,8 @@ void preload_noise_pair();
 void preload_pair_errors();
 void preload_dpo_loss();
 
-// Makes a device current while it lives. native.py has made it so in PyTorch's runtime, and so in the driver, from
-// which this static runtime takes it: then nothing changes here, and PyTorch's runtime is not left on another device.
+// Makes a device current while it lives. native.py has already made it current in PyTorch's runtime and thereby in the
+// driver, which this static runtime follows; so nothing changes here, and PyTorch's runtime keeps its device.
 class OnDevice {
  public:
   explicit OnDevice(int device) {

@@ -1,7 +1,7 @@
-"""The numbers that the implementations of the ops share, where float32 is as each backend computes it.
+"""The constants of the ops' float32 arithmetic, used by the Triton kernels and, for Philox, by the reference.
 
-csrc/arithmetic.h has them a second time, as it has to; tests/kernels/test_constants.py compares. Polynomials are listed
-from the highest coefficient down and rounded after every product and sum.
+C++ needs its own copy, in csrc/arithmetic.h; tests/kernels/test_constants.py holds the two equal. Polynomials list
+their highest coefficient first and round after every product and every sum.
 """
 
 # Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): products and key increments
@@ -22,7 +22,7 @@ COSINE_POLYNOMIAL = (59.42422103881836, -85.44882202148438, 64.93936920166016, -
 
 EXP_RANGE = (-104.0, 89.0)  # e^x is 0 below and infinity above
 LOG2_E = 1.4426950216293335
-# 1.5 * 2^23: what is added to it is rounded to an integer, by which the sum's bits exceed those of this number
+# 1.5 * 2^23: adding x rounds x to an integer, and the sum's bits minus this number's bits are that integer
 ROUND_TO_INTEGER, ROUND_TO_INTEGER_BITS = 12582912.0, 0x4B400000
 LN_2_HIGH, LN_2_LOW = 0.693145751953125, 1.428606765330187e-06  # 16 bits, and the rest
 # e^r = 1 + r + r^2 q(r) for |r| <= ln(2) / 2: q

@@ -2,8 +2,9 @@
 
 The policy runs with a graph and the reference without one, LoRA's without adapters too: these are several programs of
 one block. Inductor keeps in fp32 what an eager UNet rounds between two operators, and where it does so depends on what
-it could fuse, so two programs would differ. Compiled blocks therefore round where eager ones do. On a GPU it also times
-several cuts of a sum and takes the fastest, another one for another program: `deterministic` chooses by rules instead.
+it could fuse, so two programs would differ. Compiled blocks therefore round where eager ones do. On a GPU, Inductor
+also times several ways to split a reduction and keeps the fastest, which may differ between two programs;
+`deterministic` makes it choose by rules instead.
 """
 
 import importlib
