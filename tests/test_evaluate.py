@@ -296,7 +296,7 @@ def test_the_implicit_reward_needs_no_images(moved, pairs, tmp_path, capfd):
     argv = ["--policy", moved, "--dataset_name", pairs, "--draws", 2, "--output_dir", tmp_path / "out"]
     assert main([str(word) for word in argv]) == 0
     found = summary(tmp_path / "out")["implicit"]
-    revisions = [found["files"]["pairs"][str(pairs)], *found["files"]["reference"].values()]
+    revisions = [found["files"]["pairs"][pairs.name], *found["files"]["reference"].values()]
     revisions += found["files"]["policy"].values()
     assert len(revisions) == 4 and all(re.fullmatch("files [0-9a-f]{16}", of) for of in revisions)
     assert found["pairs"] == 12 and found["draws"] == 2 and 0 <= found["implicit_accuracy"] <= 1

@@ -424,7 +424,7 @@ def _write_pipeline(folder: Path) -> None:
     index = {
         "_class_name": "StableDiffusionPipeline",
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "x"],
+        "vae": ["diffusers", "AutoencoderKL"],
     }
     (folder / "model_index.json").write_text(json.dumps(index))
     for name, content in {
