@@ -52,6 +52,7 @@ R = TypeVar("R")
 PART_ROWS = 16384  # rows hashed between two writes of the manifest
 PROMPTS_A_CALL = 64  # captions a call of the text encoders on a GPU
 ROWS_AHEAD = 64  # read and hashed before they are needed
+BYTES_AHEAD = 1 << 29  # of values whose size is known, such as decoded images
 
 Images = tuple[bytes | BadImage, bytes | BadImage]  # of a row, in its order: bytes, or keys
 
@@ -538,15 +539,34 @@ def _first_bad(row: int, keys: Images, faults: dict[bytes, str], columns: Sequen
     return None
 
 
-def ahead(pool: ThreadPoolExecutor, plans: Iterable["R | Callable[[], R]"], depth: int) -> Iterator[R]:
-    """The plans' values in order; those that are functions run in the pool, up to `depth` before they are needed."""
-    pending: deque = deque()
+class Sized(NamedTuple):
+    """A plan whose value takes this many bytes."""
+
+    plan: Callable[[], Any]
+    bytes: int
+
+
+def ahead(pool: ThreadPoolExecutor, plans: Iterable["R | Callable[[], R] | Sized"], depth: int) -> Iterator[R]:
+    """The plans' values in order; those that are functions run in the pool, up to `depth` before they are needed.
+
+    Fewer run ahead where they are `Sized` and together larger than `BYTES_AHEAD`.
+    """
+    pending: deque[tuple[Callable[[], R], int]] = deque()
+    held = 0
     for plan in plans:
-        pending.append(pool.submit(plan).result if callable(plan) else lambda value=plan: value)
+        plan, size = plan if isinstance(plan, Sized) else (plan, 0)
+        while pending and held + size > BYTES_AHEAD:
+            value, freed = pending.popleft()
+            held -= freed
+            yield value()
+        pending.append((pool.submit(plan).result if callable(plan) else lambda value=plan: value, size))
+        held += size
         if len(pending) > depth:
-            yield pending.popleft()()
+            value, freed = pending.popleft()
+            held -= freed
+            yield value()
     while pending:
-        yield pending.popleft()()
+        yield pending.popleft()[0]()
 
 
 def _groups(items: Iterator[T], size: int) -> Iterator[list[T]]:

@@ -8,25 +8,27 @@ import torch
 T = TypeVar("T")
 
 WAITING = 4  # batches: how many images wait for others of their size, at most
+BYTES = 1 << 29  # of the images that wait, at most
 
 
 def batches_by_size(items: Iterable[T], size_of: Callable[[T], torch.Size], batch_size: int) -> Iterator[list[T]]:
     """Every item once, in batches of at most `batch_size` items of one size, which follow from the items' order alone.
 
-    A batch is smaller where there are no more of its size, and where so many wait that the oldest must do as it is (the
-    largest would not: among many rare sizes a frequent one would never fill a batch).
+    An item is an image of `size_of` bytes. A batch is smaller where there are no more of its size. When more than
+    WAITING batches or BYTES are held, the oldest batch is yielded as it is (the largest would not do: among many rare
+    sizes a frequent one would never fill a batch).
     """
     waiting: dict[torch.Size, list[T]] = {}
-    held = 0
+    held = held_bytes = 0
     for item in items:
         size = size_of(item)
         waiting.setdefault(size, []).append(item)
         held += 1
-        if len(waiting[size]) < batch_size:
-            if held <= WAITING * batch_size:
-                continue
-            size = next(iter(waiting))
-        batch = waiting.pop(size)
-        held -= len(batch)
-        yield batch
+        held_bytes += size.numel()
+        while len(waiting.get(size, ())) >= batch_size or held > WAITING * batch_size or held_bytes > BYTES:
+            ready = size if len(waiting.get(size, ())) >= batch_size else next(iter(waiting))
+            batch = waiting.pop(ready)
+            held -= len(batch)
+            held_bytes -= len(batch) * ready.numel()
+            yield batch
     yield from waiting.values()

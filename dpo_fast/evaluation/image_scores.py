@@ -11,14 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dpo_fast.caching import ahead
+from dpo_fast.caching import Sized, ahead
 from dpo_fast.checksums import delete_damaged, parse_signed, write_signed_json
-from dpo_fast.data.images import image_key
+from dpo_fast.data.images import decoded_bytes, image_key
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.by_size import batches_by_size
 from dpo_fast.evaluation.pairing import THREADS, Files
@@ -46,13 +47,21 @@ def score_images(
     Raises BadInput, on every rank, for an image that does not open and for a score that is not finite.
     """
     assert len(images) == len(prompts)
-    keys = ranks.on_all(lambda: _keys(images, prompts))
+    units = ranks.on_all(lambda: _units(images, prompts))
     ranks.on_main(lambda: [_tidy(folder / name) for name in scorers])
     found = {}
     for name, (describe, load) in scorers.items():
-        kept = _scores(name, describe, cache(load), images, prompts, keys, folder / name, ranks, batch_size)
-        found[name] = torch.tensor([kept[key] for key in keys], dtype=torch.float64)
+        kept = _scores(name, describe, cache(load), images, prompts, units, folder / name, ranks, batch_size)
+        found[name] = torch.tensor([kept[unit.key] for unit in units], dtype=torch.float64)
     return found
+
+
+class _Unit(NamedTuple):
+    """An image and its prompt."""
+
+    row: int
+    key: str  # of the image's bytes and the prompt
+    bytes: int  # of the decoded image
 
 
 def _scores(
@@ -61,7 +70,7 @@ def _scores(
     load: Callable[[], Scorer],  # loads once
     images: Files,
     prompts: Sequence[str],
-    keys: Sequence[str],
+    units: Sequence[_Unit],
     folder: Path,
     ranks: Ranks,
     batch_size: int,
@@ -73,10 +82,10 @@ def _scores(
         ranks.on_main(lambda: found.update(describe()))
         return ranks.share(found)
 
-    def lacking() -> list[tuple[str, int]]:
-        return [*{key: row for row, key in enumerate(keys) if key not in kept}.items()]
+    def lacking() -> list[_Unit]:
+        return [*{unit.key: unit for unit in units if unit.key not in kept}.values()]
 
-    def share() -> list[tuple[str, int]]:
+    def share() -> list[_Unit]:
         return lacking()[ranks.rank :: ranks.world_size]
 
     about = facts()
@@ -97,16 +106,18 @@ def _scores(
     return kept
 
 
-def _keys(images: Files, prompts: Sequence[str]) -> list[str]:
-    def key(path: Path, prompt: str) -> str:
+def _units(images: Files, prompts: Sequence[str]) -> list[_Unit]:
+    def unit(row: int) -> _Unit:
+        path = images.paths[row]
         try:
             data = read_bytes(path)
         except OSError as error:
             raise BadInput(f"{path} cannot be read ({error.strerror or error})") from error
-        return hashlib.blake2b(image_key(data) + prompt.encode(), digest_size=16).hexdigest()
+        key = hashlib.blake2b(image_key(data) + prompts[row].encode(), digest_size=16).hexdigest()
+        return _Unit(row, key, decoded_bytes(data))
 
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(key, images.paths, prompts))
+        return list(pool.map(unit, range(len(images))))
 
 
 def _read(folder: Path, about: Mapping[str, str]) -> dict[str, float]:
@@ -150,31 +161,32 @@ class _Work:
         self.name, self.load, self.images, self.prompts = name, load, images, prompts
         self.file, self.about, self.batch_size = file, about, batch_size
 
-    def score(self, units: Sequence[tuple[str, int]], show: bool) -> None:
-        """Score the images of these (key, row); show: with a progress bar."""
+    def score(self, units: Sequence[_Unit], show: bool) -> None:
+        """Score these images; show: with a progress bar."""
         if not units:
             return
         scorer = self.load()
-        scorer.check([self.prompts[row] for _, row in units])
+        scorer.check([self.prompts[unit.row] for unit in units])
         self.file.parent.mkdir(parents=True, exist_ok=True)
         scores = _read_one(self.file, self.about)
         unwritten = 0
 
-        def judge(batch: list[tuple[str, int, Tensor]]) -> None:
-            texts = [self.prompts[row] for _, row, _ in batch]
-            values = scorer.score(torch.stack([pixels for *_, pixels in batch]), texts)
+        def judge(batch: list[tuple[_Unit, Tensor]]) -> None:
+            texts = [self.prompts[unit.row] for unit, _ in batch]
+            values = scorer.score(torch.stack([pixels for _, pixels in batch]), texts)
             if not values.isfinite().all():
-                row = batch[int((~values.isfinite()).nonzero()[0])][1]
-                raise BadInput(f"scorer {self.name} gives no finite score for {self.images.paths[row]}: leave it out")
-            scores.update(zip((key for key, *_ in batch), values.tolist(), strict=True))
+                unit = batch[int((~values.isfinite()).nonzero()[0])][0]
+                path = self.images.paths[unit.row]
+                raise BadInput(f"scorer {self.name} gives no finite score for {path}: leave it out")
+            scores.update(zip((unit.key for unit, _ in batch), values.tolist(), strict=True))
             bar.update(len(batch))
 
         pool = ThreadPoolExecutor(THREADS)
         bar = tqdm(total=len(units), desc=f"scoring, {self.name}", unit=" images", disable=not show)
         try:
-            plans = (partial(lambda key, row: (key, row, self.images[row]), *unit) for unit in units)
+            plans = (Sized(partial(lambda unit: (unit, self.images[unit.row]), unit), unit.bytes) for unit in units)
             read = ahead(pool, plans, 2 * self.batch_size)
-            for batch in batches_by_size(read, lambda unit: unit[2].shape, self.batch_size):
+            for batch in batches_by_size(read, lambda one: one[1].shape, self.batch_size):
                 judge(batch)
                 unwritten += len(batch)
                 if unwritten >= KEPT_AFTER:

@@ -26,10 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dpo_fast import locks
-from dpo_fast.caching import ahead
+from dpo_fast.caching import Sized, ahead
 from dpo_fast.checksums import delete_damaged, parse_signed, read_signed_json, write_signed_json
 from dpo_fast.data import BadImage, BadRow, PairIndex, Source
-from dpo_fast.data.images import decode, image_key
+from dpo_fast.data.images import decode, decoded_bytes, image_key
 from dpo_fast.data.pairs import too_many_bad
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.by_size import batches_by_size
@@ -199,7 +199,8 @@ class _Work:
         values: dict[Key, dict[str, float]] = {}
 
         def decoded() -> Iterator[tuple[_Unit, Tensor]]:
-            plans = (partial(_pixels, unit) for unit in self._units(rows, keys, bad, pool))
+            units = self._units(rows, keys, bad, pool)
+            plans = (Sized(partial(_pixels, unit), decoded_bytes(unit.data)) for unit in units)
             for unit, pixels in ahead(pool, plans, 2 * self.batch_size):
                 if isinstance(pixels, BadImage):
                     faults[unit.key] = pixels.reason

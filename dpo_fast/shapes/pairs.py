@@ -15,7 +15,9 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
+from dpo_fast.errors import BadInput
 from dpo_fast.files import atomic_file, write_text
+from dpo_fast.models.untrusted import check_pipeline
 from dpo_fast.quiet import no_loading_bars
 from dpo_fast.shapes.pretrain import GUIDANCE, SAMPLING_STEPS
 from dpo_fast.shapes.render import SCENES
@@ -36,6 +38,10 @@ def main() -> None:
     parser.add_argument("--pairs_per_caption", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    try:
+        check_pipeline(arguments.pipeline, weights=True)
+    except BadInput as error:
+        parser.error(str(error))
     with no_loading_bars():
         pipeline = StableDiffusionPipeline.from_pretrained(arguments.pipeline)
     train, held_out = split()

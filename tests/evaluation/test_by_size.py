@@ -4,6 +4,7 @@ import random
 
 import torch
 
+from dpo_fast.evaluation import by_size
 from dpo_fast.evaluation.by_size import WAITING, batches_by_size
 
 
@@ -40,3 +41,22 @@ def test_of_many_sizes_few_wait_and_a_frequent_one_still_fills_batches():
             frequent.append(len(part))
     assert done == len(sizes) == read and frequent == [batch] * 10
     assert most <= WAITING * batch + 1 < len(sizes)
+
+
+def test_large_images_do_not_wait_for_a_full_batch(monkeypatch):
+    monkeypatch.setattr(by_size, "BYTES", 1 << 20)
+    batch, sizes = 8, [random.choice((200, 300, 400)) for _ in range(60)]
+    held, most = 0, 0
+
+    def reading():
+        nonlocal held, most
+        for item in given(sizes):
+            held += item[1].numel()
+            most = max(most, held)
+            yield item
+
+    found = []
+    for part in by_size.batches_by_size(reading(), lambda item: item[1], batch):
+        held -= sum(size.numel() for _, size in part)
+        found += part
+    assert sorted(found) == given(sizes) and most <= by_size.BYTES + 3 * 400 * 400  # the newest

@@ -84,3 +84,12 @@ def test_pairs_are_two_generations_labelled_by_both_scorers(base):
     for name, score in pairs.PREFERENCES.items():
         gap = score(pixels(rows["jpg_0"]), captions) - score(pixels(rows["jpg_1"]), captions)
         assert rows[f"label_{name}"] == torch.where(gap.abs() < pairs.TIE[name], 0.5, (gap > 0).double()).tolist()
+
+
+def test_pairs_are_not_made_by_a_pipeline_that_names_code(tmp_path, monkeypatch, capsys):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "Mine", "unet": ["mine", "UNet"]}')
+    argv = ["pairs", "--pipeline", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit, match="2"):
+        pairs.main()
+    assert "names mine.UNet for unet" in capsys.readouterr().err and not (tmp_path / "out").exists()
