@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from dpo_fast.config import PRESETS
 from dpo_fast.files import write_json
+from dpo_fast.presets import PRESETS
 
 PAIRS = Path(str(PRESETS["shapes"]["dataset_name"]))
 VARIANTS = {

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dpo_fast.evaluation.statistics import Bootstrap
+from dpo_fast.statistics import Bootstrap
 
 PROMPTS = (10, 20, 40, 51, 80, 300)
 RATES = (0.5, 0.7, 0.8, 0.9, 0.95)

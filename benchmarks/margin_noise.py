@@ -71,10 +71,8 @@ def measure(trainer: Trainer, changes: list[float], pairs: int, precision: str) 
         margins, truths = [], []
         for batch in batches:
             latents, conditioning = trainer.encode(batch)
-            noisy, target = trainer.add_noise(latents, batch)
-            ref = trainer.reference(batch, noisy, conditioning)
-            prediction = trainer.family.denoise(trainer.unet, noisy, batch.timesteps, conditioning)
-            margins.append(trainer.loss(prediction, ref, target, batch).margin)
+            predictions = trainer.predict(batch, latents, conditioning)
+            margins.append(trainer.loss(predictions, batch).margin)
             truths.append(exact(trainer, policy, truth_reference, latents, conditioning, batch))
         margin, truth = torch.cat(margins).double()[:pairs], torch.cat(truths)[:pairs]
         difference = margin - truth

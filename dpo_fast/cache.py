@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dpo_fast.cli import guarded, leave, say, show_log
 from dpo_fast.config import parse, refuse_empty
-from dpo_fast.door import guarded, leave, say, show_log
 from dpo_fast.errors import BadInput, printable
 from dpo_fast.files import in_words, user_path
 

@@ -8,8 +8,7 @@ files as one that was never killed.
 
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -45,14 +44,13 @@ from dpo_fast.errors import FORBIDDEN, BadInput, disk_error, remedy
 from dpo_fast.files import in_words, remove_temporaries, user_path
 from dpo_fast.models import Family, image_encoding, nonfinite_rows, text_encoding
 from dpo_fast.parallel import Ranks
+from dpo_fast.threads import ahead
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 PART_ROWS = 16384  # rows hashed between two writes of the manifest
 PROMPTS_A_CALL = 64  # captions a call of the text encoders on a GPU
 ROWS_AHEAD = 64  # read and hashed before they are needed
-BYTES_AHEAD = 1 << 29  # of values whose size is known, such as decoded images
 
 Images = tuple[bytes | BadImage, bytes | BadImage]  # of a row, in its order: bytes, or keys
 
@@ -537,36 +535,6 @@ def _first_bad(row: int, keys: Images, faults: dict[bytes, str], columns: Sequen
         if key in faults:
             return BadRow(row, column, faults[key])
     return None
-
-
-class Sized(NamedTuple):
-    """A plan whose value takes this many bytes."""
-
-    plan: Callable[[], Any]
-    bytes: int
-
-
-def ahead(pool: ThreadPoolExecutor, plans: Iterable["R | Callable[[], R] | Sized"], depth: int) -> Iterator[R]:
-    """The plans' values in order; those that are functions run in the pool, up to `depth` before they are needed.
-
-    Fewer run ahead where they are `Sized` and together larger than `BYTES_AHEAD`.
-    """
-    pending: deque[tuple[Callable[[], R], int]] = deque()
-    held = 0
-    for plan in plans:
-        plan, size = plan if isinstance(plan, Sized) else (plan, 0)
-        while pending and held + size > BYTES_AHEAD:
-            value, freed = pending.popleft()
-            held -= freed
-            yield value()
-        pending.append((pool.submit(plan).result if callable(plan) else lambda value=plan: value, size))
-        held += size
-        if len(pending) > depth:
-            value, freed = pending.popleft()
-            held -= freed
-            yield value()
-    while pending:
-        yield pending.popleft()[0]()
 
 
 def _groups(items: Iterator[T], size: int) -> Iterator[list[T]]:

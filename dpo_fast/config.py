@@ -3,16 +3,12 @@
 Layers, later ones win: the defaults below, a preset, a YAML recipe (`--config`), the command line.
 """
 
-import contextlib
 import dataclasses
-import difflib
-import io
 import itertools
 import math
 import os
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,95 +16,10 @@ from typing import Literal
 import tyro
 import yaml
 
+from dpo_fast.cli import did_you_mean, one_line_errors
 from dpo_fast.errors import BadInput
 from dpo_fast.files import regular_file
-
-PICKAPIC = "yuvalkirstain/pickapic_v2"
-SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
-SDXL_VAE_FP16 = "madebyollin/sdxl-vae-fp16-fix"
-
-# What a full run of the paper's authors uses (their launch scripts, not the formula in the paper: the two differ
-# 2500-fold in the learning rate, and the launch scripts are what made the published weights).
-_PUBLISHED_FULL = dict(
-    tuning="full",
-    dataset_name=PICKAPIC,
-    beta_dpo=5000.0,
-    learning_rate=1e-8,
-    scale_lr=True,
-    pairs_per_step=2048,
-    lr_scheduler="constant_with_warmup",
-    max_train_steps=2000,
-    mixed_precision="fp16",
-)
-# The LoRA recipe of diffusers' README for SDXL and SDXL-Turbo.
-_PUBLISHED_LORA = dict(
-    pretrained_vae_model_name_or_path=SDXL_VAE_FP16,
-    dataset_name=PICKAPIC,
-    beta_dpo=5000.0,
-    learning_rate=1e-5,
-    rank=8,
-    train_batch_size=8,
-    gradient_accumulation_steps=2,
-    lr_scheduler="constant",
-    lr_warmup_steps=0,
-    max_train_steps=2000,
-    mixed_precision="fp16",
-)
-_SHAPES = Path(__file__).parent / "shapes"
-PRESETS: dict[str, dict[str, object]] = {
-    # The built-in world: everything is in the package, two cores are enough.
-    "shapes": dict(
-        pretrained_model_name_or_path=str(_SHAPES / "pipeline"),
-        dataset_name=str(_SHAPES / "pairs.parquet"),
-        label_column="label_faithfulness",
-        resolution=16,
-        # Chosen by the sweep in docs/alignment.md.
-        tuning="full",
-        beta_dpo=2000.0,
-        learning_rate=1e-5,
-        lr_scheduler="cosine",
-        lr_warmup_steps=0,
-        train_batch_size=24,
-        max_train_steps=160,
-        min_timestep=200,
-        dataloader_num_workers=0,
-        sampling_steps=10,
-        sampling_guidance=3.0,
-        eval_scorers=("faithfulness", "right", "appeal"),
-        eval_prompts=_SHAPES / "held_out.txt",
-        eval_images=512,
-        eval_batch_size=64,
-    ),
-    "sd15": dict(
-        _PUBLISHED_FULL,
-        pretrained_model_name_or_path="stable-diffusion-v1-5/stable-diffusion-v1-5",
-        resolution=512,
-        lr_warmup_steps=500,
-        proportion_empty_prompts=0.2,
-    ),
-    "sdxl": dict(
-        _PUBLISHED_FULL,
-        pretrained_model_name_or_path=SDXL_BASE,
-        resolution=1024,
-        train_batch_size=1,  # 47 GiB without computing anything twice
-        optimizer="adafactor",
-        lr_warmup_steps=200,
-        proportion_empty_prompts=0.2,
-    ),
-    "sdxl-lora": dict(
-        _PUBLISHED_LORA,
-        pretrained_model_name_or_path=SDXL_BASE,
-        resolution=1024,
-        train_batch_size=4,  # 47 GiB; the recipe's 16 pairs a step all the same
-        gradient_accumulation_steps=4,
-    ),
-    "turbo": dict(
-        _PUBLISHED_LORA,
-        pretrained_model_name_or_path="stabilityai/sdxl-turbo",
-        is_turbo=True,
-        resolution=512,
-    ),
-}
+from dpo_fast.presets import PICKAPIC, PRESETS
 
 
 @dataclass
@@ -408,40 +319,6 @@ def _early(flags: list[str]) -> _Early:
         return tyro.cli(_Early, args=wanted, return_unknown_args=True)[0]
 
 
-@contextlib.contextmanager
-def one_line_errors(flags: type) -> Iterator[None]:
-    """Turn tyro's boxed error and exit into a BadInput of one line; `--help` prints and exits as usual.
-
-    flags: the dataclass that is parsed, whose names are proposed for an unknown flag.
-    """
-    captured = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(captured):
-            yield
-    except SystemExit as exit_:
-        if exit_.code in (0, None):
-            raise
-        raise BadInput(_one_line(captured.getvalue(), flags)) from None
-
-
-def _one_line(box: str, flags: type) -> str:
-    """The message of tyro's error box, without its frame; of an unknown flag, with the nearest known one."""
-    lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in box.splitlines()]
-    lines = [line for line in lines if line and not line.startswith(("╭", "╰"))]
-    rule = next((i for i, line in enumerate(lines) if set(line) <= {"─", "-"}), len(lines))
-    message = " ".join(lines[:rule])
-    unknown = re.match(r"Unrecognized options: --([\w-]+)", message)
-    return message + (_did_you_mean(unknown[1], flags) if unknown else "") + "; --help lists every flag"
-
-
-def _did_you_mean(name: str, flags: type) -> str:
-    """A remark on the flags that are nearest to an unknown one: those that contain it, or the one spelt alike."""
-    name, names = name.replace("-", "_"), [field.name for field in dataclasses.fields(flags)]
-    containing = sorted((known for known in names if name in known), key=len)
-    near = containing[:2] or difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {' or '.join(f'--{known}' for known in near)}?)" if near else ""
-
-
 # What PyYAML raises beside its own errors for values that do not fit their tags: dates, numbers, empty ones.
 _OF_YAML = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
@@ -467,7 +344,7 @@ def _recipe_flags(path: Path) -> list[str]:
     for key, value in recipe.items():
         name = _word(path, "a flag's name", key).replace("-", "_")
         if name not in names:
-            raise BadInput(f"--config {path}: unknown flag {name!r:.200}{_did_you_mean(name, TrainConfig)}")
+            raise BadInput(f"--config {path}: unknown flag {name!r:.200}{did_you_mean(name, TrainConfig)}")
         if name == "config":
             raise BadInput(f"--config {path} names a further config; put everything into one file")
         if isinstance(value, bool) and name in ("compile", "zero_terminal_snr"):  # YAML's words for true and false

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_fast.door import guarded, leave, refuse, say, show_log
+from dpo_fast.cli import guarded, leave, refuse, say, show_log
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.evaluate_options import OF_GENERATION, EvaluateConfig, parse, refuse_idle
 from dpo_fast.evaluation.generate_options import seeds_of

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from dpo_fast.door import guarded, leave, refuse, say, show_log
+from dpo_fast.cli import guarded, leave, refuse, say, show_log
 from dpo_fast.evaluation.generate_options import GenerateConfig, parse, seeds_of
 from dpo_fast.evaluation.prompts import Where, read_prompts
 

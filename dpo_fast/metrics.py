@@ -103,13 +103,6 @@ def overoptimised(line: dict[str, object]) -> bool:
     return None not in (accuracy, chosen, rejected) and accuracy > 0.6 and chosen > 0 and rejected > 0
 
 
-def interval95(share: float, n: int) -> list[float]:
-    """The 95% interval [low, high] of a share of n independent cases: E. B. Wilson, JASA 22 (1927), 209."""
-    z = 1.959964
-    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
-
-
 class Clock:
     """Wall time of training steps: what they take in all, and what of it is waiting for data."""
 

@@ -39,6 +39,7 @@ from dpo_fast.data.images import SAME
 from dpo_fast.data.opening import is_local
 from dpo_fast.data.stream import VALIDATION_DRAWS, WINDOW
 from dpo_fast.errors import BadInput
+from dpo_fast.forward import AdapterOff, CachedErrors, FrozenCopy, NoReference, Reference
 from dpo_fast.kernels import dispatch
 from dpo_fast.metrics import LOGS, Extent, kept_lines
 from dpo_fast.models import (
@@ -57,7 +58,6 @@ from dpo_fast.models import (
 from dpo_fast.objectives import OBJECTIVES
 from dpo_fast.optim import MasterOptimizer
 from dpo_fast.parallel import Ranks
-from dpo_fast.reference import AdapterOff, CachedErrors, FrozenCopy, NoReference, Reference
 from dpo_fast.sampling import base_samples
 from dpo_fast.scoring import PairsOf, Scored, Scoring, Start
 

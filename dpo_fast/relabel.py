@@ -15,7 +15,7 @@ import time
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
-from dpo_fast.door import guarded, leave, refuse, say, show_log
+from dpo_fast.cli import guarded, leave, refuse, say, show_log
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.relabel_options import RelabelConfig, parse
 from dpo_fast.files import user_path

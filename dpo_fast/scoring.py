@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dpo_fast.caching import Cached, Wanted, ahead, root_of, said_in_one_line, together
+from dpo_fast.caching import Cached, Wanted, root_of, said_in_one_line, together
 from dpo_fast.config import TrainConfig
 from dpo_fast.data import Batch, PairIndex, PairTransform
 from dpo_fast.data.batch import EncodedPair, chosen_first, load_images
@@ -42,10 +42,11 @@ from dpo_fast.data.cache.store import (
 from dpo_fast.data.pairs import Usable, judge_streamed
 from dpo_fast.errors import BadInput
 from dpo_fast.files import read_json
-from dpo_fast.inputs import add_noise, conditioning_of
+from dpo_fast.forward import NoReference, conditioning_of, predict
 from dpo_fast.kernels import dispatch, pair_errors
 from dpo_fast.models import Family
 from dpo_fast.parallel import Ranks
+from dpo_fast.threads import ahead
 
 SCORING_BATCHES = 4  # training batches scored at once: without a backward pass activations are not kept
 SAMPLE = 64  # pairs at a draw that are scored again at every start
@@ -269,9 +270,11 @@ class Scoring:
         batch = batch.to(self.ranks.device, non_blocking=True)
         conditioning = conditioning_of(self.family, batch, batch.conditioning)
         with dispatch.backend(self.config.backend) if self.config.backend != "auto" else nullcontext():
-            noisy, target = add_noise(self.family, batch.latents, batch, self.transform.seed)
-            prediction = self.family.denoise(self.family.unet, noisy, batch.timesteps, conditioning)
-            errors = pair_errors(prediction, None, target).policy_error.view(2, -1).T.cpu().numpy().copy()
+            predictions = predict(
+                *(self.family, self.family.unet, NoReference(), batch, batch.latents, conditioning),
+                self.transform.seed,
+            )
+            errors = pair_errors(*predictions).policy_error.view(2, -1).T.cpu().numpy().copy()
         if not np.isfinite(errors).all():
             row = rows[int(np.argmin(np.isfinite(errors).all(1)))]
             raise BadInput(

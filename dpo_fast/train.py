@@ -9,8 +9,8 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from dpo_fast.cli import guarded, leave, refuse, say, show_log
 from dpo_fast.config import TrainConfig, parse
-from dpo_fast.door import guarded, leave, refuse, say, show_log
 
 if TYPE_CHECKING:
     from dpo_fast.evaluation.compare import Evaluation

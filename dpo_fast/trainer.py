@@ -17,18 +17,18 @@ from tqdm.auto import tqdm
 from dpo_fast import checkpoint, hub, run_folder, sampling
 from dpo_fast.card import model_card
 from dpo_fast.checksums import write_signed_json
+from dpo_fast.cli import acknowledge, on_signals
 from dpo_fast.config import public
 from dpo_fast.data import BadRow, Batch, validation_loader, write_report
 from dpo_fast.data.images import SAME
 from dpo_fast.data.pairs import faulty, too_many_bad
-from dpo_fast.door import acknowledge, on_signals
 from dpo_fast.errors import BadInput, mark_of_this_rank
 from dpo_fast.files import write_text
+from dpo_fast.forward import Predictions, conditioning_of, predict
 from dpo_fast.hub_revisions import public_name, revision_of
-from dpo_fast.inputs import add_noise, conditioning_of
 from dpo_fast.kernels import dispatch
 from dpo_fast.locks import Hold
-from dpo_fast.metrics import LOGS, Clock, MetricsFile, PairSums, for_trackers, interval95, overoptimised
+from dpo_fast.metrics import LOGS, Clock, MetricsFile, PairSums, for_trackers, overoptimised
 from dpo_fast.models import (
     Conditioning,
     nonfinite_rows,
@@ -40,6 +40,8 @@ from dpo_fast.models import (
 )
 from dpo_fast.objectives import OBJECTIVES, Terms, evaluate
 from dpo_fast.opening import COUNTS, Run
+from dpo_fast.pictures import before_after, save_png
+from dpo_fast.statistics import interval95
 
 OVEROPTIMISED_LINES = 3  # consecutive lines with its signature before it is called that: one line may be chance
 MANY_SKIPPED = 0.2  # the share of skipped updates above which a finished run says so
@@ -102,14 +104,10 @@ class Trainer:
             # draw: the loader drew timestep, flip, crop and dropout of each pair
             batch = self._next_batch()
             latents, conditioning = self.encode(batch)
-            # noise: one draw for both images, policy and reference
-            noisy, target = self.add_noise(latents, batch)
-            # reference first: it leaves nothing behind for the backward pass
-            ref = self.reference(batch, noisy, conditioning)
-            # policy
-            prediction = self.family.denoise(self.unet, noisy, batch.timesteps, conditioning)
+            # noise, reference, policy: one draw for both images and both models
+            predictions = self.predict(batch, latents, conditioning)
             # loss
-            terms = self.loss(prediction, ref, target, batch)
+            terms = self.loss(predictions, batch)
             self._count(self.sums, terms, batch)
             loss += terms.loss.detach() / passes
             if terms.implicit_reward is not None:
@@ -140,17 +138,16 @@ class Trainer:
                 self.nonfinite_caption = torch.maximum(self.nonfinite_caption, bad)
         return latents, conditioning_of(self.family, batch, encoded)
 
-    def add_noise(self, latents: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noisy latents [2B,C,h,w] in the compute dtype and the fp32 target."""
-        return add_noise(self.family, latents, batch, self.config.seed)
+    def predict(self, batch: Batch, latents: torch.Tensor, conditioning: Conditioning) -> Predictions:
+        """The predictions of policy and reference for a micro-batch that `encode` gave."""
+        seed = self.config.seed
+        return predict(self.family, self.unet, self.reference, batch, latents, conditioning, seed)
 
-    def loss(self, prediction: torch.Tensor, ref: torch.Tensor | None, target: torch.Tensor, batch: Batch) -> Terms:
+    def loss(self, predictions: Predictions, batch: Batch) -> Terms:
         """The objective over a micro-batch."""
         return evaluate(
             self.objective,
-            prediction,
-            ref,
-            target,
+            *predictions,
             self.config.beta_dpo,
             label=batch.label,
             weight=batch.weight,
@@ -257,8 +254,8 @@ class Trainer:
             if self.ranks.is_main:
                 after = self._sample()
         if self.ranks.is_main:
-            sheet = sampling.before_after(self.base_samples, after, run.prompts)
-            sampling.save_png(sheet, run.folder / "samples" / f"step-{run.step}.png")
+            sheet = before_after(self.base_samples, after, run.prompts)
+            save_png(sheet, run.folder / "samples" / f"step-{run.step}.png")
             self.ranks.track_picture("samples", sheet, run.step)
             if len(line) > 1:
                 self.validations.write(line)
@@ -280,11 +277,8 @@ class Trainer:
         for batch in batches:
             self.bad_rows_met += [BadRow(row, "", reason) for row, reason in batch.bad]
             batch = batch.to(self.ranks.device, non_blocking=True)
-            latents, conditioning = self.encode(batch)
-            noisy, target = self.add_noise(latents, batch)
-            ref = self.reference(batch, noisy, conditioning)
-            prediction = self.family.denoise(self.unet, noisy, batch.timesteps, conditioning)
-            self._count(sums, self.loss(prediction, ref, target, batch), batch)
+            predictions = self.predict(batch, *self.encode(batch))
+            self._count(sums, self.loss(predictions, batch), batch)
         return sums.read(self.ranks.sum_)["implicit_accuracy"]
 
     def save(self) -> None:

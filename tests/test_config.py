@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import yaml
 
-from dpo_fast.config import PRESETS, TrainConfig, parse, public, to_yaml
+from dpo_fast.config import TrainConfig, parse, public, to_yaml
 from dpo_fast.errors import BadInput
+from dpo_fast.presets import PRESETS
 
 NAMED = ["--pretrained_model_name_or_path", "m", "--dataset_name", "d"]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dpo_fast import checkpoint, door, hub_revisions, opening, parallel, run_folder
+from dpo_fast import checkpoint, cli, hub_revisions, opening, parallel, run_folder
 from dpo_fast.checksums import Damaged, delete_damaged, file_digest, signed, signed_text, write_signed_json
 from dpo_fast.config import parse
 from dpo_fast.data import build_index, open_source
@@ -332,17 +332,17 @@ def test_without_a_home_folder_no_folder_called_tilde_is_made(tmp_path, monkeypa
     one_line("set HOME", user_path, "~/.cache")
     one_line("set HOME", user_path, "~")
     assert user_path("~nobody-of-that-name/x") == Path("~nobody-of-that-name/x")
-    assert door.guarded(lambda: 0, kept="", go_on="") == 2
+    assert cli.guarded(lambda: 0, kept="", go_on="") == 2
     said = capfd.readouterr().err
     assert said.startswith("dpo_fast: error: no home folder is known") and "--latent_cache_dir" in said
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert door.guarded(lambda: 0, kept="", go_on="") == 0
+    assert cli.guarded(lambda: 0, kept="", go_on="") == 0
     assert user_path("~/x") == tmp_path / "x"
 
 
 def test_a_name_that_an_ascii_locale_cannot_write(tmp_path):
-    script = "import sys, pathlib; from dpo_fast.door import guarded\n"
+    script = "import sys, pathlib; from dpo_fast.cli import guarded\n"
     script += "sys.exit(guarded(lambda: pathlib.Path('Z\\xfcrich').mkdir() or 0, kept='', go_on=''))"
     plain = {**environment(), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     for changed, status in (({}, 2), ({"PYTHONUTF8": "1"}, 0)):

@@ -10,15 +10,16 @@ import dpo_fast
 ROOT = Path(dpo_fast.__file__).parent
 # From the ground up; modules of one level do not import each other, files of one package may.
 LEVELS = [
-    ["errors", "quiet"],
+    ["errors", "quiet", "threads", "statistics"],
     ["files", "heartbeat"],
-    ["door"],
+    ["cli"],
     ["locks", "checksums", "hub_revisions", "kernels"],
+    ["pictures", "presets"],
     ["draws", "schedule", "objectives", "config"],
     ["models", "data"],
     ["shapes"],
     ["card", "checkpoint", "hub", "metrics", "optim", "parallel", "plan", "plot", "run_folder", "sampling"],
-    ["inputs", "reference"],
+    ["forward"],
     ["caching"],
     ["scoring"],
     ["opening"],

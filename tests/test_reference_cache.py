@@ -21,8 +21,8 @@ from dpo_fast.data.cache import store
 from dpo_fast.data.cache.errors import BLOCK
 from dpo_fast.data.cache.recipe import Recipe
 from dpo_fast.data.cache.store import Store, Writer, begin_folder
+from dpo_fast.forward import CachedErrors, FrozenCopy
 from dpo_fast.models import Family
-from dpo_fast.reference import CachedErrors, FrozenCopy
 from dpo_fast.train import main
 from dpo_fast.trainer import Trainer
 from tests.helpers import pipelines, slow_build
@@ -138,7 +138,7 @@ def test_the_held_out_pairs_are_measured_without_a_reference(sdxl_path, tmp_path
     data = write_table(tmp_path / "pairs.parquet", pickapic(captions=[f"scene {i // 3}" for i in range(12)]))
     more = [*where, *MIXED, "--run_validation", "--validation_fraction", 0.3, "--learning_rate", 1e-3]
     online = train(sdxl_path, data, tmp_path / "online", *more)
-    monkeypatch.delattr("dpo_fast.reference.AdapterOff.__call__")
+    monkeypatch.delattr("dpo_fast.forward.AdapterOff.__call__")
     cached = train(sdxl_path, data, tmp_path / "cached", *more, "--cached_reference", 4)
     assert summary(cached)["validation_accuracy"] == pytest.approx(summary(online)["validation_accuracy"], abs=0.051)
     low, high = summary(cached)["validation_accuracy_ci95"]

@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 
 from dpo_fast import relabel, train
-from dpo_fast.config import PRESETS
 from dpo_fast.data import build_index, open_source
 from dpo_fast.data.cache.store import locked
 from dpo_fast.evaluation import judging, scorers
+from dpo_fast.presets import PRESETS
 from tests.helpers import fake_scorers
 from tests.helpers.pairs import as_image_feature, pickapic, preference, write_arrow_file, write_jsonl, write_table
 from tests.helpers.runs import SAMPLE, environment, flags_for

@@ -13,8 +13,8 @@ from PIL import Image
 
 from dpo_fast import checkpoint, sweep, train
 from dpo_fast.errors import BadInput
-from dpo_fast.metrics import interval95
 from dpo_fast.plot import COLOURS, Point, Series, against
+from dpo_fast.statistics import interval95
 from tests.helpers.runs import assert_same_state, environment, flags_for
 from tests.helpers.runs import train as train_alone
 

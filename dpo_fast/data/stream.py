@@ -31,6 +31,7 @@ from dpo_fast.data.images import share
 from dpo_fast.data.pairs import SaysNothing, Usable, faulty, judge_streamed, nothing_to_train_on, too_many_bad
 from dpo_fast.data.sources import BadRow, StreamedSource
 from dpo_fast.errors import BadInput, Unresponsive
+from dpo_fast.threads import one_ahead
 
 PATIENCE = 600  # seconds without a batch from any worker after which they are presumed dead
 
@@ -144,7 +145,7 @@ class StreamedPairs:
 
     def _from(self, first: int) -> "Iterator[_Placed]":
         """All pairs of the endless stream from position `first` on."""
-        with closing(_one_ahead(self._windows(first))) as windows:
+        with closing(one_ahead(self._windows(first))) as windows:
             for epoch, start, window in windows:
                 if start + len(window) <= first:
                     continue
@@ -365,19 +366,6 @@ def _windows_of(pairs: Iterator) -> Iterator[list]:
     """Cut into lists of WINDOW, the last one shorter."""
     while window := list(islice(pairs, WINDOW)):
         yield window
-
-
-def _one_ahead(items: Iterator) -> Iterator:
-    """The items of an endless iterator, the next one being made in a thread while the current one is used."""
-    pool = ThreadPoolExecutor(1)
-    try:
-        pending = pool.submit(next, items)
-        while True:
-            item = pending.result()
-            pending = pool.submit(next, items)
-            yield item
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _in_threads(make_batch, items: Iterator, num_workers: int, pin_memory: bool) -> Iterator[Batch]:

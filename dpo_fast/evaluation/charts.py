@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Protocol
 
-from dpo_fast.evaluation.statistics import Interval
+from dpo_fast.statistics import Interval
 
 EVEN = 0.5
 MIDDLE = 15  # of a bar's height, pixels

@@ -19,7 +19,8 @@ from dpo_fast.evaluation.signals import measure
 from dpo_fast.files import user_path, write_text
 from dpo_fast.models import Family
 from dpo_fast.parallel import Ranks
-from dpo_fast.sampling import before_after, sample, save_png, to_picture
+from dpo_fast.pictures import before_after, save_png, to_picture
+from dpo_fast.sampling import sample
 
 COLUMNS = 8  # of samples.png
 SEED_STRIDE = 1_000_003  # so that the images of neighbouring seeds of a run start from other noise

@@ -9,7 +9,7 @@ import torch
 from dpo_fast.errors import printable
 from dpo_fast.evaluation.scored import Scored
 from dpo_fast.evaluation.signals import Signal
-from dpo_fast.evaluation.statistics import (
+from dpo_fast.statistics import (
     RESAMPLES,
     Bootstrap,
     Counts,

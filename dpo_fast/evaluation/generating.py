@@ -37,7 +37,8 @@ from dpo_fast.files import read_bytes, remove_temporaries, user_path
 from dpo_fast.models import Family
 from dpo_fast.models.encoding import weights_digest
 from dpo_fast.parallel import Ranks
-from dpo_fast.sampling import picture_grid, sample, save_png, to_picture
+from dpo_fast.pictures import picture_grid, save_png, to_picture
+from dpo_fast.sampling import sample
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dpo_fast.caching import Sized, ahead
 from dpo_fast.checksums import delete_damaged, parse_signed, write_signed_json
 from dpo_fast.data.images import decoded_bytes, image_key
 from dpo_fast.errors import BadInput
@@ -26,6 +25,7 @@ from dpo_fast.evaluation.pairing import THREADS, Files
 from dpo_fast.evaluation.scorers import Scorer
 from dpo_fast.files import read_bytes, remove_temporaries
 from dpo_fast.parallel import Ranks
+from dpo_fast.threads import Sized, ahead
 
 KEPT_AFTER = 256  # images: what a killed process loses at most, on every rank
 

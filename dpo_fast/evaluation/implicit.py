@@ -9,7 +9,6 @@ caption are encoded once, and each draw is one forward pass of either model.
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -23,12 +22,12 @@ from dpo_fast.draws import timesteps
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.findings import FEW, counted
 from dpo_fast.evaluation.models import ModelSource, OneAtATime
-from dpo_fast.evaluation.statistics import Bootstrap, Interval
-from dpo_fast.inputs import add_noise, conditioning_of
+from dpo_fast.forward import AdapterOff, FrozenUNet, Reference, conditioning_of, predict
 from dpo_fast.kernels import pair_errors
-from dpo_fast.models import AdapterSwitch, nonfinite_rows
+from dpo_fast.models import nonfinite_rows
 from dpo_fast.models.load import component_config
 from dpo_fast.parallel import Ranks
+from dpo_fast.statistics import Bootstrap, Interval
 
 QUARTERS = 4  # noise levels, where timesteps are not a grid of few
 
@@ -332,16 +331,17 @@ class _Models:
         )
         _check_fit(policy, reference)
         self.resolution = policy.settled().resolution
-        self.device, self.off = device, nullcontext
+        self.device = device
         if replace(policy, adapter=None).weights() == reference.weights():
             self.family = OneAtATime(device).open(policy)
             self.policy_unet = self.family.unet
-            self.off = AdapterSwitch(self.policy_unet).off
+            self.reference: Reference = AdapterOff(self.family)
         else:
             other = OneAtATime(device).open(policy)
             predicts, self.policy_unet = other.schedule.prediction_type, other.unet
             del other  # the rest of it is not needed
             self.family = OneAtATime(device).open(reference)
+            self.reference = FrozenUNet(self.family, self.family.unet)
             if self.family.schedule.prediction_type != predicts:
                 raise BadInput(
                     f"the policy {policy} predicts {predicts} and {reference}, which it is measured against,"
@@ -376,11 +376,8 @@ class _Models:
         found = []
         for k, of_draw in enumerate(drawn):
             visit = replace(there, draw=torch.full_like(there.draw, k), timesteps=of_draw.to(self.device))
-            noisy, target = add_noise(family, latents, visit, transform.seed)
-            with self.off():
-                expected = family.denoise(family.unet, noisy, visit.timesteps, conditioning)
-            predicted = family.denoise(self.policy_unet, noisy, visit.timesteps, conditioning)
-            errors = pair_errors(predicted, expected, target)
+            asked = (visit, latents, conditioning, transform.seed)
+            errors = pair_errors(*predict(family, self.policy_unet, self.reference, *asked))
             found.append(torch.stack([errors.error_delta, errors.ref_error]).view(2, 2, -1))
         delta, ref_error = torch.stack(found).double().cpu().permute(1, 3, 0, 2)  # [B, draws, 2] each
         self._check_finite(batch, delta, ref_error)

@@ -26,7 +26,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dpo_fast import locks
-from dpo_fast.caching import Sized, ahead
 from dpo_fast.checksums import delete_damaged, parse_signed, read_signed_json, write_signed_json
 from dpo_fast.data import BadImage, BadRow, PairIndex, Source
 from dpo_fast.data.images import decode, decoded_bytes, image_key
@@ -36,6 +35,7 @@ from dpo_fast.evaluation.by_size import batches_by_size
 from dpo_fast.evaluation.scorers import Scorer
 from dpo_fast.files import read_bytes, remove_temporaries
 from dpo_fast.parallel import Ranks
+from dpo_fast.threads import Sized, ahead
 
 PART_ROWS = 256  # of the source; what a killed process loses at most, on every rank
 ROWS_AHEAD = 16  # read before they are needed

@@ -13,7 +13,7 @@ from dpo_fast.evaluation.gallery import LOSSLESS, Role, Shown, Thumbnail, choose
 from dpo_fast.evaluation.implicit import ImplicitAccuracy
 from dpo_fast.evaluation.scored import Scored
 from dpo_fast.evaluation.signals import Images, Signal
-from dpo_fast.evaluation.statistics import Interval
+from dpo_fast.statistics import Interval
 
 MAX_BYTES = 13_000_000  # of all images in the page
 TITLES = {"best": "Largest gains by {}", "worst": "Largest losses by {}", "random": "Drawn at random"}

@@ -18,8 +18,8 @@ from dpo_fast.data import BadImage, Source
 from dpo_fast.data.relabelled import DIGEST, LabelDigest, check_all
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.judging import Scores
-from dpo_fast.evaluation.statistics import binomial_interval
 from dpo_fast.files import atomic_file, read_bytes, regular_file
+from dpo_fast.statistics import binomial_interval
 
 GROUP_BYTES = 64 << 20  # of images, a row group of the file
 NOTE = b"dpo_fast.relabel"  # the key of what the file itself says about how it was made

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dpo_fast.caching import ahead
-from dpo_fast.evaluation.statistics import Bootstrap, Interval
+from dpo_fast.statistics import Bootstrap, Interval
+from dpo_fast.threads import ahead
 
 THREADS = min(8, os.cpu_count() or 1)  # a prompt's images each
 CELLS = 8  # a coarse picture has 8 x 8 cells

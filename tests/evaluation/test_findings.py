@@ -12,8 +12,8 @@ from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.findings import About, decimals, judge
 from dpo_fast.evaluation.scored import Scored, write_scores
 from dpo_fast.evaluation.signals import measure
-from dpo_fast.evaluation.statistics import win_rate
 from dpo_fast.files import write_json
+from dpo_fast.statistics import win_rate
 
 ABOUT = About("base", "runs/x", "a set", "1 May", {"Steps": "50"})
 

@@ -26,7 +26,8 @@ from dpo_fast.evaluation.naming import file_stem
 from dpo_fast.evaluation.prompts import Prompt
 from dpo_fast.generate import main
 from dpo_fast.models import load_family, merge_lora
-from dpo_fast.sampling import sample, to_picture
+from dpo_fast.pictures import to_picture
+from dpo_fast.sampling import sample
 from dpo_fast.shapes import base as shapes_base
 from tests.helpers.runs import start, train
 from tests.test_distributed import TORCHRUN

@@ -9,7 +9,7 @@ import pytest
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.judging import Scores
 from dpo_fast.evaluation.relabeling import Rule, agreement, label
-from dpo_fast.evaluation.statistics import binomial_interval
+from dpo_fast.statistics import binomial_interval
 
 EPS = np.finfo(np.float64).eps
 SOFT_ATOL = 4 * EPS  # a soft label is 1/2 and the half of a tanh, each known to half an ulp, whatever is left of them

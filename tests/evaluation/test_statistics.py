@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_fast.evaluation import statistics
-from dpo_fast.evaluation.statistics import (
+from dpo_fast import statistics
+from dpo_fast.statistics import (
     RESAMPLES,
     Bootstrap,
     binomial_interval,

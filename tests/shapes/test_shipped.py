@@ -12,8 +12,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 
 from dpo_fast import shapes
-from dpo_fast.config import PRESETS
 from dpo_fast.evaluation.prompts import read_lines
+from dpo_fast.presets import PRESETS
 from dpo_fast.shapes import pairs, pretrain
 from dpo_fast.shapes.render import SCENES
 

@@ -14,7 +14,7 @@ from functools import cache
 from importlib.metadata import version
 from types import ModuleType
 
-from dpo_fast.door import say
+from dpo_fast.cli import say
 
 
 def cleaned(prompt: str) -> str:

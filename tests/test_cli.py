@@ -13,7 +13,7 @@ import unicodedata
 import pytest
 from tqdm import tqdm
 
-from dpo_fast.door import SteadyStream, guarded, on_signals, say, show_log
+from dpo_fast.cli import SteadyStream, guarded, on_signals, say, show_log
 from dpo_fast.errors import BadInput, Unresponsive, printable
 from tests.helpers.runs import environment
 

@@ -7,15 +7,19 @@ Exit status: 0 done, 2 input that cannot be used (one line on stderr), 130 inter
 traceback), or something that never answers (one line).
 """
 
+import dataclasses
+import difflib
+import io
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from types import TracebackType
 from typing import IO, NoReturn
 
@@ -223,3 +227,37 @@ def show_log() -> None:
         handler.setFormatter(_OneLine("dpo_fast: %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
+
+
+@contextmanager
+def one_line_errors(flags: type) -> Iterator[None]:
+    """Turn tyro's boxed error and exit into a BadInput of one line; `--help` prints and exits as usual.
+
+    flags: the dataclass that is parsed, whose names are proposed for an unknown flag.
+    """
+    captured = io.StringIO()
+    try:
+        with redirect_stderr(captured):
+            yield
+    except SystemExit as exit_:
+        if exit_.code in (0, None):
+            raise
+        raise BadInput(_one_line(captured.getvalue(), flags)) from None
+
+
+def _one_line(box: str, flags: type) -> str:
+    """The message of tyro's error box, without its frame; of an unknown flag, with the nearest known one."""
+    lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in box.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("╭", "╰"))]
+    rule = next((i for i, line in enumerate(lines) if set(line) <= {"─", "-"}), len(lines))
+    message = " ".join(lines[:rule])
+    unknown = re.match(r"Unrecognized options: --([\w-]+)", message)
+    return message + (did_you_mean(unknown[1], flags) if unknown else "") + "; --help lists every flag"
+
+
+def did_you_mean(name: str, flags: type) -> str:
+    """A remark on the flags that are nearest to an unknown one: those that contain it, or the one spelt alike."""
+    name, names = name.replace("-", "_"), [field.name for field in dataclasses.fields(flags)]
+    containing = sorted((known for known in names if name in known), key=len)
+    near = containing[:2] or difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {' or '.join(f'--{known}' for known in near)}?)" if near else ""

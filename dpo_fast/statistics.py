@@ -277,3 +277,10 @@ def _students_t(freedom: int) -> float:
     while (angle := (low + high) / 2) not in (low, high):
         low, high = (angle, high) if within(angle) < CONFIDENCE else (low, angle)
     return math.sqrt(freedom) * math.tan(angle)
+
+
+def interval95(share: float, n: int) -> list[float]:
+    """The 95% interval [low, high] of a share of n independent cases: E. B. Wilson, JASA 22 (1927), 209."""
+    z = 1.959964
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]

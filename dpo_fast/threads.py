@@ -1,0 +1,53 @@
+"""Work in threads ahead of its use: values in order, few waiting, nothing lost when it ends early."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+BYTES_AHEAD = 1 << 29  # of values whose size is known, such as decoded images
+
+
+class Sized(NamedTuple):
+    """A plan whose value takes this many bytes."""
+
+    plan: Callable[[], Any]
+    bytes: int
+
+
+def ahead(pool: ThreadPoolExecutor, plans: Iterable["T | Callable[[], T] | Sized"], depth: int) -> Iterator[T]:
+    """The plans' values in order; those that are functions run in the pool, up to `depth` before they are needed.
+
+    Fewer run ahead where they are `Sized` and together larger than `BYTES_AHEAD`.
+    """
+    pending: deque[tuple[Callable[[], T], int]] = deque()
+    held = 0
+    for plan in plans:
+        plan, size = plan if isinstance(plan, Sized) else (plan, 0)
+        while pending and held + size > BYTES_AHEAD:
+            value, freed = pending.popleft()
+            held -= freed
+            yield value()
+        pending.append((pool.submit(plan).result if callable(plan) else lambda value=plan: value, size))
+        held += size
+        if len(pending) > depth:
+            value, freed = pending.popleft()
+            held -= freed
+            yield value()
+    while pending:
+        yield pending.popleft()[0]()
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items of an endless iterator, the next one being made in a thread while the current one is used."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        pending = pool.submit(next, items)
+        while True:
+            item = pending.result()
+            pending = pool.submit(next, items)
+            yield item
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
