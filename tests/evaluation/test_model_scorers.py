@@ -165,11 +165,11 @@ def test_a_batch_is_only_a_batch(published, name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_near(published, name, dtype):
-    images = images_for(PROMPTS)
-    scores = load(published, name).score(images, PROMPTS)
-    half = load(published, name, dtype=dtype).score(images, PROMPTS)
-    spread = scores.abs().max()
-    assert 0 < (half - scores).abs().max() < (0.02 if dtype == torch.float16 else 0.1) * spread
+    prompts = PROMPTS * 6  # of a few images all scores may lie near 0
+    images = images_for(prompts)
+    scores = load(published, name).score(images, prompts)
+    half = load(published, name, dtype=dtype).score(images, prompts)
+    assert 0 < (half - scores).abs().max() < (0.02 if dtype == torch.float16 else 0.1) * scores.abs().max()
 
 
 @pytest.mark.parametrize("name", ["pickscore", "hpsv2", "clip"])

@@ -111,11 +111,11 @@ def test_what_does_not_end_does_not_hold(monkeypatch):
 
 def test_what_takes_much_memory_does_not_hold(monkeypatch):
     def take(folder: Path, names) -> None:
-        bytearray(b"x" * (1 << 20) * 64)
+        bytearray(b"x" * (1 << 28))  # twice 256 MiB: some kernels take cold pages away meanwhile
 
     outcome = judged(monkeypatch, take, peak_mib=32)
-    assert "more than 32" in outcome.wrong and 60 < outcome.peak_mib < 200
-    assert judged(monkeypatch, take, peak_mib=256).wrong is None
+    assert "more than 32" in outcome.wrong and 32 < outcome.peak_mib < 600
+    assert judged(monkeypatch, take, peak_mib=600).wrong is None
 
 
 def test_a_case_is_kept_as_text():

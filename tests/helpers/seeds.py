@@ -73,6 +73,11 @@ class Seeds:
         self.run_seed = run_seed
         self.drawing_fixtures: set[str] = set()
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: object) -> None:
+        """Hand the seed to a worker of pytest-xdist, which gets the command line alone."""
+        node.workerinput["seed"] = self.run_seed
+
     def pytest_report_header(self) -> str:
         return f"seed: {self.run_seed} (draw the same again: --seed {self.run_seed})"
 
@@ -131,8 +136,10 @@ def addoption(parser: pytest.Parser) -> None:
 
 
 def configure(config: pytest.Config) -> None:
-    """Choose the run's seed, which pytest-xdist hands to its workers with the other options, and start the plugin."""
-    if config.option.seed is None:
+    """Choose the run's seed, or take the one that pytest-xdist brings to a worker, and start the plugin."""
+    if hasattr(config, "workerinput"):
+        config.option.seed = config.workerinput["seed"]
+    elif config.option.seed is None:
         config.option.seed = secrets.randbits(31)
     secrets.randbits = random.getrandbits
     config.pluginmanager.register(Seeds(config.option.seed), "seeds")
