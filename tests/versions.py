@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from dpo_fast import shapes
 from tests.faults.commands import contents, differences
 from tests.helpers import pipelines
 from tests.helpers.pairs import write_pickapic
@@ -50,7 +51,6 @@ CASES = {
         TRAIN.replace("../pairs", "labelled") + " --soft_labels",
     ],
 }
-PROMPTS = "a red circle above a green square\na small blue triangle\n"
 
 
 def run(checkout: Path, inputs: Path, case: str) -> dict[str, bytes | str]:
@@ -83,8 +83,9 @@ def main() -> int:
         inputs = Path(place).resolve()
         pipelines.make_sdxl(inputs / "sdxl")
         pipelines.make_sd15(inputs / "sd15")
-        write_pickapic(inputs / "pairs.parquet")
-        (inputs / "prompts.txt").write_text(PROMPTS)
+        captions = Path(shapes.__file__).with_name("held_out.txt").read_text().splitlines()[:6]
+        write_pickapic(inputs / "pairs.parquet", captions=[captions[row % 6] for row in range(12)])
+        (inputs / "prompts.txt").write_text("\n".join(captions[:2]) + "\n")
         for case in arguments.cases or CASES:
             other, this = (run(checkout.resolve(), inputs, case) for checkout in (arguments.other, ROOT))
             lines = differences(other, this)
