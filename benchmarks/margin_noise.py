@@ -24,8 +24,8 @@ from dpo_fast import parallel
 from dpo_fast.config import parse
 from dpo_fast.data import Batch
 from dpo_fast.kernels import reference
-from dpo_fast.opening import open_run
-from dpo_fast.trainer import Trainer
+from dpo_fast.training.run import open_run
+from dpo_fast.training.trainer import Trainer
 
 PRECISIONS = ("no", "fp16", "bf16")
 
@@ -91,7 +91,7 @@ def measure(trainer: Trainer, changes: list[float], pairs: int, precision: str) 
 def first(trainer: Trainer, pairs: int) -> Iterator[Batch]:
     seen = 0
     while seen < pairs:
-        batch = next(trainer.run_.batches).to(trainer.ranks.device)
+        batch = next(trainer.run.batches).to(trainer.ranks.device)
         seen += len(batch.pair_id)
         yield batch
 

@@ -160,7 +160,7 @@ def commands_of(folder: Path, case: str, resolution: int, stored: str, more: lis
     settings = [*flags(folder, resolution), *more]
     train, two = [sys.executable, "-m", "dpo_fast.train", *settings], ["--max_train_steps", "2"]
     return {
-        "imports": [sys.executable, "-c", "import dpo_fast.opening, dpo_fast.trainer"],
+        "imports": [sys.executable, "-c", "import dpo_fast.training.run, dpo_fast.training.trainer"],
         "make": [*parts, "make", str(folder), case, str(resolution), stored],
         "dry run": [*train, *two, "--dry-run"],
         "cache": [sys.executable, "-m", "dpo_fast.cache", "build", *settings, *two],

@@ -42,9 +42,9 @@ def make(folder: Path, case: str, resolution: int, dtype: str) -> None:
 @torch.no_grad()
 def policy(folder: Path, resolution: int) -> None:
     """Write FOLDER/policy.safetensors: one input of the UNet, and what base and policy predict for it."""
-    from dpo_fast import checkpoint
     from dpo_fast.models import add_lora, load_family
     from dpo_fast.models.lora import AdapterSwitch
+    from dpo_fast.training import checkpoint
 
     family = load_family(folder / "model", dtype=torch.bfloat16, device="cpu")
     unet = family.unet

@@ -20,7 +20,7 @@ from typing import Any
 from dpo_fast.cli import guarded, leave, say, show_log
 from dpo_fast.config import parse, refuse_empty
 from dpo_fast.errors import BadInput, printable
-from dpo_fast.files import in_words, user_path
+from dpo_fast.files import human_bytes, user_path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def _run(argv: list[str]) -> int:
         return _reference(argv[1:])
     refuse_empty(argv)
     arguments = _parse(argv)
-    from dpo_fast.data.cache import store, upkeep
+    from dpo_fast.caching import store, upkeep
 
     root = user_path(arguments.latent_cache_dir or store.default_root())
     if arguments.command == "verify":
@@ -48,7 +48,7 @@ def _run(argv: list[str]) -> int:
     found = upkeep.entries(root)
     if arguments.command == "prune":
         return _prune(upkeep, root, found, arguments)
-    print(f"{root}: {in_words(sum(entry.bytes for entry in found))}")
+    print(f"{root}: {human_bytes(sum(entry.bytes for entry in found))}")
     for entry in found:
         print(_line(entry))
     return 0
@@ -77,17 +77,18 @@ def _reference(argv: list[str]) -> int:
 
 
 def _on_ranks(build: str, argv: list[str]) -> tuple[Any, float]:
-    """What that function of dpo_fast.opening makes of the run with the flags `argv`, and the seconds that it took."""
+    """What that function of `training.run` makes of the run with the flags `argv`, and the seconds that it took."""
     config, notes = parse([*argv, "--cache"])
     for note in notes:
         say(note)
-    from dpo_fast import opening, parallel  # seconds, which flags that cannot be used must not cost
+    from dpo_fast import parallel  # seconds, which flags that cannot be used must not cost
+    from dpo_fast.training import run
 
     show_log()
     ranks = parallel.start("none")
     started = time.perf_counter()
     try:
-        return getattr(opening, build)(config, ranks), time.perf_counter() - started
+        return getattr(run, build)(config, ranks), time.perf_counter() - started
     finally:
         ranks.close()
 
@@ -117,7 +118,7 @@ def _prune(upkeep, root: Path, found: list, arguments: argparse.Namespace) -> in
         if arguments.yes:
             upkeep.delete(entry)
         print(("deleted    " if arguments.yes else "would go   ") + _line(entry))
-    size = in_words(sum(entry.bytes for entry in going))
+    size = human_bytes(sum(entry.bytes for entry in going))
     print(f"{root}: {size} in {len(going)} folders {'deleted' if arguments.yes else 'would go; --yes deletes them'}")
     return 0
 
@@ -149,7 +150,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _line(entry) -> str:
     days = (time.time() - entry.used) / 86400
     items = f"{entry.items} entries" if entry.items else "row index"
-    return printable(f"{entry.folder.name}  {in_words(entry.bytes)}  {items}  used {days:.1f} days ago  {entry.about}")
+    return printable(
+        f"{entry.folder.name}  {human_bytes(entry.bytes)}  {items}  used {days:.1f} days ago  {entry.about}"
+    )
 
 
 if __name__ == "__main__":

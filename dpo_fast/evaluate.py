@@ -27,12 +27,12 @@ from dpo_fast.files import user_path
 if TYPE_CHECKING:
     from dpo_fast.config import TrainConfig
     from dpo_fast.data import PairIndex, Source
-    from dpo_fast.evaluation.evaluating import Comparison, Side
+    from dpo_fast.evaluation.comparison import Comparison, Side
     from dpo_fast.evaluation.findings import Findings
     from dpo_fast.evaluation.implicit import ImplicitAccuracy
-    from dpo_fast.evaluation.models import ModelSource
-    from dpo_fast.evaluation.pairing import Pairs
+    from dpo_fast.evaluation.pairing import ImagePairs
     from dpo_fast.evaluation.scored import Scored
+    from dpo_fast.models.source import ModelSource
     from dpo_fast.parallel import Ranks
 
 DRAWS, WORKERS, MAX_BAD_FRACTION = 8, 2, 0.01  # where the flags say nothing
@@ -52,9 +52,10 @@ def _run(config: EvaluateConfig) -> int:
     # Imported here: flags are checked in a moment, before the heavy libraries are loaded.
     import torch
 
-    from dpo_fast import parallel, run_folder
-    from dpo_fast.evaluation import evaluating
-    from dpo_fast.evaluation.models import is_run, read_run
+    from dpo_fast import parallel
+    from dpo_fast.evaluation.comparison import claim, compare, prepare
+    from dpo_fast.evaluation.sides import is_run, read_run
+    from dpo_fast.training import run_folder
 
     started = time.perf_counter()
     run = read_run(config.policy) if is_run(config.policy) else None
@@ -73,11 +74,11 @@ def _run(config: EvaluateConfig) -> int:
         # everything that may be refused comes before everything that takes long
         held_out = None if reference is None else _open_pairs(config, ranks)
         ranks.on_main(lambda: held.enter_context(run_folder.hold(out)))
-        ranks.on_main(lambda: evaluating.claim(out, _settings(config, sides, models, comparison)))
+        ranks.on_main(lambda: claim(out, _settings(config, sides, models, comparison)))
         pairs = result = implicit = None
         if comparison is not None:
-            comparison, pairs = evaluating.prepare(comparison, out, ranks)
-            result = evaluating.compare(comparison, pairs, out, ranks, config.batch_size)
+            comparison, pairs = prepare(comparison, out, ranks)
+            result = compare(comparison, pairs, out, ranks, config.batch_size)
         if reference is not None:
             implicit = _implicit(config, run, models[sides[1].name], reference, held_out, ranks)
         if ranks.is_main:
@@ -94,27 +95,27 @@ def _run(config: EvaluateConfig) -> int:
 def _tell(
     out: Path,
     result: "tuple[Findings, Scored] | None",
-    pairs: "Pairs | None",
+    pairs: "ImagePairs | None",
     implicit: "ImplicitAccuracy | None",
 ) -> None:
     """Write and print what was found."""
-    from dpo_fast.evaluation import evaluating
+    from dpo_fast.evaluation.comparison import REPORT, SUMMARY, write
     from dpo_fast.files import write_json
 
     if result is None:
-        write_json(out / evaluating.SUMMARY, {"implicit": implicit.for_summary()})
+        write_json(out / SUMMARY, {"implicit": implicit.for_summary()})
         print(f"\n{implicit}", flush=True)
         return
     findings, scored = result
-    evaluating.write(out, findings, scored, pairs, implicit)
+    write(out, findings, scored, pairs, implicit)
     print("", findings, *([implicit] if implicit is not None else []), sep="\n\n", flush=True)
-    print(f"\nreport: {out / evaluating.REPORT}", flush=True)
+    print(f"\nreport: {out / REPORT}", flush=True)
 
 
 def _sides(config: EvaluateConfig) -> "tuple[dict[str, ModelSource], tuple[Side, Side]]":
     """The models that are generated from, settled, and base and policy."""
-    from dpo_fast.evaluation.evaluating import Side, is_images
-    from dpo_fast.evaluation.models import is_run, models_of
+    from dpo_fast.evaluation.comparison import Side, is_images
+    from dpo_fast.evaluation.sides import is_run, models_of
 
     policy, baseline = config.policy, config.baseline
     if not (is_run(policy) or baseline not in (None, "base")):
@@ -145,9 +146,9 @@ def _comparison(
     config: EvaluateConfig, run: "TrainConfig | None", models: "dict[str, ModelSource]", sides: "tuple[Side, Side]"
 ) -> "Comparison":
     """What the flags ask to be compared; what they leave out is as in the run's own evaluation."""
-    from dpo_fast.evaluation.evaluating import Comparison
-    from dpo_fast.evaluation.generating import wanted_of
-    from dpo_fast.evaluation.scorers import MODULE_OF, check_names
+    from dpo_fast.evaluation.comparison import Comparison
+    from dpo_fast.evaluation.generation import wanted_of
+    from dpo_fast.scorers import MODULE_OF, check_names
 
     given = config.prompts
     if not given and run is not None and run.eval_prompts is not None:
@@ -192,7 +193,7 @@ def _reference(
     config: EvaluateConfig, run: "TrainConfig | None", models: "dict[str, ModelSource]", sides: "tuple[Side, Side]"
 ) -> "ModelSource":
     """What the implicit reward of the policy is measured against."""
-    from dpo_fast.evaluation.models import models_of
+    from dpo_fast.evaluation.sides import models_of
 
     base, policy = sides
     if policy.folder is not None:
@@ -244,8 +245,8 @@ def _implicit(
 ) -> "ImplicitAccuracy | None":
     """The implicit-reward accuracy, on the main rank."""
     from dpo_fast.evaluation.implicit import accuracy, implicit_rewards
-    from dpo_fast.evaluation.models import revisions
     from dpo_fast.hub_revisions import public_name, revision_of
+    from dpo_fast.models.source import revisions
 
     as_trained = {}
     if run is not None:

@@ -312,7 +312,7 @@ def has_home() -> bool:
     return not os.path.expanduser("~").startswith("~")
 
 
-def in_words(size: float) -> str:
+def human_bytes(size: float) -> str:
     """A number of bytes as people read it."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
 

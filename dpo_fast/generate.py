@@ -34,8 +34,8 @@ def _run(config: GenerateConfig) -> int:
     import torch
 
     from dpo_fast import parallel
-    from dpo_fast.evaluation.generating import GRID, LISTING, generate_images, wanted_of
-    from dpo_fast.evaluation.models import models_of
+    from dpo_fast.evaluation.generation import GRID, LISTING, generate_images, wanted_of
+    from dpo_fast.evaluation.sides import models_of
 
     started = time.perf_counter()
     models = models_of(config, config.policy, config.baseline)

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 
 from dpo_fast.cli import guarded, leave, refuse, say, show_log
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation.relabel_options import RelabelConfig, parse
 from dpo_fast.files import user_path
+from dpo_fast.relabeling.options import RelabelConfig, parse
 
 if TYPE_CHECKING:
     from dpo_fast.data import Source
-    from dpo_fast.evaluation.scorers import Scorer
     from dpo_fast.locks import Hold
     from dpo_fast.parallel import Ranks
+    from dpo_fast.scorers import Scorer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,9 +41,8 @@ def _run(config: RelabelConfig) -> int:
     # Imported here: flags are checked in a moment, before the heavy libraries are loaded.
     import torch
 
-    from dpo_fast import locks, parallel
-    from dpo_fast.evaluation import scorers
-    from dpo_fast.run_folder import release
+    from dpo_fast import locks, parallel, scorers
+    from dpo_fast.training.run_folder import release
 
     scorers.check_names([*config.weights])
     show_log()
@@ -92,7 +91,7 @@ def _open(config: RelabelConfig) -> "Source":
 
 def _check_places(config: RelabelConfig) -> None:
     """Refuse an output that would change what is read, that nobody may replace, or that cannot be written."""
-    from dpo_fast.evaluation.relabeling import note_of
+    from dpo_fast.relabeling.labels import note_of
 
     if config.output.is_file() and not config.overwrite and note_of(config.output) is None:
         raise BadInput(f"--output {config.output} exists: name another file, or replace it with --overwrite")
@@ -128,7 +127,7 @@ def _hold_output(config: RelabelConfig) -> "Hold":
 
 def _facts(config: RelabelConfig, ranks: "Ranks") -> dict[str, dict[str, str]]:
     """What the scorers are, by the files that are there now; the main rank's answer on every rank."""
-    from dpo_fast.evaluation import scorers
+    from dpo_fast import scorers
 
     files, found = {"where": config.scorer_models, "cache_dir": config.cache_dir}, {}
     ranks.on_main(lambda: found.update((name, scorers.facts(name, ranks.device, **files)) for name in config.weights))
@@ -145,7 +144,7 @@ def _request(config: RelabelConfig, source: "Source", facts: dict[str, dict[str,
 
 def _is_there(config: RelabelConfig, ranks: "Ranks", source: "Source") -> bool:
     """Whether the output is there, made by the same command; then it is shown. One made by another is refused."""
-    from dpo_fast.evaluation.relabeling import as_text, check_output, note_of, write_counts
+    from dpo_fast.relabeling.labels import as_text, check_output, note_of, write_counts
 
     facts, there = _facts(config, ranks), []
 
@@ -175,10 +174,10 @@ def _relabel(config: RelabelConfig, ranks: "Ranks", source: "Source", scorers: d
     import numpy as np
 
     from dpo_fast.data import build_index, write_report
-    from dpo_fast.evaluation.judging import score_pairs
-    from dpo_fast.evaluation.relabeling import Rule, as_text, human_labels, label, report, write_counts, write_pairs
-    from dpo_fast.evaluation.scorers import provenance
-    from dpo_fast.run_folder import REPORT
+    from dpo_fast.relabeling.labels import Rule, as_text, human_labels, label, report, write_counts, write_pairs
+    from dpo_fast.relabeling.pair_scores import score_pairs
+    from dpo_fast.scorers import provenance
+    from dpo_fast.training.run_folder import REPORT
 
     started = time.perf_counter()
     bad_report = config.scores / REPORT

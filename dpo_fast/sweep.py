@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from dpo_fast import locks, run_folder
+from dpo_fast import locks
 from dpo_fast.checksums import read_signed_json, write_signed_json
 from dpo_fast.cli import guarded, leave, say
 from dpo_fast.config import TrainConfig, parse
@@ -28,6 +28,7 @@ from dpo_fast.errors import BadInput, printable
 from dpo_fast.files import remove_temporaries
 from dpo_fast.pictures import save_png
 from dpo_fast.plot import Point, Series, against
+from dpo_fast.training import run_folder
 
 RECORD = "sweep.json"
 LOG_SCALE = ("learning_rate", "beta_dpo", "adam_epsilon", "adam_weight_decay")

@@ -38,17 +38,19 @@ def main(argv: list[str] | None = None) -> int:
 def _run(config: TrainConfig, argv: list[str]) -> int:
     # Imported here: flags are checked in a moment, before the heavy libraries are loaded.
     if config.dry_run:
-        from dpo_fast.plan import plan
+        from dpo_fast.training.plan import plan
 
         print(plan(config))
         return 0
 
     import torch
 
-    from dpo_fast import parallel, run_folder
+    from dpo_fast import parallel
     from dpo_fast.locks import Hold
-    from dpo_fast.opening import AlreadyDone, open_run, settle
-    from dpo_fast.trainer import Interrupted, Trainer
+    from dpo_fast.training import run_folder
+    from dpo_fast.training.resume import AlreadyDone
+    from dpo_fast.training.run import open_run, settle
+    from dpo_fast.training.trainer import Interrupted, Trainer
 
     show_log()
     evaluation = None
@@ -71,7 +73,7 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
 
             evaluation = Evaluation(config, ranks)  # scorers and prompts are checked before the training
         run = open_run(config, ranks)
-        Trainer(run, argv, hold).run()
+        Trainer(run, argv, hold).train()
         if evaluation is not None:
             config = run.config
             del run  # its memory is wanted

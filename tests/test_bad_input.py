@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dpo_fast import checkpoint
 from dpo_fast.data.pairs import build_index
 from dpo_fast.train import main
+from dpo_fast.training import checkpoint
 from tests.helpers import disks
 from tests.helpers.pairs import pickapic, write_pickapic, write_table
 from tests.helpers.runs import command, environment, flags_for, train
@@ -215,7 +215,7 @@ class Spoiled:
     """`Trainer.loss` with values that are not finite, from `first` on."""
 
     def __init__(self, monkeypatch, first: int = 0) -> None:
-        from dpo_fast.trainer import Trainer
+        from dpo_fast.training.trainer import Trainer
 
         loss, calls = Trainer.loss, []
 
@@ -280,7 +280,7 @@ def test_many_skipped_updates_are_told_of(sdxl_path, pairs, tmp_path, monkeypatc
 
 
 def test_weights_that_are_not_finite_are_not_published(sdxl_path, pairs, tmp_path, monkeypatch, capfd):
-    from dpo_fast.optim import MasterOptimizer
+    from dpo_fast.training.optim import MasterOptimizer
 
     export = MasterOptimizer.export
     monkeypatch.setattr(MasterOptimizer, "export", lambda self: {n: w * torch.inf for n, w in export(self).items()})

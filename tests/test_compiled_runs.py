@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo_fast import trainer as trainer_module
 from dpo_fast.models import programs_made
-from dpo_fast.trainer import Trainer
+from dpo_fast.training import trainer as trainer_module
+from dpo_fast.training.trainer import Trainer
 from tests.helpers.runs import assert_same_state, flags_for, lines, opened, train
 
 
@@ -88,7 +88,7 @@ def test_what_is_compiled_late_is_told_once(sdxl_path, pairs, tmp_path, monkeypa
     run.config.compile = "regional"
     made = iter([3, 3, 5, 6])
     monkeypatch.setattr(trainer_module, "programs_made", lambda: next(made))
-    Trainer(run, flags).run()
+    Trainer(run, flags).train()
     told = [line for line in capsys.readouterr().err.splitlines() if "compiled since the first step" in line]
     assert len(told) == 1 and "step 3: 2 more programs" in told[0]
 
@@ -99,7 +99,7 @@ def test_with_cached_errors_the_first_margins_are_those_of_the_compiled_step(sdx
     flags = flags_for(sdxl_path, pairs, tmp_path / "run", "--compile", "regional", "--cached_reference", 2)
     run = opened(flags)
     assert programs_made() == before
-    Trainer(run, flags).run()
+    Trainer(run, flags).train()
     first = lines(tmp_path / "run")[0]["margin_rms"]
     assert 0 <= first < 5e-3
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

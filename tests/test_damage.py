@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo_fast import evaluate, generate, relabel, sweep, train
+from dpo_fast import evaluate, generate, relabel, scorers, sweep, train
 from dpo_fast.data import open_source
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation import judging, scorers
+from dpo_fast.relabeling import pair_scores
 from tests.helpers import fake_scorers, scorer_files
 from tests.helpers.pairs import pickapic, write_table
 from tests.helpers.runs import flags_for
@@ -188,7 +188,7 @@ def _with_fakes(function, of_fake):
 def labelling(tools: SimpleNamespace, *, done: bool) -> World:
     """Pairs that are scored: the labels are there too, or are to be made of the scores."""
     folder = tools.folder / ("labelled" if done else "scored")
-    tools.patch.setattr(judging, "PART_ROWS", 4)
+    tools.patch.setattr(pair_scores, "PART_ROWS", 4)
     tools.patch.setattr(scorers, "MODULE_OF", {**scorers.MODULE_OF, **dict.fromkeys(fake_scorers.FORMULAS, "fake")})
     of_fakes = {
         "load_scorer": lambda name: fake_scorers.load(name, tools.folder / "log"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpo_fast.parallel import memory_order
-from dpo_fast.trainer import Trainer
+from dpo_fast.training.trainer import Trainer
 from tests.helpers.runs import STEPS, assert_same_state, flags_for, lines, opened, start, train, weights
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")

@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dpo_fast.evaluate import main
-from dpo_fast.evaluation.naming import file_stem
+from dpo_fast.evaluation.image_names import file_stem
 from dpo_fast.evaluation.prompts import read_prompts
-from dpo_fast.evaluation.scorers.clip_models import VIT_L
 from dpo_fast.generate import main as generate
+from dpo_fast.scorers.clip_models import VIT_L
 from dpo_fast.shapes import base as shapes_base
 from tests.helpers import scorer_files
 from tests.helpers.runs import start, train

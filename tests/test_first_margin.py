@@ -27,7 +27,7 @@ from dpo_fast.kernels import dpo_loss, noise_pair
 from dpo_fast.models import set_attention
 from dpo_fast.models.attention import OrderedAttention
 from dpo_fast.models.sdxl import SDXL
-from dpo_fast.opening import make_trainable
+from dpo_fast.training.run import make_trainable
 from tests.helpers.pipelines import default_time_ids, randomise, sdxl_around
 from tests.helpers.runs import flags_for
 from tests.helpers.seeds import generator

@@ -10,20 +10,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dpo_fast import checkpoint, cli, hub_revisions, opening, parallel, run_folder
+from dpo_fast import cli, hub_revisions, parallel
+from dpo_fast.caching.manifest import Manifest
+from dpo_fast.caching.recipe import Recipe
+from dpo_fast.caching.store import log_keys
+from dpo_fast.caching.upkeep import verify
 from dpo_fast.checksums import Damaged, delete_damaged, file_digest, signed, signed_text, write_signed_json
 from dpo_fast.config import parse
 from dpo_fast.data import build_index, open_source
-from dpo_fast.data.cache.manifest import Manifest
-from dpo_fast.data.cache.recipe import Recipe
-from dpo_fast.data.cache.store import log_keys
-from dpo_fast.data.cache.upkeep import verify
 from dpo_fast.data.relabelled import check_labels
 from dpo_fast.errors import BadInput, Unresponsive
-from dpo_fast.evaluation import image_scores
 from dpo_fast.evaluation.prompts import read_prompts
-from dpo_fast.evaluation.relabeling import NOTE, note_of
 from dpo_fast.files import exists, is_inside, parse_json, user_path
+from dpo_fast.relabeling.labels import NOTE, note_of
+from dpo_fast.scorers import kept_scores
+from dpo_fast.training import checkpoint, resume, run_folder
 from tests.helpers.pairs import as_image_feature, pickapic, write_jsonl, write_table
 from tests.helpers.runs import environment
 
@@ -134,11 +135,11 @@ def test_a_state_that_is_not_of_a_run_is_refused(tmp_path, lacking):
     state = {"step": 1, "config": config, "fingerprints": {}, "notes": {}, "bad_rows": [], "optimizer_values": {}}
     files = {"weights": {"a": torch.ones(1)}, "optimizer": {"a": torch.ones(1)}}
     checkpoint.save(tmp_path, 1, files, state)
-    assert opening._load_checkpoint(tmp_path / "checkpoint-1")[1]["step"] == 1
+    assert resume._load_checkpoint(tmp_path / "checkpoint-1")[1]["step"] == 1
     for place in (state, config, files):
         place.pop(lacking.removeprefix("config."), None)
     checkpoint.save(tmp_path, 2, files, state)
-    one_line(f"it lacks .*{lacking}", opening._load_checkpoint, tmp_path / "checkpoint-2")
+    one_line(f"it lacks .*{lacking}", resume._load_checkpoint, tmp_path / "checkpoint-2")
 
 
 @pytest.mark.parametrize("result", [{"../secret": "0"}, {"/etc/hostname": "0"}, ["a"], 3, None])
@@ -192,7 +193,7 @@ def test_nested_json_in_the_place_of_every_note(tmp_path):
     (tmp_path / "state.json").write_text(f'{{"files": {DEEP}}}')
     one_line("nested too deeply", checkpoint.load, tmp_path)
     (tmp_path / "rank-0.json").write_text(signed(f'{{"about":{{}},"scores":{DEEP}}}'))
-    assert image_scores._read(tmp_path, {}) == {}
+    assert kept_scores._read(tmp_path, {}) == {}
 
     (tmp_path / "hps").mkdir()
     (tmp_path / "hps" / "anime.json").write_text(DEEP)
@@ -222,7 +223,7 @@ def test_links_to_nowhere_and_without_an_end(tmp_path):
 @pytest.mark.parametrize("score", [10**400, "x", None, [1]], ids=lambda score: str(score)[:6])
 def test_a_score_that_is_no_number_is_scored_again(tmp_path, score):
     write_signed_json(tmp_path / "rank-0.json", {"about": {}, "scores": {"a": score}})
-    assert image_scores._read(tmp_path, {}) == {}
+    assert kept_scores._read(tmp_path, {}) == {}
 
 
 @pytest.mark.parametrize("shape", [["a"], [0], [-1], [2**40], [2**16, 2**16], 3, None], ids=str)

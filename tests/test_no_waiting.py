@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_fast.trainer import Trainer
+from dpo_fast.training.trainer import Trainer
 from tests.helpers.runs import flags_for, opened
 
 _aten = torch.ops.aten
@@ -97,7 +97,7 @@ def test_a_step_waits_for_nothing(sdxl_path, pairs, tmp_path, monkeypatch, name)
     trainer = Trainer(opened(flags_for(sdxl_path, pairs, tmp_path / "run", *VARIANTS[name])), [])
     trainer.train_step()  # what is made once may wait
     passes = trainer.config.gradient_accumulation_steps
-    trainer.run_.batches = iter([next(trainer.run_.batches) for _ in range(passes)])  # the loader's own work
+    trainer.run.batches = iter([next(trainer.run.batches) for _ in range(passes)])  # the loader's own work
     with waits(monkeypatch) as found:
         trainer.train_step()
     assert not found

@@ -18,11 +18,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dpo_fast import relabel, train
+from dpo_fast import relabel, scorers, train
+from dpo_fast.caching.store import locked
 from dpo_fast.data import build_index, open_source
-from dpo_fast.data.cache.store import locked
-from dpo_fast.evaluation import judging, scorers
 from dpo_fast.presets import PRESETS
+from dpo_fast.relabeling import pair_scores
 from tests.helpers import fake_scorers
 from tests.helpers.pairs import as_image_feature, pickapic, preference, write_arrow_file, write_jsonl, write_table
 from tests.helpers.runs import SAMPLE, environment, flags_for
@@ -40,7 +40,7 @@ def log(tmp_path, monkeypatch) -> Path:
     """The fake scorers, small parts, and the file that gets a line for every image that is scored."""
     path = tmp_path / "scored.tsv"
     path.touch()
-    monkeypatch.setattr(judging, "PART_ROWS", 4)
+    monkeypatch.setattr(pair_scores, "PART_ROWS", 4)
     monkeypatch.setattr(scorers, "MODULE_OF", {**scorers.MODULE_OF, **dict.fromkeys(fake_scorers.FORMULAS, "fake")})
     monkeypatch.setattr(scorers, "load_scorer", lambda name, device, **_: fake_scorers.load(name, path))
     monkeypatch.setattr(scorers, "facts", lambda name, device, **_: {"scorer": name})

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from dpo_fast import checkpoint
 from dpo_fast.checksums import write_signed_json
 from dpo_fast.train import main
-from dpo_fast.trainer import Trainer
+from dpo_fast.training import checkpoint
+from dpo_fast.training.trainer import Trainer
 from tests.helpers.runs import STEPS, assert_same_state, flags_for, lines, start, train
 
 VARIANTS = {
@@ -163,7 +163,7 @@ def test_a_signal_passed_on_by_a_launcher_is_one(sdxl_path, pairs, tmp_path, mon
 
 
 def test_a_run_that_lost_its_folder_stops(sdxl_path, pairs, tmp_path, monkeypatch, capsys):
-    from dpo_fast import run_folder
+    from dpo_fast.training import run_folder
 
     hold = run_folder.hold
 

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_fast import cache, checkpoint, evaluate, generate, relabel, run_folder, sweep, train
+from dpo_fast import cache, evaluate, generate, relabel, scorers, sweep, train
 from dpo_fast.config import parse
 from dpo_fast.data import open_source
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation import scorers
 from dpo_fast.evaluation.prompts import read_lines, read_prompts
 from dpo_fast.locks import hold_file
-from dpo_fast.metrics import MetricsFile
 from dpo_fast.models import load_family, merge_lora
-from dpo_fast.trainer import Trainer
+from dpo_fast.training import checkpoint, run_folder
+from dpo_fast.training.metrics import MetricsFile
+from dpo_fast.training.trainer import Trainer
 from tests.helpers import fake_scorers
 from tests.helpers.disks import failing
 from tests.helpers.runs import flags_for

@@ -10,11 +10,12 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from dpo_fast.evaluation.models import OneAtATime, read_run, result_of
+from dpo_fast.evaluation.sides import read_run
 from dpo_fast.kernels import reference as kernels
 from dpo_fast.models import AdapterSwitch
+from dpo_fast.models.source import OneAtATime, result_of
 from dpo_fast.train import main
-from dpo_fast.trainer import Trainer
+from dpo_fast.training.trainer import Trainer
 from tests.helpers.pairs import write_pickapic
 from tests.helpers.runs import SAMPLE, STEPS, flags_for, lines, opened, train, weights
 from tests.helpers.single_file import write_single_file
@@ -169,9 +170,9 @@ def test_loss_and_gradients_equal_a_plain_float64_computation(sdxl_path, pairs, 
     trainer.clock.restart(0)
     trainer.train_step()
 
-    batch = next(trainer.run_.batches)
+    batch = next(trainer.run.batches)
     found = {}
-    trainer.run_.batches = iter([batch])
+    trainer.run.batches = iter([batch])
     step = trainer.masters.step
 
     def look(number, loss, world_size):
@@ -356,10 +357,10 @@ def test_a_step_on_a_gpu_starts_at_zero_and_waits_for_nothing(sdxl_path, pairs, 
     trainer = Trainer(opened(flags_for(sdxl_path, pairs, tmp_path / "run", *more)), [])
     trainer.train_step()
     assert trainer.sums.read(trainer.ranks.sum_)["margin_rms"] == 0.0
-    batch = next(trainer.run_.batches).to(trainer.ranks.device)
+    batch = next(trainer.run.batches).to(trainer.ranks.device)
     encoded = trainer.encode(batch)  # the tokens of captions are the one thing a step waits for
     trainer.encode = lambda _: encoded
-    trainer.run_.batches = iter([batch])
+    trainer.run.batches = iter([batch])
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

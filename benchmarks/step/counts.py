@@ -43,13 +43,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks.step.cases import CASES, RANK, TOKENS, Case, scheduler_config
-from dpo_fast import opening
 from dpo_fast.config import parse
 from dpo_fast.data.batch import Batch
 from dpo_fast.models.sd15 import SD15
 from dpo_fast.models.sdxl import SDXL, Turbo
 from dpo_fast.parallel import Ranks
-from dpo_fast.trainer import Trainer
+from dpo_fast.training.run import Run, make_trainable
+from dpo_fast.training.trainer import Trainer
 
 FILE = Path(__file__).parents[1] / "results" / "counts.json"
 aten = torch.ops.aten
@@ -288,7 +288,7 @@ def _trainer(case: Case) -> Trainer:
     if case.model.family == "sdxl":
         conditioning["pooled_prompt_embeds"] = torch.zeros(1, pooled, dtype=torch.float16)
     family.empty_prompt = lambda: conditioning
-    masters, reference = opening.make_trainable(config, ranks, family)
+    masters, reference = make_trainable(config, ranks, family)
     batch = Batch(
         pixels=None,
         captions=[""],
@@ -304,7 +304,7 @@ def _trainer(case: Case) -> Trainer:
         conditioning=conditioning,
     )
     sets = SimpleNamespace(bad=[])
-    run = opening.Run(
+    run = Run(
         config, ranks, sets, iter(lambda: batch, None), None, [], family, masters, reference, {}, kl=torch.zeros(())
     )
     return Trainer(run, [])

@@ -9,9 +9,9 @@ from benchmarks.step.cases import CASES, RANK
 from benchmarks.step.plain import Seen
 from benchmarks.step.work import BETA, Settings
 from dpo_fast.config import parse
-from dpo_fast.opening import Run, open_run
 from dpo_fast.parallel import Ranks
-from dpo_fast.trainer import Trainer
+from dpo_fast.training.run import Run, open_run
+from dpo_fast.training.trainer import Trainer
 
 
 def flags(folder: Path, name: str, *, compiled: bool, cached_reference: bool = False) -> list[str]:

@@ -9,18 +9,18 @@ from torch import Tensor
 from dpo_fast.checksums import read_signed_json, write_signed_json
 from dpo_fast.config import TrainConfig
 from dpo_fast.evaluation.findings import About, Findings, judge
-from dpo_fast.evaluation.generating import versions
-from dpo_fast.evaluation.models import ModelSource, OneAtATime, base_of, result_of, revisions
-from dpo_fast.evaluation.page import page
+from dpo_fast.evaluation.generation import versions
 from dpo_fast.evaluation.prompts import read_lines
+from dpo_fast.evaluation.report.page import page
 from dpo_fast.evaluation.scored import Scored, write_scores
-from dpo_fast.evaluation.scorers import Scorer, check_names, load_scorer, provenance
 from dpo_fast.evaluation.signals import measure
 from dpo_fast.files import user_path, write_text
 from dpo_fast.models import Family
+from dpo_fast.models.sampling import sample
+from dpo_fast.models.source import ModelSource, OneAtATime, base_of, result_of, revisions
 from dpo_fast.parallel import Ranks
 from dpo_fast.pictures import before_after, save_png, to_picture
-from dpo_fast.sampling import sample
+from dpo_fast.scorers import Scorer, check_names, load_scorer, provenance
 
 COLUMNS = 8  # of samples.png
 SEED_STRIDE = 1_000_003  # so that the images of neighbouring seeds of a run start from other noise

@@ -21,11 +21,11 @@ from dpo_fast.data.pairs import faulty, too_many_bad
 from dpo_fast.draws import timesteps
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.findings import FEW, counted
-from dpo_fast.evaluation.models import ModelSource, OneAtATime
 from dpo_fast.forward import AdapterOff, FrozenUNet, Reference, conditioning_of, predict
 from dpo_fast.kernels import pair_errors
 from dpo_fast.models import nonfinite_rows
 from dpo_fast.models.load import component_config
+from dpo_fast.models.source import ModelSource, OneAtATime
 from dpo_fast.parallel import Ranks
 from dpo_fast.statistics import Bootstrap, Interval
 

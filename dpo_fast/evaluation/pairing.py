@@ -1,60 +1,19 @@
 """Images of two sides set against each other: row by row a pair of one prompt, from wherever the images come."""
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from dpo_fast.checksums import png_is_whole
-from dpo_fast.data.images import BadImage, decode
+from dpo_fast.data.image_files import Files
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation.naming import PromptImage
+from dpo_fast.evaluation.image_names import PromptImage
 from dpo_fast.evaluation.prompts import Prompt
-from dpo_fast.files import read_bytes
 
 UNCATEGORISED = "no category"
-THREADS = 4  # that read and decode
-
-
-class Files:
-    """Images that are read when asked for: uint8 [3,H,W], upright and over white. Raises BadInput where one cannot."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, row: int) -> Tensor:
-        path = self.paths[row]
-        try:
-            data = read_bytes(path)
-            if png_is_whole(data) is False:  # one that dpo_fast wrote
-                raise BadImage("is damaged (its bytes do not agree with its checksum)")
-            pixels = np.array(decode(data))
-        except (OSError, BadImage) as error:
-            raise BadInput(f"{path} {error}: mend it, or take it away") from error
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-    def check(self, title: str) -> None:
-        """Open every image once, with a progress bar. Raises BadInput for the first that does not open."""
-        distinct = Files(list(dict.fromkeys(self.paths)))
-        with ThreadPoolExecutor(THREADS) as pool:
-            for _ in tqdm(pool.map(distinct._open, range(len(distinct))), title, len(distinct), unit=" images"):
-                pass
-
-    def _open(self, row: int) -> None:
-        self[row]
 
 
 @dataclass(frozen=True)
-class Pairs:
+class ImagePairs:
     """Rows of one prompt and seed each, and the file of either side."""
 
     prompts: list[str]
@@ -77,7 +36,7 @@ def pair_up(
     base: Mapping[str, Sequence[PromptImage]],  # prompt -> its images
     policy: Mapping[str, Sequence[PromptImage]],
     names: tuple[str, str],  # of base and policy, for the remarks
-) -> Pairs:
+) -> ImagePairs:
     """Images of one seed stand against each other where both sides know theirs; the others as they come.
 
     With seeds a side that has fewer images starts again. A prompt that recurs counts once. Raises BadInput where no
@@ -103,7 +62,7 @@ def pair_up(
     if other := sum(row.base.seed != row.policy.seed for row in known):
         remarks.append(f"{other} of {len(rows)} pairs are of different noise: their seeds differ")
     categories = [first[text].category or UNCATEGORISED for text, _ in rows]
-    return Pairs(
+    return ImagePairs(
         [text for text, _ in rows],
         [row.seed for _, row in rows],
         categories if any(first[text].category for text in texts) else None,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo_fast.errors import BadInput, one_line
-from dpo_fast.evaluation.naming import composed
+from dpo_fast.evaluation.image_names import composed
 from dpo_fast.files import read_json, regular_file, user_path
 
 PICKAPIC = "yuvalkirstain/pickapic_v2"
@@ -176,7 +176,7 @@ def _pickapic(copy: Path | None, where: Where) -> list[Prompt]:
     """
     import datasets
 
-    from dpo_fast.data.opening import split_names, stream_columns
+    from dpo_fast.data.open_source import split_names, stream_columns
 
     name, columns = PICKAPIC if copy is None else str(copy), ["caption"]
     local = copy is not None and copy.exists()

@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dpo_fast.errors import BadInput
-from dpo_fast.models.faults import bad_input
+from dpo_fast.models.load_errors import bad_input
 from dpo_fast.models.sampler import sampler_for
 from dpo_fast.models.tokenizers import same_tokens
 from dpo_fast.quiet import no_loading_bars

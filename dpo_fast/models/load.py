@@ -38,7 +38,7 @@ from dpo_fast.files import exists, regular_files
 from dpo_fast.hub_revisions import public_names, revision_of
 from dpo_fast.models.attention import set_attention
 from dpo_fast.models.family import Family
-from dpo_fast.models.faults import bad_input
+from dpo_fast.models.load_errors import bad_input
 from dpo_fast.models.lora import WEIGHT_NAME
 from dpo_fast.models.marks import Marks, marks_of_file, marks_of_scheduler, refuse_edm, settled
 from dpo_fast.models.sd15 import SD15

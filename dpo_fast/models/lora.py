@@ -16,7 +16,7 @@ from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput
 from dpo_fast.files import regular_file
 from dpo_fast.models.family import Family
-from dpo_fast.models.faults import bad_input
+from dpo_fast.models.load_errors import bad_input
 
 DEFAULT_TARGETS = TrainConfig.lora_targets  # the attention projections
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"

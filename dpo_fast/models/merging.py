@@ -23,7 +23,7 @@ from torch import nn
 
 from dpo_fast.errors import BadInput
 from dpo_fast.files import parse_json, regular_file
-from dpo_fast.models.faults import bad_input
+from dpo_fast.models.load_errors import bad_input
 from dpo_fast.models.lora import WEIGHT_NAME
 
 _COMPONENTS = ("unet", "text_encoder", "text_encoder_2")

@@ -17,7 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from dpo_fast.errors import BadInput
 from dpo_fast.files import read_json, regular_files
-from dpo_fast.models.faults import bad_input
+from dpo_fast.models.load_errors import bad_input
 
 INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last of old safety checkers, which are not loaded

@@ -27,7 +27,7 @@ from benchmarks.step.worker import Failed
 from benchmarks.step_time import executed, main
 from dpo_fast.config import parse
 from dpo_fast.data.images import scaled, to_pixels
-from dpo_fast.plan import memory_by_part, unet_costs
+from dpo_fast.training.plan import memory_by_part, unet_costs
 from tests.benchmarks import tiny
 
 FOLDER = Path(benchmarks.step.__file__).parent

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from dpo_fast.evaluation.scorers import cleaning, facts, provenance
-from dpo_fast.evaluation.scorers.cleaning import cleaned, may_differ
+from dpo_fast.scorers import cleaning, facts, provenance
+from dpo_fast.scorers.cleaning import cleaned, may_differ
 
 INSTALLED = importlib.util.find_spec("ftfy") is not None
 PROMPTS = [  # text, cleaned by their code, whether ftfy is needed for that

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation import compare
-from dpo_fast.evaluation.scorers import MODULE_OF, Scorer, load_scorer
+from dpo_fast.scorers import MODULE_OF, Scorer, load_scorer
 from dpo_fast.shapes import score
 from dpo_fast.shapes.render import SCENES, render
 from dpo_fast.train import main

@@ -20,11 +20,11 @@ from dpo_fast import draws, parallel
 from dpo_fast.data import VALIDATION_DRAWS, PairIndex, build_index, open_source
 from dpo_fast.data.images import crop_corner, scaled, to_pixels
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation import models
-from dpo_fast.evaluation.charts import bars
 from dpo_fast.evaluation.implicit import ImplicitAccuracy, ImplicitRewards, accuracy, implicit_rewards, noise_levels
-from dpo_fast.evaluation.models import ModelSource, OneAtATime, base_of, named, read_run
+from dpo_fast.evaluation.report.charts import bars
+from dpo_fast.evaluation.sides import model_sources, read_run
 from dpo_fast.kernels.reference import normal_noise
+from dpo_fast.models.source import ModelSource, OneAtATime, base_of
 from tests.helpers import pipelines
 from tests.helpers.pairs import pickapic, write_table
 from tests.helpers.runs import environment, train
@@ -130,7 +130,7 @@ def assert_as_defined(rewards: ImplicitRewards, policy, reference, pairs: Path, 
 
 
 def test_a_lora_is_measured_as_defined(moved, pairs):
-    base, policy = named(str(moved)).values()
+    base, policy = model_sources(str(moved)).values()
     index = first_pairs(pairs, 4)
     rewards = measured(policy, base, pairs, index=index, draws=3)
     assert_as_defined(rewards, policy, base, pairs, index)
@@ -164,7 +164,7 @@ def test_v_prediction_and_the_runs_schedule(tmp_path, pairs):
 
 @pytest.mark.parametrize("tuning, dtype", [("lora", torch.float32), ("lora", torch.bfloat16), ("full", torch.float32)])
 def test_a_policy_that_did_not_move_is_even_to_the_bit(sdxl_path, pairs, tmp_path, monkeypatch, tuning, dtype):
-    monkeypatch.setattr(models, "compute_dtype", lambda *_: dtype)
+    monkeypatch.setattr("dpo_fast.models.source.compute_dtype", lambda *_: dtype)
     if tuning == "lora":
         run = train(sdxl_path, pairs, tmp_path / "run", "--learning_rate", 1e-30, "--max_train_steps", 1)
         file = run / "pytorch_lora_weights.safetensors"
@@ -174,7 +174,7 @@ def test_a_policy_that_did_not_move_is_even_to_the_bit(sdxl_path, pairs, tmp_pat
                 for name, value in state.items()}  # fmt: skip
         assert any(value.any() for value in zero.values()) and any(not value.any() for value in zero.values())
         with_metadata(file, zero)
-        reference, policy = named(str(run)).values()
+        reference, policy = model_sources(str(run)).values()
         assert policy.adapter
     else:
         reference = ModelSource(str(sdxl_path))
@@ -195,7 +195,7 @@ def with_metadata(file: Path, state: dict[str, torch.Tensor]) -> None:
 
 
 def test_a_lora_is_loaded_once_and_its_reference_is_the_base(moved, pairs, monkeypatch):
-    base, policy = named(str(moved)).values()
+    base, policy = model_sources(str(moved)).values()
     loaded = []
     load = OneAtATime._load
     monkeypatch.setattr(OneAtATime, "_load", lambda self, source: loaded.append(source) or load(self, source))
@@ -208,14 +208,14 @@ def test_a_lora_is_loaded_once_and_its_reference_is_the_base(moved, pairs, monke
 
 
 def test_the_batch_changes_rounding_only(moved, pairs):
-    base, policy = named(str(moved)).values()
+    base, policy = model_sources(str(moved)).values()
     one, many = (measured(policy, base, pairs, batch_size=size) for size in (1, 7))
     assert torch.equal(one.timesteps, many.timesteps) and one.captions == many.captions
     torch.testing.assert_close(one.error_delta, many.error_delta, rtol=1e-4, atol=1e-6)
 
 
 def test_the_draws_are_trainings_and_fall_in_every_quarter(moved, pairs):
-    base, policy = named(str(moved)).values()
+    base, policy = model_sources(str(moved)).values()
     rewards = measured(policy, base, pairs)
     assert all(sorted(row) == [0, 1, 2, 3] for row in (rewards.timesteps // 250).tolist())
     fewer = measured(policy, base, pairs, draws=2)
@@ -238,7 +238,7 @@ def test_noise_levels_are_quarters_or_single_timesteps():
 
 
 def test_timesteps_are_limited_as_asked(moved, pairs):
-    base, policy = named(str(moved)).values()
+    base, policy = model_sources(str(moved)).values()
     rewards = measured(policy, base, pairs, draws=2, min_timestep=300, max_timestep=302)
     assert set(rewards.timesteps.flatten().tolist()) == {300, 301} and rewards.levels == [(300, 300), (301, 301)]
     with pytest.raises(BadInput, match=r"--min_timestep \(1000\).* 0 to 999; widen"):
@@ -246,7 +246,7 @@ def test_timesteps_are_limited_as_asked(moved, pairs):
 
 
 def test_real_time_ids_are_those_of_the_images(moved, pairs):
-    base, policy = named(str(moved)).values()
+    base, policy = model_sources(str(moved)).values()
     fixed, real = (measured(policy, base, pairs, draws=1, time_ids=kind) for kind in ("fixed", "real"))
     assert not torch.allclose(fixed.error_delta, real.error_delta)  # the images are 72 pixels wide
 
@@ -270,7 +270,7 @@ def test_training_makes_a_reward_model_and_counts_as_this_does(sd15_path, pairs,
     config = read_run(str(run))
     limits = {"min_timestep": config.min_timestep, "max_timestep": config.max_timestep}
     sets = build_index(open_source(str(pairs)), seed=config.seed, validation_fraction=0.4, progress=False)
-    base, policy = named(str(run)).values()
+    base, policy = model_sources(str(run)).values()
     assert base == base_of(config).settled()
 
     def found(index: PairIndex, draws: int) -> ImplicitAccuracy:
@@ -289,7 +289,7 @@ def test_training_makes_a_reward_model_and_counts_as_this_does(sd15_path, pairs,
 
 
 def test_a_bad_image_is_left_out_and_counted(moved, pairs, tmp_path):
-    base, policy = named(str(moved)).values()
+    base, policy = model_sources(str(moved)).values()
     columns = pickapic(n=7, size=72, seed=3)
     whole = measured(policy, base, write_table(tmp_path / "whole.parquet", columns), batch_size=1)
     columns["jpg_1"][4] = columns["jpg_1"][4][:200]
@@ -354,7 +354,7 @@ class OneByOne(parallel.Ranks):
 
 
 def test_the_shares_of_ranks_are_the_whole(moved, pairs, monkeypatch):
-    base, policy = named(str(moved)).values()
+    base, policy = model_sources(str(moved)).values()
     alone = measured(policy, base, pairs, batch_size=2, index=first_pairs(pairs, 9))
     monkeypatch.setattr(OneByOne, "gathered", [])
     for rank in (2, 1, 0):
@@ -373,7 +373,7 @@ def assert_equal(one: ImplicitRewards, other: ImplicitRewards) -> None:
 
 @pytest.mark.exhaustive
 def test_two_processes_measure_what_one_does(moved, pairs, tmp_path):
-    base, policy = named(str(moved)).values()
+    base, policy = model_sources(str(moved)).values()
     alone = measured(policy, base, pairs, batch_size=2)
     script = tmp_path / "two.py"
     script.write_text(

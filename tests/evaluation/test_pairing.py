@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dpo_fast.data.image_files import Files
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation.naming import PromptImage
-from dpo_fast.evaluation.pairing import UNCATEGORISED, Files, pair_up
+from dpo_fast.evaluation.image_names import PromptImage
+from dpo_fast.evaluation.pairing import UNCATEGORISED, pair_up
 from dpo_fast.evaluation.prompts import Prompt
 
 PROMPTS = [Prompt("one", "set", "A"), Prompt("two", "set"), Prompt("three", "set", "B"), Prompt("one", "other", "C")]

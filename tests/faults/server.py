@@ -172,9 +172,9 @@ def _serve(library: Path) -> None:
     for name in ("CLIPTextModel", "CLIPTokenizer"):
         getattr(import_module("transformers"), name)
     # so that a short run has many shards and parts
-    import_module("dpo_fast.data.cache.store").SHARD_BYTES = 2048
-    import_module("dpo_fast.caching").PART_ROWS = 3
-    import_module("dpo_fast.evaluation.judging").PART_ROWS = 2
+    import_module("dpo_fast.caching.store").SHARD_BYTES = 2048
+    import_module("dpo_fast.caching.build").PART_ROWS = 3
+    import_module("dpo_fast.relabeling.pair_scores").PART_ROWS = 2
     sys.path[:] = [path for path in sys.path if os.path.isabs(path)]  # a run's folder holds no modules
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:

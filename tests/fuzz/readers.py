@@ -18,7 +18,11 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save, save_file
 
-from dpo_fast import checkpoint, config, hub_revisions, metrics, run_folder
+from dpo_fast import config, hub_revisions
+from dpo_fast.caching import ref_errors, store, upkeep
+from dpo_fast.caching.manifest import Manifest
+from dpo_fast.caching.reader import CachedItems
+from dpo_fast.caching.recipe import Field, Recipe
 from dpo_fast.checksums import (
     delete_damaged,
     file_digest,
@@ -28,20 +32,19 @@ from dpo_fast.checksums import (
     write_signed_json,
 )
 from dpo_fast.data import build_index, open_source
-from dpo_fast.data.cache import errors, store, upkeep
-from dpo_fast.data.cache.manifest import Manifest
-from dpo_fast.data.cache.reader import CachedItems
-from dpo_fast.data.cache.recipe import Field, Recipe
 from dpo_fast.data.images import BadImage, decode, scaled
-from dpo_fast.data.opening import split_names
+from dpo_fast.data.open_source import split_names
 from dpo_fast.data.pairs import judge_streamed
 from dpo_fast.data.relabelled import DIGEST, LabelDigest, check_labels
 from dpo_fast.data.sources import BadRow, StreamedSource
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation import generating, image_scores, judging, relabeling
+from dpo_fast.evaluation import generation
 from dpo_fast.evaluation.prompts import read_lines, read_prompts
 from dpo_fast.models import load, merging
 from dpo_fast.models.marks import marks_of_file
+from dpo_fast.relabeling import labels, pair_scores
+from dpo_fast.scorers import kept_scores
+from dpo_fast.training import checkpoint, metrics, run_folder
 from tests.helpers import pipelines
 from tests.helpers.pairs import as_image_feature, encoded, pickapic, write_arrow_file, write_jsonl, write_table
 
@@ -56,7 +59,7 @@ def refused(*errors: type[Exception]) -> Iterator[None]:
     """Errors of the block that are as they should be: noted in `met`, and the reader goes on with what is next."""
     try:
         yield
-    except errors as error:
+    except ref_errors as error:
         met.append(type(error).__name__)
 
 
@@ -105,9 +108,9 @@ def _relabelled(folder: Path) -> None:
         whole.update(row)
     schema = pa.table(columns).schema.with_metadata({DIGEST: whole.hexdigest().encode()})
     pq.write_table(pa.table(columns, schema=schema), folder / "train.parquet", write_page_checksum=True)
-    note = {relabeling.NOTE: json.dumps({"pairs": 3}).encode(), DIGEST: whole.hexdigest().encode()}
+    note = {labels.NOTE: json.dumps({"pairs": 3}).encode(), DIGEST: whole.hexdigest().encode()}
     pq.write_table(pa.table(columns).replace_schema_metadata(note), folder / "noted.parquet", write_page_checksum=True)
-    relabeling.write_counts(folder / "noted.parquet", {"pairs": 3})
+    labels.write_counts(folder / "noted.parquet", {"pairs": 3})
 
 
 def _read_relabelled(folder: Path, changed: Iterable[str]) -> None:
@@ -115,11 +118,11 @@ def _read_relabelled(folder: Path, changed: Iterable[str]) -> None:
         if not (folder / name).exists():
             continue
         with refused(BadInput):
-            relabeling.note_of(folder / name)
+            labels.note_of(folder / name)
         with refused(BadInput):
             check_labels(folder / name)
         with refused(BadInput):
-            relabeling.check_output(folder / name)
+            labels.check_output(folder / name)
 
 
 # ---- images ------------------------------------------------------------------------------------------------------
@@ -160,7 +163,7 @@ def _read_images(folder: Path, changed: Iterable[str]) -> None:
 _LATENTS = Recipe(
     "latents", {"weights": "0123", "resolution": 64, "list": [1, {"a": None}]}, (Field("latents", (4, 2, 2)),)
 )
-_REFERENCE = Recipe("reference", {"weights": "0123"}, errors.FIELDS)
+_REFERENCE = Recipe("reference", {"weights": "0123"}, ref_errors.FIELDS)
 
 
 def _write_cache(folder: Path) -> None:
@@ -195,24 +198,24 @@ def _read_cache(folder: Path, changed: Iterable[str]) -> None:
     list(upkeep.verify(folder, remove=True))
 
 
-def _blocks() -> errors.ErrorBlocks:
-    def pair_of(row: int) -> errors.ScoredPair:
+def _blocks() -> ref_errors.ErrorBlocks:
+    def pair_of(row: int) -> ref_errors.ScoredPair:
         images = bytes([row % 256]) * 16, BadImage("is missing", "jpg_1")
-        return errors.ScoredPair(row, images, f"caption {row}", row % 2)
+        return ref_errors.ScoredPair(row, images, f"caption {row}", row % 2)
 
-    return errors.ErrorBlocks([0, 1, 5, 300], pair_of, 2)
+    return ref_errors.ErrorBlocks([0, 1, 5, 300], pair_of, 2)
 
 
 def _write_reference(folder: Path) -> None:
     store.begin_folder(folder, _REFERENCE)
-    values = np.random.default_rng(0).random((errors.BLOCK, 2), np.float32)
+    values = np.random.default_rng(0).random((ref_errors.BLOCK, 2), np.float32)
     with store.Writer(folder, _REFERENCE, 0) as writer:
         for unit in _blocks().units:
             writer.add(unit.key, values.tobytes(), {"torch": "2.13", "device": "cpu"})
 
 
 def _read_reference(folder: Path, changed: Iterable[str]) -> None:
-    found = errors.RefErrors(store.Store(folder, _REFERENCE), _blocks())
+    found = ref_errors.RefErrors(store.Store(folder, _REFERENCE), _blocks())
     found.read(torch.tensor([0, 1, 300]), torch.tensor([0, 1, 1]), [0, 1, 0])
 
 
@@ -334,12 +337,12 @@ def _write_scores(folder: Path) -> None:
 
 
 def _read_scores(folder: Path, changed: Iterable[str]) -> None:
-    image_scores._read(folder / "x", _ABOUT)
+    kept_scores._read(folder / "x", _ABOUT)
     work = SimpleNamespace(folder=folder, facts={"x": _ABOUT}, contents="c")
-    work._path = lambda name, first: judging._Work._path(work, name, first)
-    judging._Work._read(work, "x", 0)
+    work._path = lambda name, first: pair_scores.PairScoring._path(work, name, first)
+    pair_scores.PairScoring._read(work, "x", 0)
     with refused(BadInput):
-        generating._listing(folder)
+        generation._listing(folder)
     with refused(BadInput):
         read_signed_json(folder / "evaluation.json", "put it back", ("prompts",))
     delete_damaged(sorted((folder / "x").glob("rank-*.json")), "its scores are made again")

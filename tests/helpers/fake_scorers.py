@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpo_fast import relabel
+from dpo_fast import relabel, scorers
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation import judging, scorers
+from dpo_fast.relabeling import pair_scores
 
 # name -> (float64 [H,W,3] in [0, 255], caption) -> score
 FORMULAS = {
@@ -47,7 +47,7 @@ def load(name: str, log: Path, seconds: float = 0.0) -> scorers.Scorer:
 def started(part_rows: int, log: Path, argv: list[object]) -> multiprocessing.Process:
     """A process in the door with `argv`; its imports were done before by one that it is forked from."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dpo_fast.evaluation.judging", "tests.helpers.fake_scorers"])
+    context.set_forkserver_preload(["dpo_fast.relabeling.pair_scores", "tests.helpers.fake_scorers"])
     process = context.Process(target=_quietly, args=(part_rows, log, [str(word) for word in argv]))
     process.start()
     return process
@@ -61,7 +61,7 @@ def _quietly(part_rows: int, log: Path, argv: list[str]) -> None:
 
 
 def _main(part_rows: int, log: Path, argv: list[str], seconds: float) -> int:
-    judging.PART_ROWS = part_rows
+    pair_scores.PART_ROWS = part_rows
     scorers.MODULE_OF |= dict.fromkeys(FORMULAS, "fake")
     scorers.load_scorer = lambda name, device, **_: load(name, log, seconds)
     scorers.facts = lambda name, device, **_: {"scorer": name}

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from dpo_fast import parallel
 from dpo_fast.config import parse
-from dpo_fast.opening import Run, open_run
 from dpo_fast.train import main
+from dpo_fast.training.run import Run, open_run
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT.parent / "shared" / "data" / "preference_sample.parquet"

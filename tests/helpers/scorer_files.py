@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import BertTokenizer, BlipVisionConfig, CLIPConfig, CLIPModel
 
-from dpo_fast.evaluation.scorers import aesthetic, hpsv2, imagereward, pickscore
-from dpo_fast.evaluation.scorers.clip_models import VIT_H, VIT_L
+from dpo_fast.scorers import aesthetic, hpsv2, imagereward, pickscore
+from dpo_fast.scorers.clip_models import VIT_H, VIT_L
 from tests.helpers.pipelines import randomise, tokenizer
 from tests.helpers.plain_models import OpenClip, PlainImageReward, plain_head
 

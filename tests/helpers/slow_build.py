@@ -6,14 +6,16 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from dpo_fast import cache, caching
-from dpo_fast.data.cache import store
+from dpo_fast import cache
+from dpo_fast.caching import build, store
 
 
 def started(shard_bytes: int, argv: list[object]) -> multiprocessing.Process:
     """A process in the door with `argv`; its imports were done before by one that it is forked from."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dpo_fast.scoring", "diffusers", "transformers", "tests.helpers.slow_build"])
+    context.set_forkserver_preload(
+        ["dpo_fast.caching.score_reference", "diffusers", "transformers", "tests.helpers.slow_build"]
+    )
     process = context.Process(target=_build, args=(shard_bytes, [str(word) for word in argv]))
     process.start()
     return process
@@ -33,5 +35,5 @@ def _build(shard_bytes: int, argv: list[str]) -> None:
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     store.SHARD_BYTES = shard_bytes
-    caching.PART_ROWS = 3
+    build.PART_ROWS = 3
     sys.exit(cache.main(argv))

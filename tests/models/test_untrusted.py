@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from transformers import CLIPModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation.models import ModelSource, OneAtATime
-from dpo_fast.evaluation.scorers import load_scorer
-from dpo_fast.evaluation.scorers.clip_models import VIT_L
 from dpo_fast.models import load_family, merge_lora
 from dpo_fast.models.lora import WEIGHT_NAME
+from dpo_fast.models.source import ModelSource, OneAtATime
 from dpo_fast.models.untrusted import check_part, check_pipeline, check_settings
+from dpo_fast.scorers import load_scorer
+from dpo_fast.scorers.clip_models import VIT_L
 from dpo_fast.train import main
 from tests.helpers import hostile
 from tests.helpers.runs import flags_for

@@ -1,0 +1,565 @@
+"""Building the cache: every distinct image and caption of the pairs that are wanted is read and encoded once.
+
+One pass over the rows in their order: threads read, hash and decode ahead, the VAE encodes, a writer appends. With
+several ranks each goes over the rows and encodes every world_size-th distinct item. What is there already is neither
+read nor encoded; a process killed at any moment loses the items it had in hand, and the next one ends with the same
+files as one that was never killed.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dpo_fast.caching.manifest import STREAM_FORMAT, Manifest, RememberedSource, keys_of, read_images
+from dpo_fast.caching.reader import CachedItems
+from dpo_fast.caching.recipe import Field, Recipe, caption_key, mirrored
+from dpo_fast.caching.store import (
+    Store,
+    Writer,
+    begin_folder,
+    default_root,
+    drop_damaged,
+    finish_orphans,
+    locked,
+    log_keys,
+    not_writable,
+    tidy,
+)
+from dpo_fast.config import TrainConfig
+from dpo_fast.data.columns import Columns
+from dpo_fast.data.images import RULE, BadImage, TooThin, crop_corner, mirror, scaled, to_pixels
+from dpo_fast.data.pairs import Usable, judge_streamed, too_many_bad
+from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
+from dpo_fast.errors import FORBIDDEN, BadInput, disk_error, remedy
+from dpo_fast.files import human_bytes, remove_temporaries, user_path
+from dpo_fast.models import Family, latents_recipe_facts, nonfinite_rows, text_recipe_facts
+from dpo_fast.parallel import Ranks
+from dpo_fast.threads import ahead
+
+T = TypeVar("T")
+
+PART_ROWS = 16384  # rows hashed between two writes of the manifest
+PROMPTS_A_CALL = 64  # captions a call of the text encoders on a GPU
+ROWS_AHEAD = 64  # read and hashed before they are needed
+
+Images = tuple[bytes | BadImage, bytes | BadImage]  # of a row, in its order: bytes, or keys
+
+
+@dataclass(frozen=True)
+class NeededRows:
+    """What a run needs of its pairs: these rows of a source, or the first usable pairs of a stream."""
+
+    rows: list[int] | None = None  # ascending
+    pairs: int | None = None
+
+
+@dataclass
+class Counts:
+    """What a build found and did, over all ranks."""
+
+    image_uses: int = 0  # two a pair
+    images: int = 0  # distinct ones
+    images_encoded: int = 0  # records: with --hflip two an image
+    captions: int = 0
+    prompts: int = 0  # distinct ones
+    prompts_encoded: int = 0
+
+
+class Cached(NamedTuple):
+    """A complete cache for some pairs."""
+
+    latents: CachedItems
+    text: CachedItems
+    counts: Counts
+
+
+class _Row(NamedTuple):
+    """A row on its way; `images` are bytes where they had to be read."""
+
+    row: int
+    keys: Images
+    images: Images | None
+    caption: str | None  # None: the row is a tie or unusable, only its keys are wanted
+
+
+class _Unit(NamedTuple):
+    """A distinct image to encode, in the orientations that are missing."""
+
+    row: int  # where it was met first, and in which column
+    column: str
+    data: bytes | BadImage
+    keys: list[tuple[bytes, bool]]  # (key of the record, mirrored)
+
+
+def root_of(config: TrainConfig) -> Path:
+    """The cache folder of a run."""
+    return user_path(config.latent_cache_dir) if config.latent_cache_dir else default_root()
+
+
+def manifest_of(config: TrainConfig, stamp: str) -> Manifest:
+    """What is known of the pairs that `config` names; `stamp` stands for the state of their files."""
+    asked = [
+        Path(config.dataset_name).name if stamp else config.dataset_name,
+        config.dataset_config_name,
+        config.dataset_split_name,
+        config.image_columns,
+        config.label_column,
+        config.caption_column,
+        config.streaming,
+        config.max_train_samples,
+        stamp,
+    ]
+    if config.streaming:
+        asked.append(STREAM_FORMAT)
+    return Manifest(root_of(config) / f"pairs-{blake2b(repr(asked).encode(), digest_size=8).hexdigest()}")
+
+
+def recipes(config: TrainConfig, family: Family) -> tuple[Recipe, Recipe]:
+    """How latents and text of this run are encoded."""
+    facts = {"resolution": config.resolution, "images": RULE, **latents_recipe_facts(family)}
+    latents = Recipe("latents", facts, (Field("latents", family.latent_shape(config.resolution)),))
+    fields = tuple(Field(name, tuple(tensor.shape[1:])) for name, tensor in family.empty_prompt().items())
+    return latents, Recipe("text", text_recipe_facts(family), fields)
+
+
+def fill(
+    config: TrainConfig,
+    ranks: Ranks,
+    source: RememberedSource | StreamedSource | None,  # None: a stream whose rows the manifest knows
+    manifest: Manifest,
+    wanted: NeededRows,
+    family: Family,
+    *,
+    reopen: Callable[[], StreamedSource],
+    repair: bool = False,
+    waiting: Callable[[str], None] | None = None,
+) -> Cached:
+    """Encode what is missing of `wanted` and open the result. Every rank calls this.
+
+    `reopen` opens the stream that was not given, should its images be needed after all. `repair` encodes shards again
+    whose files do not fit their index; otherwise they are refused. `waiting` is told that another process builds, which
+    is waited for; without it that is refused. Raises BadInput for a cache that cannot be used or written, a disk that
+    is too small, too many bad images, and an image or a caption whose encoding is not finite.
+    """
+    work = CacheBuild(config, ranks, source, manifest, wanted, family)
+    if repair:
+        ranks.on_main(lambda: [drop_damaged(work.root, recipe) for recipe in work.recipes])
+    work.survey()
+    if ranks.any(work.only_unread() and not os.access(work.root, os.W_OK)):
+        work.read_unread()  # the cache cannot be written, but it may hold all the same
+        work.survey()
+    if not ranks.any(work.missing > 0):
+        work.check_bad()
+        if ranks.share(work.tidy() if ranks.is_main else None):
+            work.find_stores()
+        return work.opened()
+    if source is None:
+        work.source = reopen()
+    folders = [work.root / recipe.folder_name for recipe in work.recipes]
+    with ExitStack() as held:
+
+        def begin() -> None:
+            for folder in (*folders, manifest.folder):
+                held.enter_context(locked(folder, waiting))
+            with disk_errors_as_bad_input(work.root):
+                for recipe in work.recipes:
+                    begin_folder(work.root, recipe)
+                    finish_orphans(work.root, recipe, ranks.world_size)
+
+        ranks.on_main(begin)
+        stage_on_all_ranks(ranks, work.open_writers, work.root)
+        # Again: a shard may have been completed, or another builder may just have done it all.
+        stage_on_all_ranks(ranks, lambda: work.survey(writing=True), work.root)
+        ranks.on_main(work.check_space)
+        stage_on_all_ranks(ranks, work.build, work.root)
+        with disk_errors_as_bad_input(work.root):
+            ranks.on_main(work.finish)
+    encoded = ranks.gather((work.counts.images_encoded, work.counts.prompts_encoded))
+    work.counts.images_encoded, work.counts.prompts_encoded = (sum(part) for part in zip(*encoded, strict=True))
+    work.find_stores()
+    return work.opened()
+
+
+class CacheBuild:
+    """One build, as one rank sees it."""
+
+    def __init__(self, config, ranks: Ranks, source, manifest: Manifest, wanted: NeededRows, family: Family):
+        self.config, self.ranks, self.family = config, ranks, family
+        self.source, self.manifest, self.wanted = source, manifest, wanted
+        self.root = root_of(config)
+        self.recipes = recipes(config, family)
+        self.counts = Counts()
+        self.ended = False  # the stream was read to its end
+        self.bad: list[BadRow] = []
+        self.unsaved = 0  # rows read since the manifest was last written
+
+    def find_stores(self) -> None:
+        self.stores = [Store(self.root, recipe) for recipe in self.recipes]
+
+    def opened(self) -> Cached:
+        """What the stores hold, for reading."""
+        for store in self.stores:
+            store.touch()
+        return Cached(*map(CachedItems, self.stores), self.counts)
+
+    def survey(self, writing: bool = False) -> None:
+        """Find what is there, and what of the wanted is `missing` (items, at least).
+
+        writing: unfinished shards count too, for every rank holds its own by now and has not gone on with it.
+        """
+        self.find_stores()
+        self.latents, self.text = (
+            store.keys() | (log_keys(store.folder) if writing else set()) for store in self.stores
+        )
+        self.captions: dict[str, None] = {}
+        if self.wanted.rows is not None:
+            captions = self.source.captions()
+            self.captions = dict.fromkeys(captions[row] for row in self.wanted.rows)
+        keys: dict[bytes, None] = {}
+        self.unread = 0  # rows whose images were never hashed; of a stream as many as there may be, at least one
+        pairs = 0
+        for row in _known_rows(self.config, self.source, self.manifest, self.wanted):
+            if row is None:
+                self.unread += 1 if self.wanted.rows is not None else self._rest_of_stream(pairs)
+            elif row.caption is not None:
+                pairs += 1
+                self.captions[row.caption] = None
+                keys |= dict.fromkeys(key for key in row.keys if isinstance(key, bytes))
+        self.counts = Counts(2 * pairs, len(keys), 0, pairs, len(self.captions), 0)
+        self.missing_latents = sum(key not in self.latents for image in keys for key, _ in self._orientations(image))
+        self.missing_prompts = sum(caption_key(caption) not in self.text for caption in self.captions)
+        self.missing = self.missing_latents + self.missing_prompts + self.unread
+
+    def _rest_of_stream(self, pairs: int) -> int:
+        length = self.source.length if self.source is not None else None
+        return 1 if length is None else max(1, min(self.wanted.pairs, length) - pairs)
+
+    def only_unread(self) -> bool:
+        """Whether nothing is known to be missing, but some rows of a table were never read."""
+        return self.wanted.rows is not None and all(map(len, self.stores)) and 0 < self.unread == self.missing
+
+    def read_unread(self) -> None:
+        """Find the keys of rows that were never read, and note them in memory."""
+        rows = [row for row in self.wanted.rows if row not in self.manifest]
+        with ThreadPoolExecutor(max(1, self.config.dataloader_num_workers)) as pool:
+            plans = ((lambda row=row: (row, read_images(self.source, row)[0])) for row in rows)
+            for row, keys in ahead(pool, plans, ROWS_AHEAD):
+                self.manifest.note(row, keys)
+
+    def check_space(self) -> None:
+        """Raise BadInput where the disk cannot hold what is missing, if no image of an unread row recurs.
+
+        Captions of unread rows of a stream are not counted: most recur.
+        """
+        images, text = self.recipes
+        unread = 2 * self.unread * len(self._orientations(b""))
+        need = (self.missing_latents + unread) * images.record_bytes + self.missing_prompts * text.record_bytes
+        free = shutil.disk_usage(self.root).free
+        if free < need:
+            raise BadInput(
+                f"the cache folder {self.root} has {human_bytes(free)} free, but the entries that are missing need"
+                f" {human_bytes(need)}{' if no image occurs twice' if unread else ''}; free some space, name another"
+                " --latent_cache_dir, or train with --no-cache"
+            )
+
+    def open_writers(self) -> None:
+        """Open this rank's shards where an earlier build left them."""
+        if self.ranks.is_main and self.source is not None:
+            self.manifest.begin(self.source)
+        self.writers = [Writer(self.root, recipe, self.ranks.rank) for recipe in self.recipes]
+
+    def build(self) -> None:
+        """Encode what is missing, this rank's share."""
+        self.counts = Counts()
+        with ThreadPoolExecutor(max(1, self.config.dataloader_num_workers)) as pool:
+            try:
+                with self.writers[0]:
+                    self._encode_images(self.writers[0], pool)
+                with self.writers[1]:
+                    self._encode_prompts(self.writers[1])
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def tidy(self) -> bool:
+        """Where nothing is missing: save what was found out and finish what killed builds left. True if there was any.
+
+        Where that cannot be written, or another process builds, it is done another time. The main rank calls this.
+        """
+        self.manifest.touch()
+        left = [tidy(self.root, recipe) for recipe in self.recipes]
+        if self.manifest.untidy:
+            with suppress(OSError, BadInput), locked(self.manifest.folder):
+                if self.source is None:
+                    remove_temporaries(self.manifest.folder)
+                else:
+                    self.manifest.begin(self.source)
+                self.finish()
+        elif self.manifest.changed and isinstance(self.source, RememberedSource):
+            with suppress(OSError, BadInput), locked(self.manifest.folder):
+                self.manifest.begin(self.source)
+                self.manifest.save(ended=False)
+        return any(left)
+
+    def finish(self) -> None:
+        """Write what was found out about the pairs (the main rank does)."""
+        store = Store(self.root, self.recipes[0])
+        faults = {
+            key: meta["bad"]
+            for shard in store.shards
+            for key, meta in zip(shard.keys, shard.meta, strict=True)
+            if isinstance(meta, dict) and not meta["decodes"]
+        }
+        columns = self.manifest.columns.images
+        for row in _known_rows(self.config, self.source, self.manifest, self.wanted):
+            if row is not None and row.caption is not None:
+                self.manifest.note_decoded(row.row, _first_bad(row.row, row.keys, faults, columns))
+        self.manifest.save(self.ended)
+        self.check_bad()
+
+    def check_bad(self) -> None:
+        """Raise BadInput where too many of the wanted images are known not to decode, whenever that was found out."""
+        known = _known_rows(self.config, self.source, self.manifest, self.wanted)
+        rows = (row.row for row in known if row is not None and row.caption is not None)
+        self._refuse_too_many([bad for bad in map(self.manifest.bad, rows) if bad])
+
+    # ---- rows ----------------------------------------------------------------------------------------------------
+
+    def _rows(self, pool: ThreadPoolExecutor) -> Iterator[_Row]:
+        """The wanted rows in order; those with something missing have their bytes."""
+        if self.wanted.rows is None:
+            yield from self._stream_rows(pool)
+            return
+        captions = self.source.captions()
+
+        def row_of(row: int) -> _Row:
+            keys, images = read_images(self.source, row)
+            return _Row(row, keys, images, captions[row])
+
+        def plan(row: int) -> "_Row | Callable[[], _Row]":
+            if row in self.manifest and self._all_there(keys := self.manifest.images(row)):
+                return _Row(row, keys, None, captions[row])
+            return lambda: row_of(row)
+
+        yield from ahead(pool, map(plan, self.wanted.rows), ROWS_AHEAD)
+
+    def _stream_rows(self, pool: ThreadPoolExecutor) -> Iterator[_Row]:
+        columns, pairs = self.source.columns, 0
+
+        def plan(streamed: StreamedRow) -> Callable[[], tuple[_Row, tuple]]:
+            def hashed() -> tuple[_Row, tuple]:
+                keys = keys_of(streamed.images)
+                usable = _usable(self.config, streamed._replace(images=keys), columns)
+                caption = streamed.caption if usable else None
+                return _Row(streamed.row, keys, streamed.images, caption), (streamed.caption, streamed.label)
+
+            return hashed
+
+        for row, text in ahead(pool, map(plan, self.source.rows()), ROWS_AHEAD):
+            if row.row not in self.manifest:
+                self.manifest.note(row.row, row.keys, text)
+            elif not self.manifest.agrees(row.row, row.keys, text):
+                raise BadInput(
+                    f"{self.source.description}: row {row.row} is not what it was when {self.manifest.folder} was made,"
+                    " so the set has changed: delete that folder and start again; what is the same is not encoded again"
+                )
+            pairs += row.caption is not None
+            yield row
+            if pairs == self.wanted.pairs:
+                return
+        self.ended = True
+
+    def _all_there(self, keys: Images) -> bool:
+        wanted = (key for image in keys if isinstance(image, bytes) for key, _ in self._orientations(image))
+        return all(key in self.latents for key in wanted)
+
+    # ---- images --------------------------------------------------------------------------------------------------
+
+    def _encode_images(self, writer: Writer, pool: ThreadPoolExecutor) -> None:
+        size = self.config.vae_encode_batch_size
+        title = dict(desc="Encoding images", unit=" pairs", disable=not self.ranks.is_main)
+        pairs = len(self.wanted.rows) if self.wanted.rows is not None else self.wanted.pairs
+        if self.wanted.rows is None and self.source.length is not None:
+            pairs = min(pairs, self.source.length)
+        with tqdm(total=pairs, **title) as bar:
+            units = self._units(self._rows(pool), bar)
+            decoded = ahead(pool, ((lambda u=unit: self._decode(u)) for unit in units), max(16, 2 * size))
+            for some in _groups(decoded, size):
+                self._encode_units(some, writer)
+                bar.set_postfix(encoded=self.counts.images_encoded)
+
+    def _units(self, rows: Iterator[_Row], bar: tqdm) -> Iterator[_Unit]:
+        """This rank's share of the distinct images of which something is missing."""
+        columns, seen = self.source.columns.images, set()
+        for row in rows:
+            self._note(row)
+            if row.caption is None:
+                continue
+            bar.update()
+            self.captions[row.caption] = None
+            self.counts.image_uses += 2
+            self.counts.captions += 1
+            for side, image in enumerate(row.keys):
+                if not isinstance(image, bytes) or image in seen:
+                    continue
+                mine = len(seen) % self.ranks.world_size == self.ranks.rank
+                seen.add(image)
+                missing = [(key, flip) for key, flip in self._orientations(image) if key not in self.latents]
+                if mine and missing:
+                    yield _Unit(row.row, columns[side], row.images[side], missing)
+        self.counts.images = len(seen)
+
+    def _note(self, row: _Row) -> None:
+        if row.row not in self.manifest or not self.manifest.agrees(row.row, row.keys):
+            self.manifest.note(row.row, row.keys)
+        self.unsaved += row.images is not None
+        if self.ranks.is_main and self.unsaved >= PART_ROWS:
+            self.manifest.save_part()
+            self.unsaved = 0
+
+    def _orientations(self, image: bytes) -> list[tuple[bytes, bool]]:
+        """Keys of the records of an image, and whether they are of its mirror image."""
+        return [(image, False), (mirrored(image), True)] if self.config.hflip else [(image, False)]
+
+    def _decode(self, unit: _Unit) -> tuple[_Unit, torch.Tensor | None, Any]:
+        """A unit with its pixels uint8 [n,3,R,R] and (true height, true width, crop top, crop left); or its fault."""
+        resolution = self.config.resolution
+        try:
+            image, (height, width) = scaled(unit.data, resolution)
+        except BadImage as error:
+            return unit, None, {"bad": error.reason, "decodes": isinstance(error, TooThin)}
+        top, left = crop_corner(image.size, resolution, None)
+        squares = [to_pixels(mirror(image) if flip else image, top, left, resolution) for _, flip in unit.keys]
+        return unit, torch.stack(squares), [height, width, top, left]
+
+    def _encode_units(self, some: Sequence[tuple[_Unit, torch.Tensor | None, Any]], writer: Writer) -> None:
+        pixels = [squares for _, squares, _ in some if squares is not None]
+        latents = iter(())
+        if pixels:
+            encoded = self.family.encode_images(torch.cat(pixels), self.config.vae_encode_batch_size)
+            finite = iter((~nonfinite_rows(encoded)).tolist())
+            latents = iter(encoded.cpu().numpy())
+        for unit, squares, meta in some:
+            if squares is None:
+                self.bad.append(BadRow(unit.row, unit.column, meta["bad"]))
+                self._refuse_too_many(self.bad)
+            for key, _ in unit.keys:
+                if squares is None:  # holds the place: its pair is left out of training by its meta
+                    record = bytes(self.recipes[0].record_bytes)
+                else:
+                    record = next(latents).tobytes()
+                    if not next(finite):
+                        raise self.family.not_finite(unit.row)
+                writer.add(key, record, meta)
+                self.latents.add(key)
+                self.counts.images_encoded += 1
+
+    def _refuse_too_many(self, bad: list[BadRow]) -> None:
+        rows = len(self.source) if self.wanted.rows is not None else max(len(self.manifest), 1000)
+        if len(bad) > self.config.max_bad_fraction * rows:
+            raise too_many_bad(bad, rows, self.config.max_bad_fraction, None)
+
+    # ---- text ----------------------------------------------------------------------------------------------------
+
+    def _encode_prompts(self, writer: Writer) -> None:
+        share = list(self.captions)[self.ranks.rank :: self.ranks.world_size]
+        missing = [caption for caption in share if caption_key(caption) not in self.text]
+        self.counts.prompts = len(self.captions)
+        with tqdm(total=len(missing), desc="Encoding prompts", unit=" prompts", disable=not self.ranks.is_main) as bar:
+            for captions in _groups(iter(missing), PROMPTS_A_CALL):
+                encoded = self.family.encode_prompts(captions)
+                fields = [encoded[field.name].cpu().numpy() for field in self.recipes[1].fields]
+                finite = np.logical_and.reduce([np.isfinite(f.reshape(len(captions), -1)).all(1) for f in fields])
+                if not finite.all():
+                    raise self.family.text_not_finite(f"caption {captions[int(np.argmin(finite))]!r:.200}")
+                for i, caption in enumerate(captions):
+                    writer.add(caption_key(caption), b"".join(field[i].tobytes() for field in fields))
+                bar.update(len(captions))
+                self.counts.prompts_encoded += len(captions)
+
+
+def stage_on_all_ranks(ranks: Ranks, stage: Callable[[], None], root: Path) -> None:
+    """Run a stage of the build on every rank; a problem of one ends it on all."""
+
+    def run() -> None:
+        with disk_errors_as_bad_input(root):
+            stage()
+
+    ranks.on_all(run)
+
+
+def is_fully_known(config: TrainConfig, manifest: Manifest, wanted: NeededRows) -> bool:
+    """Whether a stream need not be read: what is wanted of it is known."""
+    return None not in _known_rows(config, None, manifest, wanted)
+
+
+def _known_rows(
+    config: TrainConfig, source: Source | None, manifest: Manifest, wanted: NeededRows
+) -> Iterator[_Row | None]:
+    """The wanted rows with their keys; None for one that is not known, and once for the rest of a stream."""
+    if wanted.rows is not None:
+        captions = source.captions()
+        for row in wanted.rows:
+            yield _Row(row, manifest.images(row), None, captions[row]) if row in manifest else None
+        return
+    pairs = 0
+    for streamed in manifest.streamed_rows():
+        if pairs == wanted.pairs:
+            return
+        usable = _usable(config, streamed, manifest.columns)
+        pairs += usable
+        yield _Row(streamed.row, streamed.images, None, streamed.caption if usable else None)
+    if pairs != wanted.pairs and not (manifest.about and manifest.about["ended"]):
+        yield None
+
+
+def _usable(config: TrainConfig, row: StreamedRow, columns: Columns) -> bool:
+    """Whether `StreamedPairs` trains on a row."""
+    return isinstance(judge_streamed(row, columns, config.soft_labels), Usable)
+
+
+def _first_bad(row: int, keys: Images, faults: dict[bytes, str], columns: Sequence[str]) -> BadRow | None:
+    for key, column in zip(keys, columns, strict=True):
+        if isinstance(key, BadImage):
+            return BadRow(row, key.column, key.reason)
+        if key in faults:
+            return BadRow(row, column, faults[key])
+    return None
+
+
+def _groups(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    group: list[T] = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+@contextmanager
+def disk_errors_as_bad_input(root: Path) -> Iterator[None]:
+    """A disk that is full, failing or cannot be written, as BadInput."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, BadInput) or (found := disk_error(error)) is None:
+            raise
+        if found.errno in FORBIDDEN:
+            raise not_writable(root, found) from error
+        where = f" at {found.filename}" if found.filename else ""
+        raise BadInput(
+            f"the cache folder {root} could not be written or read ({found.strerror}{where}): what was encoded is kept;"
+            f" {remedy(found)}, then start the same command again, it goes on from there"
+        ) from error

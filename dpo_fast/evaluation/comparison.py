@@ -1,0 +1,222 @@
+"""A policy against a baseline, from prompts to the page: generate, pair up, score, judge, write.
+
+OUT/evaluation.json   what is compared
+OUT/images/           what was generated (`generating`)
+OUT/scores/           what was scored (`image_scores`)
+OUT/scores.parquet    OUT/summary.json    OUT/report.html
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from dpo_fast.checksums import read_signed_json, write_signed_json
+from dpo_fast.data.image_files import Files
+from dpo_fast.data.images import texts_of
+from dpo_fast.errors import BadInput
+from dpo_fast.evaluation.findings import About, Findings, judge
+from dpo_fast.evaluation.generation import ImageRequest, check_free, differences, generate_images, is_complete
+from dpo_fast.evaluation.image_names import PromptImage, image_files, images_of
+from dpo_fast.evaluation.pairing import ImagePairs, pair_up
+from dpo_fast.evaluation.report.page import page
+from dpo_fast.evaluation.scored import Scored, write_scores
+from dpo_fast.evaluation.signals import measure
+from dpo_fast.files import exists, remove_temporaries, user_path, write_json, write_text
+from dpo_fast.models.source import revisions
+from dpo_fast.parallel import Ranks
+from dpo_fast.scorers import default_dtype, facts, load_scorer, provenance
+from dpo_fast.scorers.kept_scores import score_images
+
+if TYPE_CHECKING:
+    from dpo_fast.evaluation.implicit import ImplicitAccuracy
+
+RECORD, SUMMARY, SCORES, REPORT = "evaluation.json", "summary.json", "scores.parquet", "report.html"
+SHOWN = ("family", "weights", "sampler", "steps", "guidance", "resolution", "layout", "strength", "dtype", "versions")
+# where these differ, more than weights is compared
+SAMPLING = ("family", "sampler", "steps", "guidance", "resolution", "layout", "strength")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two that are compared: a model whose images are generated, or a folder of images."""
+
+    name: str
+    folder: Path | None = None  # None: generated
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, by what."""
+
+    base: Side
+    policy: Side
+    wanted: ImageRequest  # prompts, seeds, and the models that are to be generated from
+    all_images: bool  # of two folders: as many as both have of a prompt; else as many as there are seeds
+    prompt_set: str  # in words
+    scorers: Sequence[str]
+    scoring: Mapping[str, object]  # keywords of load_scorer: where its files are
+    compare_medians: bool
+
+
+def is_images(path: str) -> bool:
+    """Whether `path` is a folder of images, and neither run nor pipeline. Raises BadInput where it has several."""
+    folder = user_path(path)
+    others = ("config.yaml", "model_index.json")
+    if not exists(folder) or not folder.is_dir() or any((folder / name).is_file() for name in others):
+        return False
+    if (folder / "images.json").is_file():
+        raise BadInput(f"{path} holds the images of several models: name one of the folders in it")
+    return bool(image_files(folder))
+
+
+def claim(out: Path, settings: Mapping[str, object]) -> None:
+    """Make `out`, which is held, the folder of this evaluation, or go on with it.
+
+    Raises BadInput where it is something else's.
+    """
+    record = out / RECORD
+    if not record.is_file():
+        check_free(out, RECORD)
+        write_signed_json(record, settings)
+    before = read_signed_json(record, "put it back from a copy, or name another --output_dir")
+    if found := differences(before, json.loads(json.dumps(settings))):
+        raise BadInput(f"--output_dir {out} is of another evaluation ({'; '.join(found)}); name another folder")
+    remove_temporaries(out)
+
+
+def prepare(comparison: Comparison, out: Path, ranks: Ranks) -> tuple[Comparison, ImagePairs]:
+    """The pairs that will be judged, before anything is generated, and the comparison with only their prompts.
+
+    Raises BadInput, on every rank, for what would be refused later: a scorer that cannot be had or cannot judge the
+    prompts, a folder without an image of them, an image that does not open.
+    """
+    found: list[tuple[Comparison, ImagePairs]] = []
+
+    def work() -> None:
+        texts = [prompt.text for prompt in comparison.wanted.prompts]
+        whole = not comparison.wanted.models or is_complete(out / "images")
+        for name in comparison.scorers:
+            if not (whole and (out / "scores" / name).is_dir()):
+                load_scorer(name, **comparison.scoring).check(texts)
+        pairs, wanted = _pairs(comparison, out), comparison.wanted
+        for side, files in ((comparison.base, pairs.base), (comparison.policy, pairs.policy)):
+            if side.folder is not None and not whole:
+                files.check(f"opening, {side.name}")
+        kept = set(pairs.prompts)
+        wanted = replace(wanted, prompts=[prompt for prompt in wanted.prompts if prompt.text in kept])
+        found.append((replace(comparison, wanted=wanted), pairs))
+
+    ranks.on_main(work)
+    return ranks.share(found[0] if found else None)
+
+
+def compare(
+    comparison: Comparison, pairs: ImagePairs, out: Path, ranks: Ranks, batch_size: int
+) -> tuple[Findings, Scored] | None:
+    """Generate and score what is missing, and judge. The main rank gets the findings."""
+    if comparison.wanted.models:
+        generate_images(comparison.wanted, out / "images", ranks)
+    number, both = len(pairs.prompts), Files([*pairs.base.paths, *pairs.policy.paths])
+    files = {key: comparison.scoring[key] for key in ("where", "cache_dir")}
+    scorers = {
+        name: (
+            partial(facts, name, ranks.device, **files),
+            partial(load_scorer, name, ranks.device, **comparison.scoring),
+        )
+        for name in comparison.scorers
+    }
+    scores = score_images(both, pairs.prompts * 2, scorers, out / "scores", ranks, batch_size=batch_size)
+    if not ranks.is_main:
+        return None
+    scored = Scored(
+        pairs.prompts,
+        pairs.seeds,
+        {name: of[:number] for name, of in scores.items()},
+        {name: of[number:] for name, of in scores.items()},
+        pairs.categories,
+    )
+    sources = pairs.base.paths, pairs.policy.paths
+    signals = measure(pairs.base, pairs.policy, pairs.prompts, sources=sources, show=True)
+    settings, remarks = _settings(comparison, pairs, ranks.device)
+    about = About(
+        comparison.base.name,
+        comparison.policy.name,
+        comparison.prompt_set,
+        date.today().isoformat(),
+        settings,
+        [*pairs.remarks, *remarks],
+        models={
+            title: revisions(comparison.wanted.models[side.name])
+            for title, side in (("base", comparison.base), ("policy", comparison.policy))
+            if side.folder is None
+        },
+        scorers={name: provenance(name, ranks.device, **files) for name in comparison.scorers},
+    )
+    return judge(scored, signals, about, compare_medians=comparison.compare_medians), scored
+
+
+def write(
+    out: Path, findings: Findings, scored: Scored, pairs: ImagePairs, implicit: "ImplicitAccuracy | None" = None
+) -> None:
+    """The results, each file at once or not at all."""
+    write_scores(out / SCORES, scored)
+    write_text(out / REPORT, page(findings, scored, pairs.base, pairs.policy, implicit=implicit))
+    summary = findings.for_summary()
+    write_json(out / SUMMARY, summary if implicit is None else summary | {"implicit": implicit.for_summary()})
+
+
+def _pairs(comparison: Comparison, out: Path) -> ImagePairs:
+    wanted, sides = comparison.wanted, (comparison.base, comparison.policy)
+    texts = [prompt.text for prompt in wanted.prompts]
+    images, remarks = [], []
+    for side in sides:
+        if side.folder is not None:
+            found = images_of(side.folder, texts)
+            images.append(found.images)
+            if found.unused:
+                remarks.append(f"{found.unused} images in {side.name} are of none of these prompts")
+            continue
+        rows: dict[str, dict[int, PromptImage]] = {}
+        for row in wanted.rows():
+            if row.model == side.name:
+                rows.setdefault(row.prompt, {})[row.seed] = PromptImage(out / "images" / row.file, row.seed)
+        images.append({prompt: [*of_seed.values()] for prompt, of_seed in rows.items()})
+    seeds = None if comparison.all_images else wanted.seeds
+    paired = pair_up(wanted.prompts, seeds, *images, (sides[0].name, sides[1].name))
+    paired.remarks.extend(remarks)
+    return paired
+
+
+def _settings(comparison: Comparison, pairs: ImagePairs, device: torch.device) -> tuple[dict[str, str], list[str]]:
+    """How the images were made, as their files say it, and a remark where that differs in more than weights."""
+    texts = [_texts(files.paths[0]) for files in (pairs.base, pairs.policy)]
+    settings = {"Seeds": ", ".join(map(str, dict.fromkeys(pairs.seeds)))} if not comparison.all_images else {}
+    for name in SHOWN:
+        base, policy = (of.get(name) for of in texts)
+        if base or policy:
+            both = base if base == policy else f"{base or 'not known'} (base), {policy or 'not known'} (policy)"
+            settings[name.capitalize()] = both
+    settings["Scored in"] = f"{_dtype(device)} on {device.type}"
+    unknown = [s.name for s, of in zip((comparison.base, comparison.policy), texts, strict=True) if not of]
+    if unknown:
+        return settings, [f"how the images of {name} were made is not known" for name in unknown]
+    differing = [name for name in SAMPLING if texts[0].get(name) != texts[1].get(name)]
+    remarks = [f"the two were not made alike ({', '.join(differing)}): not only weights are compared"] * bool(differing)
+    return settings, remarks
+
+
+def _dtype(device: torch.device) -> str:
+    return str(default_dtype(device)).removeprefix("torch.")
+
+
+def _texts(file: Path) -> dict[str, str]:
+    """What dpo_fast.generate notes in an image; of other images nothing."""
+    with open(file, "rb") as opened:
+        found = texts_of(opened)
+    return {name: found[name] for name in SHOWN if isinstance(found.get(name), str)} if "noise_seed" in found else {}

@@ -1,0 +1,1 @@
+"""The page of an evaluation: charts, galleries, and the HTML around them."""

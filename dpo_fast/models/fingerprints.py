@@ -1,0 +1,122 @@
+"""What latents and prompt embeddings depend on, as plain values: equal values, equal encodings (up to rounding)."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpo_fast.models.family import Family
+from dpo_fast.models.tokenizers import tokenizer_digest
+
+# A recipe holds the whole configuration of a component, but for what is known to change no value:
+_NOT_OF_OUTPUTS = frozenset(
+    (
+        "sample_size",  # of the VAE and the UNet: the default resolution, which a run settles for itself
+        "force_upcast",  # of the VAE: chooses its dtype, which the recipe has
+        "initializer_factor",  # of text encoders: what untrained weights are drawn with
+        "initializer_range",
+        # of all configurations of transformers: origin, names of classes, and what a call returns
+        "architectures",
+        "chunk_size_feed_forward",
+        "dtype",
+        "id2label",
+        "is_encoder_decoder",
+        "label2id",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_return_dict",
+    )
+)  # and whatever begins with an underscore: _class_name (recipes have the module's own), _diffusers_version,
+# _name_or_path, and what the libraries note for themselves
+
+
+def latents_recipe_facts(family: Family) -> dict[str, Any]:
+    """Of `Family.encode_images`, but for the images."""
+    vae = family.pipeline.vae
+    return {
+        "vae": weights_digest(vae),
+        "vae_config": _configuration(vae),
+        "dtype": _precision(vae.dtype, family.device),
+        "value": f"posterior mean, {'normalized and ' if family.latent_statistics else ''}scaled, fp16",
+    }
+
+
+def text_recipe_facts(family: Family) -> dict[str, Any]:
+    """Of `Family.encode_prompts`, but for the prompts."""
+    facts: dict[str, Any] = {"dtype": _precision(family.dtype, family.device), "value": f"{family.text_kind}, fp16"}
+    for suffix in ("", "_2"):
+        encoder = getattr(family.pipeline, f"text_encoder{suffix}", None)
+        if encoder is not None:
+            facts[f"text_encoder{suffix}"] = weights_digest(encoder)
+            facts[f"text_config{suffix}"] = _configuration(encoder)
+            facts[f"tokenizer{suffix}"] = tokenizer_digest(getattr(family.pipeline, f"tokenizer{suffix}"))
+    return facts
+
+
+def reference_recipe_facts(family: Family) -> dict[str, Any]:
+    """Of the reference's predictions and targets, but for latents, text and draws. Ask before adapters are added."""
+    schedule, unet = family.schedule, family.unet
+    zeros = bool(family.pipeline.config.get("force_zeros_for_empty_prompt", False))
+    return {
+        "reference": weights_digest(unet, family.dtype),
+        "unet_config": _configuration(unet),
+        "dtype": str(family.dtype).removeprefix("torch."),
+        "prediction_type": schedule.prediction_type,
+        "schedule": _digest(schedule.alphas_cumprod.cpu().numpy().tobytes()),
+        "timesteps": [int(family.timesteps[0]), int(family.timesteps[-1]), len(family.timesteps)],
+        "timesteps_digest": _digest(family.timesteps.numpy().tobytes()),
+        "timestep_grid": family.timestep_grid,
+        "empty_prompt": "zeros" if zeros else "encoded",
+    }
+
+
+def weights_digest(module: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """A hash of all weights, cast to `dtype`, and of their names, the same on every device."""
+    whole = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(module.state_dict().items()):
+        flat = tensor.detach().to(dtype or tensor.dtype).cpu().contiguous().reshape(-1)
+        whole.update(f"{name} {tuple(tensor.shape)} {flat.dtype}\n".encode())
+        whole.update(memoryview(flat.view(torch.uint8).numpy()))
+    return whole.hexdigest()
+
+
+def _configuration(module: nn.Module) -> dict[str, Any]:
+    """All settings of a model that may change what it gives, as JSON has them, by name, and its class.
+
+    A setting that a version of the library adds changes the recipe, since its default is a part of what is computed.
+    """
+    config = module.config
+    settings = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    kept = {name: settings[name] for name in sorted(settings) if not name.startswith("_")}
+    for name in _NOT_OF_OUTPUTS & kept.keys():
+        del kept[name]
+    return {"class": type(module).__name__, **json.loads(json.dumps(kept, default=str))}
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def _precision(dtype: torch.dtype, device: torch.device) -> str:
+    """A dtype in words; fp32 on a GPU may be TF32."""
+    if dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        return "tf32"
+    return str(dtype).removeprefix("torch.")
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A short name for the weights of `module`: equal weights in equal dtype give equal names on every device."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    total = 0
+    for index, (_, tensor) in enumerate(sorted(module.state_dict().items())):
+        bits = tensor.detach().contiguous().view(whole[tensor.element_size()])
+        total = (total * 1_000_003 + (index + 1) * int(bits.sum(dtype=torch.int64).item())) % 2**64
+    return f"{total:016x}"

@@ -1,0 +1,1 @@
+"""Relabelling: pairs scored by one or several scorers, and labels from the scores."""

@@ -1,0 +1,120 @@
+"""Published models: their files, from the hub or from a folder, read without running any code that is in them, and what
+they compute as a Scorer."""
+
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from dpo_fast.errors import BadInput
+from dpo_fast.files import regular_files
+from dpo_fast.models.load_errors import bad_input
+from dpo_fast.models.untrusted import check_part
+from dpo_fast.scorers import Loading, Scorer
+
+ADVICE = "take the published files, or check the connection and the token"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+)
+
+
+def repository(name: str, loading: Loading, files: Sequence[str]) -> Path:
+    """The folder, on this disk, with those `files` (patterns) of the repository OWNER/NAME; none of them names code.
+
+    Raises BadInput where it cannot be had.
+    """
+    if loading.where is None:
+        with bad_input(f"the files of {name} cannot be fetched", ADVICE):
+            where = {"cache_dir": loading.cache_dir, "token": loading.token}
+            folder = Path(snapshot_download(name, allow_patterns=list(files), **where))
+    else:
+        folder = _local(name, loading.where)
+    check_part(folder)
+    return folder
+
+
+def file(name: str, file_name: str, loading: Loading) -> Path:
+    """One file of the repository OWNER/NAME."""
+    if loading.where is None:
+        with bad_input(f"{file_name} of {name} cannot be fetched", ADVICE):
+            return Path(hf_hub_download(name, file_name, cache_dir=loading.cache_dir, token=loading.token))
+    path = _local(name, loading.where) / file_name
+    if not path.is_file():
+        raise BadInput(f"{path} is no file: hf download {name} {file_name} --local-dir {path.parent}")
+    return path
+
+
+def tokenizer(name: str, kind: type[PreTrainedTokenizerBase], tokens: int, loading: Loading) -> PreTrainedTokenizerBase:
+    """The tokenizer, of the class `kind`, of the repository OWNER/NAME, which has at least that many tokens."""
+    folder = repository(name, loading, TOKENIZER_FILES)
+    with bad_input(f"the tokenizer of {folder} cannot be loaded", ADVICE):
+        found = kind.from_pretrained(folder)
+    if len(found) < tokens:  # transformers makes an empty one where files are missing
+        raise BadInput(f"the tokenizer of {folder} knows {len(found)} tokens of {tokens}: take the published files")
+    return found
+
+
+def _local(name: str, where: Path) -> Path:
+    folder = where / name
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is no folder: hf download {name} --local-dir {folder}")
+    regular_files(folder)
+    return folder
+
+
+def fill(
+    module: nn.Module,
+    path: Path,
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    under: str | None = None,
+    others: bool = False,
+) -> None:
+    """Give every parameter of `module` its value, from the tensors that torch.save wrote to `path`.
+
+    convert: from the file's names and tensors to the module's. under: the key of the file's dict that has them. others:
+    the file may hold more than the module has, as where its authors load it with strict=False.
+
+    Raises BadInput where the file lacks a tensor of the module, has one of another shape, or, unless `others`, more. A
+    pickle with code in it is refused, not run.
+    """
+    with bad_input(f"{path} is not the published file", "download it again"):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise BadInput(f"{path} holds more than weights and could run code: take the published file") from error
+        except EOFError as error:
+            raise ValueError("it ends too early") from error
+        state = content if under is None else content[under]
+        missing, unexpected = module.load_state_dict(convert(state), strict=False)
+        if missing or (unexpected and not others):
+            found = [
+                f"{len(names)} tensor{' is' if len(names) == 1 else 's are'} {what}"
+                f" ({', '.join(sorted(names)[:3])}{', ...' * (len(names) > 3)})"
+                for names, what in ((missing, "missing"), ([] if others else unexpected, "unexpected"))
+                if names
+            ]
+            raise ValueError(" and ".join(found))
+
+
+def of_model(
+    compute: Callable[[Tensor, list[str]], Tensor],  # uint8 [N,3,H,W], N prompts -> [N]
+    check: Callable[[list[str]], None] = lambda prompts: None,
+) -> Scorer:
+    """A Scorer of what a model computes: without gradients, its scores in fp64 on the CPU."""
+
+    @torch.no_grad()
+    def score(images: Tensor, prompts: list[str]) -> Tensor:
+        assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3, images.shape
+        assert len(images) == len(prompts), f"{len(images)} images, {len(prompts)} prompts"
+        return compute(images, prompts).double().cpu()
+
+    return Scorer(score, check)

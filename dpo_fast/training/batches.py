@@ -1,0 +1,189 @@
+"""The pairs of a run and the order in which they are trained on: from the data set to this rank's micro-batches."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dpo_fast.caching.build import Cached, NeededRows, is_fully_known, manifest_of
+from dpo_fast.caching.manifest import Manifest, RememberedSource
+from dpo_fast.caching.reader import CachedImages, CachedTransform
+from dpo_fast.caching.score_reference import AllReferenceErrors, ReferenceErrors
+from dpo_fast.config import TrainConfig
+from dpo_fast.data import (
+    PairDataset,
+    PairIndex,
+    PairSets,
+    PairTransform,
+    Source,
+    StreamedPairs,
+    StreamedSource,
+    TrainStream,
+    build_index,
+    make_loader,
+    open_source,
+)
+from dpo_fast.data.images import SAME
+from dpo_fast.data.open_source import is_local
+from dpo_fast.data.stream import WINDOW
+from dpo_fast.errors import BadInput
+from dpo_fast.models import Family
+from dpo_fast.parallel import Ranks
+
+SAMPLE_PROMPTS = 4
+
+
+@dataclass
+class RunPairs:
+    """The pairs, opened."""
+
+    source: Source | StreamedSource | None  # None: a stream that need not be read, for the cache knows it
+    sets: PairSets | None  # None: streamed
+    manifest: Manifest | None  # None: without the cache
+
+    @property
+    def identity(self) -> str:
+        identity, sets = (self.source or self.manifest.stream()).identity(), self.sets
+        if sets is not None:  # the order of training follows from what is left out
+            same = sum(bad.reason.endswith(SAME) for bad in sets.bad)
+            left_out = {"unlabelled": sets.unlabelled, "contradicted": sets.contradicted, "same_image": same}
+            identity += "".join(f" {name}={count}" for name, count in left_out.items() if count)
+        return identity
+
+
+def open_pairs(config: TrainConfig, ranks: Ranks, report_path: Path | None) -> RunPairs:
+    """Open the pairs and sort their rows; with the cache, what is known of their images is not read again."""
+    if config.cache and config.streaming and not is_local(config.dataset_name):
+        manifest = manifest_of(config, "")
+        if is_fully_known(config, manifest, needed_rows_of_stream(config)):
+            return RunPairs(None, None, manifest)
+    source = source_of(config)
+    manifest = manifest_of(config, source.stamp()) if config.cache else None
+    if config.streaming:
+        return RunPairs(source, None, manifest)
+    if manifest is not None:
+        source = RememberedSource(source, manifest)
+    sets = build_index(
+        source,
+        seed=config.seed,
+        soft_labels=config.soft_labels,
+        max_bad_fraction=config.max_bad_fraction,
+        validation_fraction=config.validation_fraction,
+        report_path=report_path if ranks.is_main else None,
+        progress=ranks.is_main,
+    )
+    return RunPairs(source, sets, manifest)
+
+
+def source_of(config: TrainConfig) -> Source | StreamedSource:
+    return open_source(
+        config.dataset_name,
+        config_name=config.dataset_config_name,
+        split=config.dataset_split_name,
+        image_columns=config.image_columns,
+        label_column=config.label_column,
+        caption_column=config.caption_column,
+        streaming=config.streaming,
+        cache_dir=config.cache_dir,
+        token=config.hub_token,
+        max_rows=config.max_train_samples,
+    )
+
+
+def needed_rows(config: TrainConfig, pairs: RunPairs) -> NeededRows:
+    """The pairs that a run visits, and those it holds out."""
+    if pairs.sets is None:
+        return needed_rows_of_stream(config)
+    trained = train_stream(config, pairs.sets.train).visited(config.max_train_steps)
+    return NeededRows(rows=sorted([*trained.tolist(), *pairs.sets.validation.pair_id.tolist()]))
+
+
+def needed_rows_of_stream(config: TrainConfig) -> NeededRows:
+    """A stream's pairs as far as they are visited: its windows are shuffled whole."""
+    windows = -(-config.max_train_steps * config.pairs_per_step // WINDOW)
+    return NeededRows(pairs=windows * WINDOW)
+
+
+def transform_of(config: TrainConfig, family: Family) -> PairTransform:
+    return PairTransform(
+        resolution=config.resolution,
+        seed=config.seed,
+        timesteps=family.timesteps,
+        grid=family.timestep_grid,
+        hflip=config.hflip,
+        random_crop=config.random_crop,
+        caption_dropout=config.proportion_empty_prompts,
+        time_ids=config.time_ids,
+    )
+
+
+def held_out_transform(transform: PairTransform) -> PairTransform:
+    """Of held-out pairs."""
+    return replace(transform, hflip=False, random_crop=False, caption_dropout=0.0)
+
+
+def most_visits(config: TrainConfig, pairs: int, steps: int) -> int:
+    """How often the pairs are visited in so many steps, those visited most."""
+    return -(-steps * config.pairs_per_step // pairs)
+
+
+def open_batches(
+    config: TrainConfig,
+    ranks: Ranks,
+    pairs: RunPairs,
+    cached: Cached | None,
+    scored: AllReferenceErrors | None,
+    family: Family,
+    step: int,
+):
+    """The training batches from `step` on, the counts, the held-out pairs and the prompts of the samples."""
+    transform = transform_of(config, family)
+    source, sets = pairs.source, pairs.sets
+    work = dict(num_workers=config.dataloader_num_workers, pin_memory=ranks.device.type == "cuda")
+    if cached and sets is not None:
+        source = CachedImages(source)
+
+    def of(transform: PairTransform, scored: ReferenceErrors | None) -> PairTransform | CachedTransform:
+        errors = scored.errors if scored else None
+        return CachedTransform(transform, cached.latents, cached.text, errors) if cached else transform
+
+    in_training = of(transform, scored and scored.train)
+    validation, captions = None, []
+    if sets is None:
+        sets = StreamedPairs(
+            source,
+            in_training,
+            soft_labels=config.soft_labels,
+            max_bad_fraction=config.max_bad_fraction,
+            progress=ranks.is_main,
+            **split_of(config, ranks),
+        )
+        if cached:
+            work["num_workers"] = max(1, work["num_workers"])
+        batches = sets.batches(step, config.max_train_steps, **work)
+    else:
+        stream = train_stream(config, sets.train, ranks)
+        batches = make_loader(
+            PairDataset(source, sets.train, in_training), stream, step, config.max_train_steps, **work
+        )
+        if len(sets.validation):
+            steady = of(held_out_transform(transform), scored and scored.validation)
+            validation = PairDataset(source, sets.validation, steady)
+        captions = sets.validation.captions or sets.train.captions
+    prompts = list(config.validation_prompts) or list(dict.fromkeys(captions))[:SAMPLE_PROMPTS]
+    if config.run_validation and not prompts:
+        raise BadInput("--run_validation with --streaming needs --validation_prompts: no caption is at hand yet")
+    return batches, sets, validation, prompts
+
+
+def train_stream(config: TrainConfig, train: PairIndex, ranks: Ranks | None = None) -> TrainStream:
+    """The order of training; without `ranks` that of all of them together."""
+    split = split_of(config, ranks) if ranks else dict(pairs_per_step=config.pairs_per_step, batch_size=1)
+    return TrainStream(seed=config.seed, pair_ids=train.pair_id, **split)
+
+
+def split_of(config: TrainConfig, ranks: Ranks) -> dict[str, int]:
+    return dict(
+        pairs_per_step=config.pairs_per_step,
+        batch_size=config.train_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )

@@ -1,0 +1,105 @@
+"""Resuming: which checkpoint a run goes on from, and whether it is one of this run."""
+
+from pathlib import Path
+
+from dpo_fast.config import TrainConfig
+from dpo_fast.errors import BadInput
+from dpo_fast.models import Family
+from dpo_fast.parallel import Ranks
+from dpo_fast.training import checkpoint, run_folder
+from dpo_fast.training.metrics import LOGS, Extent, kept_lines
+from dpo_fast.training.optim import MasterOptimizer
+
+
+class AlreadyDone(Exception):
+    """`--resume_from_checkpoint auto` found a run that wrote all it was asked for."""
+
+
+def saved_state(config: TrainConfig, ranks: Ranks) -> tuple[dict, dict]:
+    """The files and the state of the checkpoint to go on from; both empty where the run starts."""
+    folder: Path | None = None
+
+    def look() -> None:
+        nonlocal folder
+        folder = checkpoint.find(config.output_dir, config.resume_from_checkpoint)
+
+    if config.resume_from_checkpoint is not None:
+        ranks.on_main(look)  # on a network disk the others may not see yet what the main rank sees
+    folder = ranks.share(folder)
+    return ranks.on_all(lambda: _load_checkpoint(folder)) if folder else ({}, {})
+
+
+def _load_checkpoint(folder: Path) -> tuple[dict, dict]:
+    """The files and the state of a checkpoint. Raises BadInput for one that is whole but not of a run."""
+    files, saved = checkpoint.load(folder)
+    kinds = {"step": int, "config": dict, "fingerprints": dict, "notes": dict, "bad_rows": list}
+    lacking = [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]
+    lacking += ["optimizer_values"] * ("optimizer_values" not in saved)
+    if not lacking:
+        config = saved["config"]
+        lacking = [f"config.{name}" for name in ("seed", "resolution", "max_train_steps") if name not in config]
+    lacking += [f"{name}.safetensors" for name in ("weights", "optimizer") if name not in files]
+    if lacking:
+        raise BadInput(
+            f"{folder} is no checkpoint of a run (it lacks {', '.join(lacking)}): put it back from a copy, or delete"
+            " it, and --resume_from_checkpoint latest goes on from the one before"
+        )
+    return files, saved
+
+
+def refuse_changes(changed: list[str]) -> None:
+    if changed:
+        raise BadInput(
+            f"--resume_from_checkpoint: the checkpoint was written with other settings ({'; '.join(changed)});"
+            " give the same, or start a new run in another --output_dir"
+        )
+
+
+def check_saved(config: TrainConfig, fingerprints: dict[str, str], saved: dict) -> int:
+    """The step of a checkpoint. Raises BadInput where model or pairs are not those it is of."""
+    before = saved["fingerprints"]
+    refuse_changes([f"{name}: {before[name]} -> {now}" for name, now in fingerprints.items() if before[name] != now])
+    if saved["step"] > config.max_train_steps:
+        raise BadInput(
+            f"--resume_from_checkpoint: the checkpoint is of step {saved['step']}, after the last of --max_train_steps"
+            f" {config.max_train_steps}; give at least {saved['step']}, or resume from an earlier checkpoint"
+        )
+    there = checkpoint.all_of(config.output_dir)
+    later = [folder.name for folder in there if checkpoint.step_of(folder) > saved["step"]]
+    if later:
+        raise BadInput(
+            f"--resume_from_checkpoint: {config.output_dir} holds later checkpoints than step {saved['step']}"
+            f" ({', '.join(later)}); move them away, or go on from it in a new --output_dir"
+        )
+    return saved["step"]
+
+
+def check_whether_done(config: TrainConfig, ranks: Ranks, step: int) -> None:
+    """Raise AlreadyDone where `auto` has nothing left to do. Every rank calls this."""
+    if config.resume_from_checkpoint != "auto" or step < config.max_train_steps:
+        return
+    parts = dict(evaluated=bool(config.eval_scorers), uploaded=config.push_to_hub)
+    if ranks.share(run_folder.is_finished(config.output_dir, step, **parts)):
+        raise AlreadyDone(f"{config.output_dir} is done already, all {step} steps; --overwrite trains anew")
+
+
+def logs_of(saved: dict) -> dict[str, Extent]:
+    return {name: Extent(*extent) for name, extent in saved.get("logs", {}).items()}
+
+
+def check_logs(folder: Path, saved: dict) -> None:
+    """Raise Damaged where a log that will be gone on with is not what the checkpoint's run had written."""
+    extents = logs_of(saved)
+    for name in LOGS:
+        if (folder / name).is_file():
+            kept_lines(folder / name, saved["step"], extents.get(name))
+
+
+def check_space(config: TrainConfig, family: Family, masters: MasterOptimizer) -> None:
+    """One checkpoint and the result must fit on the disk."""
+    state = sum(t.nbytes for tensors in masters.state()[0].values() for t in tensors.values())
+    trained = sum(master.numel() for master in masters.masters)
+    unmade = config.optimizer == "adamw" and not masters.optimizer.state  # the moments come at the first step
+    moments = 8 * trained if unmade else 0
+    result = 4 * (trained if config.tuning == "lora" else sum(p.numel() for p in family.unet.parameters()))
+    run_folder.check_space(config.output_dir, state + moments + result)

@@ -1,0 +1,484 @@
+"""Opening a run: everything a trainer works with, made and checked in the order of what it costs.
+
+Settings, output folder, trackers and hub first (moments), then the pairs (every label and caption, a sample of the
+images), then the model, then what a checkpoint holds, then the cache, where something is missing in it. What the user
+can mend raises BadInput here, before any step.
+"""
+
+import logging
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dpo_fast.caching import build, score_reference
+from dpo_fast.caching.score_reference import AllReferenceErrors, PairsOf, ReferenceErrors, Scoring, StartCheck
+from dpo_fast.config import TrainConfig, public, to_yaml
+from dpo_fast.data import (
+    BadRow,
+    Batch,
+    PairDataset,
+    PairIndex,
+    PairSets,
+    StreamedPairs,
+)
+from dpo_fast.data.stream import VALIDATION_DRAWS
+from dpo_fast.errors import BadInput
+from dpo_fast.forward import AdapterOff, CachedErrors, FrozenCopy, NoReference, Reference
+from dpo_fast.kernels import dispatch
+from dpo_fast.models import (
+    COMPUTE_DTYPES,
+    Family,
+    add_lora,
+    check_compiler,
+    compile_unet,
+    load_family,
+    merge_lora,
+    nonfinite_tensors,
+    not_compiled,
+    recompute_activations,
+    reference_recipe_facts,
+)
+from dpo_fast.models.fingerprints import fingerprint
+from dpo_fast.models.sampling import base_samples
+from dpo_fast.objectives import OBJECTIVES
+from dpo_fast.parallel import Ranks
+from dpo_fast.training import checkpoint, hub, run_folder
+from dpo_fast.training.batches import (
+    RunPairs,
+    held_out_transform,
+    most_visits,
+    needed_rows,
+    needed_rows_of_stream,
+    open_batches,
+    open_pairs,
+    source_of,
+    train_stream,
+    transform_of,
+)
+from dpo_fast.training.metrics import Extent
+from dpo_fast.training.optim import MasterOptimizer
+from dpo_fast.training.resume import (
+    check_logs,
+    check_saved,
+    check_space,
+    check_whether_done,
+    logs_of,
+    refuse_changes,
+    saved_state,
+)
+
+# Counts of `Run.sets` that a stream finds out while it is read, and a checkpoint keeps.
+COUNTS = ("rows", "ties_dropped", "unlabelled")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """What a trainer works with."""
+
+    config: TrainConfig  # resolved: nothing that the result depends on is None
+    ranks: Ranks
+    sets: PairSets | StreamedPairs  # the counts of what was read: rows, ties_dropped, bad
+    batches: Iterator[Batch]  # this rank's micro-batches from `step` on
+    validation: PairDataset | None
+    prompts: list[str]  # of the samples
+    family: Family
+    masters: MasterOptimizer
+    reference: Reference
+    fingerprints: dict[str, str]  # of the base model's weights and of the pairs
+    step: int = 0  # optimizer steps done
+    kl: torch.Tensor | None = None  # [] fp32, kto's: mean implicit reward of the step before, at least 0
+    notes: dict[str, object] = field(default_factory=dict)  # for summary.json, carried over from before a resume
+    logs: dict[str, Extent] = field(default_factory=dict)  # file -> what the checkpoint says was logged
+    bad_rows: dict[int, BadRow] = field(default_factory=dict)
+    cached: build.Counts | None = None  # None: images and captions are encoded at every visit
+    scored: ReferenceErrors | None = None  # None: the reference, where there is one, is run at every visit
+    captions_cut: int | None = None  # pairs with a caption of more tokens than are encoded; None: not known
+    start: StartCheck | None = None  # how far the policy was from the scored errors before the first step
+    sums: dict[str, torch.Tensor] | None = None  # of the pairs since the last line of metrics, where a run goes on
+    overoptimised_lines: int = 0  # lines in a row with the signature of over-optimisation
+
+    @property
+    def folder(self) -> Path:
+        return self.config.output_dir
+
+    @property
+    def report_path(self) -> Path:
+        return self.folder / run_folder.REPORT
+
+
+def open_run(config: TrainConfig, ranks: Ranks) -> Run:
+    """Open everything that `config` names. Every rank calls this.
+
+    Where others may write into the output folder, the main rank holds it first (`settle`, `run_folder.hold`).
+    Raises BadInput for whatever the user can mend, and AlreadyDone.
+    """
+    config = settle(config, ranks)
+    try:
+        return _open(config, ranks)
+    except BaseException:
+        if ranks.is_main:
+            run_folder.release(config.output_dir)
+        raise
+
+
+def _open(config: TrainConfig, ranks: Ranks) -> Run:
+    _check_backend(config, ranks)
+    _check_scored(config)
+    if config.compile != "off":
+        check_compiler(ranks.device)
+    resuming = config.resume_from_checkpoint is not None
+    # a killed process may have left a checkpoint half-replaced: the folder is claimed before one is looked for
+    ranks.on_main(lambda: run_folder.claim(config.output_dir, overwrite=config.overwrite, resuming=resuming))
+    files, saved = saved_state(config, ranks)
+    restarting = resuming and not saved
+    kept = run_folder.kept_inside(config.output_dir, build.root_of(config), config.cache_dir)
+    if restarting:
+        ranks.on_main(lambda: run_folder.check_unfinished(config.output_dir, config.logging_dir, kept))
+    if saved:
+        config.seed = saved["config"]["seed"] if config.seed is None else config.seed
+        config.resolution = config.resolution or saved["config"]["resolution"]
+        refuse_changes(checkpoint.differences(saved["config"], public(config)))
+        ranks.on_main(lambda: check_logs(config.output_dir, saved))
+    elif config.seed is None:
+        config.seed = ranks.share(secrets.randbits(31))
+    if config.push_to_hub:
+        ranks.on_main(lambda: hub.check_login(config.hub_token))  # found out now, not after the training
+
+    pairs = open_pairs(config, ranks, config.output_dir / run_folder.REPORT)
+    family = _load_model(config, ranks)
+    if config.max_train_steps is None:
+        config.max_train_steps = max(1, len(pairs.sets.train) * config.num_train_epochs // config.pairs_per_step)
+    if bad := nonfinite_tensors(family.unet.named_parameters()):
+        raise BadInput(
+            f"{config.pretrained_model_name_or_path}: {len(bad)} tensors of the UNet are not finite, first {bad[0]};"
+            " download the model again, or name another"
+        )
+    fingerprints = {"base model": fingerprint(family.unet), "pairs": pairs.identity}
+    model = reference_recipe_facts(family) if config.cached_reference else None  # before adapters come
+    masters, reference = make_trainable(config, ranks, family)
+
+    step, kl = 0, torch.zeros((), device=ranks.device)
+    if saved:
+        step = check_saved(config, fingerprints, saved)
+        _check_draws(config, pairs, saved)
+        check_whether_done(config, ranks, step)
+    ranks.on_main(lambda: check_space(config, family, masters))
+    trains = step < config.max_train_steps  # else only the result is to be written
+    cached = None
+    if config.cache and trains:
+        cached = _fill_cache(config, ranks, pairs, needed_rows(config, pairs), family, waiting=logger.warning)
+    captions_cut = _known_cut_captions(config, saved)
+    if captions_cut is None:
+        captions_cut = ranks.share(_count_cut_captions(config, pairs, family) if ranks.is_main else None)
+    if cached and not config.run_validation:  # samples need them
+        family.free_encoders(keep=config.tuning == "full")
+    scored = None
+    if model and trains:
+        with not_compiled():  # of other batch shapes than training's
+            scored = _score(config, ranks, pairs, cached, family, model)  # while the policy is the base
+    batches, sets, validation, prompts = open_batches(config, ranks, pairs, cached, scored, family, step)
+    if saved:
+        if config.run_validation and trains:
+            with not_compiled():  # those that are not whole are drawn again while the policy is the base
+                ranks.on_main(lambda: base_samples(family, prompts, config, fingerprints["base model"]))
+        _restore(masters, kl, files, saved)
+    run = Run(config, ranks, sets, batches, validation, prompts, family, masters, reference, fingerprints, step, kl)
+    run.cached = cached and cached.counts
+    run.captions_cut = captions_cut
+    if scored:
+        run.scored, run.start = scored.train, scored.start
+        if config.compile == "off":  # compiled, the first step tells: scoring runs as written
+            run.notes["initial_margin_rms"] = scored.start.initial_margin_rms
+    run.bad_rows = {bad.row: bad for bad in sets.bad}
+    if saved:
+        run.notes |= saved["notes"]
+        run.sums, run.overoptimised_lines = files.get("metrics"), saved.get("overoptimised_lines", 0)
+        if config.streaming and not trains:
+            for name, count in saved.get("counts", {}).items():
+                setattr(sets, name, count)
+        run.logs = logs_of(saved)
+        run.bad_rows |= {row[0]: BadRow(*row) for row in saved["bad_rows"]}
+    run.notes["captions_cut"] = captions_cut
+    ranks.on_main(lambda: _begin(config, restarting, kept))
+    return run
+
+
+def _begin(config: TrainConfig, restarting: bool, kept: frozenset[str]) -> None:
+    if restarting:
+        run_folder.clear_unfinished(config.output_dir, config.logging_dir)
+    run_folder.begin(config.output_dir, overwrite=config.overwrite, config_yaml=to_yaml(config), kept=kept)
+
+
+def settle(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """The configuration with batch split and output folder worked out, the same on every rank.
+
+    Settling it again changes nothing. Raises BadInput if the batch split is impossible.
+    """
+    a_pass = config.train_batch_size * ranks.world_size
+    pairs = config.pairs_per_step or a_pass * config.gradient_accumulation_steps
+    if pairs % a_pass:
+        raise BadInput(
+            f"--pairs_per_step ({pairs}) must be a multiple of train_batch_size x processes"
+            f" ({config.train_batch_size} x {ranks.world_size} = {a_pass})"
+        )
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    folder = config.output_dir or Path("runs", f"{config.preset or 'train'}-{datetime.now():%Y%m%d-%H%M%S}")
+    return replace(
+        config,
+        pairs_per_step=pairs,
+        gradient_accumulation_steps=pairs // a_pass,
+        output_dir=ranks.share(folder),
+    )
+
+
+def _check_backend(config: TrainConfig, ranks: Ranks) -> None:
+    """The kernels that were asked for, by flag or environment, can be had."""
+    try:
+        dispatch.module_for("dpo_loss", config.backend, torch.zeros(1, device=ranks.device))
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(f"--backend {config.backend}: {error}") from error
+
+
+def _fill_cache(
+    config: TrainConfig, ranks: Ranks, pairs: RunPairs, wanted: build.NeededRows, family: Family, **how: object
+) -> build.Cached:
+    """Encode what is missing; from then on the pairs come from the cache. `how` is `caching.fill`'s."""
+    reopen = partial(source_of, config)
+    cached = build.fill(config, ranks, pairs.source, pairs.manifest, wanted, family, reopen=reopen, **how)
+    if config.streaming:
+        pairs.manifest.reload()
+        pairs.source = pairs.manifest.stream()
+    return cached
+
+
+def build_cache(config: TrainConfig, ranks: Ranks) -> build.Counts:
+    """Encode what the run that `config` describes will need; without a seed, all of its pairs.
+
+    Shards whose files do not fit their index are encoded again. Every rank calls this. Raises BadInput as `open_run`.
+    """
+    config = settle(config, ranks)
+    everything = config.seed is None
+    if everything:
+        config = replace(config, seed=0, validation_fraction=0.0)
+    pairs = open_pairs(config, ranks, None)
+    family = _load_model(config, ranks)
+    if pairs.sets is None:
+        wanted = needed_rows_of_stream(config)
+    elif everything or config.max_train_steps is None:
+        rows = torch.cat([pairs.sets.train.pair_id, pairs.sets.validation.pair_id])
+        wanted = build.NeededRows(rows=sorted(rows.tolist()))
+    else:
+        wanted = needed_rows(config, pairs)
+    return _fill_cache(config, ranks, pairs, wanted, family, repair=True).counts
+
+
+def build_reference(config: TrainConfig, ranks: Ranks) -> ReferenceErrors:
+    """Compute the reference's errors that the run which `config` describes will need, at all draws.
+
+    Without max_train_steps that is of all its pairs. What is missing of latents and text is encoded first. Every rank
+    calls this. Raises BadInput as `open_run`.
+    """
+    config = settle(config, ranks)
+    _check_scored(config)
+    if config.cached_reference is None:
+        raise BadInput("reference needs --draws K: how many times each pair is drawn")
+    if config.seed is None:
+        raise BadInput("reference needs --seed: the noise of a pair follows from it")
+    pairs = open_pairs(config, ranks, None)
+    family = _load_model(config, ranks)
+    model = reference_recipe_facts(family)
+    # as training holds it: requires_grad too changes how torch rounds
+    family.unet.requires_grad_(config.tuning == "full").to(family.dtype)
+    if pairs.sets is None or config.max_train_steps is not None:
+        wanted = needed_rows(config, pairs)
+    else:
+        rows = torch.cat([pairs.sets.train.pair_id, pairs.sets.validation.pair_id])
+        wanted = build.NeededRows(rows=sorted(rows.tolist()))
+    cached = _fill_cache(config, ranks, pairs, wanted, family, repair=True)
+    family.free_encoders(keep=False)
+    return _score(config, ranks, pairs, cached, family, model, repair=True, everything=True).train
+
+
+def _known_cut_captions(config: TrainConfig, saved: dict | None) -> int | None:
+    """What `_count_cut_captions` gave when the checkpoint was written; how many pairs of a stream it looks at follows
+    from the number of steps."""
+    if not saved or saved["config"]["max_train_steps"] != config.max_train_steps:
+        return None
+    return saved["notes"].get("captions_cut")
+
+
+def _count_cut_captions(config: TrainConfig, pairs: RunPairs, family: Family) -> int | None:
+    """The number of pairs whose captions are cut off, which is logged; None for a stream whose rows are not known."""
+    if pairs.sets is not None:
+        rows = [(i, c) for index in (pairs.sets.train, pairs.sets.validation) for i, c in _captions_of(index)]
+    elif pairs.manifest is not None:
+        picked, pair_of = score_reference.pairs_of_stream(config, pairs.manifest, needed_rows_of_stream(config))
+        rows = [(row, pair_of(row).caption) for row in picked]
+    else:
+        return None
+    captions = list(dict.fromkeys(caption for _, caption in rows))
+    cut, limit = family.cut_off(captions)
+    long = {caption for caption, is_cut in zip(captions, cut, strict=True) if is_cut}
+    cut_rows = [row for row, caption in rows if caption in long]
+    if cut_rows:
+        logger.warning(
+            "%d of %d captions are longer than %d tokens and are cut off there, for example that of row %d",
+            *(len(cut_rows), len(rows), limit, min(cut_rows)),
+        )
+    return len(cut_rows)
+
+
+def _captions_of(index: PairIndex) -> Iterator[tuple[int, str]]:
+    return zip(index.pair_id.tolist(), index.captions, strict=True)
+
+
+def _load_model(config: TrainConfig, ranks: Ranks) -> Family:
+    dtype = COMPUTE_DTYPES[config.mixed_precision]
+    family = load_family(
+        config.pretrained_model_name_or_path,
+        turbo=config.is_turbo,
+        dtype=dtype,
+        unet_dtype=torch.float32 if config.tuning == "full" else dtype,  # masters begin at the fp32 weights
+        device=ranks.device,
+        revision=config.revision,
+        variant=config.variant,
+        vae_path=config.pretrained_vae_model_name_or_path,
+        prediction_type=config.prediction_type,
+        zero_terminal_snr=config.zero_terminal_snr,
+        attention=config.attention,
+        cache_dir=config.cache_dir,
+        token=config.hub_token,
+        single_file_config=config.single_file_config,
+    )
+    config.resolution, multiple = config.resolution or family.default_resolution, family.resolution_multiple
+    if config.resolution % multiple:
+        near = max(1, round(config.resolution / multiple)) * multiple
+        raise BadInput(
+            f"--resolution ({config.resolution}) must be a multiple of {multiple} for this model, for example {near}"
+        )
+    if config.time_ids == "real" and not family.needs_time_ids:
+        raise BadInput(f"--time_ids real is for SDXL: {family.name} has no size conditioning; leave it out")
+    last = family.schedule.num_train_timesteps if config.max_timestep is None else config.max_timestep
+    wanted = (family.timesteps >= config.min_timestep) & (family.timesteps < last)
+    if not wanted.any():
+        raise BadInput(
+            f"--min_timestep ({config.min_timestep}) and --max_timestep ({last}) leave none of the model's timesteps,"
+            f" {int(family.timesteps.min())} to {int(family.timesteps.max())}; widen them"
+        )
+    family.timesteps = family.timesteps[wanted]
+    if config.init_lora:
+        merge_lora(family.pipeline, config.init_lora, cache_dir=config.cache_dir, token=config.hub_token)
+    if config.proportion_empty_prompts and any(map(_not_finite, family.empty_prompt().values())):
+        raise family.text_not_finite("--proportion_empty_prompts: the empty caption")
+    return family
+
+
+def _not_finite(tensor: torch.Tensor) -> bool:
+    return not bool(tensor.isfinite().all())
+
+
+def make_trainable(config: TrainConfig, ranks: Ranks, family: Family) -> tuple[MasterOptimizer, Reference]:
+    """Adapters or the whole UNet with fp32 masters, and the reference, in the order that makes the first margin 0."""
+    unet = family.unet
+    if config.tuning == "lora":
+        add_lora(unet, config.rank, config.lora_alpha or config.rank, config.lora_targets, seed=config.seed)
+    else:
+        unet.requires_grad_(True)
+    trained = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    ranks.broadcast_([parameter.detach() for parameter in trained.values()])
+    lr = config.learning_rate * (config.pairs_per_step if config.scale_lr else 1)
+    masters = MasterOptimizer(trained, family.dtype, config, lr=lr, steps=config.max_train_steps)
+    recompute_activations(unet, config.gradient_checkpointing)
+    compile_unet(unet, config.compile)
+    reference: Reference = NoReference()
+    if config.cached_reference:
+        reference = CachedErrors()
+    elif OBJECTIVES[config.objective].needs_reference:
+        reference = AdapterOff(family) if config.tuning == "lora" else FrozenCopy(family, config.compile)
+    return masters, reference
+
+
+def _restore(masters: MasterOptimizer, kl: torch.Tensor, files: dict, saved: dict) -> None:
+    """Load a checkpoint's state."""
+    kl.copy_(files["optimizer"].pop("|kl"))
+    masters.load_state(files, saved["optimizer_values"])
+
+
+def _score(
+    config: TrainConfig,
+    ranks: Ranks,
+    pairs: RunPairs,
+    cached: build.Cached,
+    family: Family,
+    model: dict,
+    *,
+    repair: bool = False,
+    everything: bool = False,  # all pairs at all draws, and no comparison with the policy
+) -> AllReferenceErrors:
+    """Compute what is missing of the reference's errors; the UNet holds the reference's weights."""
+    rows = _scored_rows(config, pairs, everything)
+    draws = config.cached_reference
+    if not everything:
+        visits = most_visits(config, len(rows[0]), config.max_train_steps)
+        if ranks.is_main:
+            _advise_draws(draws, len(rows[0]), visits)
+        draws = min(draws, visits)
+    transform = transform_of(config, family)
+    work = Scoring(config, ranks, family, model, cached, transform, rows, draws)
+    waiting = None if everything else logger.warning
+    train, validation = work.fill(repair=repair, waiting=waiting), None
+    start = None if everything else work.check_start(train)
+    if pairs.sets is not None and len(pairs.sets.validation) and config.run_validation:
+        held_out = pairs.sets.validation
+        rows = score_reference.pairs_of_table(pairs.source, held_out, held_out.pair_id.tolist())
+        work = Scoring(config, ranks, family, model, cached, held_out_transform(transform), rows, VALIDATION_DRAWS)
+        validation = work.fill(repair=repair, waiting=waiting)
+    return AllReferenceErrors(train, validation, start)
+
+
+def _scored_rows(config: TrainConfig, pairs: RunPairs, everything: bool) -> PairsOf:
+    """The pairs that training visits; with `everything` all, as far as it is known how many that is."""
+    if pairs.sets is None:
+        return score_reference.pairs_of_stream(config, pairs.manifest, needed_rows_of_stream(config))
+    train = pairs.sets.train
+    whole = everything and config.max_train_steps is None
+    visited = train.pair_id if whole else train_stream(config, train).visited(config.max_train_steps)
+    return score_reference.pairs_of_table(pairs.source, train, visited.tolist())
+
+
+def _advise_draws(draws: int, pairs: int, visits: int) -> None:
+    enough = -(-visits // 2)  # measured: docs/reference_cache.md
+    if draws < enough and pairs < 10_000:
+        logger.warning(
+            "--cached_reference %d: %d pairs are visited up to %d times each, at the same noises and timesteps again"
+            " and again; so few pairs want at least %d draws, and with %d no draw recurs",
+            *(draws, pairs, visits, enough, visits),
+        )
+
+
+def _check_scored(config: TrainConfig) -> None:
+    if config.cached_reference and not OBJECTIVES[config.objective].needs_reference:
+        raise BadInput(f"--cached_reference: --objective {config.objective} has no reference; leave it out")
+
+
+def _check_draws(config: TrainConfig, pairs: RunPairs, saved: dict) -> None:
+    """Raise BadInput where the number of draws changed so that what was trained would have been drawn otherwise."""
+    before, now = saved["config"].get("cached_reference"), config.cached_reference
+    if before == now:
+        return
+    done = None if pairs.sets is None else most_visits(config, len(pairs.sets.train), saved["step"])
+    if done is None or min(draws for draws in (before, now) if draws) < done:
+        raise BadInput(
+            f"--resume_from_checkpoint: --cached_reference was {before} and is {now}, with which the pairs trained so"
+            f" far would have had other noise; give {before} again"
+            if before
+            else f"--resume_from_checkpoint: the run had no cached reference, and {now} draws would have repeated"
+            " noise by now; leave --cached_reference out, or give more draws"
+        )

@@ -1,0 +1,625 @@
+"""The trainer: one optimizer step on one screen, and what happens around the steps."""
+
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from dpo_fast.checksums import write_signed_json
+from dpo_fast.cli import acknowledge, on_signals
+from dpo_fast.config import public
+from dpo_fast.data import BadRow, Batch, validation_loader, write_report
+from dpo_fast.data.images import SAME
+from dpo_fast.data.pairs import faulty, too_many_bad
+from dpo_fast.errors import BadInput, mark_of_this_rank
+from dpo_fast.files import write_text
+from dpo_fast.forward import Predictions, conditioning_of, predict
+from dpo_fast.hub_revisions import public_name, revision_of
+from dpo_fast.kernels import dispatch
+from dpo_fast.locks import Hold
+from dpo_fast.models import (
+    Conditioning,
+    nonfinite_rows,
+    nonfinite_tensors,
+    not_compiled,
+    programs_made,
+    revisions,
+    sampling,
+    save_lora,
+)
+from dpo_fast.objectives import OBJECTIVES, Terms, evaluate
+from dpo_fast.pictures import before_after, save_png
+from dpo_fast.statistics import interval95
+from dpo_fast.training import checkpoint, hub, run_folder
+from dpo_fast.training.metrics import LOGS, Clock, MetricsFile, PairSums, for_trackers, overoptimised
+from dpo_fast.training.model_card import model_card
+from dpo_fast.training.run import COUNTS, Run
+
+OVEROPTIMISED_LINES = 3  # consecutive lines with its signature before it is called that: one line may be chance
+MANY_SKIPPED = 0.2  # the share of skipped updates above which a finished run says so
+# What asks a run to stop: Ctrl-C, a scheduler's end, Slurm's warning before it, a closed terminal.
+REPEAT_SECONDS = 2.0  # a scheduler may signal every process, and a launcher pass its own signal on: that is one
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state is saved and the message says where."""
+
+
+class Trainer:
+    """Trains an opened `run`. `argv` are the flags it was started with, for the model card; `hold` is the main rank's
+    on the output folder, None where nobody else writes there.
+    """
+
+    def __init__(self, run: Run, argv: list[str], hold: Hold | None = None) -> None:
+        self.run, self.argv, self.hold = run, argv, hold
+        self.config, self.ranks, self.family = run.config, run.ranks, run.family
+        self.unet, self.masters, self.reference = run.family.unet, run.masters, run.reference
+        self.objective = OBJECTIVES[run.config.objective]
+        self.sums = PairSums(run.ranks.device, run.family.schedule.num_train_timesteps)
+        if run.sums and run.ranks.is_main:
+            self.sums.load_state(run.sums)
+        self.nonfinite_pair = torch.tensor(-1, device=run.ranks.device)  # id of a pair whose latents are not finite
+        self.nonfinite_caption = self.nonfinite_pair.clone()  # id of a pair whose caption's embedding is not finite
+        run.notes.setdefault("trained", run.step > 0)  # whether any pair had weight; earlier versions did not note it
+        self.bad_at_start = {bad.row for bad in run.sets.bad}  # a stream knows none
+        self.grad_norm = torch.zeros((), device=run.ranks.device)
+        self.clock = Clock(run.step)
+        self.seconds_before = run.notes.get("seconds", 0.0)  # trained by earlier processes of this run, and
+        self.timed_from = 0 if "seconds" in run.notes else run.step  # the step their time counts from
+        self.last_line: dict[str, object] = run.notes.get("last_line", {})
+        self.bad_rows_met: list[BadRow] = []  # by this rank, since all ranks last told each other
+        self.signs = run.overoptimised_lines  # of over-optimisation, in a row
+        self.programs: int | None = None  # compiled by the first step
+        self.signal: str | None = None
+        self.signalled_at = 0.0
+        self.problem: BadInput | None = None
+        self.saved_at = time.monotonic()
+
+    # ---- one step ----------------------------------------------------------------------------------------------
+
+    def train_step(self) -> bool:
+        """One optimizer step over `pairs_per_step` pairs, or False where the run was asked to stop before it was whole.
+
+        No CPU-GPU synchronisation, except for optimizers that cannot skip an update on the device (`MasterOptimizer`)
+        and, without the cache, for the copy of the captions' tokens.
+        """
+        passes = self.config.gradient_accumulation_steps
+        sums_before = self.sums.state()
+        loss = torch.zeros(1, device=self.ranks.device)
+        reward = torch.zeros(1, device=self.ranks.device)
+        for _ in range(passes):
+            if self.ranks.any(self.signal is not None):
+                self.masters.drop_gradients()
+                self.sums.load_state(sums_before)
+                return False
+            # draw: the loader drew timestep, flip, crop and dropout of each pair
+            batch = self._next_batch()
+            latents, conditioning = self.encode(batch)
+            # noise, reference, policy: one draw for both images and both models
+            predictions = self.predict(batch, latents, conditioning)
+            # loss
+            terms = self.loss(predictions, batch)
+            self._count(self.sums, terms, batch)
+            loss += terms.loss.detach() / passes
+            if terms.implicit_reward is not None:
+                rewards = terms.implicit_reward.view(2, -1) * batch.weight
+                reward += rewards.sum() / (2 * batch.weight.sum()).clamp(min=1) / passes
+            # backward: gradients are summed in fp32
+            (terms.loss * self.masters.loss_scale).backward()
+            self.masters.accumulate()
+        # step: one reduction over the ranks, then clip and update, or skip
+        self.ranks.sum_([*self.masters.gradients(), loss, reward], like=[*self.masters.masters, loss, reward])
+        self.grad_norm = self.masters.step(self.run.step, loss[0], self.ranks.world_size * passes)
+        self.run.kl = (reward[0] / self.ranks.world_size).nan_to_num(0.0, 0.0).clamp(min=0)
+        self.run.step += 1
+        return True
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> tuple[torch.Tensor, Conditioning]:
+        """Latents fp16 [2B,C,h,w] and conditioning [B,...]; a dropped caption is the model's empty prompt."""
+        if batch.latents is not None:  # from the cache
+            latents, encoded = batch.latents, batch.conditioning
+        else:
+            latents = self.family.encode_images(batch.pixels, self.config.vae_encode_batch_size)
+            nonfinite = nonfinite_rows(latents).view(2, -1).any(0)
+            self.nonfinite_pair = torch.maximum(self.nonfinite_pair, torch.where(nonfinite, batch.pair_id, -1).max())
+            encoded = self.family.encode_prompts(batch.captions)
+            for embeddings in encoded.values():
+                bad = torch.where(nonfinite_rows(embeddings), batch.pair_id, -1).max()
+                self.nonfinite_caption = torch.maximum(self.nonfinite_caption, bad)
+        return latents, conditioning_of(self.family, batch, encoded)
+
+    def predict(self, batch: Batch, latents: torch.Tensor, conditioning: Conditioning) -> Predictions:
+        """The predictions of policy and reference for a micro-batch that `encode` gave."""
+        seed = self.config.seed
+        return predict(self.family, self.unet, self.reference, batch, latents, conditioning, seed)
+
+    def loss(self, predictions: Predictions, batch: Batch) -> Terms:
+        """The objective over a micro-batch."""
+        return evaluate(
+            self.objective,
+            *predictions,
+            self.config.beta_dpo,
+            label=batch.label,
+            weight=batch.weight,
+            kl=self.run.kl,
+            label_smoothing=self.config.label_smoothing,
+        )
+
+    # ---- around the steps --------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train to max_train_steps, then write the result.
+
+        Raises Interrupted after a signal, the state being saved, and BadInput for what only shows during training.
+        """
+        config, run = self.config, self.run
+        trains = run.step < config.max_train_steps
+        self._say(self._overview() if trains else f"all {run.step} steps are done: writing the result")
+        backend = dispatch.backend(config.backend) if config.backend != "auto" else nullcontext()
+        with backend, self._watch_signals(), self._reporting():
+            if config.run_validation and trains:
+                with not_compiled():
+                    self._sample_base()
+            self.clock.restart(run.step)
+            while run.step < config.max_train_steps:
+                try:
+                    whole = self.train_step()
+                except Exception as error:  # of a pair that only this rank read
+                    mark_of_this_rank(error)
+                    raise
+                if not whole:
+                    self._stop()
+                self.bar.update()
+                last = run.step == config.max_train_steps
+                if run.step == 1 or run.step % config.log_every == 0 or last:
+                    self.log()
+                    self._raise_problems()
+                validating = config.run_validation and (run.step % config.validation_steps == 0 or last)
+                saving = run.step % config.checkpointing_steps == 0 or last or self._minutes_are_up()
+                if validating or saving:
+                    self._finish_queued_work()
+                with self.clock.paused(), not_compiled():
+                    if validating:
+                        self.validate()
+                    if saving:
+                        self.save()
+            if self.ranks.any(self.signal is not None):
+                self._stop()  # saved is enough: the result is written by the command that goes on
+            with not_compiled():
+                self.finish()
+        if config.eval_scorers and self.ranks.any(self.signal is not None):
+            raise Interrupted(f"{self.signal or 'stopped'} before the evaluation; {self._go_on()}")
+
+    def log(self) -> None:
+        """Read the device's sums and write a line: the points where the CPU waits for the device."""
+        run, config = self.run, self.config
+        sums = self.sums.read(self.ranks.sum_)
+        norm = self.grad_norm.item()
+        seconds, waited = self.clock.read(run.step)
+        line = {
+            "step": run.step,
+            **sums,
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "lr": self.masters.lr(run.step - 1),
+            "step_time": seconds,
+            "data_wait": waited,
+            "pairs_per_second": config.pairs_per_step / seconds,
+            "peak_memory_gib": _peak_memory_gib(self.ranks.device),
+            "skipped_updates": int(self.masters.skipped.item()),
+        }
+        self.last_line = line
+        if run.step == 1:
+            # with cached errors it was measured at the start
+            run.notes = {"loss_first": line["loss"], "initial_margin_rms": line["margin_rms"]} | run.notes
+        self._check_health(line)
+        self._check_programs()
+        self._tell_bad_rows()
+        if self.ranks.is_main:
+            self.metrics.write(line)
+            self.ranks.accelerator.log(for_trackers(line), step=run.step)
+            shown = ("loss", "implicit_accuracy", "grad_norm")
+            self.bar.set_postfix({name: f"{line[name]:.4g}" for name in shown if line[name] is not None})
+            self.signs = self.signs + 1 if overoptimised(line) else 0
+            if self.signs == OVEROPTIMISED_LINES and "overoptimised_at" not in run.notes:
+                run.notes["overoptimised_at"] = run.step
+                self._say(
+                    f"step {run.step}: over-optimisation: accuracy is {line['implicit_accuracy']:.2f} while the policy"
+                    " has become worse than the reference on both images. Raise --beta_dpo or lower --learning_rate,"
+                    " and look at samples before trusting the loss"
+                )
+        self.clock.restart(run.step)
+
+    def validate(self) -> None:
+        """Held-out implicit accuracy and the before-over-after picture, of the weights that would be exported."""
+        run, line = self.run, {"step": self.run.step}
+        with self.masters.showing_export():
+            if run.validation is not None and self.objective.has_margin:
+                accuracy = self._held_out_accuracy()
+                if accuracy is None:
+                    self._say(f"step {run.step}: no held-out pair could be decoded")
+                else:
+                    line["validation_accuracy"] = run.notes["validation_accuracy"] = accuracy
+                    # the draws of a pair are not independent, so the pairs count
+                    run.notes["validation_accuracy_ci95"] = interval95(accuracy, len(run.validation))
+            if self.ranks.is_main:
+                after = self._sample()
+        if self.ranks.is_main:
+            sheet = before_after(self.base_samples, after, run.prompts)
+            save_png(sheet, run.folder / "samples" / f"step-{run.step}.png")
+            self.ranks.track_picture("samples", sheet, run.step)
+            if len(line) > 1:
+                self.validations.write(line)
+                self.ranks.accelerator.log({"validation_accuracy": line["validation_accuracy"]}, step=run.step)
+                self._say(f"step {run.step}: held-out implicit accuracy {line['validation_accuracy']:.4f}")
+        self.ranks.wait()
+
+    @torch.no_grad()
+    def _held_out_accuracy(self) -> float | None:
+        sums = PairSums(self.ranks.device, self.family.schedule.num_train_timesteps)
+        batches = validation_loader(
+            self.run.validation,
+            batch_size=self.config.train_batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            num_workers=self.config.dataloader_num_workers,
+            pin_memory=self.ranks.device.type == "cuda",
+        )
+        for batch in batches:
+            self.bad_rows_met += [BadRow(row, "", reason) for row, reason in batch.bad]
+            batch = batch.to(self.ranks.device, non_blocking=True)
+            predictions = self.predict(batch, *self.encode(batch))
+            self._count(sums, self.loss(predictions, batch), batch)
+        return sums.read(self.ranks.sum_)["implicit_accuracy"]
+
+    def save(self) -> None:
+        """Write checkpoint-N, from the main rank."""
+        run = self.run
+        self._tell_bad_rows()
+        self.ranks.on_main(self._check_hold)
+        run.notes["trained"] |= self.ranks.any(self.sums.had_pairs())
+        sums = self.sums.state()
+        self.ranks.sum_(list(sums.values()))
+        if self.ranks.is_main:
+            files, values = self.masters.state()
+            files["optimizer"]["|kl"] = run.kl
+            files["metrics"] = sums
+            run.notes |= {"seconds": self._seconds(), "last_line": self.last_line}
+            state = {
+                "step": run.step,
+                "pairs_seen": run.step * self.config.pairs_per_step,
+                "config": public(self.config),
+                "fingerprints": run.fingerprints,
+                "optimizer_values": values,
+                "notes": run.notes,
+                "counts": {name: getattr(run.sets, name) for name in COUNTS},
+                "overoptimised_lines": self.signs,
+                "bad_rows": [list(bad) for bad in run.bad_rows.values()],
+                "logs": {log.path.name: extent for log in (self.metrics, self.validations) if (extent := log.extent())},
+            }
+            checkpoint.save(run.folder, run.step, files, state)
+            checkpoint.prune(run.folder, self.config.checkpoints_total_limit)
+        self.ranks.wait()
+        self.saved_at = time.monotonic()
+
+    def finish(self) -> None:
+        """Write the result, summary.json and the model card, and upload them if asked.
+
+        Raises BadInput, on every rank, for weights that no pair or no update reached or that are not finite.
+        """
+        run, config = self.run, self.config
+        self.ranks.on_main(self._check_hold)
+        self._check_result()
+        if self.ranks.is_main:
+            result = run_folder.publish(run.folder, self._export)
+            summary = self._summary() | {"result": result}
+            counts = {"rows": run.sets.rows, "ties_dropped": run.sets.ties_dropped, "bad_rows": len(run.bad_rows)}
+            sampler = self.family.sampler
+            scheduler = (sampler.kind.__name__, sampler.changes) if sampler.changes else None
+            card = model_card(public(config), summary, counts, self.family.name, self.argv, scheduler)
+            write_text(run.folder / "README.md", card)
+            checkpoint.prune(run.folder, config.checkpoints_total_limit)  # a kill may have come before the last one
+            write_signed_json(run.folder / run_folder.SUMMARY, summary)  # last: it says that the run is finished
+            late = [bad for row, bad in run.bad_rows.items() if row not in self.bad_at_start]
+            if late:
+                same = sum(bad.reason.endswith(SAME) for bad in late)
+                self._say(
+                    f"{len(late)} rows were left out when they were met, {same} of them with identical images:"
+                    f" {run.report_path} lists them"
+                )
+            self._say(f"done, the result is in {run.folder}")
+            if config.push_to_hub:
+                summary["uploaded"] = hub.push(run.folder, config.hub_model_id, config.hub_token)
+                write_signed_json(run.folder / run_folder.SUMMARY, summary)
+                self._say(f"uploaded to {summary['uploaded']}")
+        self.ranks.wait()
+
+    # ---- small parts -------------------------------------------------------------------------------------------
+
+    def _next_batch(self) -> Batch:
+        with self.clock.waiting():
+            batch = next(self.run.batches)
+        self.bad_rows_met += [BadRow(row, "", reason) for row, reason in batch.bad]
+        return batch.to(self.ranks.device, non_blocking=True)
+
+    def _tell_bad_rows(self) -> None:
+        """Share what turned out bad while training; every rank calls this. Too much of it is a problem.
+
+        Pairs whose images do not decode have weight 0; a stream leaves out the other bad rows when it meets them.
+        """
+        run, allowed = self.run, self.config.max_bad_fraction
+        known = len(run.bad_rows)
+        for rows in self.ranks.gather([*self.bad_rows_met, *run.sets.bad]):
+            run.bad_rows |= {bad.row: bad for bad in rows if bad.row not in run.bad_rows}
+        self.bad_rows_met = []
+        if len(run.bad_rows) == known and run.report_path.exists():
+            return
+        if self.ranks.is_main:
+            write_report(run.report_path, run.bad_rows.values())
+        rows = max(run.sets.rows, 1000) if self.config.streaming else run.sets.rows  # a stream may just have begun
+        bad = faulty(run.bad_rows.values())
+        if len(bad) > allowed * rows:
+            self.problem = too_many_bad(bad, rows, allowed, run.report_path)
+
+    def _finish_queued_work(self) -> None:
+        """Wait for the device, so that what it still has to train counts as training time."""
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize(self.ranks.device)
+
+    def _count(self, sums: PairSums, terms: Terms, batch: Batch) -> None:
+        delta = None if terms.ref_error is None else terms.policy_error.detach() - terms.ref_error
+        sums.add(terms.loss, terms.margin, delta, batch.timesteps, batch.weight)
+
+    def _check_health(self, line: dict[str, object]) -> None:
+        """Set `problem` where going on would be a waste; called at log lines, where the host waits anyway."""
+        bad_pair = int(self.nonfinite_pair.item())
+        in_a_row = int(self.masters.skipped_in_a_row.item())
+        if bad_pair >= 0:
+            self.problem = self.family.not_finite(bad_pair)
+        elif (bad_caption := int(self.nonfinite_caption.item())) >= 0:
+            self.problem = self.family.text_not_finite(f"row {bad_caption}")
+        elif in_a_row >= self.config.max_skipped_updates:
+            self.problem = BadInput(
+                f"step {line['step']}: the last {in_a_row} updates were not finite and were skipped"
+                f" (loss {line['loss']}, loss scale {self.masters.loss_scale.item():g}); lower --learning_rate,"
+                " or use --mixed_precision bf16 or no, and go on from an earlier checkpoint"
+            )
+
+    def _check_result(self) -> None:
+        """Raise BadInput where what was trained is not worth publishing."""
+        run, skipped = self.run, int(self.masters.skipped.item())
+        instead = (
+            f"; nothing was published, {checkpoint.folder_of(run.folder, run.step)} holds the state. Lower"
+            " --learning_rate, or use --mixed_precision bf16 or no, and start again in another --output_dir"
+        )
+        if not run.notes["trained"]:
+            raise BadInput(
+                f"no pair could be trained on: those of all {run.step} steps have identical images or do not decode"
+                f" ({run.report_path} lists them); nothing was published. Mend the data set, and start again in another"
+                " --output_dir"
+            )
+        if skipped == run.step:
+            raise BadInput(f"no update was finite: all {run.step} were skipped, so the model has not changed{instead}")
+        weights = self.masters.export()
+        if bad := nonfinite_tensors(weights.items()):
+            raise BadInput(f"{len(bad)} trained tensors are not finite, first {bad[0]}{instead}")
+        if skipped > MANY_SKIPPED * run.step:
+            self._say(f"warning: {skipped} of {run.step} updates were not finite and were skipped")
+
+    def _seconds(self) -> float:
+        """Wall time spent on this run so far, over all processes that went on with it."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def _check_programs(self) -> None:
+        """Say once if something was compiled after the first step, which takes time and changes the rounding."""
+        if self.config.compile == "off":
+            return
+        made = programs_made()
+        if self.programs is not None and made > self.programs and "compiled_again_at" not in self.run.notes:
+            self.run.notes["compiled_again_at"] = self.run.step
+            self._say(
+                f"step {self.run.step}: {made - self.programs} more programs were compiled since the first step;"
+                " TORCH_LOGS=recompiles shows why"
+            )
+        self.programs = made
+
+    def _raise_problems(self) -> None:
+        """End the run on every rank where one of them met a problem."""
+        self.ranks.on_main(self._check_hold)
+        problems = self.ranks.gather(self.problem and str(self.problem))
+        if any(problems):
+            raise BadInput(next(filter(None, problems)))
+
+    def _check_hold(self) -> None:
+        """Raise BadInput where the output folder is no longer this run's."""
+        if self.hold is not None and self.hold.lost is not None:
+            raise BadInput(
+                f"--output_dir {self.run.folder}: the lease on the folder was lost ({self.hold.lost}), and another"
+                " process may write there now; if none does, --resume_from_checkpoint auto goes on"
+            )
+
+    def _minutes_are_up(self) -> bool:
+        """Whether --checkpointing_minutes have passed since the last save, by the main rank's clock."""
+        minutes = self.config.checkpointing_minutes
+        if minutes is None:
+            return False
+        return self.ranks.any(self.ranks.is_main and time.monotonic() - self.saved_at >= 60 * minutes)
+
+    def _go_on(self) -> str:
+        return f"the same command with --output_dir {self.run.folder} --resume_from_checkpoint auto goes on"
+
+    def _stop(self) -> None:
+        """Save the state after the last whole step and raise Interrupted. Every rank calls this."""
+        run = self.run
+        if not self.ranks.share(checkpoint.folder_of(run.folder, run.step).is_dir()):
+            self._finish_queued_work()
+            self.save()
+        raise Interrupted(
+            f"{self.signal or 'stopped'} after step {run.step}: saved as"
+            f" {checkpoint.folder_of(run.folder, run.step)}; {self._go_on()}"
+        )
+
+    @contextmanager
+    def _watch_signals(self) -> Iterator[None]:
+        """A signal of STOP_SIGNALS ends the run after the micro-batch in progress; a second one ends it at once.
+
+        Signals that the process was started to ignore (nohup) stay ignored.
+        """
+
+        def ask(number: int, frame: object) -> None:
+            name = signal.Signals(number).name
+            if self.signal is not None:
+                if time.monotonic() - self.signalled_at > REPEAT_SECONDS:
+                    raise KeyboardInterrupt
+                return
+            self.signal, self.signalled_at = name, time.monotonic()
+            if self.ranks.is_main:
+                acknowledge(f"{name}: stopping after the micro-batch in progress, then saving; again ends it at once")
+
+        with on_signals(STOP_SIGNALS, ask):
+            yield
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """The progress bar, metrics.jsonl and the trackers."""
+        run, config, main = self.run, self.config, self.ranks.is_main
+        if main and config.report_to != "none":
+            shown = hub.public_config(public(config))
+            self.ranks.start_trackers(run.folder / config.logging_dir, config.tracker_name, shown)
+        held_out = main and config.run_validation and run.validation is not None
+        self.metrics, self.validations = (
+            MetricsFile(run.folder / name if kept else Path(os.devnull), run.step, run.logs.get(name))
+            for name, kept in zip(LOGS, (main, held_out), strict=True)
+        )
+        self.bar = tqdm(total=config.max_train_steps, initial=run.step, unit="step", disable=not main)
+        self.started = time.perf_counter()
+        try:
+            yield
+        finally:
+            with ExitStack() as ends:  # each of them, whatever becomes of the others
+                for end in (self.ranks.end_trackers, self.validations.close, self.metrics.close, self.bar.close):
+                    ends.callback(end)
+
+    def _sample_base(self) -> None:
+        """Samples of the base model, drawn before the first step and kept for every later comparison."""
+        run = self.run
+        if self.ranks.is_main:
+            of_run = (self.family, run.prompts, self.config, run.fingerprints["base model"])
+            self.base_samples = sampling.base_samples(*of_run, again=run.step == 0)
+        self.ranks.wait()
+
+    def _sample(self) -> list[Image.Image]:
+        """One image a prompt from the weights the UNet holds now."""
+        return sampling.run_samples(self.family, self.run.prompts, self.config)
+
+    def _export(self, folder: Path) -> None:
+        """Write the trained weights (the EMA's where there is one) as diffusers loads them."""
+        weights = self.masters.export()
+        if self.config.tuning == "lora":
+            save_lora(self.family, folder, weights)
+        else:
+            self.family.save_full(folder, self.unet.state_dict() | weights)
+
+    def _summary(self) -> dict[str, object]:
+        run, line = self.run, self.last_line
+        seconds = self._seconds()
+        steps = run.step - self.timed_from
+        return {
+            "steps": run.step,
+            "pairs_seen": run.step * self.config.pairs_per_step,
+            "seconds": seconds,  # over all processes that trained: those killed count up to their last checkpoint
+            "pairs_per_second": steps * self.config.pairs_per_step / seconds,
+            "loss_first": run.notes.get("loss_first"),
+            "loss_last": line.get("loss"),
+            "implicit_accuracy": line.get("implicit_accuracy"),
+            "validation_accuracy": run.notes.get("validation_accuracy"),
+            "validation_accuracy_ci95": run.notes.get("validation_accuracy_ci95"),
+            "ties_dropped": run.sets.ties_dropped,
+            "unlabelled": run.sets.unlabelled,
+            "contradicted": run.sets.contradicted,  # None: images were not told apart
+            "duplicates": run.sets.duplicates,
+            "captions_cut": run.captions_cut,  # pairs whose captions are longer than the text encoders take
+            "bad_rows": len(run.bad_rows),
+            "identical_images": sum(bad.reason.endswith(SAME) for bad in run.bad_rows.values()),  # of the bad rows
+            "initial_margin_rms": run.notes.get("initial_margin_rms"),
+            "skipped_updates": int(self.masters.skipped.item()),
+            "overoptimised_at": run.notes.get("overoptimised_at"),
+            "revisions": self._revisions(),
+        }
+
+    def _revisions(self) -> dict[str, str]:
+        """What the run was made from -> its revision on the hub, or a digest of its files."""
+        config = self.config
+        others = (config.pretrained_vae_model_name_or_path, config.init_lora, config.single_file_config)
+        hub = {"revision": config.revision, "cache_dir": config.cache_dir}
+        model = revisions(config.pretrained_model_name_or_path, *others, **hub)
+        return model | {public_name(config.dataset_name): revision_of(config.dataset_name, kind="dataset")}
+
+    def _overview(self) -> str:
+        """What is about to happen, in a few lines."""
+        run, config, masters = self.run, self.config, self.masters
+        trained = sum(master.numel() for master in masters.masters)
+        precision = "fp32" if config.mixed_precision == "no" else f"{config.mixed_precision} with fp32 masters"
+        held_out = f", {len(run.validation)} held out" if run.validation is not None else ""
+        if config.streaming:
+            pairs = "pairs: streamed"
+        else:
+            pairs = f"pairs: {len(run.sets.train)} of {run.sets.rows} rows{held_out}, {run.sets.left_out}"
+        return "\n".join(
+            (
+                f"{self.family.name} {config.tuning} on {self.ranks.world_size} x {self.ranks.device.type},"
+                f" {precision}, {trained:,} parameters trained",
+                pairs,
+                f"cache: {self._cache_overview()}",
+                f"reference: {self._reference_overview()}",
+                f"steps: {run.step} to {config.max_train_steps}, each {config.pairs_per_step} pairs"
+                f" ({self.ranks.world_size} processes x {config.train_batch_size} x"
+                f" {config.gradient_accumulation_steps}) at {config.resolution} px,"
+                f" {len(self.family.timesteps)} timesteps ({self.family.timesteps[0]} to {self.family.timesteps[-1]})",
+                f"objective: {config.objective}, beta {config.beta_dpo:g}, lr {masters.base_lr:g}, seed {config.seed}",
+                f"output: {run.folder}",
+            )
+        )
+
+    def _cache_overview(self) -> str:
+        """What came from the cache, or that there is none."""
+        counts = self.run.cached
+        if counts is None:
+            return "none, images and captions are encoded at every visit"
+        kept = "; encoders kept for the samples" if self.config.run_validation else ""
+        return (
+            f"{counts.image_uses} images are {counts.images} different ones, {counts.captions} captions"
+            f" {counts.prompts}; encoded now {counts.images_encoded} and {counts.prompts_encoded}{kept}"
+        )
+
+    def _reference_overview(self) -> str:
+        """Where the reference's errors come from."""
+        run = self.run
+        if run.scored is None:
+            return "run at every visit" if self.objective.needs_reference else "none"
+        return (
+            f"cached errors at {run.scored.errors.draws} draws, {run.scored.pair_draws} pairs in all,"
+            f" {run.scored.scored_now} computed now in {run.scored.seconds:.0f} s; the first margins are"
+            f" {run.start.initial_margin_rms:.2g} rms, {run.start.noise_floor:.2g} is rounding"
+        )
+
+    def _say(self, message: str) -> None:
+        if self.ranks.is_main:
+            tqdm.write("\n".join(f"dpo_fast: {line}" for line in message.splitlines()), file=sys.stderr)
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """The most memory held at once so far: the allocator's on a GPU, the process's on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
