@@ -19,6 +19,7 @@ from benchmarks.rehearsal import RANK, SEED
 from benchmarks.step.cases import CASES, scheduler_config
 from benchmarks.step.prepare import save_pipeline, write_pairs
 from dpo_fast.models.lora import WEIGHT_NAME
+from dpo_fast.models.source import ModelSource
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
@@ -46,7 +47,7 @@ def policy(folder: Path, resolution: int) -> None:
     from dpo_fast.models.lora import AdapterSwitch
     from dpo_fast.training import checkpoint
 
-    family = load_family(folder / "model", dtype=torch.bfloat16, device="cpu")
+    family = load_family(ModelSource(str(folder / "model")), dtype=torch.bfloat16, device="cpu")
     unet = family.unet
     add_lora(unet, RANK, RANK, seed=SEED)
     files, _ = checkpoint.load(checkpoint.find(folder / "run", "latest"))

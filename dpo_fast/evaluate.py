@@ -246,7 +246,7 @@ def _implicit(
     """The implicit-reward accuracy, on the main rank."""
     from dpo_fast.evaluation.implicit import accuracy, implicit_rewards
     from dpo_fast.hub_revisions import public_name, revision_of
-    from dpo_fast.models.source import revisions
+    from dpo_fast.models.load import revisions
 
     as_trained = {}
     if run is not None:

@@ -17,12 +17,13 @@ from dpo_fast.data import open_source
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.prompts import read_lines, read_prompts
 from dpo_fast.locks import hold_file
-from dpo_fast.models import load_family, merge_lora
+from dpo_fast.models import merge_lora
 from dpo_fast.training import checkpoint, run_folder
 from dpo_fast.training.metrics import MetricsFile
 from dpo_fast.training.trainer import Trainer
 from tests.helpers import fake_scorers
 from tests.helpers.disks import failing
+from tests.helpers.pipelines import load_model
 from tests.helpers.runs import flags_for
 
 
@@ -172,7 +173,7 @@ def fifo(path: Path) -> Iterator[Path]:
 
 
 def model(path: Path, **more: object):
-    return load_family(path, dtype=torch.float32, device="cpu", **more)
+    return load_model(path, dtype=torch.float32, device="cpu", **more)
 
 
 READERS = {

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from dpo_fast.evaluation.sides import read_run
 from dpo_fast.kernels import reference as kernels
 from dpo_fast.models import AdapterSwitch
-from dpo_fast.models.source import OneAtATime, result_of
+from dpo_fast.models.opened import OneAtATime
+from dpo_fast.models.source import result_of
 from dpo_fast.train import main
 from dpo_fast.training.trainer import Trainer
 from tests.helpers.pairs import write_pickapic

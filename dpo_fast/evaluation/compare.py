@@ -16,8 +16,10 @@ from dpo_fast.evaluation.scored import Scored, write_scores
 from dpo_fast.evaluation.signals import measure
 from dpo_fast.files import user_path, write_text
 from dpo_fast.models import Family
+from dpo_fast.models.load import revisions
+from dpo_fast.models.opened import OneAtATime
 from dpo_fast.models.sampling import sample
-from dpo_fast.models.source import ModelSource, OneAtATime, base_of, result_of, revisions
+from dpo_fast.models.source import ModelSource, base_of, result_of
 from dpo_fast.parallel import Ranks
 from dpo_fast.pictures import before_after, save_png, to_picture
 from dpo_fast.scorers import Scorer, check_names, load_scorer, provenance

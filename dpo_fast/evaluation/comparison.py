@@ -28,7 +28,7 @@ from dpo_fast.evaluation.report.page import page
 from dpo_fast.evaluation.scored import Scored, write_scores
 from dpo_fast.evaluation.signals import measure
 from dpo_fast.files import exists, remove_temporaries, user_path, write_json, write_text
-from dpo_fast.models.source import revisions
+from dpo_fast.models.load import revisions
 from dpo_fast.parallel import Ranks
 from dpo_fast.scorers import default_dtype, facts, load_scorer, provenance
 from dpo_fast.scorers.kept_scores import score_images

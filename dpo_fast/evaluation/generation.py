@@ -35,8 +35,9 @@ from dpo_fast.evaluation.prompts import Prompt
 from dpo_fast.files import read_bytes, remove_temporaries, user_path
 from dpo_fast.models import Family
 from dpo_fast.models.fingerprints import weights_digest
+from dpo_fast.models.opened import OneAtATime, compute_dtype, files_stamp
 from dpo_fast.models.sampling import sample
-from dpo_fast.models.source import ModelSource, OneAtATime, compute_dtype, files_stamp
+from dpo_fast.models.source import ModelSource
 from dpo_fast.parallel import Ranks
 from dpo_fast.pictures import picture_grid, save_png, to_picture
 from dpo_fast.training import run_folder

@@ -8,7 +8,6 @@ and a pair is ranked rightly where its mean margin over several draws is positiv
 caption are encoded once, and each draw is one forward pass of either model.
 """
 
-import math
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -24,8 +23,10 @@ from dpo_fast.evaluation.findings import FEW, counted
 from dpo_fast.forward import AdapterOff, FrozenUNet, Reference, conditioning_of, predict
 from dpo_fast.kernels import pair_errors
 from dpo_fast.models import nonfinite_rows
-from dpo_fast.models.load import component_config
-from dpo_fast.models.source import ModelSource, OneAtATime
+from dpo_fast.models.family import timesteps_within
+from dpo_fast.models.load import component_config, family_of
+from dpo_fast.models.opened import OneAtATime, settled
+from dpo_fast.models.source import ModelSource
 from dpo_fast.parallel import Ranks
 from dpo_fast.statistics import Bootstrap, Interval
 
@@ -84,7 +85,7 @@ def implicit_rewards(
 
     def work() -> None:
         models = _Models(policy, reference, ranks.device)
-        allowed = _within(models.family.timesteps, min_timestep, max_timestep)
+        allowed = timesteps_within(models.family, min_timestep, max_timestep)
         transform = PairTransform(
             resolution=models.resolution,
             seed=seed,
@@ -147,16 +148,6 @@ def noise_levels(timesteps: Tensor, *, grid: bool) -> list[tuple[int, int]]:
     parts = n if grid else min(n, QUARTERS)
     edges = [n * k // parts for k in range(parts + 1)]
     return [(int(timesteps[first]), int(timesteps[after - 1])) for first, after in pairwise(edges)]
-
-
-def _within(timesteps: Tensor, first: int, after: int | None) -> Tensor:
-    wanted = timesteps[(timesteps >= first) & (timesteps < (math.inf if after is None else after))]
-    if len(wanted) == 0:
-        raise BadInput(
-            f"--min_timestep ({first}) and --max_timestep ({after}) leave none of the model's timesteps,"
-            f" {int(timesteps[0])} to {int(timesteps[-1])}; widen them"
-        )
-    return wanted
 
 
 # ---- what was found ----------------------------------------------------------------------------------------------
@@ -330,7 +321,7 @@ class _Models:
             zero_terminal_snr=policy.zero_terminal_snr,
         )
         _check_fit(policy, reference)
-        self.resolution = policy.settled().resolution
+        self.resolution = settled(policy).resolution
         self.device = device
         if replace(policy, adapter=None).weights() == reference.weights():
             self.family = OneAtATime(device).open(policy)
@@ -401,20 +392,10 @@ class _Models:
 def _check_fit(policy: ModelSource, reference: ModelSource) -> None:
     """Refuse, from the models' configurations alone, UNets that cannot be given the same inputs."""
     against = f"{reference}, which the policy {policy} is measured against,"
-    kinds = [source.family() for source in (policy, reference)]
+    kinds = [family_of(source) for source in (policy, reference)]
     if kinds[0] is not kinds[1]:
         raise BadInput(f"{against} is a {kinds[1].name} model and the policy {kinds[0].name}: name one of its family")
-    unets = [
-        component_config(
-            source.path,
-            "unet",
-            revision=source.revision,
-            cache_dir=source.cache_dir,
-            token=source.token,
-            single_file_config=source.single_file_config,
-        )
-        for source in (policy, reference)
-    ]
+    unets = [component_config(source, "unet") for source in (policy, reference)]
     for name, what in (("in_channels", "latent channels"), ("cross_attention_dim", "numbers a token of text")):
         ours, theirs = (unet.get(name) for unet in unets)
         if ours != theirs:

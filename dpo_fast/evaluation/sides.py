@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from dpo_fast.config import TrainConfig, parse
 from dpo_fast.errors import BadInput
 from dpo_fast.files import exists
+from dpo_fast.models.load import family_of
 from dpo_fast.models.lora import WEIGHT_NAME
+from dpo_fast.models.opened import settled
 from dpo_fast.models.source import ModelSource, base_of, result_of
 from dpo_fast.training.run_folder import check_result
 
@@ -55,7 +57,7 @@ def model_sources(
             return replace(found, **{"mixed_precision": precision, **given})
         return ModelSource(**{"path": _tidy(path), "turbo": turbo, "mixed_precision": precision, **given})
 
-    name, aligned = _folder_name(policy), source(policy).settled()
+    name, aligned = _folder_name(policy), settled(source(policy))
     if baseline is None:
         baseline = "none" if config is None else "base"
     if baseline == "none":
@@ -66,11 +68,11 @@ def model_sources(
         other_name, other = "base", replace(base_of(config), **given)
     else:
         other_name, other = _folder_name(baseline), source(baseline)
-        if other.family() is aligned.family():
+        if family_of(other) is family_of(aligned):
             other = replace(other, steps=aligned.steps, guidance=aligned.guidance, resolution=aligned.resolution)
     if other_name.lower() == name.lower():
         other_name = f"baseline-{name}"
-    return {other_name: other.settled(), name: aligned}
+    return {other_name: settled(other), name: aligned}
 
 
 def models_of(config: "GenerateConfig", policy: str, baseline: str | None) -> dict[str, ModelSource]:

@@ -36,6 +36,25 @@ MANY_PROMPTS = 100_000  # whose tokens take some ten seconds to count, so that a
 COMPUTE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def check_resolution(resolution: int, multiple: int, path: str) -> None:
+    """Raise BadInput for a side in pixels that the model at `path` cannot have."""
+    if resolution % multiple:
+        near = max(1, round(resolution / multiple)) * multiple
+        raise BadInput(f"--resolution ({resolution}) must be a multiple of {multiple} for {path}, for example {near}")
+
+
+def timesteps_within(family: "Family", first: int, after: int | None) -> torch.Tensor:
+    """The family's timesteps t with first <= t < after, int64; after: None for all. Raises BadInput for none."""
+    after = family.schedule.num_train_timesteps if after is None else after
+    wanted = family.timesteps[(family.timesteps >= first) & (family.timesteps < after)]
+    if not len(wanted):
+        raise BadInput(
+            f"--min_timestep ({first}) and --max_timestep ({after}) leave none of the model's timesteps,"
+            f" {int(family.timesteps.min())} to {int(family.timesteps.max())}; widen them"
+        )
+    return wanted
+
+
 class Family(ABC):
     """A loaded text-to-image model. Every component is on `device`, in eval mode and frozen (requires_grad False).
     The weights of the UNet's convolutions are channels_last, which files never show.

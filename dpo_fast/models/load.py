@@ -43,6 +43,7 @@ from dpo_fast.models.lora import WEIGHT_NAME
 from dpo_fast.models.marks import Marks, marks_of_file, marks_of_scheduler, refuse_edm, settled
 from dpo_fast.models.sd15 import SD15
 from dpo_fast.models.sdxl import SDXL, Turbo
+from dpo_fast.models.source import ModelSource
 from dpo_fast.models.untrusted import INDEX, check_part, check_pipeline, check_weights, read_index
 from dpo_fast.quiet import no_loading_bars
 from dpo_fast.schedule import check_discrete
@@ -76,89 +77,72 @@ _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torc
 
 
 def load_family(
-    path: str | Path,
+    source: ModelSource,
     *,
-    turbo: bool = False,
     dtype: torch.dtype,
     device: torch.device | str,
     unet_dtype: torch.dtype | None = None,
-    revision: str | None = None,
-    variant: str | None = None,
-    vae_path: str | Path | None = None,
-    prediction_type: str | None = None,
-    zero_terminal_snr: str = "auto",
-    attention: str = "auto",
-    cache_dir: str | None = None,
-    token: str | None = None,
-    single_file_config: str | Path | None = None,
 ) -> Family:
-    """Load the model at `path` with every component on `device`, frozen and in eval mode.
+    """Load a model with every component on `device`, frozen and in eval mode; `source.adapter` is not put on.
 
-    path: a hub id, a folder with model_index.json, or a .safetensors file of a whole Stable Diffusion or SDXL model.
-    turbo: treat an SDXL pipeline as SDXL-Turbo; nothing in the files tells the two apart.
+    source.path: a hub id, a folder with model_index.json, or a .safetensors file of a whole Stable Diffusion or SDXL
+    model. source.turbo: treat an SDXL pipeline as SDXL-Turbo; nothing in the files tells the two apart.
     dtype: of the computation; text encoders are held in it, the VAE only if its config says force_upcast is false
     (else in fp32: SDXL's VAE overflows in fp16).
     unet_dtype: the dtype the UNet is held in at first (fp32 where masters are to be copied from it); None: `dtype`.
-    revision, variant, cache_dir, token: as in diffusers. vae_path: another VAE (hub id, folder or .safetensors).
-    prediction_type: "epsilon" or "v_prediction"; None: what the marks of a single file say (`dpo_fast.models.marks`),
-    else the scheduler's config.
-    zero_terminal_snr: "on", "off", or "auto": on for Turbo and where a mark or the scheduler's config says so.
-    attention: "auto", "sdpa" or "xformers".
-    single_file_config: a hub id or folder with the pipeline's configuration, for a single file; None: the hub's.
+    source.prediction_type: "epsilon" or "v_prediction"; None: what the marks of a single file say
+    (`dpo_fast.models.marks`), else the scheduler's config.
+    source.zero_terminal_snr: "on", "off", or "auto": on for Turbo and where a mark or the scheduler's config says so.
+    source.single_file_config: a hub id or folder with the pipeline's configuration, for a single file; None: the hub's.
 
     Raises BadInput, in one line, for whatever cannot be found, read or trained.
     """
-    path, unet_dtype = str(path), unet_dtype or dtype
+    path, unet_dtype, hub = source.path, unet_dtype or dtype, source.hub()
     if path.endswith(_PICKLES):
         raise BadInput(f"{path} is a pickle, which could run code: convert it to .safetensors or to a diffusers folder")
-    hub = {"revision": revision, "cache_dir": cache_dir, "token": token}
-    kind = _kind(path, turbo, hub)
-    marks = Marks()
+    kind, marks = _kind(path, source.turbo, hub), Marks()
+    prediction_type, vae_path = source.prediction_type, source.vae_path
+    elsewhere = {"cache_dir": source.cache_dir, "token": source.token}  # of other repositories than the model's
     if path.endswith(".safetensors"):
-        config = None if single_file_config is None else _config_folder(str(single_file_config), hub)
-        scheduler = _check_scheduler(_config_source(path, config), {**hub, "revision": None})
+        named = source.single_file_config
+        config = None if named is None else _config_folder(named, hub)
+        scheduler = _check_scheduler(_config_source(path, config), {**elsewhere, "revision": None})
         marks = marks_of_file(path, *_header(path), prediction_type)
         if prediction_type is None and marks.prediction_type is None:
             _check_sd2(path, scheduler)
-        pipeline = _load_file(path, kind, dtype, unet_dtype, {"config": config, "cache_dir": cache_dir, "token": token})
+        pipeline = _load_file(path, kind, dtype, unet_dtype, {"config": config, **elsewhere})
     else:
         if vae_path is None and (part := _index(path, hub).get("vae")):
             _check_vae({"_class_name": part[1]})
-        pipeline = _load_folder(path, kind, dtype, unet_dtype, variant, hub, vae_path is None)
+        pipeline = _load_folder(path, kind, dtype, unet_dtype, source.variant, hub, vae_path is None)
     if None in (pipeline.text_encoder, pipeline.tokenizer) or (kind is SDXL and pipeline.text_encoder_2 is None):
         raise BadInput(f"{path} has no text encoder (the SDXL refiner?): use a pipeline with all of them")
     if vae_path is not None:
-        pipeline.vae = _load_vae(str(vae_path), pipeline.vae, {"cache_dir": cache_dir, "token": token})
+        pipeline.vae = _load_vae(vae_path, pipeline.vae, elsewhere)
     _check_complete(path, pipeline)
     _check_vae({"_class_name": type(pipeline.vae).__name__})
     if pipeline.vae.config.force_upcast is False:
         pipeline.vae.to(dtype)
     scheduler = marks_of_scheduler(pipeline.scheduler.config)
-    prediction_type, zero_terminal_snr = settled(path, marks, scheduler, prediction_type, zero_terminal_snr)
-    family = (Turbo if turbo else kind)(
+    prediction_type, zero_terminal_snr = settled(path, marks, scheduler, prediction_type, source.zero_terminal_snr)
+    family = (Turbo if source.turbo else kind)(
         pipeline,
         dtype=dtype,
         device=torch.device(device),
         prediction_type=prediction_type,
         zero_terminal_snr=zero_terminal_snr,
     )
-    set_attention(family.unet, attention)
+    set_attention(family.unet, source.attention)
     align_weights(pipeline)
     return family
 
 
-def revisions(
-    path: str | Path, *others: str | Path | None, revision: str | None = None, cache_dir: str | None = None
-) -> dict[str, str]:
-    """Repository, folder or file, by its `public_name` -> its `revision_of`, for the model at `path` and what else it
-    was loaded from.
-
-    others: VAE, LoRAs, configuration of a single file; None for those not given.
-    """
-    found = {str(path): revision_of(path, revision=revision, cache_dir=cache_dir)}
-    for place in filter(None, others):
+def revisions(source: ModelSource) -> dict[str, str]:
+    """Repository, folder or file, by its `public_name` -> its `revision_of`, of all that a model is read from."""
+    found = {source.path: revision_of(source.path, revision=source.revision, cache_dir=source.cache_dir)}
+    for place in filter(None, (source.vae_path, source.merged, source.adapter, source.single_file_config)):
         lora = Path(place, WEIGHT_NAME)  # in an output folder, which holds more
-        found[str(place)] = revision_of(lora if lora.is_file() else place, cache_dir=cache_dir)
+        found[place] = revision_of(lora if lora.is_file() else place, cache_dir=source.cache_dir)
     return public_names(found.items())
 
 
@@ -174,39 +158,24 @@ def align_weights(pipeline: DiffusionPipeline) -> None:
                 tensor.data = tensor.data.clone()
 
 
-def family_of(
-    path: str | Path,
-    *,
-    turbo: bool = False,
-    revision: str | None = None,
-    cache_dir: str | None = None,
-    token: str | None = None,
-) -> type[Family]:
+def family_of(source: ModelSource) -> type[Family]:
     """The class that `load_family` would give an instance of, without loading any weights; the same errors."""
-    kind = _kind(str(path), turbo, {"revision": revision, "cache_dir": cache_dir, "token": token})
-    return Turbo if turbo else kind
+    kind = _kind(source.path, source.turbo, source.hub())
+    return Turbo if source.turbo else kind
 
 
-def component_config(
-    path: str | Path,
-    component: str,  # the subfolder, "unet" or "vae"
-    *,
-    revision: str | None = None,
-    cache_dir: str | None = None,
-    token: str | None = None,
-    single_file_config: str | Path | None = None,
-) -> dict:
-    """The configuration of one component of the model at `path`, without loading any weights.
+def component_config(source: ModelSource, component: str) -> dict:
+    """The configuration of one component (its subfolder's name, such as "unet"), without loading any weights.
 
-    Arguments and errors are those of `load_family`.
+    Raises BadInput as `load_family` does.
     """
-    source, hub = str(path), {"revision": revision, "cache_dir": cache_dir, "token": token}
-    if source.endswith(".safetensors"):
-        source, hub["revision"] = _config_source(source, single_file_config), None
+    path, hub = source.path, source.hub()
+    if path.endswith(".safetensors"):
+        path, hub["revision"] = _config_source(path, source.single_file_config), None
     else:
-        _kind_of_folder(source, hub)
-    with bad_input(f"the {component} configuration of {source} cannot be read", "name a whole diffusers pipeline"):
-        return UNet2DConditionModel.load_config(source, subfolder=component, **hub)
+        _kind_of_folder(path, hub)
+    with bad_input(f"the {component} configuration of {path} cannot be read", "name a whole diffusers pipeline"):
+        return UNet2DConditionModel.load_config(path, subfolder=component, **hub)
 
 
 def _kind(path: str, turbo: bool, hub: dict) -> type[Family]:

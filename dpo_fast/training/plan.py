@@ -22,6 +22,7 @@ from dpo_fast.models.checkpointing import recompute_activations
 from dpo_fast.models.family import COMPUTE_DTYPES
 from dpo_fast.models.load import component_config
 from dpo_fast.models.lora import add_lora
+from dpo_fast.models.source import base_of
 from dpo_fast.objectives import OBJECTIVES
 
 # Bytes of optimizer state a trained parameter: two fp32 moments; two 8-bit ones with their scales; factored moments.
@@ -41,21 +42,15 @@ class UNetCosts:
 
 def plan(config: TrainConfig) -> str:
     """The resolved configuration and the costs as text. Raises BadInput for a model that cannot be read."""
-    where = dict(
-        revision=config.revision,
-        cache_dir=config.cache_dir,
-        token=config.hub_token,
-        single_file_config=config.single_file_config,
-    )
-    path = config.pretrained_model_name_or_path
-    unet_config = component_config(path, "unet", **where)
-    vae_scale = 2 ** (len(component_config(path, "vae", **where)["block_out_channels"]) - 1)
+    source = base_of(config)
+    unet_config = component_config(source, "unet")
+    vae_scale = 2 ** (len(component_config(source, "vae")["block_out_channels"]) - 1)
     resolution = config.resolution or unet_config["sample_size"] * vae_scale
     costs = unet_costs(unet_config, config, resolution // vae_scale)
     needs_reference = _runs_reference(config)
     pairs = config.pairs_per_step or config.train_batch_size * config.gradient_accumulation_steps
 
-    tokens = component_config(path, "text_encoder", **where).get("max_position_embeddings", 77)
+    tokens = component_config(source, "text_encoder").get("max_position_embeddings", 77)
     a_latent, a_prompt = record_bytes(unet_config, resolution // vae_scale, tokens)
     memory = memory_by_part(costs, config)
     checkpoint = costs.trained * (4 + STATE_BYTES[config.optimizer] + 4 * config.use_ema)

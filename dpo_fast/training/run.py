@@ -43,8 +43,10 @@ from dpo_fast.models import (
     recompute_activations,
     reference_recipe_facts,
 )
+from dpo_fast.models.family import check_resolution, timesteps_within
 from dpo_fast.models.fingerprints import fingerprint
 from dpo_fast.models.sampling import base_samples
+from dpo_fast.models.source import base_of
 from dpo_fast.objectives import OBJECTIVES
 from dpo_fast.parallel import Ranks
 from dpo_fast.training import checkpoint, hub, run_folder
@@ -342,37 +344,16 @@ def _captions_of(index: PairIndex) -> Iterator[tuple[int, str]]:
 def _load_model(config: TrainConfig, ranks: Ranks) -> Family:
     dtype = COMPUTE_DTYPES[config.mixed_precision]
     family = load_family(
-        config.pretrained_model_name_or_path,
-        turbo=config.is_turbo,
+        base_of(config),
         dtype=dtype,
         unet_dtype=torch.float32 if config.tuning == "full" else dtype,  # masters begin at the fp32 weights
         device=ranks.device,
-        revision=config.revision,
-        variant=config.variant,
-        vae_path=config.pretrained_vae_model_name_or_path,
-        prediction_type=config.prediction_type,
-        zero_terminal_snr=config.zero_terminal_snr,
-        attention=config.attention,
-        cache_dir=config.cache_dir,
-        token=config.hub_token,
-        single_file_config=config.single_file_config,
     )
-    config.resolution, multiple = config.resolution or family.default_resolution, family.resolution_multiple
-    if config.resolution % multiple:
-        near = max(1, round(config.resolution / multiple)) * multiple
-        raise BadInput(
-            f"--resolution ({config.resolution}) must be a multiple of {multiple} for this model, for example {near}"
-        )
+    config.resolution = config.resolution or family.default_resolution
+    check_resolution(config.resolution, family.resolution_multiple, config.pretrained_model_name_or_path)
     if config.time_ids == "real" and not family.needs_time_ids:
         raise BadInput(f"--time_ids real is for SDXL: {family.name} has no size conditioning; leave it out")
-    last = family.schedule.num_train_timesteps if config.max_timestep is None else config.max_timestep
-    wanted = (family.timesteps >= config.min_timestep) & (family.timesteps < last)
-    if not wanted.any():
-        raise BadInput(
-            f"--min_timestep ({config.min_timestep}) and --max_timestep ({last}) leave none of the model's timesteps,"
-            f" {int(family.timesteps.min())} to {int(family.timesteps.max())}; widen them"
-        )
-    family.timesteps = family.timesteps[wanted]
+    family.timesteps = timesteps_within(family, config.min_timestep, config.max_timestep)
     if config.init_lora:
         merge_lora(family.pipeline, config.init_lora, cache_dir=config.cache_dir, token=config.hub_token)
     if config.proportion_empty_prompts and any(map(_not_finite, family.empty_prompt().values())):

@@ -36,6 +36,7 @@ from dpo_fast.models import (
     sampling,
     save_lora,
 )
+from dpo_fast.models.source import base_of
 from dpo_fast.objectives import OBJECTIVES, Terms, evaluate
 from dpo_fast.pictures import before_after, save_png
 from dpo_fast.statistics import interval95
@@ -560,10 +561,9 @@ class Trainer:
     def _revisions(self) -> dict[str, str]:
         """What the run was made from -> its revision on the hub, or a digest of its files."""
         config = self.config
-        others = (config.pretrained_vae_model_name_or_path, config.init_lora, config.single_file_config)
-        hub = {"revision": config.revision, "cache_dir": config.cache_dir}
-        model = revisions(config.pretrained_model_name_or_path, *others, **hub)
-        return model | {public_name(config.dataset_name): revision_of(config.dataset_name, kind="dataset")}
+        return revisions(base_of(config)) | {
+            public_name(config.dataset_name): revision_of(config.dataset_name, kind="dataset")
+        }
 
     def _overview(self) -> str:
         """What is about to happen, in a few lines."""

@@ -19,11 +19,13 @@ from dpo_fast.evaluation.image_names import file_stem
 from dpo_fast.evaluation.prompts import Prompt
 from dpo_fast.evaluation.sides import model_sources, read_run
 from dpo_fast.generate import main
-from dpo_fast.models import load_family, merge_lora
+from dpo_fast.models import merge_lora
+from dpo_fast.models.opened import OneAtATime, settled
 from dpo_fast.models.sampling import sample
-from dpo_fast.models.source import OneAtATime, base_of, result_of
+from dpo_fast.models.source import base_of, result_of
 from dpo_fast.pictures import to_picture
 from dpo_fast.shapes import base as shapes_base
+from tests.helpers.pipelines import load_model
 from tests.helpers.runs import start, train
 from tests.test_distributed import TORCHRUN
 
@@ -94,7 +96,7 @@ def test_a_run_that_moved_is_sampled_as_diffusers_does(sd15_path, pairs, tmp_pat
     flags = ["--tuning", tuning, "--learning_rate", 1e-2]
     run = train(sd15_path, pairs, tmp_path / "run", *flags)
     out = generate(run, "--baseline", "base")
-    policy = load_family(run if tuning == "full" else sd15_path, dtype=torch.float32, device=CPU)
+    policy = load_model(run if tuning == "full" else sd15_path, dtype=torch.float32, device=CPU)
     if tuning == "lora":
         policy.pipeline.load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors")
     policy.pipeline.set_progress_bar_config(disable=True)
@@ -110,13 +112,13 @@ def test_a_run_that_moved_is_sampled_as_diffusers_does(sd15_path, pairs, tmp_pat
 def test_the_base_of_a_run_has_its_first_lora_merged(sdxl_path, pairs, tmp_path, moved, generate):
     run = train(sdxl_path, pairs, tmp_path / "run", "--init_lora", moved, "--learning_rate", 1e-30)
     out = generate(run, "--seeds", "7,", prompts=TEXTS[:1])
-    family = load_family(sdxl_path, dtype=torch.float32, device=CPU)
+    family = load_model(sdxl_path, dtype=torch.float32, device=CPU)
     merge_lora(family.pipeline, moved)
     (expected,) = sample(family, [TEXTS[0]], [noise_seed(TEXTS[0], 7)], resolution=64, steps=2)
     for name in ("base", "run"):
         found = pixels(out / name / f"{file_stem(TEXTS[0])}-7.png")
         assert np.abs(found - np.asarray(to_picture(expected)).astype(int)).max() <= 1
-    bare = sample(load_family(sdxl_path, dtype=torch.float32, device=CPU), [TEXTS[0]], [7], resolution=64, steps=2)
+    bare = sample(load_model(sdxl_path, dtype=torch.float32, device=CPU), [TEXTS[0]], [7], resolution=64, steps=2)
     assert not torch.equal(bare[0], expected)
 
 
@@ -134,7 +136,7 @@ def test_how_models_are_named_and_sampled(sd15_path, sdxl_path, turbo_path, move
     same, _ = model_sources(str(moved), str(sdxl_path), steps=7).values()
     assert (same.steps, same.guidance, same.path) == (7, 5.0, str(sdxl_path))
     config = replace(read_run(str(moved)), sampling_steps=10, sampling_guidance=3.0)
-    assert result_of(config, moved).settled().steps == 10 and base_of(config).settled().guidance == 3.0
+    assert settled(result_of(config, moved)).steps == 10 and settled(base_of(config)).guidance == 3.0
     twin = shutil.copytree(moved, tmp_path / moved.name)
     assert list(model_sources(str(moved), str(twin))) == [f"baseline-{moved.name}", moved.name]
     with pytest.raises(BadInput, match="needs a run as --policy"):
@@ -362,7 +364,7 @@ def test_a_prompt_takes_the_layout_of_its_name_and_the_others_take_turns(layouts
 def test_sdedit_starts_from_the_layout(request, generate, layouts, name, more):
     path = request.getfixturevalue(f"{name}_path")
     steps = ["--sampling_steps", 10, "--resolution", 64]
-    family = load_family(path, turbo=name == "turbo", dtype=torch.float32, device=CPU)
+    family = load_model(path, turbo=name == "turbo", dtype=torch.float32, device=CPU)
     (layout,) = {layout for layout in read_layouts(layouts / "b.png", [Prompt("x", "")]).values()}
     there_and_back = family.decode_latents(family.encode_images(layout.pixels(64)[None]))[0]
     target = np.asarray(to_picture(there_and_back)).astype(int)
@@ -400,7 +402,7 @@ def test_the_noise_on_a_layout_is_the_schedules(sd15_path, monkeypatch):
     """As diffusers' image-to-image pipeline has it, given the latents and the same generator."""
     from diffusers import StableDiffusionImg2ImgPipeline
 
-    family = load_family(sd15_path, dtype=torch.float32, device=CPU)
+    family = load_model(sd15_path, dtype=torch.float32, device=CPU)
     layouts = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     ours = sample(family, ["a cat", "a dog"], [3, 4], resolution=64, steps=10, layouts=layouts, strength=0.45).int()
     theirs = StableDiffusionImg2ImgPipeline(**family.pipeline.components, requires_safety_checker=False)

@@ -24,7 +24,8 @@ from dpo_fast.evaluation.implicit import ImplicitAccuracy, ImplicitRewards, accu
 from dpo_fast.evaluation.report.charts import bars
 from dpo_fast.evaluation.sides import model_sources, read_run
 from dpo_fast.kernels.reference import normal_noise
-from dpo_fast.models.source import ModelSource, OneAtATime, base_of
+from dpo_fast.models.opened import OneAtATime, settled
+from dpo_fast.models.source import ModelSource, base_of
 from tests.helpers import pipelines
 from tests.helpers.pairs import pickapic, write_table
 from tests.helpers.runs import environment, train
@@ -164,7 +165,7 @@ def test_v_prediction_and_the_runs_schedule(tmp_path, pairs):
 
 @pytest.mark.parametrize("tuning, dtype", [("lora", torch.float32), ("lora", torch.bfloat16), ("full", torch.float32)])
 def test_a_policy_that_did_not_move_is_even_to_the_bit(sdxl_path, pairs, tmp_path, monkeypatch, tuning, dtype):
-    monkeypatch.setattr("dpo_fast.models.source.compute_dtype", lambda *_: dtype)
+    monkeypatch.setattr("dpo_fast.models.opened.compute_dtype", lambda *_: dtype)
     if tuning == "lora":
         run = train(sdxl_path, pairs, tmp_path / "run", "--learning_rate", 1e-30, "--max_train_steps", 1)
         file = run / "pytorch_lora_weights.safetensors"
@@ -271,7 +272,7 @@ def test_training_makes_a_reward_model_and_counts_as_this_does(sd15_path, pairs,
     limits = {"min_timestep": config.min_timestep, "max_timestep": config.max_timestep}
     sets = build_index(open_source(str(pairs)), seed=config.seed, validation_fraction=0.4, progress=False)
     base, policy = model_sources(str(run)).values()
-    assert base == base_of(config).settled()
+    assert base == settled(base_of(config))
 
     def found(index: PairIndex, draws: int) -> ImplicitAccuracy:
         return accuracy(

@@ -42,6 +42,7 @@ from dpo_fast.evaluation import generation
 from dpo_fast.evaluation.prompts import read_lines, read_prompts
 from dpo_fast.models import load, merging
 from dpo_fast.models.marks import marks_of_file
+from dpo_fast.models.source import ModelSource
 from dpo_fast.relabeling import labels, pair_scores
 from dpo_fast.scorers import kept_scores
 from dpo_fast.training import checkpoint, metrics, run_folder
@@ -413,7 +414,7 @@ def _read_single_files(folder: Path, changed: Iterable[str]) -> None:
     for name in changed:
         path = str(folder / name)
         hub_revisions.revision_of(path)
-        load.family_of(path)
+        load.family_of(ModelSource(path))
         with refused(BadInput):
             load._config_source(path, "sd2" if name.startswith("sd2") else None)
         with refused(BadInput):
@@ -447,10 +448,10 @@ def _write_pipeline(folder: Path) -> None:
 def _read_pipeline(folder: Path, changed: Iterable[str]) -> None:
     path = str(folder)
     for look in (
-        lambda: load.family_of(path),
-        lambda: load.component_config(path, "unet"),
-        lambda: load.component_config(path, "vae"),
-        lambda: load.revisions(path, path),
+        lambda: load.family_of(ModelSource(path)),
+        lambda: load.component_config(ModelSource(path), "unet"),
+        lambda: load.component_config(ModelSource(path), "vae"),
+        lambda: load.revisions(ModelSource(path, vae_path=path)),
     ):
         with refused(BadInput):
             look()

@@ -27,6 +27,9 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from dpo_fast.models import Family, load_family
+from dpo_fast.models.source import ModelSource
+
 RESOLUTION = 64  # pixels; 8 x 8 latents
 _TEXT_WIDTH, _TEXT_WIDTH_2 = 32, 48
 _TIME_WIDTH = 8
@@ -211,3 +214,11 @@ if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] not in makers:
         sys.exit(f"usage: python -m tests.helpers.pipelines {'|'.join(makers)} FOLDER")
     makers[sys.argv[1]](Path(sys.argv[2]))
+
+
+def load_model(
+    path: Path | str, *, dtype: torch.dtype, device: torch.device | str, unet_dtype: torch.dtype | None = None, **source
+) -> Family:
+    """`load_family` of the model at `path`; source: further fields of ModelSource."""
+    source = {name: str(value) if isinstance(value, Path) else value for name, value in source.items()}
+    return load_family(ModelSource(str(path), **source), dtype=dtype, device=device, unet_dtype=unet_dtype)

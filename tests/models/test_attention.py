@@ -6,13 +6,14 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
 from dpo_fast.errors import BadInput
-from dpo_fast.models import ATTENTIONS, attention, load_family, set_attention, usable_attention
+from dpo_fast.models import ATTENTIONS, attention, set_attention, usable_attention
 from dpo_fast.models.attention import ORDERS, OrderedAttention
+from tests.helpers.pipelines import load_model
 
 
 @pytest.fixture
 def unet(sd15_path):
-    return load_family(sd15_path, dtype=torch.float32, device="cpu").unet
+    return load_model(sd15_path, dtype=torch.float32, device="cpu").unet
 
 
 @pytest.mark.parametrize("choice", ["auto", "sdpa"])

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from dpo_fast.errors import BadInput
-from dpo_fast.models import Family, add_lora, compile_unet, compiling, load_family, not_compiled, programs_made
+from dpo_fast.models import Family, add_lora, compile_unet, compiling, not_compiled, programs_made
 from dpo_fast.models.compiling import check_compiler, programs_folder
-from tests.helpers.pipelines import default_time_ids
+from tests.helpers.pipelines import default_time_ids, load_model
 
 EXHAUSTIVE = [("sd15", "full"), ("sdxl", "lora"), ("sdxl", "full")]
 
@@ -30,7 +30,7 @@ def is_compiled(unet: nn.Module) -> bool:
 
 def make_family(path: Path, tuning: str, dtype: torch.dtype = torch.float32) -> Family:
     """A family with something to train, no parameter of it at its start."""
-    family = load_family(path, dtype=dtype, unet_dtype=torch.float32, device="cpu")
+    family = load_model(path, dtype=dtype, unet_dtype=torch.float32, device="cpu")
     if tuning == "full":
         family.unet.requires_grad_(True)
     else:

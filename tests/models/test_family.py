@@ -14,8 +14,8 @@ from PIL import Image
 from torch import nn
 
 from dpo_fast.errors import BadInput
-from dpo_fast.models import Family, load_family, nonfinite_rows
-from tests.helpers.pipelines import default_time_ids, make_sd15, make_sdxl
+from dpo_fast.models import Family, nonfinite_rows
+from tests.helpers.pipelines import default_time_ids, load_model, make_sd15, make_sdxl
 
 FAMILIES = ["sd15", "sdxl", "turbo"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -28,7 +28,7 @@ def family(request) -> Family:
 
 
 def make_family(request, name: str, dtype: torch.dtype) -> Family:
-    return load_family(request.getfixturevalue(f"{name}_path"), turbo=name == "turbo", dtype=dtype, device="cpu")
+    return load_model(request.getfixturevalue(f"{name}_path"), turbo=name == "turbo", dtype=dtype, device="cpu")
 
 
 def random_pixels(n: int) -> torch.Tensor:
@@ -50,7 +50,7 @@ def anonymous_mib() -> float:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_freed_encoders_leave_the_process(sd15_path):
-    family = load_family(sd15_path, dtype=torch.float32, device="cpu")
+    family = load_model(sd15_path, dtype=torch.float32, device="cpu")
     family.empty_prompt()
     torch.ones(7 << 20)  # 28 MiB: once freed, glibc keeps what is smaller
     large = nn.Linear(1, 1)
@@ -92,7 +92,7 @@ def normalized(request, tmp_path_factory) -> tuple[Family, Family]:
     """A family whose VAE names statistics and a shift of its latents, and the same without."""
     make, folder = {"sd15": make_sd15, "sdxl": make_sdxl}[request.param], tmp_path_factory.mktemp("normalized")
     paths = make(folder / "statistics", vae=STATISTICS), make(folder / "plain")
-    return tuple(load_family(path, dtype=torch.float32, device="cpu") for path in paths)
+    return tuple(load_model(path, dtype=torch.float32, device="cpu") for path in paths)
 
 
 def test_latents_are_normalized_where_the_pipeline_does_it(normalized):
@@ -152,7 +152,7 @@ def test_decoding_is_that_of_the_pipeline_and_undoes_the_encoding(normalized):
 
 def test_what_the_pipeline_does_not_apply_is_said(tmp_path, caplog):
     with caplog.at_level("INFO", "dpo_fast"):
-        load_family(make_sd15(tmp_path, vae=STATISTICS), dtype=torch.float32, device="cpu")
+        load_model(make_sd15(tmp_path, vae=STATISTICS), dtype=torch.float32, device="cpu")
     assert caplog.messages == [
         "the VAE's latents_mean and latents_std and shift_factor: not applied, as in StableDiffusionPipeline"
     ]
@@ -169,14 +169,14 @@ def test_what_the_pipeline_does_not_apply_is_said(tmp_path, caplog):
 def test_bad_statistics_of_latents(tmp_path, change, match):
     path = make_sdxl(tmp_path, vae=STATISTICS | change)
     with pytest.raises(BadInput, match=match):
-        load_family(path, dtype=torch.float32, device="cpu")
+        load_model(path, dtype=torch.float32, device="cpu")
 
 
 def test_another_vae_brings_its_statistics(sdxl_path, tmp_path):
     other = make_sdxl(tmp_path, vae=STATISTICS)
-    family = load_family(sdxl_path, vae_path=other, dtype=torch.float32, device="cpu")
+    family = load_model(sdxl_path, vae_path=other, dtype=torch.float32, device="cpu")
     pixels = random_pixels(1)
-    wanted = load_family(other, dtype=torch.float32, device="cpu").encode_images(pixels)
+    wanted = load_model(other, dtype=torch.float32, device="cpu").encode_images(pixels)
     assert torch.equal(family.encode_images(pixels), wanted)
     family.save_full(tmp_path / "saved", family.unet.state_dict())
     saved = json.loads((tmp_path / "saved" / "vae" / "config.json").read_text())
@@ -266,7 +266,7 @@ def test_on_a_cpu_company_changes_no_bit(family):
 @pytest.mark.parametrize("force_zeros", [True, False])
 def test_empty_prompt_of_sdxl(tmp_path, force_zeros):
     path = make_sdxl(tmp_path, force_zeros=force_zeros)
-    family = load_family(path, dtype=torch.float32, device="cpu")
+    family = load_model(path, dtype=torch.float32, device="cpu")
     encoded, empty = family.encode_prompts([""]), family.empty_prompt()
     assert empty.keys() == {"prompt_embeds", "pooled_prompt_embeds"}
     for name, tensor in empty.items():
@@ -367,7 +367,7 @@ def test_save_full_and_reload(request, tmp_path, name, dtype):
             assert all(torch.equal(tensor, held[key].float()) for key, tensor in saved.items())
     reloaded.set_progress_bar_config(disable=True)
     assert reloaded("a fox", num_inference_steps=2, height=64, width=64).images[0].size == (64, 64)
-    again = load_family(tmp_path / "saved", turbo=name == "turbo", dtype=torch.float32, device="cpu")
+    again = load_model(tmp_path / "saved", turbo=name == "turbo", dtype=torch.float32, device="cpu")
     assert again.name == name
 
 

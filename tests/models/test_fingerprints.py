@@ -9,15 +9,15 @@ from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerFast
 
 from dpo_fast.caching.recipe import Field, Recipe
-from dpo_fast.models import latents_recipe_facts, load_family, reference_recipe_facts, text_recipe_facts
+from dpo_fast.models import latents_recipe_facts, reference_recipe_facts, text_recipe_facts
 from dpo_fast.models.fingerprints import weights_digest
-from tests.helpers.pipelines import make_sdxl
+from tests.helpers.pipelines import load_model, make_sdxl
 from tests.helpers.single_file import write_single_file
 
 
 @pytest.fixture(scope="module")
 def family(sdxl_path):
-    return load_family(sdxl_path, dtype=torch.float32, device=torch.device("cpu"))
+    return load_model(sdxl_path, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def test_encoding_changes_nothing(family):
@@ -89,7 +89,7 @@ def test_statistics_of_latents_count(sdxl_path, tmp_path):
     for number, mean in enumerate((0.0, 0.5)):
         vae = {"latents_mean": [mean] * 4, "latents_std": [1.0] * 4}
         paths.append(make_sdxl(tmp_path / str(number), vae=vae))
-    accounts = [latents_recipe_facts(load_family(path, dtype=torch.float32, device="cpu")) for path in paths]
+    accounts = [latents_recipe_facts(load_model(path, dtype=torch.float32, device="cpu")) for path in paths]
     assert accounts[0]["vae"] == accounts[1]["vae"] == accounts[2]["vae"]  # the weights are the same
     assert accounts[0] != accounts[1] != accounts[2]
     assert Recipe("latents", accounts[1], (Field("latents", (4, 8, 8)),)).differences(
@@ -102,10 +102,10 @@ def test_one_model_has_one_recipe_wherever_it_is_read_from(sdxl_path, family, tm
     accounts = latents_recipe_facts, text_recipe_facts, reference_recipe_facts
     if kind == "single file":
         path = write_single_file(DiffusionPipeline.from_pretrained(sdxl_path), tmp_path / "model.safetensors")
-        other = load_family(path, dtype=torch.float32, device="cpu", single_file_config=sdxl_path)
+        other = load_model(path, dtype=torch.float32, device="cpu", single_file_config=sdxl_path)
     else:
         family.pipeline.save_pretrained(tmp_path / "saved")
-        other = load_family(tmp_path / "saved", dtype=torch.float32, device="cpu")
+        other = load_model(tmp_path / "saved", dtype=torch.float32, device="cpu")
     assert [account(other) for account in accounts] == [account(family) for account in accounts]
 
 

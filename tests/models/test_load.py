@@ -14,8 +14,8 @@ from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
 from dpo_fast.errors import BadInput
-from dpo_fast.models import load, load_family
-from tests.helpers.pipelines import make_sd15, make_sdxl
+from dpo_fast.models import load
+from tests.helpers.pipelines import load_model, make_sd15, make_sdxl
 from tests.helpers.single_file import write_single_file
 
 FP32 = {"dtype": torch.float32, "device": "cpu"}
@@ -43,7 +43,7 @@ def edit_json(path: Path, **changes: object) -> None:
 def refused(match: str, path: object, **settings: object) -> str:
     """The message with which load_family refuses `path`; it must be one line and contain `match`."""
     with pytest.raises(BadInput, match=match) as caught:
-        load_family(path, **{**FP32, **settings})
+        load_model(path, **{**FP32, **settings})
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -52,7 +52,7 @@ def refused(match: str, path: object, **settings: object) -> str:
 
 
 def test_sd15(sd15_path):
-    family = load_family(sd15_path, **FP32)
+    family = load_model(sd15_path, **FP32)
     assert (family.name, family.needs_time_ids, family.timestep_grid) == ("sd15", False, False)
     assert (family.sampling_steps, family.sampling_guidance) == (50, 7.5)
     assert family.timesteps.tolist() == list(range(1000))
@@ -61,14 +61,14 @@ def test_sd15(sd15_path):
 
 
 def test_sdxl(sdxl_path):
-    family = load_family(str(sdxl_path), **FP32)
+    family = load_model(str(sdxl_path), **FP32)
     assert (family.name, family.needs_time_ids, family.timestep_grid) == ("sdxl", True, False)
     assert (family.sampling_steps, family.sampling_guidance) == (50, 5.0)
     assert family.timesteps.tolist() == list(range(1000))
 
 
 def test_turbo_leaves_out_the_timestep_without_signal(turbo_path):
-    family = load_family(turbo_path, turbo=True, **FP32)
+    family = load_model(turbo_path, turbo=True, **FP32)
     assert (family.name, family.needs_time_ids, family.timestep_grid) == ("turbo", True, True)
     assert (family.sampling_steps, family.sampling_guidance) == (4, 0.0)
     assert family.timesteps.tolist() == [249, 499, 749]
@@ -76,22 +76,22 @@ def test_turbo_leaves_out_the_timestep_without_signal(turbo_path):
 
 
 def test_zero_terminal_snr_can_be_switched_off(turbo_path):
-    family = load_family(turbo_path, turbo=True, zero_terminal_snr="off", **FP32)
+    family = load_model(turbo_path, turbo=True, zero_terminal_snr="off", **FP32)
     assert family.timesteps.tolist() == [249, 499, 749, 999]
 
 
 def test_turbo_is_said_not_spelled(sdxl_path, tmp_path):
     path = shutil.copytree(sdxl_path, tmp_path / "sdxl-turbo")
-    assert load_family(path, **FP32).name == "sdxl"
+    assert load_model(path, **FP32).name == "sdxl"
 
 
 def test_v_prediction_of_the_scheduler(tmp_path):
-    family = load_family(make_sd15(tmp_path, prediction_type="v_prediction"), **FP32)
+    family = load_model(make_sd15(tmp_path, prediction_type="v_prediction"), **FP32)
     assert family.schedule.prediction_type == "v_prediction"
 
 
 def test_prediction_type_given_is_also_sampled_with(sdxl_path):
-    family = load_family(sdxl_path, prediction_type="v_prediction", **FP32)
+    family = load_model(sdxl_path, prediction_type="v_prediction", **FP32)
     assert family.schedule.prediction_type == "v_prediction"
     assert family.pipeline.scheduler.config.prediction_type == "v_prediction"
 
@@ -100,7 +100,7 @@ def test_prediction_type_given_is_also_sampled_with(sdxl_path):
 
 
 def test_everything_is_frozen_and_in_eval_mode(sdxl_path):
-    family = load_family(sdxl_path, **FP32)
+    family = load_model(sdxl_path, **FP32)
     for part in (family.unet, family.pipeline.vae, family.pipeline.text_encoder, family.pipeline.text_encoder_2):
         assert not part.training
         assert not any(parameter.requires_grad for parameter in part.parameters())
@@ -108,18 +108,18 @@ def test_everything_is_frozen_and_in_eval_mode(sdxl_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_vae_that_overflows_stays_in_fp32(sdxl_path, dtype):
-    family = load_family(sdxl_path, dtype=dtype, device="cpu")
+    family = load_model(sdxl_path, dtype=dtype, device="cpu")
     assert family.unet.dtype == family.pipeline.text_encoder.dtype == family.pipeline.text_encoder_2.dtype == dtype
     assert family.pipeline.vae.dtype == torch.float32
 
 
 def test_vae_that_does_not_overflow_is_cast(sd15_copy):
     edit_json(sd15_copy / "vae" / "config.json", force_upcast=False)
-    assert load_family(sd15_copy, **BF16).pipeline.vae.dtype == torch.bfloat16
+    assert load_model(sd15_copy, **BF16).pipeline.vae.dtype == torch.bfloat16
 
 
 def test_unet_in_fp32_for_masters(sd15_path):
-    family = load_family(sd15_path, unet_dtype=torch.float32, **BF16)
+    family = load_model(sd15_path, unet_dtype=torch.float32, **BF16)
     stored = load_file(sd15_path / "unet" / "diffusion_pytorch_model.safetensors")
     assert (family.unet.dtype, family.pipeline.text_encoder.dtype) == (torch.float32, torch.bfloat16)
     assert all(torch.equal(tensor, stored[name]) for name, tensor in family.unet.state_dict().items())
@@ -128,7 +128,7 @@ def test_unet_in_fp32_for_masters(sd15_path):
 def test_variant(sd15_path, tmp_path):
     pipeline = DiffusionPipeline.from_pretrained(sd15_path)
     pipeline.to(dtype=torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
-    family = load_family(tmp_path / "half", variant="fp16", **FP32)
+    family = load_model(tmp_path / "half", variant="fp16", **FP32)
     weight = pipeline.unet.conv_in.weight.float()
     assert torch.equal(family.unet.conv_in.weight, weight)
 
@@ -137,7 +137,7 @@ def test_other_vae(sd15_path, tmp_path):
     other = make_sd15(tmp_path / "other", seed=1)
     wanted = AutoencoderKL.from_pretrained(other, subfolder="vae").encoder.conv_in.weight
     for path in (other, other / "vae"):
-        family = load_family(sd15_path, vae_path=path, **FP32)
+        family = load_model(sd15_path, vae_path=path, **FP32)
         assert torch.equal(family.pipeline.vae.encoder.conv_in.weight, wanted)
 
 
@@ -145,7 +145,7 @@ def test_other_vae_of_a_single_file_keeps_the_scaling_factor(sd15_path, single_f
     state = load_file(single_files["sdxl"])
     bare = {name.removeprefix("first_stage_model."): t for name, t in state.items() if name.startswith("first_stage")}
     save_file(bare, tmp_path / "vae.safetensors")
-    vae = load_family(sd15_path, vae_path=tmp_path / "vae.safetensors", **FP32).pipeline.vae
+    vae = load_model(sd15_path, vae_path=tmp_path / "vae.safetensors", **FP32).pipeline.vae
     assert torch.equal(vae.encoder.conv_in.weight, state["first_stage_model.encoder.conv_in.weight"])
     assert vae.config.scaling_factor == 0.18215
 
@@ -158,8 +158,8 @@ def test_other_vae_of_a_single_file_keeps_the_scaling_factor(sd15_path, single_f
 def test_single_file_holds_the_same_weights(name, dtype, single_files, request):
     folder = request.getfixturevalue(f"{name}_path")
     settings = {"dtype": dtype, "device": "cpu", "unet_dtype": torch.float32}
-    from_file = load_family(single_files[name], single_file_config=folder, **settings)
-    from_folder = load_family(folder, **settings)
+    from_file = load_model(single_files[name], single_file_config=folder, **settings)
+    from_folder = load_model(folder, **settings)
     assert from_file.name == name
     parts = [part for part, module in from_folder.pipeline.components.items() if isinstance(module, torch.nn.Module)]
     assert len(parts) == (3 if name == "sd15" else 4)
@@ -286,11 +286,11 @@ def test_text_encoder_with_the_names_of_newer_versions(sd15_path, sd15_copy):
     file = sd15_copy / "text_encoder" / "model.safetensors"
     state = {name.removeprefix("text_model."): tensor for name, tensor in load_file(file).items()}
     save_file(state, file, metadata={"format": "pt"})
-    encoder = load_family(sd15_path, **FP32).pipeline.text_encoder
+    encoder = load_model(sd15_path, **FP32).pipeline.text_encoder
     if hasattr(encoder, "text_model"):
         refused("pip install --upgrade transformers", sd15_copy)
     else:
-        mine = load_family(sd15_copy, **FP32).pipeline.text_encoder.state_dict()
+        mine = load_model(sd15_copy, **FP32).pipeline.text_encoder.state_dict()
         assert all(torch.equal(mine[name], tensor) for name, tensor in encoder.state_dict().items())
 
 
@@ -300,7 +300,7 @@ def test_vae_of_another_class(sd15_path, sd15_copy):
     tiny.save_pretrained(sd15_copy / "vae")
     edit_json(sd15_copy / "model_index.json", vae=["diffusers", "AutoencoderTiny"])
     refused("the VAE is of class AutoencoderTiny", sd15_copy)
-    assert load_family(sd15_copy, vae_path=sd15_path, **FP32).name == "sd15"
+    assert load_model(sd15_copy, vae_path=sd15_path, **FP32).name == "sd15"
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_hub_model_is_loaded_from_where_it_was_downloaded(monkeypatch, sd15_path
 
     monkeypatch.setattr(load, "hf_hub_download", lambda *args, **kwargs: str(sd15_path / "model_index.json"))
     monkeypatch.setattr(load.DiffusionPipeline, "download", download)
-    family = load_family("owner/name", revision="v1", token="secret", cache_dir="there", **FP32)
+    family = load_model("owner/name", revision="v1", token="secret", cache_dir="there", **FP32)
     assert family.name == "sd15"
     assert asked == {
         "path": "owner/name",
@@ -377,11 +377,11 @@ def test_nothing_is_printed_that_a_newcomer_would_worry_about(tmp_path):
 from pathlib import Path
 import torch
 from dpo_fast.errors import BadInput
-from dpo_fast.models import add_lora, load_family, merge_lora, save_lora
+from dpo_fast.models import add_lora, merge_lora, save_lora
 
 folder = Path({str(tmp_path)!r})
 for name in ("sd15", "sdxl"):
-    family = load_family(folder / name, dtype=torch.float16, device="cpu")
+    family = load_model(folder / name, dtype=torch.float16, device="cpu")
     family.encode_prompts(["a prompt of far more than seventy-seven letters " * 4])
     family.unet.to(torch.float32)
     family.save_full(folder / "full" / name, family.unet.state_dict())
@@ -389,11 +389,11 @@ for name in ("sd15", "sdxl"):
     state = {{key: p.detach() for key, p in family.unet.named_parameters() if p.requires_grad}}
     save_lora(family, folder / "lora" / name, state)
     del family
-    merge_lora(load_family(folder / name, dtype=torch.float32, device="cpu").pipeline, folder / "lora" / name)
+    merge_lora(load_model(folder / name, dtype=torch.float32, device="cpu").pipeline, folder / "lora" / name)
 for use in (
-    lambda: merge_lora(load_family(folder / "sd15", dtype=torch.float32, device="cpu").pipeline, folder / "lora/sdxl"),
-    lambda: load_family(folder / "sd15" / "unet", dtype=torch.float32, device="cpu"),
-    lambda: load_family(folder / "sd15", vae_path=folder, dtype=torch.float32, device="cpu"),
+    lambda: merge_lora(load_model(folder / "sd15", dtype=torch.float32, device="cpu").pipeline, folder / "lora/sdxl"),
+    lambda: load_model(folder / "sd15" / "unet", dtype=torch.float32, device="cpu"),
+    lambda: load_model(folder / "sd15", vae_path=folder, dtype=torch.float32, device="cpu"),
 ):
     try:
         use()
@@ -421,7 +421,7 @@ def test_weights_lie_where_torch_puts_them(sdxl_path, monkeypatch):
     monkeypatch.setitem(load._PIPELINES, askew, load._PIPELINES[family_class])
     monkeypatch.setitem(load._UNUSED_PARTS, askew, load._UNUSED_PARTS[family_class])
     monkeypatch.setattr(load, "SDXL", askew)
-    family = load_family(sdxl_path, **FP32)
+    family = load_model(sdxl_path, **FP32)
     for name, parameter in family.pipeline.text_encoder_2.named_parameters():
         assert parameter.data_ptr() % load.ALIGNMENT == 0 and torch.equal(parameter, values[name])
 
@@ -438,7 +438,7 @@ def test_a_tokenizer_without_a_length_takes_what_its_encoder_has_positions_for(s
         config = {key: value for key, value in config.items() if key != "model_max_length"}
         more = {} if length is None else {"model_max_length": length}
         (model / name / "tokenizer_config.json").write_text(json.dumps({**config, **more}))
-    family, usual = load_family(model, **FP32), load_family(sdxl_path, **FP32)
+    family, usual = load_model(model, **FP32), load_model(sdxl_path, **FP32)
     prompts = ["a cat", "a long caption " * 40]
     ours, theirs = family.encode_prompts(prompts), usual.encode_prompts(prompts)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -467,8 +467,8 @@ def test_a_single_file_of_diffusers_own_converter(single_files, sdxl_path, tmp_p
     state, name = load_file(single_files["sdxl"]), "conditioner.embedders.1.model.text_projection"
     state[f"{name}.weight"] = state.pop(name).T.contiguous()
     save_file(state, tmp_path / "converted.safetensors")
-    ours = load_family(tmp_path / "converted.safetensors", single_file_config=sdxl_path, **FP32).pipeline
-    theirs = load_family(sdxl_path, **FP32).pipeline
+    ours = load_model(tmp_path / "converted.safetensors", single_file_config=sdxl_path, **FP32).pipeline
+    theirs = load_model(sdxl_path, **FP32).pipeline
     assert torch.equal(ours.text_encoder_2.text_projection.weight, theirs.text_encoder_2.text_projection.weight)
     save_file({**state, f"{name}.weight": torch.ones(2, 2)}, tmp_path / "converted.safetensors")
     refused("is of shape", tmp_path / "converted.safetensors", single_file_config=sdxl_path)
@@ -492,8 +492,8 @@ def test_a_folder_with_weights_of_a_variant_only_names_the_variant(sd15_path, tm
     refused("add --variant fp16", tmp_path / "half")
     refused("it holds fp16, not bf16: leave --variant out", tmp_path / "half", variant="bf16")
     refused("it holds no variants, not fp16: leave --variant out", sd15_path, variant="fp16")
-    family = load_family(sd15_path, vae_path=tmp_path / "half" / "vae", **FP32)  # there is no flag for its variant
-    whole = load_family(tmp_path / "half", variant="fp16", **FP32)
+    family = load_model(sd15_path, vae_path=tmp_path / "half" / "vae", **FP32)  # there is no flag for its variant
+    whole = load_model(tmp_path / "half", variant="fp16", **FP32)
     for ours, theirs in zip(family.pipeline.vae.parameters(), whole.pipeline.vae.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 

@@ -15,17 +15,17 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_fast.errors import BadInput
-from dpo_fast.models import AdapterSwitch, Family, add_lora, load_family, merge_lora, save_lora
+from dpo_fast.models import AdapterSwitch, Family, add_lora, merge_lora, save_lora
 from dpo_fast.models.lora import WEIGHT_NAME, check_loaded
 from tests.helpers import seeds
-from tests.helpers.pipelines import default_time_ids
+from tests.helpers.pipelines import default_time_ids, load_model
 
 RANK, ALPHA = 4, 6.0
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def make_family(path: Path, dtype: torch.dtype = torch.float32) -> Family:
-    return load_family(path, dtype=dtype, device="cpu")
+    return load_model(path, dtype=dtype, device="cpu")
 
 
 def with_lora(path: Path, dtype: torch.dtype = torch.float32, **settings) -> Family:
@@ -217,7 +217,7 @@ def test_saved_adapter_gives_the_policy_back(request, tmp_path, name):
 
 def test_equal_loras_are_equal_files(sd15_path, tmp_path):
     """safetensors writes the metadata in an order that differs from file to file."""
-    family = load_family(sd15_path, dtype=torch.float32, device="cpu")
+    family = load_model(sd15_path, dtype=torch.float32, device="cpu")
     add_lora(family.unet, RANK, ALPHA)
     state = {n: p.detach() for n, p in family.unet.named_parameters() if p.requires_grad}
     written = set()

@@ -10,8 +10,10 @@ from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler, EulerDi
 from safetensors.torch import load_file, save_file
 
 from dpo_fast.errors import BadInput
-from dpo_fast.models import Family, load, load_family
+from dpo_fast.models import Family, load
 from dpo_fast.models.load import component_config, family_of
+from dpo_fast.models.source import ModelSource
+from tests.helpers.pipelines import load_model
 from tests.helpers.single_file import write_single_file
 
 EMPTY, STATISTICS, NUMBER = torch.tensor([]), torch.ones(1, 4, 1, 1), torch.tensor(120.0)
@@ -36,7 +38,7 @@ def marked(request, sdxl_path, sd15_path, tmp_path):
 def load_marked(path: Path, config: Path, caplog, **flags: str) -> tuple[Family, list[str]]:
     """The family, and what was logged of its marks."""
     with caplog.at_level("INFO", "dpo_fast.models.marks"):
-        family = load_family(path, single_file_config=config, **FP32, **flags)
+        family = load_model(path, single_file_config=config, **FP32, **flags)
     return family, [line.removeprefix(f"{path}: ") for line in caplog.messages if "trained with" in line]
 
 
@@ -136,18 +138,18 @@ def test_marks_that_cannot_be_trained(marked, sdxl_path, monkeypatch, keys, meta
     path = marked(*keys, **metadata)
     monkeypatch.setattr(load, "_load_file", None)  # any use fails
     with pytest.raises(BadInput, match=match) as caught:
-        load_family(path, single_file_config=sdxl_path, **FP32)
+        load_model(path, single_file_config=sdxl_path, **FP32)
     assert "\n" not in str(caught.value)
     if "EDM" in match:
         with pytest.raises(BadInput, match=match):
-            family_of(path)
+            family_of(ModelSource(str(path)))
 
 
 def test_sd2_needs_its_configuration(marked, monkeypatch):
     """2-base predicts epsilon and 768-v the velocity, with the same tensors."""
     path = marked("cond_stage_model.model.token_embedding.weight", kind="sd15")
     monkeypatch.setattr(load, "_load_file", None)
-    for use in (lambda: load_family(path, **FP32), lambda: component_config(path, "unet")):
+    for use in (lambda: load_model(path, **FP32), lambda: component_config(ModelSource(str(path)), "unet")):
         with pytest.raises(BadInput, match=r"is a Stable Diffusion 2\.x model, .* as single_file_config"):
             use()
 
@@ -171,9 +173,9 @@ def test_sd2_that_contradicts_its_configuration_is_asked_for(
     monkeypatch.setattr(load, "_load_file", reached)
     asks = f"looks as if it was trained with {looks}, but the scheduler .* says {says}: say which"
     with pytest.raises(BadInput, match="the weights are read" if looks == says else asks):
-        load_family(path, single_file_config=config, **FP32)
+        load_model(path, single_file_config=config, **FP32)
     with pytest.raises(BadInput, match="the weights are read"):
-        load_family(path, single_file_config=config, prediction_type=looks, **FP32)
+        load_model(path, single_file_config=config, prediction_type=looks, **FP32)
 
 
 # folders
@@ -208,7 +210,7 @@ def with_scheduler(path: Path, scheduler, folder: Path) -> Path:
 def test_edm_schedulers_are_refused_before_the_weights_are_read(sdxl_path, tmp_path, monkeypatch, scheduler, match):
     path = with_scheduler(sdxl_path, scheduler, tmp_path / "model")
     monkeypatch.setattr(load, "_load_folder", None)
-    for use in (lambda: load_family(path, **FP32), lambda: family_of(path)):
+    for use in (lambda: load_model(path, **FP32), lambda: family_of(ModelSource(str(path)))):
         with pytest.raises(BadInput, match=match) as caught:
             use()
         assert "\n" not in str(caught.value)
@@ -236,7 +238,7 @@ def test_what_a_scheduler_says_is_said(sdxl_path, tmp_path, caplog, flags, wante
     )
     path = with_scheduler(sdxl_path, scheduler, tmp_path / "model")
     with caplog.at_level("INFO", "dpo_fast.models.marks"):
-        family = load_family(path, **FP32, **flags)
+        family = load_model(path, **FP32, **flags)
     assert state_of(family) == wanted
     assert caplog.messages == [f"{path}: trained with {said}"]
     config = family.pipeline.scheduler.config

@@ -13,14 +13,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dpo_fast.errors import BadInput
-from dpo_fast.models import Family, load_family, merge_lora, merging
+from dpo_fast.models import Family, merge_lora, merging
+from tests.helpers.pipelines import load_model
 from tests.helpers.single_file import kohya_name
 
 RANK = 4
 
 
 def make_family(path: Path, dtype: torch.dtype = torch.float32) -> Family:
-    return load_family(path, dtype=dtype, device="cpu")
+    return load_model(path, dtype=dtype, device="cpu")
 
 
 def layers_of(unet: nn.Module) -> dict[str, nn.Module]:

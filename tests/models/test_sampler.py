@@ -17,9 +17,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from dpo_fast.models import load_family
 from dpo_fast.models.sampler import sampler_for
 from dpo_fast.schedule import noise_schedule
+from tests.helpers.pipelines import load_model
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FP32 = {"dtype": torch.float32, "device": "cpu"}
@@ -134,7 +134,7 @@ def test_a_scheduler_that_says_it_itself_stays_as_it_is():
 def test_the_saved_pipeline_has_it_and_is_read_back_the_same(request, tmp_path, caplog, name):
     with caplog.at_level("INFO", "dpo_fast"):
         path = request.getfixturevalue(f"{name}_path")
-        family = load_family(path, prediction_type="v_prediction", zero_terminal_snr="on", **FP32)
+        family = load_model(path, prediction_type="v_prediction", zero_terminal_snr="on", **FP32)
     kind = "DDIMScheduler" if name == "sd15" else "EulerDiscreteScheduler"
     (line,) = caplog.messages
     assert line.startswith(f"sampled with {kind}, prediction_type v_prediction, rescale_betas_zero_snr True, timestep_")
@@ -143,6 +143,6 @@ def test_the_saved_pipeline_has_it_and_is_read_back_the_same(request, tmp_path, 
     assert (saved["_class_name"], saved["prediction_type"]) == (kind, "v_prediction")
     assert (saved["rescale_betas_zero_snr"], saved["timestep_spacing"]) == (True, "trailing")
     assert type(DiffusionPipeline.from_pretrained(tmp_path).scheduler).__name__ == kind
-    again = load_family(tmp_path, **FP32)
+    again = load_model(tmp_path, **FP32)
     assert torch.equal(again.schedule.alphas_cumprod, family.schedule.alphas_cumprod)
     assert again.schedule.prediction_type == "v_prediction" and again.sampler.changes == {}

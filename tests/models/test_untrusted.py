@@ -12,14 +12,16 @@ from safetensors.torch import save_file
 from transformers import CLIPModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_fast.errors import BadInput
-from dpo_fast.models import load_family, merge_lora
+from dpo_fast.models import merge_lora
 from dpo_fast.models.lora import WEIGHT_NAME
-from dpo_fast.models.source import ModelSource, OneAtATime
+from dpo_fast.models.opened import OneAtATime
+from dpo_fast.models.source import ModelSource
 from dpo_fast.models.untrusted import check_part, check_pipeline, check_settings
 from dpo_fast.scorers import load_scorer
 from dpo_fast.scorers.clip_models import VIT_L
 from dpo_fast.train import main
 from tests.helpers import hostile
+from tests.helpers.pipelines import load_model
 from tests.helpers.runs import flags_for
 from tests.helpers.scorer_files import write_all
 from tests.helpers.single_file import write_single_file
@@ -80,7 +82,7 @@ def test_vaes(sd15_path, tmp_path, marker, kind):
     model = Path(shutil.copytree(sd15_path / "vae", tmp_path / "vae"))
     hostile.VAES[kind](model, marker)
     with pytest.raises(BadInput) as caught:
-        load_family(sd15_path, vae_path=model, **FP32)
+        load_model(sd15_path, vae_path=model, **FP32)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
     assert not marker.exists()
 
@@ -122,7 +124,7 @@ def test_configurations_of_single_files(sd15_path, single_file, tmp_path, marker
     folder = Path(shutil.copytree(sd15_path, tmp_path / "config"))
     hostile.PIPELINES[kind](folder, marker)
     with pytest.raises(BadInput, match="config"):
-        load_family(single_file, single_file_config=folder, **FP32)
+        load_model(single_file, single_file_config=folder, **FP32)
     assert not marker.exists()
 
 
@@ -141,7 +143,7 @@ def test_parts_from_the_hub(sd15_path, single_file, tmp_path, marker):
     whole = cached(sd15_path, tmp_path / "hub", "owner/model")
     where = {**FP32, "cache_dir": str(tmp_path / "hub")}
     for path, more in ((sd15_path, {"vae_path": vae}), (single_file, {"single_file_config": whole})):
-        assert load_family(path, **more, **where).name == "sd15"
+        assert load_model(path, **more, **where).name == "sd15"
     bad = Path(shutil.copytree(sd15_path, tmp_path / "bad"))
     hostile.PIPELINES["own module beside known names, text_encoder"](bad, marker)
     hostile.VAES["auto_map"](bad / "vae", marker)
@@ -149,7 +151,7 @@ def test_parts_from_the_hub(sd15_path, single_file, tmp_path, marker):
     whole = cached(bad, tmp_path / "hub", "owner/bad-model")
     for path, more in ((sd15_path, {"vae_path": vae}), (single_file, {"single_file_config": whole}), (whole, {})):
         with pytest.raises(BadInput, match=r"which is not run|auto_map"):
-            load_family(path, **more, **where)
+            load_model(path, **more, **where)
     assert not marker.exists()
 
 
@@ -196,7 +198,7 @@ def test_a_runs_own_adapter_is_loaded(sd15_path, tmp_path):
 @pytest.mark.parametrize("pattern", ["(.*)*x", ".*.*.*.*.*.*x", "a{1000}{1000}", "[a"])
 def test_a_pattern_that_never_ends(sd15_path, tmp_path, pattern):
     said = {**GOOD, "unet.alpha_pattern": {pattern: 1}}
-    pipeline = load_family(sd15_path, **FP32).pipeline
+    pipeline = load_model(sd15_path, **FP32).pipeline
     with pytest.raises(BadInput, match="alpha_pattern"):
         merge_lora(pipeline, adapter(tmp_path, said))
 
@@ -204,7 +206,7 @@ def test_a_pattern_that_never_ends(sd15_path, tmp_path, pattern):
 @pytest.mark.parametrize("pattern", [r"mid_block\.attentions.0.*to_q", "to_q", r"^.*\.attn1.to_q"])
 def test_patterns_of_one_repetition(sd15_path, tmp_path, pattern):
     said = {**GOOD, "unet.alpha_pattern": {pattern: 1}}
-    merge_lora(load_family(sd15_path, **FP32).pipeline, adapter(tmp_path, said))
+    merge_lora(load_model(sd15_path, **FP32).pipeline, adapter(tmp_path, said))
 
 
 def test_good_models_pass(sd15_path, sdxl_path, turbo_path, scorer_files):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
-from dpo_fast.models import load_family
 from dpo_fast.shapes import pretrain
 from dpo_fast.shapes.base import new_base, pixel_vae
 from dpo_fast.shapes.render import HEIGHTS, SCENES, render
+from tests.helpers.pipelines import load_model
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_a_saved_base_opens_as_a_pipeline(folder):
 
 
 def test_a_saved_base_is_a_family_to_train(folder):
-    family = load_family(folder, dtype=torch.float32, device="cpu")
+    family = load_model(folder, dtype=torch.float32, device="cpu")
     assert (family.name, family.default_resolution, family.resolution_multiple) == ("sd15", 16, 2)
     pixels = (render([SCENES[0]], torch.tensor([0])) * 255).round().to(torch.uint8)
     latents = family.encode_images(pixels)

@@ -1,0 +1,89 @@
+"""Models to sample from: their usual settings, and one at a time in memory."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dpo_fast.models.family import COMPUTE_DTYPES, Family, check_resolution
+from dpo_fast.models.load import align_weights, component_config, family_of, load_family
+from dpo_fast.models.load_errors import bad_input
+from dpo_fast.models.lora import WEIGHT_NAME, check_adapter, check_loaded
+from dpo_fast.models.merging import merge_lora
+from dpo_fast.models.source import ModelSource
+from dpo_fast.models.untrusted import read_index
+
+
+def settled(source: ModelSource) -> ModelSource:
+    """The same with steps, guidance and resolution filled in, from the model's configuration alone.
+
+    Raises BadInput for a model that does not exist and for a resolution that it cannot have.
+    """
+    family = family_of(source)
+    unet, vae = (component_config(source, part) for part in ("unet", "vae"))
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    resolution = source.resolution or unet["sample_size"] * factor
+    check_resolution(resolution, factor * 2 ** (len(unet["block_out_channels"]) - 1), source.path)
+    return replace(
+        source,
+        steps=family.sampling_steps if source.steps is None else source.steps,
+        guidance=family.sampling_guidance if source.guidance is None else source.guidance,
+        resolution=resolution,
+    )
+
+
+class OneAtATime:
+    """Loads models one after another and holds the last. A LoRA on the one that is held is only put on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._held: tuple[ModelSource, Family] | None = None
+
+    def open(self, source: ModelSource) -> Family:
+        """The family of `source`, as users sample from it. Keep no reference to it when you open another."""
+        if self._held is not None and self._held[0] == source:
+            return self._held[1]
+        bare = replace(source, adapter=None)
+        if self._held is None or self._held[0] != bare:
+            self._held = None  # its memory is wanted
+            self._held = bare, self._load(bare)
+        family = self._held[1]
+        if source.adapter is not None:
+            check_adapter(Path(source.adapter) / WEIGHT_NAME)
+            with bad_input(f"{source.adapter} cannot be loaded", "name the folder of a run on this base"):
+                family.pipeline.load_lora_weights(source.adapter, weight_name=WEIGHT_NAME, use_safetensors=True)
+            check_loaded(family.unet, Path(source.adapter) / WEIGHT_NAME)
+            align_weights(family.pipeline)
+            self._held = source, family
+        return family
+
+    def _load(self, source: ModelSource) -> Family:
+        family = load_family(source, dtype=compute_dtype(source, self.device), device=self.device)
+        if source.merged:
+            merge_lora(family.pipeline, source.merged, cache_dir=source.cache_dir, token=source.token)
+        return family
+
+
+def files_stamp(source: ModelSource) -> str:
+    """A digest of the sizes and times of the files that a model is read from; of the hub's, their names."""
+    found: list[object] = []
+    for place in filter(None, (source.path, source.vae_path, source.merged, source.adapter)):
+        path = Path(place)
+        index = path / "model_index.json"
+        if index.is_file():
+            parts = [path / name for name in read_index(path, index)]
+            files = [index, *(file for part in parts if part.is_dir() for file in sorted(part.iterdir()))]
+        elif path.is_dir():
+            files = sorted(path.glob("*.safetensors"))  # a LoRA, a VAE
+        else:
+            files = [path] if path.is_file() else []
+        stats = [(file.name, file.stat()) for file in files]
+        found.append([place, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)])
+    return hashlib.blake2b(json.dumps(found).encode(), digest_size=8).hexdigest()
+
+
+def compute_dtype(source: ModelSource, device: torch.device) -> torch.dtype:
+    """What a model is sampled in: its compute dtype on a GPU, fp32 on a CPU."""
+    return torch.float32 if device.type == "cpu" else COMPUTE_DTYPES[source.mixed_precision]
