@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from dpo_fast.errors import BadInput
 from dpo_fast.models import load
 from tests.helpers.pipelines import load_model, make_sd15, make_sdxl
+from tests.helpers.runs import ROOT
 from tests.helpers.single_file import write_single_file
 
 FP32 = {"dtype": torch.float32, "device": "cpu"}
@@ -378,6 +379,7 @@ from pathlib import Path
 import torch
 from dpo_fast.errors import BadInput
 from dpo_fast.models import add_lora, merge_lora, save_lora
+from tests.helpers.pipelines import load_model
 
 folder = Path({str(tmp_path)!r})
 for name in ("sd15", "sdxl"):
@@ -401,7 +403,7 @@ for use in (
     except BadInput:
         pass
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
