@@ -214,20 +214,10 @@ def _folder_name(config: EvaluateConfig, sides: "tuple[Side, Side]") -> str:
 
 def _open_pairs(config: EvaluateConfig, ranks: "Ranks") -> "tuple[Source, PairIndex]":
     """The held-out pairs, on every rank."""
-    from dpo_fast.data import build_index, open_source
+    from dpo_fast.data import PairsSource, build_index, open_source
 
     def work() -> "tuple[Source, PairIndex]":
-        source = open_source(
-            config.dataset_name,
-            config_name=config.dataset_config_name,
-            split=config.dataset_split_name,
-            image_columns=config.image_columns,
-            label_column=config.label_column,
-            caption_column=config.caption_column,
-            cache_dir=config.cache_dir,
-            token=config.hub_token,
-            max_rows=config.max_pairs,
-        )
+        source = open_source(PairsSource.of(config, max_rows=config.max_pairs))
         sets = build_index(source, seed=0, max_bad_fraction=_bad_fraction(config), progress=ranks.is_main)
         say(f"{source.description}: {len(sets.train)} pairs; {sets.left_out}")
         return source, sets.train

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dpo_fast.cli import guarded, leave, refuse, say, show_log
@@ -74,19 +75,10 @@ def _run(config: RelabelConfig) -> int:
 
 
 def _open(config: RelabelConfig) -> "Source":
-    from dpo_fast.data import open_source
+    from dpo_fast.data import PairsSource, open_source
 
-    return open_source(
-        config.dataset_name,
-        config_name=config.dataset_config_name,
-        split=config.dataset_split_name,
-        image_columns=config.image_columns,
-        label_column="none" if config.unlabelled else config.label_column,
-        caption_column=config.caption_column,
-        cache_dir=config.cache_dir,
-        token=config.hub_token,
-        max_rows=config.max_train_samples,
-    )
+    source = PairsSource.of(config, max_rows=config.max_train_samples)
+    return open_source(replace(source, label_column="none") if config.unlabelled else source)
 
 
 def _check_places(config: RelabelConfig) -> None:

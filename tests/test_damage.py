@@ -17,11 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_fast import evaluate, generate, relabel, scorers, sweep, train
-from dpo_fast.data import open_source
 from dpo_fast.errors import BadInput
 from dpo_fast.relabeling import pair_scores
 from tests.helpers import fake_scorers, scorer_files
-from tests.helpers.pairs import pickapic, write_table
+from tests.helpers.pairs import open_pairs, pickapic, write_table
 from tests.helpers.runs import flags_for
 
 pytestmark = pytest.mark.faults
@@ -227,7 +226,7 @@ def taught(tools: SimpleNamespace) -> World:
 
     def command() -> int:
         try:
-            source = open_source(str(folder / "out.parquet"))
+            source = open_pairs(str(folder / "out.parquet"))
             read[:] = [(source.captions(), source.labels())]
         except BadInput as error:
             print(f"dpo_fast: error: {error}", file=sys.stderr)

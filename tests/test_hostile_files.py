@@ -17,7 +17,7 @@ from dpo_fast.caching.store import log_keys
 from dpo_fast.caching.upkeep import verify
 from dpo_fast.checksums import Damaged, delete_damaged, file_digest, signed, signed_text, write_signed_json
 from dpo_fast.config import parse
-from dpo_fast.data import build_index, open_source
+from dpo_fast.data import build_index
 from dpo_fast.data.relabelled import check_labels
 from dpo_fast.errors import BadInput, Unresponsive
 from dpo_fast.evaluation.prompts import read_prompts
@@ -25,7 +25,7 @@ from dpo_fast.files import exists, is_inside, parse_json, user_path
 from dpo_fast.relabeling.labels import NOTE, note_of
 from dpo_fast.scorers import kept_scores
 from dpo_fast.training import checkpoint, resume, run_folder
-from tests.helpers.pairs import as_image_feature, pickapic, write_jsonl, write_table
+from tests.helpers.pairs import as_image_feature, open_pairs, pickapic, write_jsonl, write_table
 from tests.helpers.runs import environment
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -81,14 +81,14 @@ def test_a_recipe_whose_aliases_stand_for_gigabytes_is_not_written_out(tmp_path)
 def test_names_that_no_file_can_have():
     for name in ("x" * 500, "o/" + "x" * 500, "a\0b"):
         assert not exists(Path(name))
-        one_line("cannot be opened|does not exist", open_source, name)
+        one_line("cannot be opened|does not exist", open_pairs, name)
         assert hub_revisions.revision_of(name) == "not fetched"
 
 
 @pytest.mark.parametrize("name", ["/", "/.", "//"])
 def test_the_root_is_no_data_set(name):
     """It was searched for parquet files, /proc and all."""
-    one_line("root of the file system", open_source, name)
+    one_line("root of the file system", open_pairs, name)
 
 
 def test_names_in_a_file_are_of_its_folder():
@@ -110,13 +110,13 @@ def test_a_saved_set_that_names_files_elsewhere_is_refused(saved):
     secret = "../secret/" + state["_data_files"][0]["filename"]
     (saved / "state.json").write_text(json.dumps({**state, "_data_files": [{"filename": secret}]}))
     for streaming in (False, True):
-        one_line("outside the folder", open_source, saved, streaming=streaming)
+        one_line("outside the folder", open_pairs, saved, streaming=streaming)
 
 
 @pytest.mark.parametrize("splits", [["../secret"], ["/"], [1], "train", [], None, {"a": 1}])
 def test_splits_elsewhere_are_refused(saved, splits):
     (saved.parent / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
-    one_line("no splits|cannot be opened", open_source, saved.parent)
+    one_line("no splits|cannot be opened", open_pairs, saved.parent)
 
 
 def test_a_checkpoint_that_names_files_elsewhere_is_refused(tmp_path):
@@ -188,7 +188,7 @@ def test_json_that_cannot_be_had_is_a_value_error(text):
 def test_nested_json_in_the_place_of_every_note(tmp_path):
     folder = write_jsonl(tmp_path / "jsonl", pickapic(n=2, size=8))
     (folder / "train.jsonl").write_text(f'{{"prompt": {DEEP}}}\n')
-    one_line("line 1 is not JSON .*nested", open_source, folder)
+    one_line("line 1 is not JSON .*nested", open_pairs, folder)
 
     (tmp_path / "state.json").write_text(f'{{"files": {DEEP}}}')
     one_line("nested too deeply", checkpoint.load, tmp_path)
@@ -241,7 +241,7 @@ def test_a_damaged_stream_is_named_as_damaged(tmp_path):
     data = bytearray(path.read_bytes())
     data[100:2000] = bytes(1900)  # a page, not the footer
     path.write_bytes(data)
-    rows = open_source(path, streaming=True).rows()
+    rows = open_pairs(path, streaming=True).rows()
     message = one_line("the stream broke off after 0 rows .*damaged: copy it again", list, rows)
     assert not isinstance(message, Unresponsive)
 
@@ -287,7 +287,7 @@ def test_a_snapshot_of_the_hub_is_read(tmp_path, streaming, below):
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(blob, link.parent))
     for place in (snapshot / below, snapshot / below / "train.jsonl"):
-        source = open_source(place, streaming=streaming)
+        source = open_pairs(place, streaming=streaming)
         if streaming:
             assert all(isinstance(image, bytes) for row in source.rows() for image in row.images)
         else:
@@ -296,7 +296,7 @@ def test_a_snapshot_of_the_hub_is_read(tmp_path, streaming, below):
     outside.write_bytes((whole / "images" / "0-chosen.jpg").read_bytes())
     (snapshot / below / "images" / "0-chosen.jpg").unlink()
     (snapshot / below / "images" / "0-chosen.jpg").symlink_to(outside)
-    source = open_source(snapshot / below)
+    source = open_pairs(snapshot / below)
     one_line("leads out of the folder", build_index, source, seed=0, progress=False)
 
 
@@ -369,9 +369,9 @@ def test_images_are_found_in_an_ascii_locale(tmp_path):
         (folder / "images" / f"0-{side}.jpg").rename(folder / "images" / f"Zürich-{side}.jpg")
     text = (folder / "train.jsonl").read_text().replace("images/0-", "images/Zürich-")
     (folder / "train.jsonl").write_text(text, encoding="utf-8")
-    script = "import sys; from dpo_fast.data import build_index, open_source\n"
+    script = "import sys; from dpo_fast.data import PairsSource, build_index, open_source\n"
     script += "assert sys.getfilesystemencoding() == 'ascii'\n"
-    script += f"assert len(build_index(open_source({str(folder)!r}), seed=0, progress=False).train) == 1"
+    script += f"assert len(build_index(open_source(PairsSource({str(folder)!r})), seed=0, progress=False).train) == 1"
     plain = {**environment(), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([sys.executable, "-c", script], env=plain, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

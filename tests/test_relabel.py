@@ -20,11 +20,19 @@ from PIL import Image
 
 from dpo_fast import relabel, scorers, train
 from dpo_fast.caching.store import locked
-from dpo_fast.data import build_index, open_source
+from dpo_fast.data import build_index
 from dpo_fast.presets import PRESETS
 from dpo_fast.relabeling import pair_scores
 from tests.helpers import fake_scorers
-from tests.helpers.pairs import as_image_feature, pickapic, preference, write_arrow_file, write_jsonl, write_table
+from tests.helpers.pairs import (
+    as_image_feature,
+    open_pairs,
+    pickapic,
+    preference,
+    write_arrow_file,
+    write_jsonl,
+    write_table,
+)
 from tests.helpers.runs import SAMPLE, environment, flags_for
 
 N = 14
@@ -498,7 +506,7 @@ def test_training_reads_the_labels(sdxl_path, tmp_path, log):
     for more, soft in (([], False), (["--temperature", 0.3], True)):
         out = tmp_path / f"soft-{soft}.parquet"
         assert relabel.main(flags(pairs, out, "--scorer", "red", *more)) == 0
-        index = build_index(open_source(out), seed=0, soft_labels=soft, progress=False).train
+        index = build_index(open_pairs(out), seed=0, soft_labels=soft, progress=False).train
         assert index.chosen.tolist() == (margin < 0).astype(int).tolist()
         confidence = 1 / (1 + np.exp(-np.abs(margin) / 0.3)) if soft else np.ones(12)
         np.testing.assert_allclose(index.label, confidence, rtol=1e-6)

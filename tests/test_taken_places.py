@@ -13,7 +13,6 @@ import torch
 
 from dpo_fast import cache, evaluate, generate, relabel, scorers, sweep, train
 from dpo_fast.config import parse
-from dpo_fast.data import open_source
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.prompts import read_lines, read_prompts
 from dpo_fast.locks import hold_file
@@ -23,6 +22,7 @@ from dpo_fast.training.metrics import MetricsFile
 from dpo_fast.training.trainer import Trainer
 from tests.helpers import fake_scorers
 from tests.helpers.disks import failing
+from tests.helpers.pairs import open_pairs
 from tests.helpers.pipelines import load_model
 from tests.helpers.runs import flags_for
 
@@ -180,9 +180,9 @@ READERS = {
     "a configuration": ("c.yaml", lambda path, sdxl: parse(["--config", str(path)])),
     "prompts": ("prompts.txt", lambda path, sdxl: read_lines(path, "--eval_prompts")),
     "a table of prompts": ("p.tsv", lambda path, sdxl: read_prompts((f"partiprompts={path}",))),
-    "a data file": ("pairs.parquet", lambda path, sdxl: open_source(path)),
-    "a data file in a folder": ("data/train-0.parquet", lambda path, sdxl: open_source(path.parent)),
-    "lines in a folder": ("data/train.jsonl", lambda path, sdxl: open_source(path.parent)),
+    "a data file": ("pairs.parquet", lambda path, sdxl: open_pairs(path)),
+    "a data file in a folder": ("data/train-0.parquet", lambda path, sdxl: open_pairs(path.parent)),
+    "lines in a folder": ("data/train.jsonl", lambda path, sdxl: open_pairs(path.parent)),
     "a model": ("model.safetensors", lambda path, sdxl: model(path)),
     "a VAE": ("vae.safetensors", lambda path, sdxl: model(sdxl, vae_path=path)),
     "a VAE in a folder": ("vae/config.json", lambda path, sdxl: model(sdxl, vae_path=path.parent)),

@@ -1,6 +1,6 @@
 """Preference pairs: from a source on disk or on the hub to micro-batches in a reproducible order.
 
-    source = open_source("yuvalkirstain/pickapic_v2")      # columns found, images not decoded
+    source = open_source(PairsSource("yuvalkirstain/pickapic_v2"))  # columns found, images not decoded
     pairs = build_index(source, seed=0)                    # ties and bad rows out, a start check, a validation split
     transform = PairTransform(resolution=512, seed=0, timesteps=allowed)
     dataset = PairDataset(source, pairs.train, transform)
@@ -12,7 +12,7 @@ With streaming there is no index: `StreamedPairs(source, transform, ...).batches
 
 from dpo_fast.data.batch import Batch, PairDataset, PairTransform, collate
 from dpo_fast.data.images import BadImage
-from dpo_fast.data.open_source import open_source
+from dpo_fast.data.open_source import PairsSource, open_source
 from dpo_fast.data.pairs import BadRow, PairIndex, PairSets, build_index, write_report
 from dpo_fast.data.sources import Source, StreamedSource
 from dpo_fast.data.stream import VALIDATION_DRAWS, StreamedPairs, TrainStream, make_loader, validation_loader
@@ -26,6 +26,7 @@ __all__ = [
     "PairIndex",
     "PairSets",
     "PairTransform",
+    "PairsSource",
     "Source",
     "StreamedPairs",
     "StreamedSource",

@@ -13,9 +13,11 @@ import glob
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import datasets
 import pyarrow.parquet as pq
@@ -27,35 +29,64 @@ from dpo_fast.errors import BadInput
 from dpo_fast.files import exists, is_inside, read_json, regular_file, regular_files, user_path
 
 
-def open_source(
-    name_or_path: str | Path,
-    *,
-    config_name: str | None = None,
-    split: str | None = None,
-    image_columns: Sequence[str] | None = None,
-    label_column: str | None = None,
-    caption_column: str | None = None,
-    streaming: bool = False,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    token: str | None = None,
-    max_rows: int | None = None,
-) -> "Source | StreamedSource":
-    """Open a hub id, a .parquet / .arrow / .jsonl file, a folder of one of these, or a folder written by save_to_disk.
+class PairsOptions(Protocol):
+    """The flags of a command that reads pairs."""
 
-    No split named: train (which a single file is, whatever its name), else the only one. `image_columns` names two
-    columns, the first being the image that the label is about; custom ones need `label_column` too, or "none" where the
-    first is always the better one. `max_rows` keeps the first rows. With `streaming` the result is a `StreamedSource`,
-    read in order without a download beforehand.
+    dataset_name: str
+    dataset_config_name: str | None
+    dataset_split_name: str | None
+    image_columns: tuple[str, str] | None
+    label_column: str | None
+    caption_column: str | None
+    cache_dir: str | None
+    hub_token: str | None
+
+
+@dataclass(frozen=True)
+class PairsSource:
+    """Which preference pairs, and how they are read."""
+
+    name: str | Path  # a hub id, a .parquet / .arrow / .jsonl file, a folder of one of these, or one of save_to_disk
+    config_name: str | None = None  # of a hub data set
+    split: str | None = None  # None: train (which a single file is, whatever its name), else the only one
+    image_columns: tuple[str, str] | None = None  # the first being the image that the label is about
+    label_column: str | None = None  # with other image columns this is needed, "none" where the first is always better
+    caption_column: str | None = None
+    streaming: bool = False  # read in order without a download beforehand
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | None = None
+    max_rows: int | None = None  # the first rows only
+
+    @classmethod
+    def of(cls, options: PairsOptions, *, max_rows: int | None, streaming: bool = False) -> "PairsSource":
+        """The pairs that a command's flags name."""
+        return cls(
+            options.dataset_name,
+            options.dataset_config_name,
+            options.dataset_split_name,
+            options.image_columns,
+            options.label_column,
+            options.caption_column,
+            streaming=streaming,
+            cache_dir=options.cache_dir,
+            token=options.hub_token,
+            max_rows=max_rows,
+        )
+
+
+def open_source(source: PairsSource) -> "Source | StreamedSource":
+    """Open the pairs; with `streaming` the result is a `StreamedSource`.
 
     Raises BadInput for what cannot be found, opened or understood.
     """
+    max_rows, streaming, cache_dir, split = source.max_rows, source.streaming, source.cache_dir, source.split
     if max_rows is not None and max_rows < 1:
         raise BadInput(f"max_train_samples ({max_rows}) must be at least 1")
-    wanted = WantedColumns(image_columns, label_column, caption_column)
-    path = user_path(name_or_path)
+    wanted = WantedColumns(source.image_columns, source.label_column, source.caption_column)
+    path = user_path(source.name)
     if exists(path):
-        if config_name or revision:
+        if source.config_name or source.revision:
             raise BadInput(
                 f"config_name and revision belong to hub data sets, and {str(path)!r} is on this disk: leave them out"
             )
@@ -63,24 +94,27 @@ def open_source(
         shards, root = _local_splits(path)
         split = _pick_split(split, list(shards), name)
         if root is not None:
-            source = JsonlSource(name, split, shards[split], root, wanted, max_rows)
-            return StreamedSource.over(source) if streaming else source
+            opened = JsonlSource(name, split, shards[split], root, wanted, max_rows)
+            return StreamedSource.over(opened) if streaming else opened
         table, files = _load_local(shards[split], streaming, cache_dir), shards[split]
-    elif _looks_local(str(name_or_path)):
+    elif _looks_local(str(source.name)):
         raise BadInput(
-            f"data set {str(name_or_path)!r} does not exist: give an existing file or folder, or a hub id (owner/name)"
+            f"data set {str(source.name)!r} does not exist: give an existing file or folder, or a hub id (owner/name)"
         )
     else:
-        name = str(name_or_path)
+        name = str(source.name)
         with as_bad_input(f"data set {name!r}"):
             root = _cache_root(cache_dir)
             # The split is settled first: loading without one would download them all.
-            hub = {"revision": revision, "token": token}
-            split = _pick_split(split, datasets.get_dataset_split_names(name, config_name, **hub), name)
+            hub = {"revision": source.revision, "token": source.token}
+            split = _pick_split(split, datasets.get_dataset_split_names(name, source.config_name, **hub), name)
             kept = root if cache_dir is not None else None
-            table = datasets.load_dataset(name, config_name, split=split, streaming=streaming, cache_dir=kept, **hub)
+            table = datasets.load_dataset(
+                name, source.config_name, split=split, streaming=streaming, cache_dir=kept, **hub
+            )
             files = []
-            name = "@".join([f"{name}/{config_name}" if config_name else name] + ([revision] if revision else []))
+            name = f"{name}/{source.config_name}" if source.config_name else name
+            name = f"{name}@{source.revision}" if source.revision else name
     if streaming:
         files = [file for path in files for file in (sorted(path.rglob("*.arrow")) if path.is_dir() else [path])]
         return StreamedSource.of_table(name, split, table, wanted, max_rows, files)

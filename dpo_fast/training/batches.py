@@ -22,7 +22,7 @@ from dpo_fast.data import (
     open_source,
 )
 from dpo_fast.data.images import SAME
-from dpo_fast.data.open_source import is_local
+from dpo_fast.data.open_source import PairsSource, is_local
 from dpo_fast.data.stream import WINDOW
 from dpo_fast.errors import BadInput
 from dpo_fast.models import Family
@@ -55,7 +55,7 @@ def open_pairs(config: TrainConfig, ranks: Ranks, report_path: Path | None) -> R
         manifest = manifest_of(config, "")
         if is_fully_known(config, manifest, needed_rows_of_stream(config)):
             return RunPairs(None, None, manifest)
-    source = source_of(config)
+    source = open_source(source_of(config))
     manifest = manifest_of(config, source.stamp()) if config.cache else None
     if config.streaming:
         return RunPairs(source, None, manifest)
@@ -73,19 +73,9 @@ def open_pairs(config: TrainConfig, ranks: Ranks, report_path: Path | None) -> R
     return RunPairs(source, sets, manifest)
 
 
-def source_of(config: TrainConfig) -> Source | StreamedSource:
-    return open_source(
-        config.dataset_name,
-        config_name=config.dataset_config_name,
-        split=config.dataset_split_name,
-        image_columns=config.image_columns,
-        label_column=config.label_column,
-        caption_column=config.caption_column,
-        streaming=config.streaming,
-        cache_dir=config.cache_dir,
-        token=config.hub_token,
-        max_rows=config.max_train_samples,
-    )
+def source_of(config: TrainConfig) -> PairsSource:
+    """The pairs that a run trains on."""
+    return PairsSource.of(config, max_rows=config.max_train_samples, streaming=config.streaming)
 
 
 def needed_rows(config: TrainConfig, pairs: RunPairs) -> NeededRows:

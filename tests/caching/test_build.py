@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -197,10 +198,10 @@ def test_a_streamed_hub_set_is_read_once_and_not_asked_for_again(sdxl_path, tmp_
     plain_32 = train(sdxl_path, data, tmp_path / "plain-32", "--streaming", "--no-cache", "--resolution", 32)
     open_source, opens = batches.open_source, []
 
-    def hub(name, **more):
-        assert name == "owner/pairs"
-        opens.append(name)
-        source = open_source(data, **more)
+    def hub(wanted):
+        assert wanted.name == "owner/pairs"
+        opens.append(wanted.name)
+        source = open_source(replace(wanted, name=data))
         source._stamp = ""
         return source
 

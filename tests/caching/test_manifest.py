@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from dpo_fast.caching.manifest import Manifest, RememberedSource, keys_of
-from dpo_fast.data import BadImage, BadRow, build_index, open_source
+from dpo_fast.data import BadImage, BadRow, build_index
 from dpo_fast.errors import BadInput
-from tests.helpers.pairs import pickapic, write_table
+from tests.helpers.pairs import open_pairs, pickapic, write_table
 
 
 def faulty(tmp_path, n: int = 12):
@@ -17,7 +17,7 @@ def faulty(tmp_path, n: int = 12):
     columns["jpg_0"][5] = columns["jpg_0"][5][:200]
     columns["caption"][7] = ""
     columns["jpg_1"][9] = columns["jpg_0"][9]
-    return open_source(write_table(tmp_path / "pairs.parquet", columns))
+    return open_pairs(write_table(tmp_path / "pairs.parquet", columns))
 
 
 def answer(function, row: int):
@@ -66,7 +66,7 @@ def test_a_stream_is_told_again(tmp_path):
         tmp_path / "pairs.parquet",
         pickapic(n=5, captions=["a", "", "ü", None, "\ud800".encode("utf-16", "surrogatepass").hex()]),
     )
-    source = open_source(path, streaming=True)
+    source = open_pairs(path, streaming=True)
     manifest = Manifest(tmp_path / "pairs")
     manifest.begin(source)
     for row in source.rows():
@@ -126,7 +126,7 @@ def test_every_flipped_bit_is_noticed(tmp_path):
 def test_the_columns_of_a_stream_come_back(all_of_them, tmp_path):
     more = {"label_1": [0.0] * 2, "has_label": [True] * 2, "image_0_uid": ["a"] * 2, "image_1_uid": ["b"] * 2}
     columns = {**pickapic(n=2, size=8, labels=[1.0] * 2), **(more if all_of_them else {})}
-    source = open_source(write_table(tmp_path / "pairs.parquet", columns), streaming=True)
+    source = open_pairs(write_table(tmp_path / "pairs.parquet", columns), streaming=True)
     manifest = Manifest(tmp_path / "pairs")
     manifest.begin(source)
     assert Manifest(tmp_path / "pairs").columns == source.columns

@@ -10,17 +10,17 @@ import torch
 from PIL import Image
 
 from dpo_fast import draws
-from dpo_fast.data import BadRow, PairDataset, PairTransform, build_index, collate, open_source
+from dpo_fast.data import BadRow, PairDataset, PairTransform, build_index, collate
 from dpo_fast.data.images import decode
 from dpo_fast.errors import BadInput
-from tests.helpers.pairs import as_file, pickapic, write_jsonl, write_pickapic, write_table
+from tests.helpers.pairs import as_file, open_pairs, pickapic, write_jsonl, write_pickapic, write_table
 
 ALL = torch.arange(1000)
 
 
 def index_of(columns, path, **options):
     options = {"seed": 0, "progress": False, **options}
-    source = open_source(write_table(path / "pairs.parquet", columns))
+    source = open_pairs(write_table(path / "pairs.parquet", columns))
     return source, build_index(source, **options)
 
 
@@ -38,7 +38,7 @@ def batch_of(columns, path, draw=0, **options):
 
 
 def test_the_real_sample(sample):
-    sets = build_index(open_source(sample), seed=0, progress=False)
+    sets = build_index(open_pairs(sample), seed=0, progress=False)
     assert (sets.rows, sets.ties_dropped, sets.bad_rows, len(sets.validation)) == (7, 1, 0, 0)
     assert sets.train.pair_id.tolist() == [0, 1, 2, 3, 4, 5] and sets.train.pair_id.dtype == torch.int64
     assert sets.train.chosen.tolist() == [0, 1, 0, 1, 0, 1] and sets.train.chosen.dtype == torch.int64
@@ -46,7 +46,7 @@ def test_the_real_sample(sample):
 
 
 def test_the_real_tie_as_a_soft_label(sample):
-    sets = build_index(open_source(sample), seed=0, soft_labels=True, progress=False)
+    sets = build_index(open_pairs(sample), seed=0, soft_labels=True, progress=False)
     assert sets.ties_dropped == 0 and sets.train.label.tolist() == [1.0] * 6  # the tie is of one image with itself
 
 
@@ -92,7 +92,7 @@ def test_labels_that_are_faults_of_the_whole_set(labels, soft, said, tmp_path):
 
 def test_an_empty_set(tmp_path):
     columns = {name: values[:1] for name, values in pickapic(n=1).items()}
-    source = open_source(write_table(tmp_path / "a.parquet", columns))
+    source = open_pairs(write_table(tmp_path / "a.parquet", columns))
     source._table = source._table.select([])
     with pytest.raises(BadInput, match="nothing to train on, it has no rows"):
         build_index(source, seed=0, progress=False)
@@ -113,7 +113,7 @@ def test_captions_that_are_no_text(tmp_path):
     lines.append({**lines[0], "prompt": "\U0001f600 fine"})
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     sets = build_index(
-        open_source(folder), seed=0, max_bad_fraction=0.9, progress=False, report_path=tmp_path / "report"
+        open_pairs(folder), seed=0, max_bad_fraction=0.9, progress=False, report_path=tmp_path / "report"
     )
     assert [bad.reason.split(" (")[0] for bad in sets.bad] == ["is not text", "is not text", "is empty"]
     assert sets.train.captions == ["\U0001f600 fine"] and len((tmp_path / "report").read_text().splitlines()) == 3
@@ -122,7 +122,7 @@ def test_captions_that_are_no_text(tmp_path):
 def test_missing_files_are_found_at_the_start(tmp_path):
     folder = write_jsonl(tmp_path / "set", pickapic(n=10))
     (folder / "images" / "3-rejected.jpg").unlink()
-    source = open_source(folder)
+    source = open_pairs(folder)
     sets = build_index(source, seed=0, max_bad_fraction=0.1, check_pairs=0, progress=False)
     assert sets.train.pair_id.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     assert sets.bad == [BadRow(3, "rejected", "is not an existing file ('images/3-rejected.jpg')")]
@@ -139,7 +139,7 @@ def test_a_tie_with_a_missing_file_is_one_tie(tmp_path):
         line["label"] = label
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "images" / "0-chosen.jpg").unlink()
-    sets = build_index(open_source(folder, label_column="label"), seed=0, progress=False)
+    sets = build_index(open_pairs(folder, label_column="label"), seed=0, progress=False)
     assert (sets.rows, sets.ties_dropped, sets.bad_rows, len(sets.train)) == (3, 1, 0, 2)
 
 
@@ -229,7 +229,7 @@ def test_neither_side_is_ever_empty(fraction, tmp_path):
 
 def test_validation_that_cannot_be(tmp_path, sample):
     with pytest.raises(BadInput, match="two different captions"):
-        build_index(open_source(sample), seed=0, validation_fraction=0.1, progress=False)
+        build_index(open_pairs(sample), seed=0, validation_fraction=0.1, progress=False)
     columns = pickapic(n=3, size=8)
     columns["jpg_1"] = [columns["jpg_0"][0]] * 3
     with pytest.raises(BadInput, match="share an image with validation"):
@@ -389,7 +389,7 @@ def test_settings_out_of_range(options, said):
 
 
 def test_the_real_sample_as_pixels(sample):
-    source = open_source(sample)
+    source = open_pairs(sample)
     sets = build_index(source, seed=0, progress=False)
     batch = collate(PairDataset(source, sets.train, transform(resolution=64)).__getitems__([(p, 0) for p in range(6)]))
     assert batch.pixels[0].equal(batch.pixels[1])  # rows 0 and 1 were both won by image 1
@@ -397,5 +397,5 @@ def test_the_real_sample_as_pixels(sample):
 
 
 def test_write_pickapic_is_what_the_other_tests_train_on(tmp_path):
-    sets = build_index(open_source(write_pickapic(tmp_path / "a.parquet", n=4)), seed=0, progress=False)
+    sets = build_index(open_pairs(write_pickapic(tmp_path / "a.parquet", n=4)), seed=0, progress=False)
     assert len(sets.train) == 4 and sets.train.chosen.tolist() == [0, 1, 0, 1]

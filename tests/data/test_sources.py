@@ -7,11 +7,12 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from dpo_fast.data import BadImage, BadRow, StreamedSource, open_source
+from dpo_fast.data import BadImage, BadRow, StreamedSource
 from dpo_fast.data.open_source import _split_of
 from dpo_fast.errors import BadInput, Unresponsive
 from tests.helpers.pairs import (
     as_image_feature,
+    open_pairs,
     pickapic,
     preference,
     write_arrow_file,
@@ -87,7 +88,7 @@ def expected_rows(decided: bool):
 def test_layouts(layout, tmp_path):
     make, options, decided = LAYOUTS[layout]
     captions, labels, images = expected_rows(decided)
-    source = open_source(make(tmp_path), **options)
+    source = open_pairs(make(tmp_path), **options)
     assert len(source) == 5
     assert source.captions() == captions
     assert source.labels() == labels
@@ -100,13 +101,13 @@ def test_layouts(layout, tmp_path):
 def test_layouts_streamed(layout, tmp_path):
     make, options, decided = LAYOUTS[layout]
     path = make(tmp_path)
-    source = open_source(path, streaming=True, **options)
+    source = open_pairs(path, streaming=True, **options)
     assert isinstance(source, StreamedSource)
     for _ in range(2):  # every call reads from the first row
         rows = list(source.rows())
         assert [row.row for row in rows] == list(range(5))
         assert ([r.caption for r in rows], [r.label for r in rows], [r.images for r in rows]) == expected_rows(decided)
-    assert source.identity() != open_source(path, **options).identity()
+    assert source.identity() != open_pairs(path, **options).identity()
 
 
 # a name -> a neighbour that it would match as a pattern, or be taken for
@@ -145,29 +146,29 @@ def test_a_path_names_that_file_and_no_other(name, tmp_path, monkeypatch):
     write_jsonl(tmp_path / f"lines {name}", pickapic(n=2, captions=["right"] * 2, size=8))
     for given in (name, f"{name}.arrow", tmp_path / name / "train.parquet", f"saved {name}", f"./lines {name}"):
         for streaming in (False, True):
-            source = open_source(given, streaming=streaming, cache_dir="cache[1]")
+            source = open_pairs(given, streaming=streaming, cache_dir="cache[1]")
             captions = [row.caption for row in source.rows()] if streaming else source.captions()
             assert captions == ["right"] * 2, (given, streaming)
 
 
 def test_a_file_whose_name_needs_a_link_is_copied_once_and_again_when_it_changes(tmp_path):
     file = write_pickapic(tmp_path / "a::b.parquet", n=3, size=8)
-    stamps = {open_source(file, cache_dir=tmp_path / "cache").stamp() for _ in range(2)}
+    stamps = {open_pairs(file, cache_dir=tmp_path / "cache").stamp() for _ in range(2)}
     assert len(stamps) == 1
     write_pickapic(file, n=4, size=8)
-    source = open_source(file, cache_dir=tmp_path / "cache")
+    source = open_pairs(file, cache_dir=tmp_path / "cache")
     assert len(source) == 4 and source.stamp() not in stamps
 
 
 def test_a_cache_in_which_sets_would_be_mixed_up_is_refused(tmp_path):
     with pytest.raises(BadInput, match=r"a::b.*--cache_dir"):
-        open_source(write_pickapic(tmp_path / "a.parquet", n=2), cache_dir=tmp_path / "a::b")
+        open_pairs(write_pickapic(tmp_path / "a.parquet", n=2), cache_dir=tmp_path / "a::b")
     with pytest.raises(BadInput, match=r"a\$X.*--cache_dir"):
-        open_source(write_pickapic(tmp_path / "a::b.parquet", n=2), cache_dir=tmp_path / "a$X")
+        open_pairs(write_pickapic(tmp_path / "a::b.parquet", n=2), cache_dir=tmp_path / "a$X")
 
 
 def test_the_real_sample(sample):
-    source = open_source(sample)
+    source = open_pairs(sample)
     assert source.labels() == [1, 0, 1, 0, 1, 0, 0.5]
     assert len(set(source.captions())) == 1
     images = {image for row in range(7) for image in source.image_bytes(row)}
@@ -177,15 +178,15 @@ def test_the_real_sample(sample):
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("make", [lambda t: write_table(t / "a.parquet", COLUMNS), lambda t: write_jsonl(t, COLUMNS)])
 def test_max_rows(make, streaming, tmp_path):
-    source = open_source(make(tmp_path), max_rows=3, streaming=streaming)
+    source = open_pairs(make(tmp_path), max_rows=3, streaming=streaming)
     captions = [row.caption for row in source.rows()] if streaming else source.captions()
     assert captions == COLUMNS["caption"][:3]
     with pytest.raises(BadInput, match="max_train_samples"):
-        open_source(tmp_path, max_rows=0)
+        open_pairs(tmp_path, max_rows=0)
 
 
 def test_images_are_not_decoded_to_read_labels_and_captions(tmp_path, monkeypatch):
-    source = open_source(saved(tmp_path / "saved"))
+    source = open_pairs(saved(tmp_path / "saved"))
 
     def touched(*_, **__):
         raise AssertionError("an image was touched")
@@ -197,15 +198,15 @@ def test_images_are_not_decoded_to_read_labels_and_captions(tmp_path, monkeypatc
 
 def test_splits(tmp_path):
     folder = sharded(tmp_path / "shards")
-    assert len(open_source(folder, split="validation_unique")) == 2
+    assert len(open_pairs(folder, split="validation_unique")) == 2
     with pytest.raises(BadInput, match=r"no split 'val': .*--dataset_split_name: train, validation_unique"):
-        open_source(folder, split="val")
+        open_pairs(folder, split="val")
     two = tmp_path / "two"
     for name in ("good.jsonl", "better.jsonl"):
         write_jsonl(two, COLUMNS, name)
     with pytest.raises(BadInput, match=r"no split 'train': .*better, good"):
-        open_source(two)
-    assert open_source(two, split="good").identity() != open_source(two, split="better").identity()
+        open_pairs(two)
+    assert open_pairs(two, split="good").identity() != open_pairs(two, split="better").identity()
 
 
 @pytest.mark.parametrize(
@@ -225,10 +226,10 @@ def test_split_names_of_files(file, split, tmp_path):
 
 
 def test_identity_is_about_content_not_place(tmp_path):
-    first = open_source(write_pickapic(tmp_path / "a" / "pairs.parquet", n=3))
-    second = open_source(write_pickapic(tmp_path / "b" / "pairs.parquet", n=3))
-    longer = open_source(write_pickapic(tmp_path / "c" / "pairs.parquet", n=4))
-    swapped = open_source(tmp_path / "a" / "pairs.parquet", image_columns=("jpg_1", "jpg_0"), label_column="label_0")
+    first = open_pairs(write_pickapic(tmp_path / "a" / "pairs.parquet", n=3))
+    second = open_pairs(write_pickapic(tmp_path / "b" / "pairs.parquet", n=3))
+    longer = open_pairs(write_pickapic(tmp_path / "c" / "pairs.parquet", n=4))
+    swapped = open_pairs(tmp_path / "a" / "pairs.parquet", image_columns=("jpg_1", "jpg_0"), label_column="label_0")
     assert first.identity() == second.identity()
     assert len({first.identity(), longer.identity(), swapped.identity()}) == 3
 
@@ -287,7 +288,7 @@ BAD = {
 def test_bad_input(case, streaming, tmp_path):
     make, options, said = BAD[case]
     with pytest.raises(BadInput) as caught:
-        open_source(make(tmp_path), streaming=streaming, **options)
+        open_pairs(make(tmp_path), streaming=streaming, **options)
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -302,17 +303,17 @@ def test_hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config, **_: ["train", "test"])
     monkeypatch.setattr(datasets, "load_dataset", load)
-    source = open_source("some/set", config_name="big", revision="abc", cache_dir=tmp_path)
+    source = open_pairs("some/set", config_name="big", revision="abc", cache_dir=tmp_path)
     assert source.image_bytes(0) == (COLUMNS["jpg_0"][0], COLUMNS["jpg_1"][0])
     assert calls[0] == (
         ("some/set", "big"),
         {"split": "train", "streaming": False, "cache_dir": str(tmp_path), "revision": "abc", "token": None},
     )
     assert "some/set/big@abc" in source.identity()
-    streamed = open_source("some/set", streaming=True, split="test")
+    streamed = open_pairs("some/set", streaming=True, split="test")
     assert [row.images[0] for row in streamed.rows()] == COLUMNS["jpg_0"]
     with pytest.raises(BadInput, match="train, test"):
-        open_source("some/set", split="validation")
+        open_pairs("some/set", split="validation")
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no\nroute"), KeyError("features"), Exception("httpx: timed out")])
@@ -322,16 +323,16 @@ def test_a_failing_hub_is_one_line(error, monkeypatch):
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", fail)
     with pytest.raises(BadInput, match=r"^data set 'some/set' cannot be opened: [^\n]+$"):
-        open_source("some/set")
+        open_pairs("some/set")
 
 
 def test_a_parquet_without_rows(tmp_path):
     nothing = write_pickapic(tmp_path / "set" / "train-00000-of-00002.parquet", n=0)
     for streaming in (False, True):
         with pytest.raises(BadInput, match="is empty: it has no rows"):
-            open_source(nothing, streaming=streaming)
+            open_pairs(nothing, streaming=streaming)
     write_pickapic(tmp_path / "set" / "train-00001-of-00002.parquet", n=3)
-    assert len(open_source(tmp_path / "set")) == 3  # one empty shard is no fault
+    assert len(open_pairs(tmp_path / "set")) == 3  # one empty shard is no fault
 
 
 def test_opening_is_quiet_and_leaves_the_bars_as_they_were(tmp_path, capfd, monkeypatch):
@@ -341,9 +342,9 @@ def test_opening_is_quiet_and_leaves_the_bars_as_they_were(tmp_path, capfd, monk
     cut.write_bytes(cut.read_bytes()[:-2000])
     datasets.enable_progress_bars()
     try:
-        open_source(whole)
+        open_pairs(whole)
         with pytest.raises(BadInput):
-            open_source(cut)
+            open_pairs(cut)
         assert not datasets.are_progress_bars_disabled()
     finally:
         datasets.disable_progress_bars()
@@ -363,7 +364,7 @@ def test_a_stream_that_breaks_off_says_where(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_, **__: ["train"])
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
-    rows = open_source("some/set", streaming=True).rows()
+    rows = open_pairs("some/set", streaming=True).rows()
     assert next(rows).row == 0
     with pytest.raises(Unresponsive, match=r"broke off after 1 rows.*peer reset.*resumed"):
         next(rows)
@@ -371,17 +372,17 @@ def test_a_stream_that_breaks_off_says_where(monkeypatch, tmp_path):
 
 def test_a_null_image_names_its_column(tmp_path):
     columns = {**COLUMNS, "jpg_1": [None, *COLUMNS["jpg_1"][1:]]}
-    source = open_source(write_table(tmp_path / "a.parquet", columns))
+    source = open_pairs(write_table(tmp_path / "a.parquet", columns))
     with pytest.raises(BadImage, match=r"^jpg_1 is missing$"):
         source.image_bytes(0)
-    row = next(open_source(tmp_path / "a.parquet", streaming=True).rows())
+    row = next(open_pairs(tmp_path / "a.parquet", streaming=True).rows())
     assert row.images[0] == COLUMNS["jpg_0"][0] and str(row.images[1]) == "jpg_1 is missing"
 
 
 def test_an_image_that_is_only_a_path_is_not_read(tmp_path):
     (tmp_path / "secret.jpg").write_bytes(COLUMNS["jpg_0"][0])
     cell = {"bytes": None, "path": str(tmp_path / "secret.jpg")}
-    source = open_source(write_table(tmp_path / "a.parquet", {**COLUMNS, "jpg_0": [cell] * 5}))
+    source = open_pairs(write_table(tmp_path / "a.parquet", {**COLUMNS, "jpg_0": [cell] * 5}))
     with pytest.raises(BadImage, match="jpg_0 is not embedded"):
         source.image_bytes(0)
 
@@ -415,7 +416,7 @@ def test_paths_stay_inside_the_folder(tmp_path):
     lines = [{"prompt": "a", "chosen": path, "rejected": good} for path in (*hostile, "inner.jpg")]
     lines += [{"prompt": "a", "rejected": good}]  # no key at all
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    source = open_source(folder)
+    source = open_pairs(folder)
     missing = source.missing_images()
     assert [bad.row for bad in missing] == [*range(len(hostile)), len(hostile) + 1]  # a link inside the folder is fine
     assert all(isinstance(bad, BadRow) and bad.column == "chosen" for bad in missing)
@@ -437,9 +438,9 @@ def test_lines_in_a_snapshot_of_the_hubs_cache(tmp_path):
         file.rename(blob)
         file.symlink_to(os.path.relpath(blob, file.parent))
     for given in (snapshot, snapshot / "train.jsonl"):
-        source = open_source(given)
+        source = open_pairs(given)
         assert [(bad.row, bad.column) for bad in source.missing_images()] == [(2, "chosen")]
         assert source.image_bytes(3) == (DECIDED["chosen"][3], DECIDED["rejected"][3])
     lines = [{"prompt": "a", "chosen": f"../../blobs/{0:040d}", "rejected": "images/1-chosen.jpg"}]
     (snapshot / "named.jsonl").write_text(json.dumps(lines[0]))
-    assert "leads out" in open_source(snapshot / "named.jsonl").missing_images()[0].reason
+    assert "leads out" in open_pairs(snapshot / "named.jsonl").missing_images()[0].reason

@@ -19,12 +19,11 @@ from dpo_fast.data import (
     TrainStream,
     build_index,
     make_loader,
-    open_source,
     stream,
     validation_loader,
 )
 from dpo_fast.errors import BadInput, Unresponsive
-from tests.helpers.pairs import pickapic, write_jsonl, write_table
+from tests.helpers.pairs import open_pairs, pickapic, write_jsonl, write_table
 
 IDS = torch.tensor([3, 5, 8, 9, 11, 20, 21, 40, 41, 77])
 
@@ -66,12 +65,12 @@ def table(tmp_path_factory):
 
 @pytest.fixture
 def dataset(table):
-    source = open_source(table)
+    source = open_pairs(table)
     return PairDataset(source, build_index(source, seed=1, max_bad_fraction=0.1, progress=False).train, transform())
 
 
 def streamed(table, source=None, **options):
-    source = source or open_source(table, streaming=True)
+    source = source or open_pairs(table, streaming=True)
     options = {"pairs_per_step": 4, "batch_size": 2, "max_bad_fraction": 0.1, "progress": False, **options}
     return StreamedPairs(source, transform(), **options)
 
@@ -144,7 +143,7 @@ def test_workers_change_nothing(dataset):
 
 
 def test_workers_read_files_too(tmp_path):
-    source = open_source(write_jsonl(tmp_path / "set", pickapic(n=6, size=8)))
+    source = open_pairs(write_jsonl(tmp_path / "set", pickapic(n=6, size=8)))
     dataset = PairDataset(source, build_index(source, seed=0, progress=False).train, transform())
     order = train_stream(pair_ids=dataset.index.pair_id)
     assert_same(make_loader(dataset, order, 0, 3, num_workers=2), make_loader(dataset, order, 0, 3))
@@ -262,7 +261,7 @@ def test_the_trainer_can_end_its_workers(dataset):
 
 
 def test_a_dataset_can_be_sent_to_another_process(dataset, tmp_path):
-    folder = open_source(write_jsonl(tmp_path / "set", pickapic(n=6, size=8)))
+    folder = open_pairs(write_jsonl(tmp_path / "set", pickapic(n=6, size=8)))
     index = build_index(folder, seed=0, progress=False).train
     for pairs in (dataset, PairDataset(folder, index, transform())):
         order = train_stream(pair_ids=pairs.index.pair_id)
@@ -325,7 +324,7 @@ def test_threads_change_nothing(table):
 def test_a_stream_reads_no_further_than_it_must(table, monkeypatch):
     """A window ahead, not the whole source; and stopping early leaves nothing running."""
     monkeypatch.setattr(stream, "WINDOW", 2)
-    source = open_source(table, streaming=True)
+    source = open_pairs(table, streaming=True)
     read, rows = [], source.rows
     monkeypatch.setattr(source, "rows", lambda: (read.append(row.row) or row for row in rows()))
     batches = streamed(table, source, pairs_per_step=2).batches(0, 100)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_fast.data import BadRow, PairDataset, PairTransform, StreamedPairs, build_index, collate, open_source
+from dpo_fast.data import BadRow, PairDataset, PairTransform, StreamedPairs, build_index, collate
 from dpo_fast.data.images import SAME
 from dpo_fast.data.votes import count_votes
 from dpo_fast.errors import BadInput
-from tests.helpers.pairs import pickapic, write_jsonl, write_table
+from tests.helpers.pairs import open_pairs, pickapic, write_jsonl, write_table
 
 
 def counts(sets) -> tuple:
@@ -22,7 +22,7 @@ def counts(sets) -> tuple:
 
 def index_of(path, columns, **options):
     options = {"seed": 0, "progress": False, **options}
-    return build_index(open_source(write_table(path / "pairs.parquet", columns)), **options)
+    return build_index(open_pairs(write_table(path / "pairs.parquet", columns)), **options)
 
 
 def test_count_votes_against_counting_by_hand():
@@ -105,7 +105,7 @@ def test_has_label_as_boolean_or_number(values, tmp_path):
 
 def test_has_label_is_about_label_0_only(tmp_path):
     columns = {**pickapic(n=3, size=8), "has_label": [False] * 3, "mine": [1.0, 0.0, 1.0]}
-    source = open_source(write_table(tmp_path / "a.parquet", columns), label_column="mine")
+    source = open_pairs(write_table(tmp_path / "a.parquet", columns), label_column="mine")
     assert source.labels() == [1.0, 0.0, 1.0]
 
 
@@ -115,7 +115,7 @@ def test_lines_without_a_label(tmp_path):
     for line, has in zip(lines, (True, False, None), strict=True):
         line |= {"label_0": 1, "has_label": has}
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    sets = build_index(open_source(folder, label_column="label_0"), seed=0, progress=False)
+    sets = build_index(open_pairs(folder, label_column="label_0"), seed=0, progress=False)
     assert sets.train.pair_id.tolist() == [0, 2] and sets.unlabelled == 1
 
 
@@ -167,7 +167,7 @@ def test_contradictions_in_lines_by_their_paths(tmp_path):
     lines[1] |= {"chosen": "./" + lines[0]["rejected"], "rejected": lines[0]["chosen"]}
     lines[3]["rejected"] = lines[3]["chosen"]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    sets = build_index(open_source(folder), seed=0, progress=False)
+    sets = build_index(open_pairs(folder), seed=0, progress=False)
     assert sets.train.pair_id.tolist() == [2] and counts(sets) == (0, 0, 2, 0, 1)
 
 
@@ -182,7 +182,7 @@ def transform():
 
 
 def streamed(path, batch_size, **options):
-    source = open_source(path, streaming=True)
+    source = open_pairs(path, streaming=True)
     options = {"pairs_per_step": batch_size, "batch_size": batch_size, "progress": False, **options}
     return StreamedPairs(source, transform(), **options)
 
@@ -194,7 +194,7 @@ def test_one_image_twice_has_weight_0_where_it_shows_late(tmp_path):
     assert len(index_of(tmp_path, columns, soft_labels=True, for_scorers=True).train) == 8
     sets = index_of(tmp_path, columns, check_pairs=0)
     assert counts(sets) == (0, 0, None, None, 0)  # nothing is known of the images
-    dataset = PairDataset(open_source(tmp_path / "pairs.parquet"), sets.train, transform())
+    dataset = PairDataset(open_pairs(tmp_path / "pairs.parquet"), sets.train, transform())
     batch = collate(dataset.__getitems__([(k, 0) for k in range(8)]))
     assert batch.weight.tolist() == [1.0] * 7 + [0.0]
     assert batch.bad == [(7, f"rejected image {SAME}")]

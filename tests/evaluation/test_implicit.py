@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dpo_fast import draws, parallel
-from dpo_fast.data import VALIDATION_DRAWS, PairIndex, build_index, open_source
+from dpo_fast.data import VALIDATION_DRAWS, PairIndex, build_index
 from dpo_fast.data.images import crop_corner, scaled, to_pixels
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.implicit import ImplicitAccuracy, ImplicitRewards, accuracy, implicit_rewards, noise_levels
@@ -27,7 +27,7 @@ from dpo_fast.kernels.reference import normal_noise
 from dpo_fast.models.opened import OneAtATime, settled
 from dpo_fast.models.source import ModelSource, base_of
 from tests.helpers import pipelines
-from tests.helpers.pairs import pickapic, write_table
+from tests.helpers.pairs import open_pairs, pickapic, write_table
 from tests.helpers.runs import environment, train
 from tests.test_distributed import TORCHRUN
 
@@ -51,7 +51,7 @@ def measured(
     index: PairIndex | None = None,  # None: all pairs
     **more,
 ) -> ImplicitRewards | None:
-    source = open_source(str(pairs))
+    source = open_pairs(str(pairs))
     index = index or build_index(source, seed=0, progress=False).train
     ranks = ranks or parallel.start("none")
     given = dict(draws=4, seed=SEED, batch_size=3, num_workers=0, beta=2000.0, max_bad_fraction=0.01)
@@ -59,7 +59,7 @@ def measured(
 
 
 def first_pairs(pairs: Path, n: int) -> PairIndex:
-    index = build_index(open_source(str(pairs)), seed=0, progress=False).train
+    index = build_index(open_pairs(str(pairs)), seed=0, progress=False).train
     return index.keep(torch.arange(len(index)) < n)
 
 
@@ -80,7 +80,7 @@ def by_definition(policy: ModelSource, reference: ModelSource, pairs: Path, inde
     if base.timestep_grid:
         root = abar.sqrt()
         abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    source, found, times = open_source(str(pairs)), [], []
+    source, found, times = open_pairs(str(pairs)), [], []
     for row, chosen, caption in zip(index.pair_id.tolist(), index.chosen.tolist(), index.captions, strict=True):
         ids, draw = torch.tensor([row]), torch.tensor([k])
         t = draws.timesteps(SEED, ids, draw, base.timesteps, grid=base.timestep_grid)
@@ -270,7 +270,7 @@ def test_training_makes_a_reward_model_and_counts_as_this_does(sd15_path, pairs,
     run = train(sd15_path, pairs, tmp_path / "run", *flags)
     config = read_run(str(run))
     limits = {"min_timestep": config.min_timestep, "max_timestep": config.max_timestep}
-    sets = build_index(open_source(str(pairs)), seed=config.seed, validation_fraction=0.4, progress=False)
+    sets = build_index(open_pairs(str(pairs)), seed=config.seed, validation_fraction=0.4, progress=False)
     base, policy = model_sources(str(run)).values()
     assert base == settled(base_of(config))
 
@@ -295,7 +295,7 @@ def test_a_bad_image_is_left_out_and_counted(moved, pairs, tmp_path):
     whole = measured(policy, base, write_table(tmp_path / "whole.parquet", columns), batch_size=1)
     columns["jpg_1"][4] = columns["jpg_1"][4][:200]
     spoilt = write_table(tmp_path / "spoilt.parquet", columns)
-    source = open_source(str(spoilt))
+    source = open_pairs(str(spoilt))
     index = build_index(source, seed=0, progress=False, check_pairs=2).train
     rewards = measured(policy, base, spoilt, index=index, batch_size=1, max_bad_fraction=0.2)
     assert rewards.pair_id.tolist() == [0, 1, 2, 3, 5, 6] and [bad.row for bad in rewards.bad] == [4]

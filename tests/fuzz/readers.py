@@ -31,7 +31,7 @@ from dpo_fast.checksums import (
     signed_text,
     write_signed_json,
 )
-from dpo_fast.data import build_index, open_source
+from dpo_fast.data import build_index
 from dpo_fast.data.images import BadImage, decode, scaled
 from dpo_fast.data.open_source import split_names
 from dpo_fast.data.pairs import judge_streamed
@@ -47,7 +47,15 @@ from dpo_fast.relabeling import labels, pair_scores
 from dpo_fast.scorers import kept_scores
 from dpo_fast.training import checkpoint, metrics, run_folder
 from tests.helpers import pipelines
-from tests.helpers.pairs import as_image_feature, encoded, pickapic, write_arrow_file, write_jsonl, write_table
+from tests.helpers.pairs import (
+    as_image_feature,
+    encoded,
+    open_pairs,
+    pickapic,
+    write_arrow_file,
+    write_jsonl,
+    write_table,
+)
 
 COLUMNS = dict(n=3, size=16, captions=["a red square", "two dogs", "Zürich"])
 
@@ -79,14 +87,14 @@ class Reader(NamedTuple):
 
 
 def _index(folder: Path, changed: Iterable[str]) -> None:
-    source = open_source(folder)
+    source = open_pairs(folder)
     split_names(folder)
     source.stamp(), source.identity(), source.contents(), source.row_stamp(0) if len(source) else None
     build_index(source, seed=0, max_bad_fraction=1.0, validation_fraction=0.3, progress=False)
 
 
 def _stream(folder: Path, changed: Iterable[str]) -> None:
-    source = open_source(folder, streaming=True)
+    source = open_pairs(folder, streaming=True)
     assert isinstance(source, StreamedSource)
     for row in source.rows():
         judge_streamed(row, source.columns, soft_labels=True)
@@ -222,7 +230,7 @@ def _read_reference(folder: Path, changed: Iterable[str]) -> None:
 
 def _write_manifest(folder: Path) -> None:
     source = SimpleNamespace(
-        description="pairs, split train", identity=lambda: "pairs", columns=open_source(_pairs(folder.parent)).columns
+        description="pairs, split train", identity=lambda: "pairs", columns=open_pairs(_pairs(folder.parent)).columns
     )
     manifest = Manifest(folder)
     manifest.begin(source)

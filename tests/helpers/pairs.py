@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from dpo_fast.data import PairsSource, Source, StreamedSource, open_source
+
 
 def encoded(random: np.random.Generator, size: int | tuple[int, int], kind: str = "JPEG") -> bytes:
     """A random image (of a side, or width and height) with some low-frequency content, as a file's bytes."""
@@ -103,3 +105,8 @@ def write_jsonl(folder: Path, columns: dict[str, list], name: str = "train.jsonl
 
 if __name__ == "__main__":
     print(write_pickapic(Path(sys.argv[1])))
+
+
+def open_pairs(name: str | Path, **fields) -> Source | StreamedSource:
+    """`open_source` of the pairs at `name`; fields: further ones of PairsSource."""
+    return open_source(PairsSource(name, **fields))
