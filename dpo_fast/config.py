@@ -22,7 +22,7 @@ from dpo_fast.files import regular_file
 from dpo_fast.presets import PICKAPIC, PRESETS
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig:
     """Align a text-to-image diffusion model with preference pairs by Diffusion-DPO (arXiv 2311.12908)."""
 
@@ -377,19 +377,18 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
 
     Returns the configuration and one line for each flag that was accepted without effect.
     """
-    config = dataclasses.replace(config)
     notes = []
     if config.local_rank != -1:
         notes.append("--local_rank does nothing here: the launcher (accelerate, torchrun) says the rank")
     if config.prior_generation_precision is not None:
         notes.append("--prior_generation_precision does nothing here: no prior images are generated")
-    config.local_rank, config.prior_generation_precision = -1, None
+    settled: dict[str, object] = {"local_rank": -1, "prior_generation_precision": None}
     if config.loss_type:
-        config.objective, config.loss_type = {"sigmoid": "dpo"}.get(config.loss_type, config.loss_type), None
+        settled |= {"objective": {"sigmoid": "dpo"}.get(config.loss_type, config.loss_type), "loss_type": None}
     if config.use_8bit_adam:
-        config.optimizer, config.use_8bit_adam = "adamw8bit", False
+        settled |= {"optimizer": "adamw8bit", "use_8bit_adam": False}
     if config.enable_xformers_memory_efficient_attention:
-        config.attention, config.enable_xformers_memory_efficient_attention = "xformers", False
+        settled |= {"attention": "xformers", "enable_xformers_memory_efficient_attention": False}
     if config.mixed_precision is None:
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if launched not in ("no", "fp16", "bf16"):
@@ -397,14 +396,15 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
                 f"accelerate launch --mixed_precision {launched} is not supported: give --mixed_precision no, fp16 or"
                 " bf16 to it, or to this command"
             )
-        config.mixed_precision = launched
+        settled["mixed_precision"] = launched
     if config.preference:
         if config.eval_scorers:
             others = (name for name in config.eval_scorers if name != config.preference)
-            config.eval_scorers = (config.preference, *others)
-        config.label_column, config.preference = f"label_{config.preference}", None
+            settled["eval_scorers"] = (config.preference, *others)
+        settled |= {"label_column": f"label_{config.preference}", "preference": None}
     if config.beta_dpo is None:
-        config.beta_dpo = 0.1 if config.objective == "mapo" else 5000.0
+        settled["beta_dpo"] = 0.1 if settled.get("objective", config.objective) == "mapo" else 5000.0
+    config = dataclasses.replace(config, **settled)
     check(config)
     return config, notes
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_compilation_may_change_at_resume(sdxl_path, pairs, tmp_path):
 def test_what_is_compiled_late_is_told_once(sdxl_path, pairs, tmp_path, monkeypatch, capsys):
     flags = flags_for(sdxl_path, pairs, tmp_path / "run")
     run = opened(flags)
-    run.config.compile = "regional"
+    run.config = replace(run.config, compile="regional")
     made = iter([3, 3, 5, 6])
     monkeypatch.setattr(trainer_module, "programs_made", lambda: next(made))
     Trainer(run, flags).train()

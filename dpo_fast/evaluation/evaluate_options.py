@@ -28,7 +28,7 @@ OF_GENERATION = ("sampling_steps", "sampling_guidance", "layout", "strength")
 OF_IMAGES = (*OF_GENERATION, "seeds", "slice", "max_prompts", "scorers", "scorer_models", "compare")
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvaluateConfig(GenerateConfig):
     """Compare a policy with a baseline: images of the same prompts and noise, scores, win rates, a page to look at.
 
@@ -94,8 +94,7 @@ def parse(argv: list[str]) -> EvaluateConfig:
     with one_line_errors(EvaluateConfig):
         config = tyro.cli(EvaluateConfig, args=words, prog="python -m dpo_fast.evaluate")
     check(config)
-    generate_options.expand(config)
-    return config
+    return generate_options.expanded(config)
 
 
 def check(config: EvaluateConfig) -> None:

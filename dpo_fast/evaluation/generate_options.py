@@ -1,9 +1,9 @@
 """The flags of generation, each with its unit, and what is refused before anything is loaded."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import tyro
 
@@ -13,10 +13,11 @@ from dpo_fast.errors import BadInput
 from dpo_fast.files import user_path
 
 MOST_SEEDS = 10_000  # of a prompt
+C = TypeVar("C", bound="GenerateConfig")
 STRENGTH = 0.6  # of SDEdit, as in the paper (supplement, TEdBench)
 
 
-@dataclass
+@dataclass(frozen=True)
 class GenerateConfig:
     """Generate images from a policy and its baseline: the same prompts, the same initial noise."""
 
@@ -65,16 +66,14 @@ def parse(argv: list[str]) -> GenerateConfig:
     with one_line_errors(GenerateConfig):
         config = tyro.cli(GenerateConfig, args=gathered(argv, "prompts"), prog="python -m dpo_fast.generate")
     check(config)
-    expand(config)
-    return config
+    return expanded(config)
 
 
-def expand(config: GenerateConfig) -> None:
-    """Put the home folder in the place of a leading ~, which a shell leaves in `--policy=~/runs/mine`."""
-    for name in ("policy", "baseline"):
-        value = getattr(config, name)
-        if value is not None and value.startswith("~"):
-            setattr(config, name, str(user_path(value)))
+def expanded(config: C) -> C:
+    """The same with the home folder in the place of a leading ~, which a shell leaves in `--policy=~/runs/mine`."""
+    models = {name: getattr(config, name) for name in ("policy", "baseline")}
+    homes = {name: str(user_path(path)) for name, path in models.items() if path is not None and path.startswith("~")}
+    return replace(config, **homes)
 
 
 def check(config: GenerateConfig) -> None:

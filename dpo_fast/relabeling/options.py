@@ -1,7 +1,7 @@
 """The flags of relabelling, each with its unit, and what is refused before anything is read."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -12,7 +12,7 @@ from dpo_fast.errors import BadInput
 from dpo_fast.files import user_path
 
 
-@dataclass
+@dataclass(frozen=True)
 class RelabelConfig:
     """Label preference pairs by scorers instead of people: AI feedback, to train on with --dataset_name OUTPUT.
 
@@ -110,10 +110,8 @@ def parse(argv: list[str]) -> RelabelConfig:
     with one_line_errors(RelabelConfig):
         config = tyro.cli(RelabelConfig, args=argv, prog="python -m dpo_fast.relabel")
     check(config)
-    for name in ("output", "scorer_models"):
-        if getattr(config, name) is not None:
-            setattr(config, name, user_path(getattr(config, name)))
-    return config
+    paths = {name: getattr(config, name) for name in ("output", "scorer_models")}
+    return replace(config, **{name: user_path(path) for name, path in paths.items() if path is not None})
 
 
 def check(config: RelabelConfig) -> None:

@@ -145,19 +145,25 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     if restarting:
         ranks.on_main(lambda: run_folder.check_unfinished(config.output_dir, config.logging_dir, kept))
     if saved:
-        config.seed = saved["config"]["seed"] if config.seed is None else config.seed
-        config.resolution = config.resolution or saved["config"]["resolution"]
+        before = saved["config"]
+        config = replace(
+            config,
+            seed=before["seed"] if config.seed is None else config.seed,
+            resolution=config.resolution or before["resolution"],
+        )
         refuse_changes(checkpoint.differences(saved["config"], public(config)))
         ranks.on_main(lambda: check_logs(config.output_dir, saved))
     elif config.seed is None:
-        config.seed = ranks.share(secrets.randbits(31))
+        config = replace(config, seed=ranks.share(secrets.randbits(31)))
     if config.push_to_hub:
         ranks.on_main(lambda: hub.check_login(config.hub_token))  # found out now, not after the training
 
     pairs = open_pairs(config, ranks, config.output_dir / run_folder.REPORT)
     family = _load_model(config, ranks)
+    config = replace(config, resolution=config.resolution or family.default_resolution)
     if config.max_train_steps is None:
-        config.max_train_steps = max(1, len(pairs.sets.train) * config.num_train_epochs // config.pairs_per_step)
+        steps = len(pairs.sets.train) * config.num_train_epochs // config.pairs_per_step
+        config = replace(config, max_train_steps=max(1, steps))
     if bad := nonfinite_tensors(family.unet.named_parameters()):
         raise BadInput(
             f"{config.pretrained_model_name_or_path}: {len(bad)} tensors of the UNet are not finite, first {bad[0]};"
@@ -272,6 +278,7 @@ def build_cache(config: TrainConfig, ranks: Ranks) -> build.Counts:
         config = replace(config, seed=0, validation_fraction=0.0)
     pairs = open_pairs(config, ranks, None)
     family = _load_model(config, ranks)
+    config = replace(config, resolution=config.resolution or family.default_resolution)
     if pairs.sets is None:
         wanted = needed_rows_of_stream(config)
     elif everything or config.max_train_steps is None:
@@ -296,6 +303,7 @@ def build_reference(config: TrainConfig, ranks: Ranks) -> ReferenceErrors:
         raise BadInput("reference needs --seed: the noise of a pair follows from it")
     pairs = open_pairs(config, ranks, None)
     family = _load_model(config, ranks)
+    config = replace(config, resolution=config.resolution or family.default_resolution)
     model = reference_recipe_facts(family)
     # as training holds it: requires_grad too changes how torch rounds
     family.unet.requires_grad_(config.tuning == "full").to(family.dtype)
@@ -350,8 +358,8 @@ def _load_model(config: TrainConfig, ranks: Ranks) -> Family:
         unet_dtype=torch.float32 if config.tuning == "full" else dtype,  # masters begin at the fp32 weights
         device=ranks.device,
     )
-    config.resolution = config.resolution or family.default_resolution
-    check_resolution(config.resolution, family.resolution_multiple, config.pretrained_model_name_or_path)
+    resolution = config.resolution or family.default_resolution
+    check_resolution(resolution, family.resolution_multiple, config.pretrained_model_name_or_path)
     if config.time_ids == "real" and not family.needs_time_ids:
         raise BadInput(f"--time_ids real is for SDXL: {family.name} has no size conditioning; leave it out")
     family.timesteps = timesteps_within(family, config.min_timestep, config.max_timestep)
