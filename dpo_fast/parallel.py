@@ -112,17 +112,22 @@ class Ranks:
             dist.all_gather_object(values, value, group=self.signals)
         return values
 
-    def on_main(self, work: Callable[[], None]) -> None:
-        """Do `work` on the main rank while the others wait; an error of it is raised on every rank."""
-        problem = None
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """What `work` gives on the main rank, None on the others, which wait. Its error is raised on every rank."""
+        problem = value = None
         if self.is_main:
             try:
-                work()
+                value = work()
             except Exception as error:  # whatever it is, the others must not wait for ever
                 problem = error
         problem = self.share(problem)
         if problem is not None:
             raise problem
+        return value
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """What `work` gives on the main rank, on every rank: a small picklable value. Errors as `on_main`."""
+        return self.share(self.on_main(work))
 
     def on_all(self, work: Callable[[], T]) -> T:
         """What `work` gives on each rank; where it fails on one, all raise: that one its error, the others BadInput of

@@ -121,9 +121,8 @@ def _facts(config: RelabelConfig, ranks: "Ranks") -> dict[str, dict[str, str]]:
     """What the scorers are, by the files that are there now; the main rank's answer on every rank."""
     from dpo_fast import scorers
 
-    files, found = {"where": config.scorer_models, "cache_dir": config.cache_dir}, {}
-    ranks.on_main(lambda: found.update((name, scorers.facts(name, ranks.device, **files)) for name in config.weights))
-    return ranks.share(found)
+    files = {"where": config.scorer_models, "cache_dir": config.cache_dir}
+    return ranks.from_main(lambda: {name: scorers.facts(name, ranks.device, **files) for name in config.weights})
 
 
 def _request(config: RelabelConfig, source: "Source", facts: dict[str, dict[str, str]]) -> dict:
@@ -138,11 +137,11 @@ def _is_there(config: RelabelConfig, ranks: "Ranks", source: "Source") -> bool:
     """Whether the output is there, made by the same command; then it is shown. One made by another is refused."""
     from dpo_fast.relabeling.labels import as_text, check_output, note_of, write_counts
 
-    facts, there = _facts(config, ranks), []
+    facts = _facts(config, ranks)
 
-    def look() -> None:
+    def look() -> bool:
         if config.overwrite or not config.output.is_file():
-            return
+            return False
         existing, wanted = note_of(config.output), _request(config, source, facts)
         differing = [name for name in wanted if existing["request"].get(name) != wanted[name]]
         if differing:
@@ -155,10 +154,9 @@ def _is_there(config: RelabelConfig, ranks: "Ranks", source: "Source") -> bool:
         check_output(config.output)
         write_counts(config.output, existing["report"])  # it may have been killed before
         print(as_text(existing["report"]), flush=True)
-        there.append(config.output)
+        return True
 
-    ranks.on_main(look)
-    return bool(ranks.share(there))
+    return ranks.from_main(look)
 
 
 def _relabel(config: RelabelConfig, ranks: "Ranks", source: "Source", scorers: dict[str, "Scorer"]) -> None:

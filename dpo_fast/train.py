@@ -46,7 +46,6 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
     import torch
 
     from dpo_fast import parallel
-    from dpo_fast.locks import Hold
     from dpo_fast.training import run_folder
     from dpo_fast.training.resume import AlreadyDone
     from dpo_fast.training.run import open_run, settle
@@ -61,13 +60,7 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
     ranks, held = parallel.start(config.report_to), ExitStack()
     try:
         config = settle(config, ranks)
-        hold: Hold | None = None
-
-        def take() -> None:  # to the end of the evaluation
-            nonlocal hold
-            hold = held.enter_context(run_folder.hold(config.output_dir))
-
-        ranks.on_main(take)
+        hold = ranks.on_main(lambda: held.enter_context(run_folder.hold(config.output_dir)))  # also while evaluating
         if config.eval_scorers:
             from dpo_fast.evaluation.compare import Evaluation
 

@@ -160,7 +160,7 @@ def fill(
         work.survey()
     if not ranks.any(work.missing > 0):
         work.check_bad()
-        if ranks.share(work.tidy() if ranks.is_main else None):
+        if ranks.from_main(work.tidy):
             work.find_stores()
         return work.opened()
     if source is None:

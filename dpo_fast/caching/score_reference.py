@@ -156,7 +156,7 @@ class Scoring:
                 stage_on_all_ranks(self.ranks, self._look_again, self.root)
                 stage_on_all_ranks(self.ranks, self._score_missing, self.root)
             store = Store(self.root, self.recipe)
-        elif self.ranks.share(tidy(self.root, self.recipe) if self.ranks.is_main else None):
+        elif self.ranks.from_main(lambda: tidy(self.root, self.recipe)):
             store = Store(self.root, self.recipe)
         store.touch()
         now = sum(self.ranks.gather(self.scored_now))
@@ -168,10 +168,8 @@ class Scoring:
         Raises BadInput where it differs by more than rounding does. The floor is measured on the same sample, scored at
         two batch shapes.
         """
-        start = None
 
-        def check() -> None:
-            nonlocal start
+        def check() -> StartCheck:
             start = self._compare(scored.errors)
             other = sorted({line for made in scored.errors.made_by for line in _differences(made, self.numerics)})
             if other:
@@ -191,9 +189,9 @@ class Scoring:
                     f" delete them with `python -m dpo_fast.cache prune --latent_cache_dir {self.root} --name {name}"
                     " --yes`, and the same command computes them again"
                 )
+            return start
 
-        self.ranks.on_main(check)
-        return self.ranks.share(start)
+        return self.ranks.from_main(check)
 
     # ---- stages --------------------------------------------------------------------------------------------------
 

@@ -96,9 +96,8 @@ def prepare(comparison: Comparison, out: Path, ranks: Ranks) -> tuple[Comparison
     Raises BadInput, on every rank, for what would be refused later: a scorer that cannot be had or cannot judge the
     prompts, a folder without an image of them, an image that does not open.
     """
-    found: list[tuple[Comparison, ImagePairs]] = []
 
-    def work() -> None:
+    def work() -> tuple[Comparison, ImagePairs]:
         texts = [prompt.text for prompt in comparison.wanted.prompts]
         whole = not comparison.wanted.models or is_complete(out / "images")
         for name in comparison.scorers:
@@ -110,10 +109,9 @@ def prepare(comparison: Comparison, out: Path, ranks: Ranks) -> tuple[Comparison
                 files.check(f"opening, {side.name}")
         kept = set(pairs.prompts)
         wanted = replace(wanted, prompts=[prompt for prompt in wanted.prompts if prompt.text in kept])
-        found.append((replace(comparison, wanted=wanted), pairs))
+        return replace(comparison, wanted=wanted), pairs
 
-    ranks.on_main(work)
-    return ranks.share(found[0] if found else None)
+    return ranks.from_main(work)
 
 
 def compare(

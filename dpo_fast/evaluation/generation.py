@@ -144,8 +144,8 @@ def _generate_missing(wanted: ImageRequest, out: Path, ranks: Ranks) -> int:
     """`generate_images` in a folder that is held."""
     rows = wanted.rows()
     ranks.on_main(lambda: _claim(wanted, rows, out, ranks.device))
-    missing = set(ranks.share(_missing(wanted, rows, out) if ranks.is_main else None))
-    unchanged = ranks.share(_unchanged(wanted, out) if ranks.is_main else None)
+    missing = set(ranks.from_main(lambda: _missing(wanted, rows, out)))
+    unchanged = ranks.from_main(lambda: _unchanged(wanted, out))
     models = OneAtATime(ranks.device)
     for name in wanted.models:
         if name in unchanged and not any(row.file in missing for row in rows if row.model == name):

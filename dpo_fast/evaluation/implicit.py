@@ -81,9 +81,8 @@ def implicit_rewards(
     """
     assert draws >= 1 and batch_size >= 1 and len(index) > 0
     assert bool((index.label > 0.5).all()), "a tie has no better image"
-    found: list[tuple[_Measured, list[tuple[int, int]]]] = []
 
-    def work() -> None:
+    def work() -> tuple[_Measured, list[tuple[int, int]]]:
         models = _Models(policy, reference, ranks.device)
         allowed = timesteps_within(models.family, min_timestep, max_timestep)
         transform = PairTransform(
@@ -109,10 +108,9 @@ def implicit_rewards(
                 if len(faulty(measured.bad)) > max_bad_fraction * len(index):
                     raise too_many_bad(faulty(measured.bad), len(index), max_bad_fraction, None)
                 bar.update(min(ranks.world_size * batch_size, len(index) - bar.n))  # the others keep pace
-        found.append((measured, noise_levels(allowed, grid=models.family.timestep_grid)))
+        return measured, noise_levels(allowed, grid=models.family.timestep_grid)
 
-    ranks.on_all(work)
-    measured, levels = found[0]
+    measured, levels = ranks.on_all(work)
     parts = ranks.gather(measured)
     bad = sorted(row for part in parts for row in part.bad)
     if len(faulty(bad)) > max_bad_fraction * len(index):

@@ -89,7 +89,6 @@ def score_pairs(
     for what a scorer cannot judge.
     """
     work = PairScoring(source, index, scorers, facts, folder, batch_size, max_bad_fraction)
-    found: list[Scores] = []
     with ExitStack() as held:
 
         def begin() -> None:
@@ -103,8 +102,7 @@ def score_pairs(
         mine = missing[ranks.rank :: ranks.world_size]
         ranks.on_all(lambda: work.score_all(mine, num_workers, _title(ranks)))
         done = sum(ranks.gather(sum(len(work.parts[first]) for first in mine)))
-        ranks.on_main(lambda: found.append(work.collect(done)))
-    return found[0] if found else None
+        return ranks.on_main(lambda: work.collect(done))
 
 
 def _title(ranks: Ranks) -> str | None:

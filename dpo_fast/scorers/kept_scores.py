@@ -77,22 +77,17 @@ def _scores(
 ) -> dict[str, float]:
     """Key -> score by one scorer, after what lacks was scored."""
 
-    def facts() -> dict[str, str]:
-        found: dict[str, str] = {}
-        ranks.on_main(lambda: found.update(describe()))
-        return ranks.share(found)
-
     def lacking() -> list[_Unit]:
         return [*{unit.key: unit for unit in units if unit.key not in kept}.values()]
 
     def share() -> list[_Unit]:
         return lacking()[ranks.rank :: ranks.world_size]
 
-    about = facts()
+    about = ranks.from_main(describe)
     kept = _read(folder, about)
     if ranks.any(bool(lacking())):
         ranks.on_all(lambda: load() if share() else None)
-        about = facts()
+        about = ranks.from_main(describe)
         kept = _read(folder, about)
         mine = share()
         ranks.wait()  # every rank has seen the same scores before one of them writes

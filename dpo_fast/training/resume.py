@@ -17,15 +17,10 @@ class AlreadyDone(Exception):
 
 def saved_state(config: TrainConfig, ranks: Ranks) -> tuple[dict, dict]:
     """The files and the state of the checkpoint to go on from; both empty where the run starts."""
-    folder: Path | None = None
-
-    def look() -> None:
-        nonlocal folder
-        folder = checkpoint.find(config.output_dir, config.resume_from_checkpoint)
-
-    if config.resume_from_checkpoint is not None:
-        ranks.on_main(look)  # on a network disk the others may not see yet what the main rank sees
-    folder = ranks.share(folder)
+    if config.resume_from_checkpoint is None:
+        return {}, {}
+    # on a network disk the others may not see yet what the main rank sees
+    folder = ranks.from_main(lambda: checkpoint.find(config.output_dir, config.resume_from_checkpoint))
     return ranks.on_all(lambda: _load_checkpoint(folder)) if folder else ({}, {})
 
 

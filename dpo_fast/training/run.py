@@ -185,7 +185,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
         cached = _fill_cache(config, ranks, pairs, needed_rows(config, pairs), family, waiting=logger.warning)
     captions_cut = _known_cut_captions(config, saved)
     if captions_cut is None:
-        captions_cut = ranks.share(_count_cut_captions(config, pairs, family) if ranks.is_main else None)
+        captions_cut = ranks.from_main(lambda: _count_cut_captions(config, pairs, family))
     if cached and not config.run_validation:  # samples need them
         family.free_encoders(keep=config.tuning == "full")
     scored = None
