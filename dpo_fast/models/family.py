@@ -66,6 +66,12 @@ class Family(ABC):
     """
 
     name: ClassVar[str]  # "sd15", "sdxl" or "turbo"
+    pipeline_class: ClassVar[type[DiffusionPipeline]]  # of diffusers; the class that model_index.json names
+    image_to_image_class: ClassVar[type[DiffusionPipeline]]
+    text_encoders: ClassVar[tuple[str, ...]]  # parts of the pipeline
+    usual_config: ClassVar[str]  # hub id: the configuration of a single file where none is named
+    few_steps: ClassVar["type[Family] | None"] = None  # the same architecture distilled to few steps
+    unused_parts: ClassVar[dict[str, object]] = {"feature_extractor": None, "image_encoder": None}  # not even read
     sampling_steps: ClassVar[int]
     sampling_guidance: ClassVar[float]  # guidance_scale of the pipeline
     text_kind: ClassVar[str]  # what `encode_prompts` gives, in words
@@ -108,6 +114,10 @@ class Family(ABC):
             positions = getattr(config, "max_position_embeddings", None)
             if tokenizer is not None and positions is not None and tokenizer.model_max_length > positions:
                 tokenizer.model_max_length = positions
+
+    def image_to_image_options(self) -> dict[str, object]:
+        """What `image_to_image_class` is made with besides the pipeline's components."""
+        return {}
 
     @property
     def unet(self) -> UNet2DConditionModel:

@@ -14,8 +14,6 @@ from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
     DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -42,19 +40,15 @@ from dpo_fast.models.load_errors import bad_input
 from dpo_fast.models.lora import WEIGHT_NAME
 from dpo_fast.models.marks import Marks, marks_of_file, marks_of_scheduler, refuse_edm, settled
 from dpo_fast.models.sd15 import SD15
-from dpo_fast.models.sdxl import SDXL, Turbo
+from dpo_fast.models.sdxl import SDXL
 from dpo_fast.models.source import ModelSource
 from dpo_fast.models.untrusted import INDEX, check_part, check_pipeline, check_weights, read_index
 from dpo_fast.quiet import no_loading_bars
 from dpo_fast.schedule import check_discrete
 
-_FAMILIES = {"StableDiffusionPipeline": SD15, "StableDiffusionXLPipeline": SDXL}
-_PIPELINES = {SD15: StableDiffusionPipeline, SDXL: StableDiffusionXLPipeline}
-_UNUSED = {"feature_extractor": None, "image_encoder": None}  # not even read
-_UNUSED_PARTS = {SD15: {**_UNUSED, "safety_checker": None, "requires_safety_checker": False}, SDXL: _UNUSED}
+# By the name of the pipeline class, which model_index.json holds.
+FAMILIES: dict[str, type[Family]] = {kind.pipeline_class.__name__: kind for kind in (SD15, SDXL)}
 _PICKLED = "check its files; pickled weights are not loaded, convert them with save_pretrained(folder)"
-# Where the configuration of a single file comes from when none is given.
-_USUAL = {SD15: "stable-diffusion-v1-5/stable-diffusion-v1-5", SDXL: "stabilityai/stable-diffusion-xl-base-1.0"}
 # What diffusers would fetch of a VAE's repository.
 _WEIGHTS = "diffusion_pytorch_model"
 _FILES_OF_VAE = [
@@ -115,7 +109,7 @@ def load_family(
         if vae_path is None and (part := _index(path, hub).get("vae")):
             _check_vae({"_class_name": part[1]})
         pipeline = _load_folder(path, kind, dtype, unet_dtype, source.variant, hub, vae_path is None)
-    if None in (pipeline.text_encoder, pipeline.tokenizer) or (kind is SDXL and pipeline.text_encoder_2 is None):
+    if None in (pipeline.tokenizer, *(getattr(pipeline, part) for part in kind.text_encoders)):
         raise BadInput(f"{path} has no text encoder (the SDXL refiner?): use a pipeline with all of them")
     if vae_path is not None:
         pipeline.vae = _load_vae(vae_path, pipeline.vae, elsewhere)
@@ -125,7 +119,7 @@ def load_family(
         pipeline.vae.to(dtype)
     scheduler = marks_of_scheduler(pipeline.scheduler.config)
     prediction_type, zero_terminal_snr = settled(path, marks, scheduler, prediction_type, source.zero_terminal_snr)
-    family = (Turbo if source.turbo else kind)(
+    family = (kind.few_steps if source.turbo else kind)(
         pipeline,
         dtype=dtype,
         device=torch.device(device),
@@ -161,7 +155,7 @@ def align_weights(pipeline: DiffusionPipeline) -> None:
 def family_of(source: ModelSource) -> type[Family]:
     """The class that `load_family` would give an instance of, without loading any weights; the same errors."""
     kind = _kind(source.path, source.turbo, source.hub())
-    return Turbo if source.turbo else kind
+    return kind.few_steps if source.turbo else kind
 
 
 def component_config(source: ModelSource, component: str) -> dict:
@@ -179,28 +173,28 @@ def component_config(source: ModelSource, component: str) -> dict:
 
 
 def _kind(path: str, turbo: bool, hub: dict) -> type[Family]:
-    """SD15 or SDXL."""
+    """The family, or the one that its few-step models are made from."""
     if path.endswith(".safetensors"):
         kind = _kind_of_file(path)
     else:
         kind = _kind_of_folder(path, hub)
         _check_scheduler(path, hub)
-    if turbo and kind is not SDXL:
-        raise BadInput(f"turbo is for SDXL pipelines, but {path} is a {_PIPELINES[kind].__name__}: leave turbo out")
+    if turbo and kind.few_steps is None:
+        raise BadInput(f"turbo is for SDXL pipelines, but {path} is a {kind.pipeline_class.__name__}: leave turbo out")
     return kind
 
 
 def _kind_of_folder(path: str, hub: dict) -> type[Family]:
-    """SD15 or SDXL, by the pipeline class that model_index.json names; of a hub id only that file is fetched.
+    """The family by the pipeline class that model_index.json names; of a hub id only that file is fetched.
 
     Raises BadInput for a pipeline whose files name code, as far as they are on this disk.
     """
     class_name = _index(path, hub)["_class_name"]
-    if class_name not in _FAMILIES:
-        raise BadInput(f"{path} is a {class_name}; supported are {' and '.join(_FAMILIES)}: use such a base model")
+    if class_name not in FAMILIES:
+        raise BadInput(f"{path} is a {class_name}; supported are {' and '.join(FAMILIES)}: use such a base model")
     if exists(Path(path)) and Path(path).is_dir():
         check_pipeline(Path(path))
-    return _FAMILIES[class_name]
+    return FAMILIES[class_name]
 
 
 def _index(path: str, hub: dict) -> dict[str, object]:
@@ -279,7 +273,7 @@ def _config_source(path: str, single_file_config: str | Path | None) -> str:
             f"{path} is a Stable Diffusion 2.x model, whose file does not say its prediction type and size: name the"
             " folder or hub id of its diffusers pipeline as single_file_config"
         )
-    return _USUAL[kind]
+    return kind.usual_config
 
 
 def _config_folder(path: str, hub: dict) -> str:
@@ -350,10 +344,10 @@ def _load_folder(
             _check_vae(AutoencoderKL.load_config(path, subfolder="vae"))
         dtypes = {"unet": unet_dtype, "vae": torch.float32, "default": dtype}
         with no_loading_bars():
-            pipeline = DiffusionPipeline.from_pretrained(
-                path, variant=variant, use_safetensors=True, **{_DTYPE: dtypes}, **_UNUSED_PARTS[kind]
+            pipeline = kind.pipeline_class.from_pretrained(
+                path, variant=variant, use_safetensors=True, **{_DTYPE: dtypes}, **kind.unused_parts
             )
-        for part in ("text_encoder", "text_encoder_2"):
+        for part in kind.text_encoders:
             _check_names(Path(path, part), getattr(pipeline, part, None))
         return pipeline
 
@@ -411,10 +405,10 @@ def _load_file(
         # from_single_file knows one dtype only, so what differs is loaded on its own
         vae = AutoencoderKL.from_single_file(path, subfolder="vae", **{_DTYPE: torch.float32}, **where)
         unet = UNet2DConditionModel.from_single_file(path, subfolder="unet", **{_DTYPE: unet_dtype}, **where)
-        pipeline = _PIPELINES[kind].from_single_file(
-            path, unet=unet, vae=vae, **{_DTYPE: dtype}, **_UNUSED_PARTS[kind], **where
+        pipeline = kind.pipeline_class.from_single_file(
+            path, unet=unet, vae=vae, **{_DTYPE: dtype}, **kind.unused_parts, **where
         )
-        if kind is SDXL and _CONVERTERS_PROJECTION in _header(path)[0]:
+        if len(kind.text_encoders) > 1 and _CONVERTERS_PROJECTION in _header(path)[0]:
             with safe_open(path, framework="pt") as file:
                 weight = file.get_tensor(_CONVERTERS_PROJECTION).to(dtype)
             if weight.shape != pipeline.text_encoder_2.text_projection.weight.shape:

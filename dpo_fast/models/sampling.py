@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -126,12 +125,8 @@ def _from_latents(family: Family, latents: torch.Tensor):
 
     It would encode images itself, in the UNet's dtype, and draw from the posterior before it draws the noise.
     """
-    parts, scheduler = dict(family.pipeline.components), family.pipeline.scheduler
-    if family.needs_time_ids:
-        empty = family.pipeline.config.get("force_zeros_for_empty_prompt", True)
-        pipeline = StableDiffusionXLImg2ImgPipeline(**parts, force_zeros_for_empty_prompt=empty, add_watermarker=False)
-    else:
-        pipeline = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    scheduler = family.pipeline.scheduler
+    pipeline = family.image_to_image_class(**family.pipeline.components, **family.image_to_image_options())
     pipeline.set_progress_bar_config(disable=True)
     pipeline.image_processor = VaeImageProcessor(vae_latent_channels=latents.shape[1])  # passes latents on
 

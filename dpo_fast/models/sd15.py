@@ -1,5 +1,9 @@
 """Stable Diffusion 1.x and 2.x: one text encoder, no micro-conditioning."""
 
+from typing import ClassVar
+
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+
 from dpo_fast.models.family import Conditioning, Family
 
 
@@ -7,9 +11,17 @@ class SD15(Family):
     """Conditioning: prompt_embeds [N,77,768] (1024 wide in 2.x)."""
 
     name = "sd15"
+    pipeline_class = StableDiffusionPipeline
+    image_to_image_class = StableDiffusionImg2ImgPipeline
+    text_encoders = ("text_encoder",)
+    usual_config = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    unused_parts: ClassVar = {**Family.unused_parts, "safety_checker": None, "requires_safety_checker": False}
     text_kind = "last hidden state, normed"
     sampling_steps = 50
     sampling_guidance = 7.5
+
+    def image_to_image_options(self) -> dict[str, object]:
+        return {"requires_safety_checker": False}
 
     def _encode(self, prompts: list[str]) -> Conditioning:
         prompt_embeds, _ = self.pipeline.encode_prompt(

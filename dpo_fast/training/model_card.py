@@ -43,18 +43,18 @@ def model_card(
     config: dict[str, object],
     summary: dict[str, object],
     counts: dict[str, object],
-    family: str,
+    pipeline: str,
     argv: list[str],
     scheduler: tuple[str, dict[str, object]] | None = None,
 ) -> str:
     """README.md of an output folder, with the hub's metadata block.
 
-    `counts` are the numbers of the data set, `argv` the flags the run was started with. scheduler: the class that has
-    the schedule which was trained, and the settings in which it differs from the base's own; None: the base's will do.
+    `counts` are the numbers of the data set, `argv` the flags the run was started with. pipeline: diffusers' class that
+    loads the model. scheduler: the class that has the schedule which was trained, and the settings in which it differs
+    from the base's own; None: the base's will do.
     """
     lora = config["tuning"] == "lora"
     base, pairs = (public_name(config[name]) for name in ("pretrained_model_name_or_path", "dataset_name"))
-    pipeline = "StableDiffusionPipeline" if family == "sd15" else "StableDiffusionXLPipeline"
     here = config["hub_model_id"] or "FOLDER"
     from_base = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
     load = (

@@ -327,7 +327,8 @@ class Trainer:
             counts = {"rows": run.sets.rows, "ties_dropped": run.sets.ties_dropped, "bad_rows": len(run.bad_rows)}
             sampler = self.family.sampler
             scheduler = (sampler.kind.__name__, sampler.changes) if sampler.changes else None
-            card = model_card(public(config), summary, counts, self.family.name, self.argv, scheduler)
+            pipeline = self.family.pipeline_class.__name__
+            card = model_card(public(config), summary, counts, pipeline, self.argv, scheduler)
             write_text(run.folder / "README.md", card)
             checkpoint.prune(run.folder, config.checkpoints_total_limit)  # a kill may have come before the last one
             write_signed_json(run.folder / run_folder.SUMMARY, summary)  # last: it says that the run is finished

@@ -33,7 +33,8 @@ def card(
         pairs_per_step=8,
     )
     config = public(TrainConfig(**filled | settings))
-    return model_card(config, SUMMARY | (summary or {}), COUNTS, family, list(argv), scheduler)
+    pipeline = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[family]
+    return model_card(config, SUMMARY | (summary or {}), COUNTS, pipeline, list(argv), scheduler)
 
 
 def metadata(text: str) -> dict:
