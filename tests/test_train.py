@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from dpo_fast.evaluation.models import OneAtATime, read_run, result_of
 from dpo_fast.kernels import reference as kernels
 from dpo_fast.models import AdapterSwitch
+from dpo_fast.models.lora import WEIGHT_NAME
 from dpo_fast.train import main
 from dpo_fast.trainer import Trainer
 from tests.helpers.pairs import write_pickapic
@@ -49,7 +50,7 @@ def test_real_pairs_train_an_sdxl_lora_that_diffusers_loads(sdxl_path, tmp_path,
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl_path)
     before = picture(pipeline)
-    pipeline.load_lora_weights(folder)
+    pipeline.load_lora_weights(folder, weight_name=WEIGHT_NAME)  # offline diffusers 0.39 wants it
     after = picture(pipeline)
     assert (after - before).abs().max() > 1e-3
     # what was loaded is what was trained: master weights, alpha / rank a part of B
