@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from dpo_fast.evaluation.sides import read_run
 from dpo_fast.kernels import reference as kernels
 from dpo_fast.models import AdapterSwitch
+from dpo_fast.models.lora import WEIGHT_NAME
 from dpo_fast.models.opened import OneAtATime
 from dpo_fast.models.source import result_of
 from dpo_fast.train import main
@@ -51,7 +52,7 @@ def test_real_pairs_train_an_sdxl_lora_that_diffusers_loads(sdxl_path, tmp_path,
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl_path)
     before = picture(pipeline)
-    pipeline.load_lora_weights(folder)
+    pipeline.load_lora_weights(folder, weight_name=WEIGHT_NAME)  # offline diffusers 0.39 wants it
     after = picture(pipeline)
     assert (after - before).abs().max() > 1e-3
     # what was loaded is what was trained: master weights, alpha / rank a part of B

@@ -21,7 +21,7 @@ from dpo_fast.models.load_errors import bad_input
 DEFAULT_TARGETS = TrainConfig.lora_targets  # the attention projections
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 _ADAPTER = "default"
-_PATTERNS = ("rank_pattern", "alpha_pattern")  # empty, but diffusers 0.35 fails without them
+_PATTERNS = ("rank_pattern", "alpha_pattern")  # empty, but diffusers 0.39 fails without them
 _METADATA = ("r", "lora_alpha", "target_modules", *_PATTERNS)  # what a file says of its adapter, in peft's words
 
 

@@ -1,10 +1,11 @@
 """What a model's files may name: checked before a library loads anything, so that a model's files run no code.
 
 The JSON files of a model name classes, modules, kernels and further files, and diffusers and transformers follow them.
-How far differs from version to version: diffusers 0.35 imports any module that model_index.json names, a .py file of
-the model's own folder before all others, and newer ones do so when asked to trust it. We do not rely on them: a
-pipeline must have parts of known classes, its folders must hold no Python, and its files must not name a module, a
-kernel, a quantization method or a file of another folder. Weights must be safetensors; the loaders refuse pickles.
+How far differs from version to version: diffusers 0.39 imports any importable module that model_index.json names, newer
+ones only those that they know, and both run a .py file of the model's own folder when asked to trust it. We do not
+rely on them: a pipeline must have parts of known classes, its folders must hold no Python, and its files must not name
+a module, a kernel, a quantization method or a file of another folder. Weights must be safetensors; the loaders refuse
+pickles.
 """
 
 import json
@@ -90,7 +91,7 @@ def check_pipeline(folder: Path, *, weights: bool = False) -> None:
     """
     folder = Path(folder)
     index = read_index(folder, folder / INDEX)
-    _refuse_python(folder, "none.py")  # in which diffusers 0.35 looks for the code of a pipeline that names none
+    _refuse_python(folder, "none.py")  # in which diffusers looks for the code of a pipeline that names none
     for part in _PARTS.keys() & index.keys():
         if (folder / part).is_dir() and index[part] != [None, None]:
             check_part(folder / part, part)

@@ -132,7 +132,7 @@ def test_the_sum_is_that_of_diffusers(sd15_path, tmp_path):
     ours, theirs, path = make_family(sd15_path), make_family(sd15_path), tmp_path / "lora.safetensors"
     pairs = peft_file(ours.unet, path)
     merge_lora(ours.pipeline, path)
-    theirs.pipeline.load_lora_weights(path)
+    theirs.pipeline.load_lora_weights(path, weight_name=path.name)
     theirs.pipeline.fuse_lora()
     theirs.pipeline.unload_lora_weights()
     merged = theirs.unet.state_dict()
