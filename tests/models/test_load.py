@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_fast.errors import BadInput
 from dpo_fast.models import load
+from dpo_fast.models.sdxl import SDXL
 from tests.helpers.pipelines import load_model, make_sd15, make_sdxl
 from tests.helpers.runs import ROOT
 from tests.helpers.single_file import write_single_file
@@ -410,19 +411,16 @@ for use in (
 def test_weights_lie_where_torch_puts_them(sdxl_path, monkeypatch):
     """Whatever a library left askew is moved, its values unchanged: the last bit of a product depends on the place."""
     values: dict[str, torch.Tensor] = {}
-    family_class = load.SDXL
 
-    def askew(pipeline: DiffusionPipeline, **settings: object):
-        for name, parameter in pipeline.text_encoder_2.named_parameters():
-            values[name] = parameter.detach().clone()
-            room = torch.empty(parameter.nbytes + 8, dtype=torch.uint8)
-            parameter.data = room[8:].view(parameter.dtype).view_as(parameter).copy_(values[name])
-        return family_class(pipeline, **settings)
+    class Askew(SDXL):
+        def __init__(self, pipeline: DiffusionPipeline, **settings: object) -> None:
+            for name, parameter in pipeline.text_encoder_2.named_parameters():
+                values[name] = parameter.detach().clone()
+                room = torch.empty(parameter.nbytes + 8, dtype=torch.uint8)
+                parameter.data = room[8:].view(parameter.dtype).view_as(parameter).copy_(values[name])
+            super().__init__(pipeline, **settings)
 
-    monkeypatch.setitem(load._FAMILIES, "StableDiffusionXLPipeline", askew)
-    monkeypatch.setitem(load._PIPELINES, askew, load._PIPELINES[family_class])
-    monkeypatch.setitem(load._UNUSED_PARTS, askew, load._UNUSED_PARTS[family_class])
-    monkeypatch.setattr(load, "SDXL", askew)
+    monkeypatch.setitem(load.FAMILIES, "StableDiffusionXLPipeline", Askew)
     family = load_model(sdxl_path, **FP32)
     for name, parameter in family.pipeline.text_encoder_2.named_parameters():
         assert parameter.data_ptr() % load.ALIGNMENT == 0 and torch.equal(parameter, values[name])
