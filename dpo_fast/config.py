@@ -100,7 +100,7 @@ class TrainConfig:
     label_column: str | None = None
     """Column with 1 (first image wins), 0 (second wins), 0.5 (tie); None: label_0."""
     preference: Literal["faithfulness", "appeal"] | None = None
-    """Of the built-in pairs: train on the column label_<preference> and judge by that scorer first."""
+    """For the built-in pairs: train on the column label_<preference>, and let that scorer lead the evaluation."""
     caption_column: str | None = None
     """Column with the prompt; None: caption or prompt."""
     streaming: bool = False
@@ -478,7 +478,7 @@ def check(config: TrainConfig) -> None:
         raise BadInput("--streaming needs --max_train_steps: the length of a stream is not known")
     if config.streaming and config.validation_fraction:
         raise BadInput(
-            "--validation_fraction cannot be had with --streaming: images shared across captions stay unseen"
+            "--validation_fraction does not work with --streaming: images shared across captions stay unseen"
         )
     if config.validation_fraction and not config.run_validation:
         raise BadInput(

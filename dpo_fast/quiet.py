@@ -1,4 +1,4 @@
-"""What diffusers and transformers print that asks nothing of the user: filtered by logger and text, only here."""
+"""Noise that diffusers and transformers print: filtered by logger and text, only here."""
 
 import logging
 import re

@@ -175,7 +175,7 @@ def _relabel(config: RelabelConfig, ranks: "Ranks", source: "Source", scorers: d
         lambda: build_index(
             source,
             seed=0,
-            soft_labels=True,  # a tie of people is a pair as good as any
+            soft_labels=True,  # keep human ties: the scorer relabels them
             for_scorers=True,
             max_bad_fraction=config.max_bad_fraction,
             report_path=bad_report if ranks.is_main else None,

@@ -259,7 +259,7 @@ def students_t(freedom: float) -> float:
 
 @lru_cache
 def _students_t(freedom: int) -> float:
-    """Of a whole number of degrees.
+    """The quantile for a whole number of degrees of freedom.
 
     The probability of |t| < sqrt(freedom) tan(angle) is a sum of sines and cosines (Abramowitz and Stegun 1964, 26.7.3
     and 26.7.4); the angle is found by halving.

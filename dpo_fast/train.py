@@ -69,7 +69,7 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
         Trainer(run, argv, hold).train()
         if evaluation is not None:
             config = run.config
-            del run  # its memory is wanted
+            del run  # free its memory before the evaluation loads models
             remedy = f"the run is done: `python -m dpo_fast.evaluate --policy {config.output_dir} --batch_size 1`"
             _evaluate(evaluation, config, ranks)
     except AlreadyDone as done:

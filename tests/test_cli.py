@@ -19,7 +19,7 @@ from tests.helpers.runs import environment
 
 SCRIPT = """
 import os, sys, time
-from dpo_fast.door import guarded, say
+from dpo_fast.cli import guarded, say
 def work():
     for number in range(300):
         print("result", "x" * 100)
@@ -240,7 +240,7 @@ def test_a_line_break_in_a_name_begins_no_line_of_ours(capsys):
 
 def test_a_traceback_is_printed_without_what_its_message_carries():
     script = r"""
-from dpo_fast.door import guarded, leave
+from dpo_fast.cli import guarded, leave
 def work():
     raise RuntimeError("row \x1b]0;title\x07 \u202e is odd")
 leave(guarded(work, kept="", go_on=""))

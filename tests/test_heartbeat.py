@@ -13,7 +13,7 @@ from tests.helpers.runs import environment
 SCRIPT = """
 import os, signal, sys
 from dpo_fast import heartbeat, parallel
-from dpo_fast.door import guarded
+from dpo_fast.cli import guarded
 heartbeat.INTERVAL, heartbeat.SILENCE = 0.2, 1.5
 
 def work():

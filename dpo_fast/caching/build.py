@@ -499,7 +499,7 @@ def stage_on_all_ranks(ranks: Ranks, stage: Callable[[], None], root: Path) -> N
 
 
 def is_fully_known(config: TrainConfig, manifest: Manifest, wanted: NeededRows) -> bool:
-    """Whether a stream need not be read: what is wanted of it is known."""
+    """Whether the manifest knows all rows that are needed of a stream, which is then not read."""
     return None not in _known_rows(config, None, manifest, wanted)
 
 

@@ -196,7 +196,7 @@ class Scoring:
     # ---- stages --------------------------------------------------------------------------------------------------
 
     def _missing(self, there: set[bytes]) -> list[tuple[int, Unit]]:
-        """Of all records those that are not there, with their number among all."""
+        """Missing records, with their index."""
         return [(number, unit) for number, unit in enumerate(self.blocks.units) if unit.key not in there]
 
     def _begin(self, held: ExitStack, waiting: Callable[[str], None] | None) -> None:

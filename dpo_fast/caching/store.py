@@ -180,7 +180,7 @@ class Writer:
         return self.folder / f"shard-{self.rank}-{self._number:05d}.{suffix}"
 
     def _numbers(self, *kinds: str) -> set[int]:
-        """Of this rank's files of these kinds."""
+        """The numbers of this rank's files of these kinds."""
         return {number for rank, number, kind in _shard_files(self.folder) if rank == self.rank and kind in kinds}
 
     def _free_number(self) -> int:
@@ -288,7 +288,7 @@ def log_keys(folder: Path) -> set[bytes]:
 
 
 def default_root() -> Path:
-    """Where the cache is kept when nobody says: $DPO_FAST_CACHE, or dpo_fast in $HF_HOME or in ~/.cache."""
+    """Where the cache is kept by default: $DPO_FAST_CACHE, or dpo_fast in $HF_HOME or in ~/.cache."""
     if given := os.environ.get("DPO_FAST_CACHE"):
         return user_path(given)
     return user_path(os.environ.get("HF_HOME") or "~/.cache") / "dpo_fast"

@@ -237,7 +237,7 @@ def collate(items: Sequence[PairItem]) -> Batch:
 
 
 def load_images(source: Source, row: int) -> tuple[bytes | BadImage, bytes | BadImage]:
-    """A row's two encoded images, or in their place why they cannot be had."""
+    """A row's two encoded images, or in their place why they cannot be used."""
     try:
         return source.image_bytes(row)
     except BadImage as error:

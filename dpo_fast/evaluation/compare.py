@@ -31,7 +31,7 @@ SEED_STRIDE = 1_000_003  # so that the images of neighbouring seeds of a run sta
 class Evaluation:
     """What `--eval_scorers` asks for, checked before any training: scorers, their files and the prompts.
 
-    Every scorer is opened here on the main rank's CPU and let go again, so that one that cannot be had is told at once
+    Every scorer is opened here on the main rank's CPU and let go again, so that an unavailable one is reported at once
     and training has the GPU to itself. Raises BadInput, on every rank.
     """
 
@@ -58,7 +58,7 @@ class Evaluation:
         base = self._generate(config, ranks, models, source, seeds, "base")
         about = _about(config, models.open(source), ranks.device)
         policy = self._generate(config, ranks, models, result_of(config, config.output_dir), seeds, "policy")
-        del models  # its memory is wanted
+        del models  # free its memory before the scorers load
         if not ranks.is_main:
             return None
         self._show(base, policy, config.output_dir / "samples.png")

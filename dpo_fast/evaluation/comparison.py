@@ -93,7 +93,7 @@ def claim(out: Path, settings: Mapping[str, object]) -> None:
 def prepare(comparison: Comparison, out: Path, ranks: Ranks) -> tuple[Comparison, ImagePairs]:
     """The pairs that will be judged, before anything is generated, and the comparison with only their prompts.
 
-    Raises BadInput, on every rank, for what would be refused later: a scorer that cannot be had or cannot judge the
+    Raises BadInput, on every rank, for what would be refused later: a scorer that is not available or cannot judge the
     prompts, a folder without an image of them, an image that does not open.
     """
 

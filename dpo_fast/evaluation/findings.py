@@ -141,7 +141,7 @@ class Findings:
                     " --learning_rate, take fewer steps"
                 )
             elif trained and first.interval.high >= 0.5:
-                lost = f"paid for with {v.scorer}: the policy wins only {v.interval}"
+                lost = f"{v.scorer} got worse: win rate {v.interval}"
             found.append(lost)
         return found + [warning for signal in self.signals if (warning := signal.warning())]
 

@@ -190,7 +190,7 @@ def read_layouts(path: Path, prompts: Sequence[Prompt]) -> dict[str, Layout]:
 
 
 def versions() -> str:
-    """Of what images follow from."""
+    """The versions of the packages that an image depends on."""
     return ", ".join([f"dpo_fast {__version__}", *(f"{name} {version(name)}" for name in PACKAGES)])
 
 

@@ -3,7 +3,7 @@
 In order: an argument other than "auto", the context manager `backend`, the variable DPO_FAST_BACKEND, then by device. A
 backend is a module that gives `<op>_fwd` and `<op>_bwd` on plain tensors and raises ImportError, with the remedy in its
 message, where it cannot be used; one that can be used on some devices only has `reason_against(device_type)` too. What
-was asked for and cannot be had raises; only "auto" falls back.
+was asked for and is not available raises; only "auto" falls back.
 """
 
 import functools

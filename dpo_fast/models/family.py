@@ -136,8 +136,8 @@ class Family(ABC):
         The mean, not a sample: a pair's latents are then one fixed tensor. A latent that overflows fp16 becomes
         infinite; `nonfinite_rows` finds such images without a synchronisation.
 
-        On a CPU an image is encoded alone, whatever `batch_size`: its latents are then the same to the bit in whatever
-        company it comes (a batch of another size sums in another order).
+        On a CPU an image is encoded alone, whatever `batch_size`: its latents are then bitwise independent of what
+        else is in the batch (a batch of another size sums in another order).
         """
         vae = self.pipeline.vae
         latents = []

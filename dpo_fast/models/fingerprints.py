@@ -39,7 +39,7 @@ _NOT_OF_OUTPUTS = frozenset(
 
 
 def latents_recipe_facts(family: Family) -> dict[str, Any]:
-    """Of `Family.encode_images`, but for the images."""
+    """Everything a cached latent depends on, except the image."""
     vae = family.pipeline.vae
     return {
         "vae": weights_digest(vae),
@@ -50,7 +50,7 @@ def latents_recipe_facts(family: Family) -> dict[str, Any]:
 
 
 def text_recipe_facts(family: Family) -> dict[str, Any]:
-    """Of `Family.encode_prompts`, but for the prompts."""
+    """Everything a cached embedding depends on, except the caption."""
     facts: dict[str, Any] = {"dtype": _precision(family.dtype, family.device), "value": f"{family.text_kind}, fp16"}
     for suffix in ("", "_2"):
         encoder = getattr(family.pipeline, f"text_encoder{suffix}", None)
@@ -62,7 +62,7 @@ def text_recipe_facts(family: Family) -> dict[str, Any]:
 
 
 def reference_recipe_facts(family: Family) -> dict[str, Any]:
-    """Of the reference's predictions and targets, but for latents, text and draws. Ask before adapters are added."""
+    """Everything a reference error depends on, except latents, text and draws. Call it before adapters are added."""
     schedule, unet = family.schedule, family.unet
     zeros = bool(family.pipeline.config.get("force_zeros_for_empty_prompt", False))
     return {

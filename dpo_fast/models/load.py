@@ -141,7 +141,7 @@ def revisions(source: ModelSource) -> dict[str, str]:
 
 
 def align_weights(pipeline: DiffusionPipeline) -> None:
-    """Move weights that lie askew in a CPU's memory to where PyTorch would have put them.
+    """Move misaligned weights in a CPU's memory to where PyTorch would have put them.
 
     A library leaves them where it read them, at an address that differs from process to process, and the last bit of a
     product depends on that.

@@ -47,7 +47,7 @@ class OneAtATime:
             return self._held[1]
         bare = replace(source, adapter=None)
         if self._held is None or self._held[0] != bare:
-            self._held = None  # its memory is wanted
+            self._held = None  # free its memory before the next one is loaded
             self._held = bare, self._load(bare)
         family = self._held[1]
         if source.adapter is not None:

@@ -106,7 +106,7 @@ def score_pairs(
 
 
 def _title(ranks: Ranks) -> str | None:
-    """Of the progress bar, which the main rank shows."""
+    """The title of the progress bar, which the main rank shows."""
     if not ranks.is_main:
         return None
     return "Scoring pairs" if ranks.world_size == 1 else "Scoring pairs, this process's share"
@@ -276,7 +276,7 @@ class PairScoring:
             return _Part({}, {}, {})
 
     def _write(self, name: str, first: int, scores: dict[int, list[float]], bad: dict[int, BadRow]) -> None:
-        """Write a part, and with it what is there of rows that this set leaves out: another one may not."""
+        """Write a part; keeps the scores of rows outside this set, which another set may have."""
         before = self._read(name, first)
         scores = scores | {row: both for row, both in before.scores.items() if row not in self.marks}
         bad = bad | {row: wrong for row, wrong in before.bad.items() if row not in self.marks}

@@ -142,7 +142,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _digest(where: Path, repositories: Sequence[str]) -> str:
-    """Of all files of the repositories but the downloader's own notes, which change with every look at the hub."""
+    """A digest of all files of the repositories, except the downloader's own notes, which change with every check."""
     digest = hashlib.blake2b(digest_size=16)
     for repository in repositories:
         folder = where / repository

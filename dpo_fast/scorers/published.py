@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
 def repository(name: str, loading: Loading, files: Sequence[str]) -> Path:
     """The folder, on this disk, with those `files` (patterns) of the repository OWNER/NAME; none of them names code.
 
-    Raises BadInput where it cannot be had.
+    Raises BadInput where it is not available.
     """
     if loading.where is None:
         with bad_input(f"the files of {name} cannot be fetched", ADVICE):

@@ -106,12 +106,12 @@ def transform_of(config: TrainConfig, family: Family) -> PairTransform:
 
 
 def held_out_transform(transform: PairTransform) -> PairTransform:
-    """Of held-out pairs."""
+    """The transform for held-out pairs: nothing random but the noise."""
     return replace(transform, hflip=False, random_crop=False, caption_dropout=0.0)
 
 
 def most_visits(config: TrainConfig, pairs: int, steps: int) -> int:
-    """How often the pairs are visited in so many steps, those visited most."""
+    """The most visits any pair gets in `steps` steps."""
     return -(-steps * config.pairs_per_step // pairs)
 
 

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 # What may differ between a checkpoint and the run that resumes it: it changes where the run ends, what it shows, or at
 # most how sums are rounded (the batch split, the kernels, compilation; on a GPU also encoding for the cache or at each
-# visit). Any other difference is refused. Whether cached_reference may change is decided in `opening._check_draws`.
+# visit). Any other difference is refused. Whether cached_reference may change is decided in `run._check_draws`.
 MAY_CHANGE = frozenset(
     "preset dataset_name max_train_steps num_train_epochs log_every report_to logging_dir tracker_name output_dir"
     " overwrite resume_from_checkpoint checkpointing_steps checkpointing_minutes checkpoints_total_limit"

@@ -31,7 +31,7 @@ STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256, "adafactor": 0.0}
 
 @dataclass
 class UNetCosts:
-    """Of one image (half a pair) through the UNet."""
+    """The cost of one image (half a pair) through the UNet."""
 
     parameters: int
     trained: int

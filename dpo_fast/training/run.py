@@ -248,7 +248,7 @@ def settle(config: TrainConfig, ranks: Ranks) -> TrainConfig:
 
 
 def _check_backend(config: TrainConfig, ranks: Ranks) -> None:
-    """The kernels that were asked for, by flag or environment, can be had."""
+    """Raise BadInput where the kernels that were asked for, by flag or environment, are not available."""
     try:
         dispatch.module_for("dpo_loss", config.backend, torch.zeros(1, device=ranks.device))
     except (ValueError, RuntimeError) as error:
@@ -258,7 +258,7 @@ def _check_backend(config: TrainConfig, ranks: Ranks) -> None:
 def _fill_cache(
     config: TrainConfig, ranks: Ranks, pairs: RunPairs, wanted: build.NeededRows, family: Family, **how: object
 ) -> build.Cached:
-    """Encode what is missing; from then on the pairs come from the cache. `how` is `caching.fill`'s."""
+    """Encode what is missing; from then on the pairs come from the cache. `how`: keywords of `build.fill`."""
     reopen = partial(open_source, source_of(config))
     cached = build.fill(config, ranks, pairs.source, pairs.manifest, wanted, family, reopen=reopen, **how)
     if config.streaming:

@@ -109,7 +109,7 @@ def test_over_optimisation_is_not_hidden():
 
     assert warnings(a=0.8, b=0.5) == warnings(a=0.5, b=1) == []
     (paid,) = warnings(a=0.8, b=0.2, c=0.5)
-    assert paid.startswith("paid for with b: the policy wins only 0.200 [0.")
+    assert paid.startswith("b got worse: win rate 0.200 [0.")
     over, other = warnings(a=0.2, b=0.1)
     assert over.startswith("over-optimisation: the policy loses on a: win rate 0.200 [") and "raise --beta_dpo" in over
     assert other.startswith("the policy loses on b: win rate 0.100 [")
