@@ -108,6 +108,12 @@ def noise_pair_fwd(
     prediction_type: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
+    """`kernels.noise_pair` on checked arguments.
+
+    latents [2B,C,H,W] of any float dtype; sqrt_alpha_bar and sqrt_one_minus_alpha_bar float32 [B]; pair_id and draw
+    int64 [B]. Returns the noisy latents [2B,C,H,W] in `dtype` and the target in float32: the noise [B,C,H,W] for
+    prediction_type epsilon, the velocity [2B,C,H,W] for v_prediction.
+    """
     if dtype == torch.float64:  # the arithmetic is float32 all the same
         noisy, target = noise_pair_fwd(
             latents, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, pair_id, draw, prediction_type, torch.float32
@@ -143,6 +149,11 @@ def noise_pair_fwd(
 
 
 def pair_errors_fwd(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`kernels.pair_errors` on checked arguments.
+
+    policy_pred [2B,C,H,W]; ref: predictions [2B,C,H,W], errors float32 [2B] or None; target [B,C,H,W] or [2B,C,H,W];
+    dtypes may differ. Returns policy_error, ref_error and error_delta, float32 [2B] each.
+    """
     policy_error, ref_error, error_delta = (_floats(policy_pred, policy_pred.shape[0]) for _ in range(3))
     errors, _workspace = _errors(policy_pred, ref, target, policy_error, ref_error, error_delta)
     _call("pair_errors", policy_pred, errors=errors)
@@ -150,6 +161,7 @@ def pair_errors_fwd(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> 
 
 
 def pair_errors_bwd(grad_error: Tensor, policy_pred: Tensor, target: Tensor) -> Tensor:
+    """The gradient of policy_pred, [2B,C,H,W] in its dtype; grad_error [2B]: of policy_error and error_delta together."""
     grad = torch.empty_like(policy_pred)
     grad_error = grad_error.float().contiguous()
     address = _vector(grad_error, torch.float32, policy_pred.shape[0], policy_pred)
@@ -163,6 +175,11 @@ def pair_errors_bwd(grad_error: Tensor, policy_pred: Tensor, target: Tensor) -> 
 def dpo_loss_fwd(
     policy_pred: Tensor, ref: Tensor, target: Tensor, beta: float, label: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`kernels.dpo_loss` on checked arguments.
+
+    policy_pred, ref and target as `pair_errors_fwd`, ref not None; label and weight float32 [B] or None (all 1).
+    Returns loss [], margin [B], policy_error and ref_error [2B], all float32.
+    """
     images = policy_pred.shape[0]
     policy_error, ref_error = _floats(policy_pred, images), _floats(policy_pred, images)
     loss, margin = _floats(policy_pred), _floats(policy_pred, images // 2)
@@ -189,6 +206,7 @@ def dpo_loss_bwd(
     label: Tensor | None,
     weight: Tensor | None,
 ) -> Tensor:
+    """The gradient of policy_pred, [2B,C,H,W] in its dtype; grad_loss float32 [], margin float32 [B] of the forward."""
     grad, pairs = torch.empty_like(policy_pred), policy_pred.shape[0] // 2
     _call(
         "dpo_loss_grad",

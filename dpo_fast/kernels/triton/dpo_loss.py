@@ -95,6 +95,11 @@ def dpo_loss_bwd_kernel(
 def dpo_loss_fwd(
     policy_pred: Tensor, ref: Tensor, target: Tensor, beta: float, label: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`kernels.dpo_loss` on checked arguments.
+
+    policy_pred, ref and target as `pair_errors_fwd`, ref not None; label and weight float32 [B] or None (all 1).
+    Returns loss [], margin [B], policy_error and ref_error [2B], all float32.
+    """
     images = policy_pred.shape[0]
     with launching_for(policy_pred, ref, target):
         sums, online = stretch_sums(policy_pred, ref, target)
@@ -133,6 +138,7 @@ def dpo_loss_bwd(
     label: Tensor | None,
     weight: Tensor | None,
 ) -> Tensor:
+    """The gradient of policy_pred, [2B,C,H,W] in its dtype; grad_loss float32 [], margin float32 [B] of the forward."""
     images, numbers = policy_pred.shape[0], policy_pred[0].numel()
     stretches = triton.cdiv(numbers, STRETCH)
     grad = torch.empty_like(policy_pred)

@@ -133,6 +133,12 @@ def noise_pair_fwd(
     prediction_type: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
+    """`kernels.noise_pair` on checked arguments.
+
+    latents [2B,C,H,W] of any float dtype; sqrt_alpha_bar and sqrt_one_minus_alpha_bar float32 [B]; pair_id and draw
+    int64 [B]. Returns the noisy latents [2B,C,H,W] in `dtype` and the target in float32: the noise [B,C,H,W] for
+    prediction_type epsilon, the velocity [2B,C,H,W] for v_prediction.
+    """
     if dtype == torch.float64:
         raise ValueError("backend 'triton' does not compute in float64; choose reference")
     images, channels, height, width = latents.shape

@@ -188,6 +188,11 @@ def stretch_sums(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> tup
 
 
 def pair_errors_fwd(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`kernels.pair_errors` on checked arguments.
+
+    policy_pred [2B,C,H,W]; ref: predictions [2B,C,H,W], errors float32 [2B] or None; target [B,C,H,W] or [2B,C,H,W];
+    dtypes may differ. Returns policy_error, ref_error and error_delta, float32 [2B] each.
+    """
     images = policy_pred.shape[0]
     with launching_for(policy_pred, ref, target):
         sums, online = stretch_sums(policy_pred, ref, target)
@@ -209,6 +214,7 @@ def pair_errors_fwd(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> 
 
 
 def pair_errors_bwd(grad_error: Tensor, policy_pred: Tensor, target: Tensor) -> Tensor:
+    """The gradient of policy_pred, [2B,C,H,W] in its dtype; grad_error [2B]: of policy_error and error_delta together."""
     images, numbers = policy_pred.shape[0], policy_pred[0].numel()
     stretches = triton.cdiv(numbers, STRETCH)
     grad = torch.empty_like(policy_pred)
