@@ -161,7 +161,7 @@ def pair_errors_fwd(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> 
 
 
 def pair_errors_bwd(grad_error: Tensor, policy_pred: Tensor, target: Tensor) -> Tensor:
-    """The gradient of policy_pred, [2B,C,H,W] in its dtype; grad_error [2B]: of policy_error and error_delta together."""
+    """The gradient of policy_pred, [2B,C,H,W] in its dtype; grad_error [2B] is that of policy_error and error_delta."""
     grad = torch.empty_like(policy_pred)
     grad_error = grad_error.float().contiguous()
     address = _vector(grad_error, torch.float32, policy_pred.shape[0], policy_pred)

@@ -214,7 +214,7 @@ def pair_errors_fwd(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> 
 
 
 def pair_errors_bwd(grad_error: Tensor, policy_pred: Tensor, target: Tensor) -> Tensor:
-    """The gradient of policy_pred, [2B,C,H,W] in its dtype; grad_error [2B]: of policy_error and error_delta together."""
+    """The gradient of policy_pred, [2B,C,H,W] in its dtype; grad_error [2B] is that of policy_error and error_delta."""
     images, numbers = policy_pred.shape[0], policy_pred[0].numel()
     stretches = triton.cdiv(numbers, STRETCH)
     grad = torch.empty_like(policy_pred)
