@@ -19,7 +19,7 @@ import yaml
 from dpo_fast.cli import did_you_mean, one_line_errors
 from dpo_fast.errors import BadInput
 from dpo_fast.files import regular_file
-from dpo_fast.presets import PICKAPIC, PRESETS
+from dpo_fast.presets import DEFAULT_BETA, PICKAPIC, PRESETS
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,9 @@ class TrainConfig:
     missing: no reference is held or run, and further runs over beta, learning rate, objective or rank share them."""
 
     # The objective.
-    objective: Literal["dpo", "ipo", "hinge", "cdpo", "kto", "mapo", "sft"] = "dpo"
-    """The loss, as a function of the margin -(beta/2)[(e_w - eref_w) - (e_l - eref_l)]."""
+    objective: str = "dpo"
+    """The loss, a function of the margin -(beta/2)[(e_w - eref_w) - (e_l - eref_l)] and more: dpo, ipo, hinge, cdpo,
+    kto, mapo, sft, or module:function, one of your own (CONTRIBUTING.md)."""
     loss_type: Literal["sigmoid", "hinge", "ipo"] | None = None
     """The name diffusers' SD script has for --objective (sigmoid is dpo)."""
     beta_dpo: float | None = None
@@ -403,7 +404,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
             settled["eval_scorers"] = (config.preference, *others)
         settled |= {"label_column": f"label_{config.preference}", "preference": None}
     if config.beta_dpo is None:
-        settled["beta_dpo"] = 0.1 if settled.get("objective", config.objective) == "mapo" else 5000.0
+        settled["beta_dpo"] = DEFAULT_BETA.get(str(settled.get("objective", config.objective)), DEFAULT_BETA["dpo"])
     config = dataclasses.replace(config, **settled)
     check(config)
     return config, notes
@@ -469,6 +470,10 @@ def check(config: TrainConfig) -> None:
         raise BadInput(
             "no preference pairs are named: give --dataset_name (a hub id such as"
             f" {PICKAPIC}, or a local file or folder)"
+        )
+    if config.objective not in DEFAULT_BETA and ":" not in config.objective:
+        raise BadInput(
+            f"--objective {config.objective} is none of {', '.join(DEFAULT_BETA)}, nor a module:function of your own"
         )
     if config.label_smoothing and config.objective != "cdpo":
         raise BadInput(

@@ -12,12 +12,14 @@ margin and implicit reward are in our unit, which has beta/2 in it:
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_fast.errors import BadInput
 from dpo_fast.kernels import DPOLoss, dpo_loss, pair_errors
 from dpo_fast.kernels.pair_errors import check_per_pair
 from dpo_fast.kernels.reference import batch_mean, pair_margin
@@ -38,6 +40,27 @@ class Pairs(NamedTuple):
         return Pairs(self.error_l, self.error_w, margin, self.reward_l, self.reward_w)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What an objective's function takes besides the pairs."""
+
+    beta: float  # in our unit
+
+
+@dataclass(frozen=True)
+class SmoothedLabels(Settings):
+    """cDPO's."""
+
+    label_smoothing: float = 0.0  # the probability that a label is wrong, in [0, 0.5)
+
+
+@dataclass(frozen=True)
+class KLTerm(Settings):
+    """Diffusion-KTO's."""
+
+    kl: Tensor  # [] float32 >= 0, detached: the mean implicit reward of the previous step, or 0
+
+
 class Terms(NamedTuple):
     """The loss and what is reported beside it."""
 
@@ -48,37 +71,35 @@ class Terms(NamedTuple):
     implicit_reward: Tensor | None  # [2B]; None without a reference
 
 
-def dpo(pairs: Pairs, beta: float, kl: Tensor | None) -> Tensor:
+def dpo(pairs: Pairs, settings: Settings) -> Tensor:
     """-logsigmoid(margin): arXiv 2311.12908 eq. 14; with smoothed labels cDPO (ericmitchell.ai/cdpo.pdf)."""
     return -F.logsigmoid(pairs.margin)
 
 
-def ipo(pairs: Pairs, beta: float, kl: Tensor | None) -> Tensor:
+def ipo(pairs: Pairs, settings: Settings) -> Tensor:
     """(margin - 1/2)^2: arXiv 2310.12036 eq. 17 times tau^2, so that its gradient is of order beta."""
     return (pairs.margin - 0.5).square()
 
 
-def hinge(pairs: Pairs, beta: float, kl: Tensor | None) -> Tensor:
+def hinge(pairs: Pairs, settings: Settings) -> Tensor:
     """relu(1 - margin): SLiC's rank loss (arXiv 2305.10425) on implicit rewards."""
     return F.relu(1 - pairs.margin)
 
 
-def kto(pairs: Pairs, beta: float, kl: Tensor | None) -> Tensor:
+def kto(pairs: Pairs, settings: KLTerm) -> Tensor:
     """Mean over both images of 1 - sigmoid(+-(reward - kl)): Diffusion-KTO, arXiv 2404.04465."""
-    if kl is None:
-        raise ValueError("kto needs kl, a detached scalar >= 0: the mean implicit reward of the previous step, or 0")
-    return (torch.sigmoid(kl - pairs.reward_w) + torch.sigmoid(pairs.reward_l - kl)) / 2
+    return (torch.sigmoid(settings.kl - pairs.reward_w) + torch.sigmoid(pairs.reward_l - settings.kl)) / 2
 
 
-def mapo(pairs: Pairs, beta: float, kl: Tensor | None) -> Tensor:
+def mapo(pairs: Pairs, settings: Settings) -> Tensor:
     """e_w - beta logsigmoid(T (phi(e_w) - phi(e_l))), phi(e) = s e / (exp(s e) - 1): MaPO, arXiv 2406.06424."""
     s, T = 0.5, 1000
-    return pairs.error_w - beta * F.logsigmoid(
+    return pairs.error_w - settings.beta * F.logsigmoid(
         T * (_x_over_expm1(s * pairs.error_w) - _x_over_expm1(s * pairs.error_l))
     )
 
 
-def sft(pairs: Pairs, beta: float, kl: Tensor | None) -> Tensor:
+def sft(pairs: Pairs, settings: Settings) -> Tensor:
     """The diffusion loss of the chosen image (arXiv 2006.11239 eq. 14)."""
     return pairs.error_w
 
@@ -87,11 +108,10 @@ def sft(pairs: Pairs, beta: float, kl: Tensor | None) -> Tensor:
 class Objective:
     """A row of the table."""
 
-    function: Callable[[Pairs, float, Tensor | None], Tensor]  # loss [B] of pairs, at beta and kl
-    needs_reference: bool
-    default_beta: float
+    function: Callable[[Pairs, Settings], Tensor]  # loss [B] of pairs
+    needs_reference: bool = True
+    settings: type[Settings] = Settings
     fused: Callable[..., DPOLoss] | None = None  # the op that gives the same loss from predictions, if there is one
-    smooths_labels: bool = False
 
     @property
     def has_margin(self) -> bool:
@@ -99,15 +119,38 @@ class Objective:
         return self.needs_reference
 
 
+# Names and default betas are in `presets.DEFAULT_BETA`, which the command line reads without PyTorch.
 OBJECTIVES = {
-    "dpo": Objective(dpo, needs_reference=True, default_beta=5000.0, fused=dpo_loss),
-    "ipo": Objective(ipo, needs_reference=True, default_beta=5000.0),
-    "hinge": Objective(hinge, needs_reference=True, default_beta=5000.0),
-    "cdpo": Objective(dpo, needs_reference=True, default_beta=5000.0, fused=dpo_loss, smooths_labels=True),
-    "kto": Objective(kto, needs_reference=True, default_beta=5000.0),
-    "mapo": Objective(mapo, needs_reference=False, default_beta=0.1),
-    "sft": Objective(sft, needs_reference=False, default_beta=5000.0),  # beta has no effect; any positive one will do
+    "dpo": Objective(dpo, fused=dpo_loss),
+    "ipo": Objective(ipo),
+    "hinge": Objective(hinge),
+    "cdpo": Objective(dpo, settings=SmoothedLabels, fused=dpo_loss),
+    "kto": Objective(kto, settings=KLTerm),
+    "mapo": Objective(mapo, needs_reference=False),
+    "sft": Objective(sft, needs_reference=False),  # beta has no effect; any positive one will do
 }
+
+
+def find_objective(name: str) -> Objective:
+    """The row called `name`, or one of a function of the user's own, named as `module:function`.
+
+    The function takes `Pairs` and `Settings` and gives the loss [B]; with an attribute `needs_reference` that is False
+    it gets neither margin nor rewards. Raises BadInput for a name that is neither.
+    """
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    module, colon, attribute = name.partition(":")
+    if not (colon and module and attribute):
+        raise BadInput(
+            f"--objective {name} is none of {', '.join(OBJECTIVES)}; a loss of your own is named as module:function"
+        )
+    try:
+        function = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise BadInput(f"--objective {name} cannot be imported ({error}): is its folder on PYTHONPATH?") from error
+    if not callable(function):
+        raise BadInput(f"--objective {name} is no function: it must take (pairs, settings) and give the loss [B]")
+    return Objective(function, needs_reference=getattr(function, "needs_reference", True))
 
 
 def evaluate(
@@ -115,29 +158,29 @@ def evaluate(
     policy_pred: Tensor,  # [2B, C, H, W] any float dtype, chosen first
     ref: Tensor | None,  # predictions [2B, C, H, W] or float32 errors [2B]; None where the objective needs none
     target: Tensor,  # [B, C, H, W] shared, or [2B, C, H, W]
-    beta: float,
+    settings: Settings,  # of the objective's class
     *,
     label: Tensor | None = None,  # [B] float32, probability that the chosen image is the better one; None: all 1
     weight: Tensor | None = None,  # [B] float32; None: all 1
-    kl: Tensor | None = None,  # [] float32 >= 0, detached; for kto: the mean implicit reward of the previous step
-    label_smoothing: float = 0.0,  # for cdpo: the probability that a label is wrong, in [0, 0.5)
 ) -> Terms:
-    """The loss of B pairs. Raises ValueError for a reference that is missing or that nobody asked for, label_smoothing
-    with another objective than cdpo, kto without kl, and what pair_errors and dpo_loss refuse.
+    """The loss of B pairs. Raises ValueError for a reference that is missing or that nobody asked for, for settings of
+    another objective, for a function that gives no [B], and what pair_errors and dpo_loss refuse.
     """
+    name = getattr(objective.function, "__name__", str(objective.function))
     if objective.needs_reference != (ref is not None):
         wanted = "needs ref, the reference's predictions or errors" if ref is None else "takes no reference: ref=None"
-        raise ValueError(f"the objective {objective.function.__name__} {wanted}")
+        raise ValueError(f"the objective {name} {wanted}")
+    if type(settings) is not objective.settings:
+        raise ValueError(f"the objective {name} takes {objective.settings.__name__}, not {settings}")
     pair_count = policy_pred.shape[0] // 2
     for name, value in (("label", label), ("weight", weight)):
         if value is not None:
             check_per_pair(name, value, pair_count, policy_pred.device)
-    if label_smoothing:
-        if not objective.smooths_labels:
-            raise ValueError(f"label_smoothing ({label_smoothing}) belongs to cdpo, not {objective.function.__name__}")
+    if isinstance(settings, SmoothedLabels) and settings.label_smoothing:
         label = torch.ones(pair_count, device=policy_pred.device) if label is None else label
-        label = label * (1 - label_smoothing) + (1 - label) * label_smoothing
+        label = label * (1 - settings.label_smoothing) + (1 - label) * settings.label_smoothing
 
+    beta = settings.beta
     if objective.fused is not None:
         report = objective.fused(policy_pred, ref, target, beta, label=label, weight=weight)
         return Terms(*report, implicit_reward=(beta / 2) * (report.ref_error - report.policy_error))
@@ -147,9 +190,11 @@ def evaluate(
     if objective.needs_reference:
         reward = -(beta / 2) * error_delta
         pairs = Pairs(pairs.error_w, pairs.error_l, pair_margin(error_delta, beta), *reward.chunk(2))
-    pair_loss = objective.function(pairs, beta, kl)
+    pair_loss = objective.function(pairs, settings)
+    if pair_loss.shape != pairs.error_w.shape:
+        raise ValueError(f"the objective {name} gives a loss of shape {[*pair_loss.shape]}, not [{pair_count}]")
     if label is not None:
-        pair_loss = label * pair_loss + (1 - label) * objective.function(pairs.exchanged(), beta, kl)
+        pair_loss = label * pair_loss + (1 - label) * objective.function(pairs.exchanged(), settings)
     loss = batch_mean(pair_loss, weight)
     if not objective.needs_reference:
         return Terms(loss, None, policy_error.detach(), None, None)

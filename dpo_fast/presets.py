@@ -1,6 +1,17 @@
-"""The presets: what `--preset NAME` sets, a row each. Flags and recipes win over them."""
+"""Defaults: of each objective, and what `--preset NAME` sets, a row each. Flags and recipes win over them."""
 
 from pathlib import Path
+
+# The objectives (`objectives.OBJECTIVES`) and their default betas, in our unit.
+DEFAULT_BETA = {
+    "dpo": 5000.0,
+    "ipo": 5000.0,
+    "hinge": 5000.0,
+    "cdpo": 5000.0,
+    "kto": 5000.0,
+    "mapo": 0.1,
+    "sft": 5000.0,
+}
 
 PICKAPIC = "yuvalkirstain/pickapic_v2"
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"

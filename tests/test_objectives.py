@@ -1,22 +1,41 @@
 """objectives: every row against numbers worked out by hand, float64 formulas, and what all rows have in common."""
 
+import inspect
 import math
-from typing import get_args, get_type_hints
+import re
 
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
 from dpo_fast.config import TrainConfig, resolve
+from dpo_fast.errors import BadInput
 from dpo_fast.kernels import pair_errors
-from dpo_fast.objectives import OBJECTIVES, Pairs, _x_over_expm1, evaluate
+from dpo_fast.objectives import (
+    OBJECTIVES,
+    KLTerm,
+    Pairs,
+    Settings,
+    SmoothedLabels,
+    _x_over_expm1,
+    evaluate,
+    find_objective,
+)
+from dpo_fast.presets import DEFAULT_BETA
 
 KL = torch.tensor(0.25)
 WITH_REFERENCE = [name for name, row in OBJECTIVES.items() if row.needs_reference]
 
 
-def options(name):
-    return {"kl": KL} if name == "kto" else {}
+def settings(name, beta, kl=KL):
+    """The settings of an objective."""
+    return {"kto": lambda: KLTerm(beta, kl), "cdpo": lambda: SmoothedLabels(beta)}.get(name, lambda: Settings(beta))()
+
+
+def help_of(flag):
+    """The sentence under a field of TrainConfig."""
+    source = inspect.getsource(TrainConfig)
+    return re.search(rf'    {flag}: .*?\n    """(.*?)"""', source, re.DOTALL)[1]
 
 
 def batch(pairs=3, dtype=torch.float32):
@@ -47,7 +66,7 @@ BY_HAND = {
 
 
 def test_the_table_has_the_rows_and_betas_it_should():
-    assert {name: row.default_beta for name, row in OBJECTIVES.items()} == {
+    assert DEFAULT_BETA == {
         "dpo": 5000.0,
         "ipo": 5000.0,
         "hinge": 5000.0,
@@ -64,13 +83,54 @@ def test_the_table_has_the_rows_and_betas_it_should():
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_command_line_has_the_default_beta_of_the_table(name):
-    """config and objectives do not import one another, so each states it."""
     config, _ = resolve(TrainConfig(pretrained_model_name_or_path="m", dataset_name="d", objective=name))
-    assert config.beta_dpo == OBJECTIVES[name].default_beta
+    assert config.beta_dpo == DEFAULT_BETA[name]
 
 
 def test_the_command_line_offers_exactly_the_rows_of_the_table():
-    assert get_args(get_type_hints(TrainConfig)["objective"]) == tuple(OBJECTIVES)
+    assert list(OBJECTIVES) == list(DEFAULT_BETA)
+    names = re.search(r"and more: (.*?), or module:function", " ".join(help_of("objective").split()))[1]
+    assert names.split(", ") == list(OBJECTIVES)
+    with pytest.raises(BadInput, match="--objective dpop is none of dpo, ipo"):
+        resolve(TrainConfig(pretrained_model_name_or_path="m", dataset_name="d", objective="dpop"))
+
+
+OWN = """
+def penalised(pairs, settings):
+    return (1 - pairs.margin).clamp(min=0) + 0.1 * pairs.error_w
+
+def winners(pairs, settings):
+    return pairs.error_w
+
+winners.needs_reference = False
+no_function = 3
+
+def of_the_batch(pairs, settings):
+    return pairs.error_w.mean()
+"""
+
+
+def test_a_loss_of_the_users_own(tmp_path, monkeypatch):
+    (tmp_path / "own_losses.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    policy, ref, target = batch()
+    own = evaluate(find_objective("own_losses:penalised"), policy, ref, target, Settings(40.0))
+    hinge = evaluate(OBJECTIVES["hinge"], policy, ref, target, Settings(40.0))
+    torch.testing.assert_close(own.loss, hinge.loss + 0.1 * own.policy_error[:3].mean())
+    assert torch.equal(own.margin, hinge.margin) and own.loss.requires_grad
+    winners = find_objective("own_losses:winners")
+    assert evaluate(winners, policy, None, target, Settings(40.0)).margin is None
+    with pytest.raises(ValueError, match=r"gives a loss of shape \[\], not \[3\]"):
+        evaluate(find_objective("own_losses:of_the_batch"), policy, ref, target, Settings(40.0))
+    for name, message in (
+        ("own_losses:missing", "cannot be imported"),
+        ("no_such_module:f", "cannot be imported"),
+        ("own_losses:no_function", "is no function"),
+        ("dpop", "is none of dpo, ipo"),
+        (":", "is none of dpo, ipo"),
+    ):
+        with pytest.raises(BadInput, match=f"--objective {name} {message}"):
+            find_objective(name)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +146,7 @@ def test_the_command_line_offers_exactly_the_rows_of_the_table():
 def test_one_pair_worked_out_by_hand(name, expected):
     """Rewards 0.4 and -0.1, so margin 0.5; kl 0.25."""
     numbers = (torch.tensor([x], dtype=torch.float64) for x in (0.2, 0.3, 0.5, 0.4, -0.1))
-    loss = OBJECTIVES[name].function(Pairs(*numbers), 1.0, torch.tensor(0.25).double())
+    loss = OBJECTIVES[name].function(Pairs(*numbers), settings(name, 1.0, torch.tensor(0.25).double()))
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -120,12 +180,14 @@ def test_at_the_beta_of_the_readmes_table_losses_are_those_of_other_trainers(nam
     e, e_ref = ((x - target.repeat(2, 1, 1, 1)).square().mean((1, 2, 3)) for x in (policy, ref))
     expected = theirs(*(e_ref - e).chunk(2), their_beta, their_kl)
     beta = unit * their_beta
-    kl = {"kl": beta / 2 * their_kl} if name == "kto" else {}  # ours is a mean implicit reward
-    loss = evaluate(OBJECTIVES[name], policy, ref, target, beta, **kl).loss
+    kl = beta / 2 * their_kl  # ours is a mean implicit reward
+    loss = evaluate(OBJECTIVES[name], policy, ref, target, settings(name, beta, kl)).loss
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     wanted, found = (torch.autograd.grad(of, policy)[0] for of in (expected, loss))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6 * wanted.abs().max().item())
-    other = torch.autograd.grad(evaluate(OBJECTIVES[name], policy, ref, target, 3 * beta, **kl).loss, policy)[0]
+    other = torch.autograd.grad(
+        evaluate(OBJECTIVES[name], policy, ref, target, settings(name, 3 * beta, kl)).loss, policy
+    )[0]
     assert not torch.allclose(other, wanted, rtol=1e-3, atol=0)  # of another beta it is not the gradient
 
 
@@ -151,7 +213,7 @@ def test_loss_and_gradient_equal_the_formula(name, with_label, with_weight):
         return total / 3
 
     terms = evaluate(
-        row, policy, ref if row.needs_reference else None, target, beta, label=label, weight=weight, **options(name)
+        row, policy, ref if row.needs_reference else None, target, settings(name, beta), label=label, weight=weight
     )
     assert terms.loss.item() == pytest.approx(by_hand(policy.detach()), rel=1e-9)
     (grad,) = torch.autograd.grad(terms.loss, policy)
@@ -167,7 +229,7 @@ def test_loss_and_gradient_equal_the_formula(name, with_label, with_weight):
 def test_reports(name, dtype):
     row = OBJECTIVES[name]
     policy, ref, target = batch(dtype=dtype)
-    terms = evaluate(row, policy, ref if row.needs_reference else None, target, 40.0, **options(name))
+    terms = evaluate(row, policy, ref if row.needs_reference else None, target, settings(name, 40.0))
     assert terms.loss.requires_grad and terms.loss.shape == ()
     reports = [x for x in terms[1:] if x is not None]
     assert all(x.dtype == torch.float32 and not x.requires_grad for x in reports)
@@ -187,12 +249,12 @@ def test_at_the_start_margins_are_zero_and_every_gradient_is_of_order_beta(name)
     row, beta = OBJECTIVES[name], 5000.0
     policy, _, target = batch(pairs=5, dtype=torch.bfloat16)
     kl = torch.tensor(0.0)
-    terms = evaluate(row, policy, policy.detach().clone(), target, beta, kl=kl if name == "kto" else None)
+    terms = evaluate(row, policy, policy.detach().clone(), target, settings(name, beta, kl))
     assert torch.equal(terms.margin, torch.zeros(5)) and torch.equal(terms.implicit_reward, torch.zeros(10))
     expected = {"dpo": math.log(2), "cdpo": math.log(2), "ipo": 0.25, "hinge": 1.0, "kto": 0.5}[name]
     assert terms.loss.item() == torch.tensor(expected, dtype=torch.float32).item()
     policy32 = policy.detach().float().requires_grad_()
-    loss = evaluate(row, policy32, policy32.detach().clone(), target, beta, kl=kl if name == "kto" else None).loss
+    loss = evaluate(row, policy32, policy32.detach().clone(), target, settings(name, beta, kl)).loss
     (grad,) = torch.autograd.grad(loss, policy32)
     # d loss / d e_w for one pair, by dividing out d e / d prediction and the mean over pairs
     residual = policy32.detach() - target.float().repeat(2, 1, 1, 1)
@@ -211,7 +273,7 @@ def test_label_zero_exchanges_the_images_and_label_one_is_no_label(name):
 
     def loss(policy, ref, label):
         reference = ref if row.needs_reference else None
-        return evaluate(row, policy, reference, target, 40.0, label=label, **options(name)).loss
+        return evaluate(row, policy, reference, target, settings(name, 40.0), label=label).loss
 
     exchanged = loss(policy.roll(3, 0), ref.roll(3, 0), None)
     torch.testing.assert_close(loss(policy, ref, torch.zeros(3)), exchanged, rtol=1e-6, atol=0)
@@ -225,7 +287,7 @@ def test_a_pair_of_weight_zero_gets_no_gradient(name):
     policy, ref, target = batch()
     weight = torch.tensor([1.0, 0.0, 1.0])
     reference = ref if row.needs_reference else None
-    loss = evaluate(row, policy, reference, target, 40.0, weight=weight, **options(name)).loss
+    loss = evaluate(row, policy, reference, target, settings(name, 40.0), weight=weight).loss
     (grad,) = torch.autograd.grad(loss, policy)
     assert grad[1].abs().max() == 0 and grad[4].abs().max() == 0 and grad[0].abs().max() > 0
 
@@ -234,19 +296,19 @@ def test_a_pair_of_weight_zero_gets_no_gradient(name):
 def test_reference_errors_give_the_loss_of_reference_predictions(name):
     policy, ref, target = batch()
     errors = pair_errors(ref, None, target).policy_error
-    losses = [evaluate(OBJECTIVES[name], policy, r, target, 40.0, **options(name)).loss for r in (ref, errors)]
+    losses = [evaluate(OBJECTIVES[name], policy, r, target, settings(name, 40.0)).loss for r in (ref, errors)]
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
 
 
 def test_cdpo_smooths_hard_and_soft_labels():
     policy, ref, target = batch()
     row, s = OBJECTIVES["cdpo"], 0.1
-    plain = evaluate(row, policy, ref, target, 40.0)
-    smoothed = evaluate(row, policy, ref, target, 40.0, label_smoothing=s)
+    plain = evaluate(row, policy, ref, target, SmoothedLabels(40.0))
+    smoothed = evaluate(row, policy, ref, target, SmoothedLabels(40.0, s))
     expected = -(0.9 * logsigmoid(plain.margin) + 0.1 * logsigmoid(-plain.margin)).mean()
     torch.testing.assert_close(smoothed.loss, expected)
     y = torch.tensor([1.0, 0.5, 0.2])
-    soft = evaluate(row, policy, ref, target, 40.0, label=y, label_smoothing=s)
+    soft = evaluate(row, policy, ref, target, SmoothedLabels(40.0, s), label=y)
     target_label = torch.tensor([0.9, 0.5, 0.26])
     expected = -(target_label * logsigmoid(plain.margin) + (1 - target_label) * logsigmoid(-plain.margin)).mean()
     torch.testing.assert_close(soft.loss, expected)
@@ -258,13 +320,13 @@ def test_hinge_and_ipo_stop_pulling_where_they_should():
     margin = torch.tensor([0.4, 0.6, 1.5], requires_grad=True)
     pairs = Pairs(margin, margin, margin, margin, margin)
     for name, signs in (("hinge", [-1, -1, 0]), ("ipo", [-1, 1, 1])):
-        (grad,) = torch.autograd.grad(OBJECTIVES[name].function(pairs, 1.0, None).sum(), margin)
+        (grad,) = torch.autograd.grad(OBJECTIVES[name].function(pairs, Settings(1.0)).sum(), margin)
         assert grad.sign().tolist() == signs
 
 
 def test_mapo_lowers_the_chosen_error_and_raises_the_rejected():
     e = torch.tensor([0.2, 0.2], dtype=torch.float64, requires_grad=True)
-    (grad,) = torch.autograd.grad(OBJECTIVES["mapo"].function(Pairs(e[:1], e[1:]), 0.1, None).sum(), e)
+    (grad,) = torch.autograd.grad(OBJECTIVES["mapo"].function(Pairs(e[:1], e[1:]), Settings(0.1)).sum(), e)
     slope = -0.5 * (0.5 - 0.1 / 6 + 0.001 / 180)  # phi' = s (x/expm1(x))' at x = 0.1, by its series
     assert grad[0].item() == pytest.approx(1 - 0.1 * 0.5 * 1000 * slope, rel=1e-4)
     assert grad[1].item() == pytest.approx(0.1 * 0.5 * 1000 * slope, rel=1e-4)
@@ -296,7 +358,7 @@ def test_compiles_in_one_graph(name):
 
     def loss(policy):
         reference = ref if row.needs_reference else None
-        return evaluate(row, policy, reference, target, 40.0, label=label, **options(name))
+        return evaluate(row, policy, reference, target, settings(name, 40.0), label=label)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     actual, expected = compiled(policy), loss(policy)
@@ -313,8 +375,8 @@ def test_compiles_in_one_graph(name):
         ("kto", dict(ref=None), "the objective kto needs ref"),
         ("sft", {}, "the objective sft takes no reference"),
         ("mapo", {}, "the objective mapo takes no reference"),
-        ("dpo", dict(label_smoothing=0.1), r"label_smoothing \(0.1\) belongs to cdpo, not dpo"),
-        ("kto", {}, "kto needs kl"),
+        ("dpo", dict(settings=SmoothedLabels(40.0, 0.1)), "the objective dpo takes Settings, not SmoothedLabels"),
+        ("kto", dict(settings=Settings(40.0)), "the objective kto takes KLTerm, not Settings"),
         ("ipo", dict(label=torch.ones(2)), r"label must be float32 \[3\]; got torch.float32 \[2\]"),
         ("sft", dict(ref=None, weight=torch.ones(3, 1)), "weight must be float32"),
     ],
@@ -322,4 +384,7 @@ def test_compiles_in_one_graph(name):
 def test_bad_arguments_are_named(name, change, message):
     policy, ref, target = batch()
     with pytest.raises(ValueError, match=message):
-        evaluate(OBJECTIVES[name], **{**dict(policy_pred=policy, ref=ref, target=target, beta=40.0), **change})
+        evaluate(
+            OBJECTIVES[name],
+            **{**dict(policy_pred=policy, ref=ref, target=target, settings=settings(name, 40.0)), **change},
+        )

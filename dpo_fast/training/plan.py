@@ -23,7 +23,7 @@ from dpo_fast.models.family import COMPUTE_DTYPES
 from dpo_fast.models.load import component_config
 from dpo_fast.models.lora import add_lora
 from dpo_fast.models.source import base_of
-from dpo_fast.objectives import OBJECTIVES
+from dpo_fast.objectives import find_objective
 
 # Bytes of optimizer state a trained parameter: two fp32 moments; two 8-bit ones with their scales; factored moments.
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256, "adafactor": 0.0}
@@ -94,7 +94,7 @@ def memory_by_part(costs: UNetCosts, config: TrainConfig) -> dict[str, float]:
 
 def _runs_reference(config: TrainConfig) -> bool:
     """Whether the reference is run at every visit, and with full fine-tuning held in memory."""
-    return OBJECTIVES[config.objective].needs_reference and not config.cached_reference
+    return find_objective(config.objective).needs_reference and not config.cached_reference
 
 
 def record_bytes(unet_config: dict, latent_size: int, tokens: int) -> tuple[int, int]:

@@ -48,7 +48,7 @@ from dpo_fast.models.family import check_resolution, timesteps_within
 from dpo_fast.models.fingerprints import fingerprint
 from dpo_fast.models.sampling import base_samples
 from dpo_fast.models.source import base_of
-from dpo_fast.objectives import OBJECTIVES
+from dpo_fast.objectives import find_objective
 from dpo_fast.parallel import Ranks
 from dpo_fast.training import checkpoint, hub, run_folder
 from dpo_fast.training.batches import (
@@ -390,7 +390,7 @@ def make_trainable(config: TrainConfig, ranks: Ranks, family: Family) -> tuple[M
     reference: Reference = NoReference()
     if config.cached_reference:
         reference = CachedErrors()
-    elif OBJECTIVES[config.objective].needs_reference:
+    elif find_objective(config.objective).needs_reference:
         reference = AdapterOff(family) if config.tuning == "lora" else FrozenCopy(family, config.compile)
     return masters, reference
 
@@ -454,7 +454,7 @@ def _advise_draws(draws: int, pairs: int, visits: int) -> None:
 
 
 def _check_scored(config: TrainConfig) -> None:
-    if config.cached_reference and not OBJECTIVES[config.objective].needs_reference:
+    if config.cached_reference and not find_objective(config.objective).needs_reference:
         raise BadInput(f"--cached_reference: --objective {config.objective} has no reference; leave it out")
 
 

@@ -37,7 +37,7 @@ from dpo_fast.models import (
     save_lora,
 )
 from dpo_fast.models.source import base_of
-from dpo_fast.objectives import OBJECTIVES, Terms, evaluate
+from dpo_fast.objectives import KLTerm, Settings, SmoothedLabels, Terms, evaluate, find_objective
 from dpo_fast.pictures import before_after, save_png
 from dpo_fast.statistics import interval95
 from dpo_fast.training import checkpoint, hub, run_folder
@@ -65,7 +65,7 @@ class Trainer:
         self.run, self.argv, self.hold = run, argv, hold
         self.config, self.ranks, self.family = run.config, run.ranks, run.family
         self.unet, self.masters, self.reference = run.family.unet, run.masters, run.reference
-        self.objective = OBJECTIVES[run.config.objective]
+        self.objective = find_objective(run.config.objective)
         self.sums = PairSums(run.ranks.device, run.family.schedule.num_train_timesteps)
         if run.sums and run.ranks.is_main:
             self.sums.load_state(run.sums)
@@ -147,15 +147,14 @@ class Trainer:
 
     def loss(self, predictions: Predictions, batch: Batch) -> Terms:
         """The objective over a micro-batch."""
-        return evaluate(
-            self.objective,
-            *predictions,
-            self.config.beta_dpo,
-            label=batch.label,
-            weight=batch.weight,
-            kl=self.run.kl,
-            label_smoothing=self.config.label_smoothing,
-        )
+        return evaluate(self.objective, *predictions, self._settings(), label=batch.label, weight=batch.weight)
+
+    def _settings(self) -> Settings:
+        """What the objective's function takes besides the pairs, at this step."""
+        beta, kind = self.config.beta_dpo, self.objective.settings
+        if kind is SmoothedLabels:
+            return SmoothedLabels(beta, self.config.label_smoothing)
+        return KLTerm(beta, self.run.kl) if kind is KLTerm else Settings(beta)
 
     # ---- around the steps --------------------------------------------------------------------------------------
 
