@@ -4,9 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
-from packaging.version import Version
 
 from dpo_fast.errors import BadInput
 from tests.fuzz import cases, long
@@ -16,20 +14,12 @@ from tests.fuzz.readers import READERS, Reader
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="uses inotify and /proc")
 
-# Reader -> the first pyarrow that does not end the process (std::length_error) at offsets that are negative
-SINCE = {"Arrow, streamed": "26"}
 QUICK = {name: max(4, round(20 * min(reader.weight, 3))) for name, reader in READERS.items()}
-
-
-def skip_where_pyarrow_aborts(name: str) -> None:
-    if Version(pa.__version__) < Version(SINCE.get(name, "0")):
-        pytest.skip(f"pyarrow before {SINCE[name]} ends the process")
 
 
 @pytest.mark.parametrize("file", sorted(CORPUS.glob("*.json")), ids=lambda file: file.stem)
 def test_what_was_found_once(file):
     name, changed = from_json(file.read_text(encoding="utf-8"))
-    skip_where_pyarrow_aborts(name)
     with Runner(name) as runner:
         assert runner.run(changed).wrong is None
 
@@ -43,7 +33,6 @@ def test_files_as_they_were_written_are_read(name):
 
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files(name, seed):
-    skip_where_pyarrow_aborts(name)
     wrong = []
 
     def note(changed, outcome) -> None:
