@@ -20,7 +20,7 @@ from dpo_fast.scorers.clip_models import VIT_L
 from dpo_fast.shapes import base as shapes_base
 from tests.helpers import scorer_files
 from tests.helpers.runs import start, train
-from tests.test_distributed import TORCHRUN
+from tests.runs.test_distributed import TORCHRUN
 
 TABLE = "Prompt\tCategory\na cat on a mat\tAnimals\na <b>Dog</b>!\tAnimals\na red hat\tArtifacts\n"
 TEXTS = ("a cat on a mat", "a <b>Dog</b>!", "a red hat")

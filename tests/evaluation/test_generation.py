@@ -27,7 +27,7 @@ from dpo_fast.pictures import to_picture
 from dpo_fast.shapes import base as shapes_base
 from tests.helpers.pipelines import load_model
 from tests.helpers.runs import start, train
-from tests.test_distributed import TORCHRUN
+from tests.runs.test_distributed import TORCHRUN
 
 TEXTS = ("a cat on a mat", "a Dog!", "a red hat")
 CPU = torch.device("cpu")

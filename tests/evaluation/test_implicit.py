@@ -29,7 +29,7 @@ from dpo_fast.models.source import ModelSource, base_of
 from tests.helpers import pipelines
 from tests.helpers.pairs import open_pairs, pickapic, write_table
 from tests.helpers.runs import environment, train
-from tests.test_distributed import TORCHRUN
+from tests.runs.test_distributed import TORCHRUN
 
 CPU = torch.device("cpu")
 SEED = 0  # of the draws, in this process and in those that tests start; see own_seed
