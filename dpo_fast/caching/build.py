@@ -202,6 +202,13 @@ class CacheBuild:
         self.ended = False  # the stream was read to its end
         self.bad: list[BadRow] = []
         self.unsaved = 0  # rows read since the manifest was last written
+        # of `find_stores`, `survey` and `open_writers`
+        self.stores: list[Store] = []
+        self.writers: list[Writer] = []
+        self.latents, self.text = set[bytes](), set[bytes]()  # keys of what is cached
+        self.captions: dict[str, None] = {}
+        self.unread = 0  # rows whose images were never hashed; of a stream as many as there may be, at least one
+        self.missing = self.missing_latents = self.missing_prompts = 0  # items, at least
 
     def find_stores(self) -> None:
         self.stores = [Store(self.root, recipe) for recipe in self.recipes]
@@ -221,13 +228,12 @@ class CacheBuild:
         self.latents, self.text = (
             store.keys() | (log_keys(store.folder) if writing else set()) for store in self.stores
         )
-        self.captions: dict[str, None] = {}
+        self.captions = {}
         if self.wanted.rows is not None:
             captions = self.source.captions()
             self.captions = dict.fromkeys(captions[row] for row in self.wanted.rows)
         keys: dict[bytes, None] = {}
-        self.unread = 0  # rows whose images were never hashed; of a stream as many as there may be, at least one
-        pairs = 0
+        self.unread = pairs = 0
         for row in _known_rows(self.config, self.source, self.manifest, self.wanted):
             if row is None:
                 self.unread += 1 if self.wanted.rows is not None else self._rest_of_stream(pairs)

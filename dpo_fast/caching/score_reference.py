@@ -130,6 +130,8 @@ class Scoring:
         self.root = root_of(config)
         self.numerics = _numerics(config, ranks.device)
         self.scored_now, self.seconds = 0, 0.0
+        self.writer: Writer | None = None  # from `_open_writer` on
+        self.mine: list[Unit] = []  # this rank's share of what is missing
 
     @property
     def batch_size(self) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput, missing_extra
+from dpo_fast.parallel import Ranks
 
 # Diffusion-DPO's gradients carry a factor beta/4: they are far larger than those the usual 2^16 was made for.
 INITIAL_LOSS_SCALE = 2.0**8
@@ -98,6 +99,10 @@ class MasterOptimizer:
     def gradients(self) -> list[torch.Tensor]:
         """The masters' fp32 gradients, in the order of `names`."""
         return [m.grad for m in self.masters]
+
+    def reduce(self, ranks: Ranks, *extra: torch.Tensor) -> None:
+        """Sum the masters' gradients, and `extra` fp32 tensors with them, over the ranks in place; before `step`."""
+        ranks.sum_([*self.gradients(), *extra], like=[*self.masters, *extra])
 
     @torch.no_grad()
     def step(self, step: int, loss: torch.Tensor, parts: int) -> torch.Tensor:

@@ -85,6 +85,11 @@ class Trainer:
         self.signalled_at = 0.0
         self.problem: BadInput | None = None
         self.saved_at = time.monotonic()
+        self.started = time.perf_counter()
+        self.base_samples: list[Image.Image] = []  # on the main rank, of a run that validates
+        # written to while `_reporting`
+        self.metrics = self.validations = MetricsFile(Path(os.devnull))
+        self.bar = tqdm(disable=True)
 
     # ---- one step ----------------------------------------------------------------------------------------------
 
@@ -119,7 +124,7 @@ class Trainer:
             (terms.loss * self.masters.loss_scale).backward()
             self.masters.accumulate()
         # step: one reduction over the ranks, then clip and update, or skip
-        self.ranks.sum_([*self.masters.gradients(), loss, reward], like=[*self.masters.masters, loss, reward])
+        self.masters.reduce(self.ranks, loss, reward)
         self.grad_norm = self.masters.step(self.run.step, loss[0], self.ranks.world_size * passes)
         self.run.kl = (reward[0] / self.ranks.world_size).nan_to_num(0.0, 0.0).clamp(min=0)
         self.run.step += 1
