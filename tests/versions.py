@@ -13,12 +13,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from dpo_fast import shapes
 from tests.faults.commands import contents, differences
 from tests.helpers import pipelines
-from tests.helpers.pairs import write_pickapic
+from tests.helpers.pairs import write_pickapic, write_table
 
 ROOT = Path(__file__).parents[1]
+SHAPES = Path(shapes.__file__).parent
 
 TORCHRUN = "torch.distributed.run --standalone --nproc_per_node 2 -m "
 TRAIN = (
@@ -26,11 +29,12 @@ TRAIN = (
     " --train_batch_size 2 --max_train_steps 4 --log_every 1 --dataloader_num_workers 0 --seed 0 --learning_rate 1e-3"
     " --checkpointing_steps 2 --latent_cache_dir cache --output_dir out"
 )
+WORLD = TRAIN.replace("../sdxl", "../world").replace("../pairs", "../scenes").replace("resolution 64", "resolution 16")
 SAMPLED = " --run_validation --validation_steps 2 --validation_fraction 0.3 --sampling_steps 2"
 
 # The command lines of each case, run one after another in a folder of its own beside the inputs.
 CASES = {
-    "lora": [TRAIN + " --eval_scorers appeal --eval_prompts ../prompts.txt --eval_images 4" + SAMPLED],
+    "lora": [WORLD + " --eval_scorers appeal --eval_prompts ../prompts.txt --eval_images 4" + SAMPLED],
     "full": [TRAIN.replace("sdxl", "sd15") + " --tuning full --use_ema --hflip"],
     "bf16": [TRAIN + " --mixed_precision bf16 --gradient_accumulation_steps 2 --gradient_checkpointing"],
     "cached reference": [TRAIN + " --cached_reference 2 --validation_fraction 0.3 --run_validation --sampling_steps 2"],
@@ -39,16 +43,16 @@ CASES = {
     "kto": [TRAIN + " --objective kto --no-cache --proportion_empty_prompts 0.3 --time_ids real"],
     "two processes": [TORCHRUN + TRAIN.replace("batch_size 2", "batch_size 1")],
     "evaluation": [
-        TRAIN,
+        WORLD,
         "dpo_fast.generate --policy out --baseline base --prompts ../prompts.txt --seeds 2 --sampling_steps 2"
         " --output_dir images",
         "dpo_fast.evaluate --policy out --prompts ../prompts.txt --seeds 2 --sampling_steps 2 --scorers appeal"
-        " --dataset_name ../pairs.parquet --draws 2 --dataloader_num_workers 0 --output_dir evaluation",
+        " faithfulness --dataset_name ../scenes.parquet --draws 2 --dataloader_num_workers 0 --output_dir evaluation",
     ],
     "relabelled": [
-        "dpo_fast.relabel --dataset_name ../pairs.parquet --scorer appeal:1"
+        "dpo_fast.relabel --dataset_name ../scenes.parquet --scorer appeal:1 --scorer faithfulness:0.5"
         " --temperature 0.5 --batch_size 2 --output labelled.parquet",
-        TRAIN.replace("../pairs", "labelled") + " --soft_labels",
+        WORLD.replace("../scenes", "labelled") + " --soft_labels",
     ],
 }
 
@@ -69,6 +73,18 @@ def run(checkout: Path, inputs: Path, case: str) -> dict[str, bytes | str]:
     return found
 
 
+def write_scenes(inputs: Path) -> None:
+    """The built-in pipeline, twelve of its pairs, and two captions that are held out."""
+    (inputs / "world").symlink_to(SHAPES / "pipeline")
+    table = pq.read_table(SHAPES / "pairs.parquet")
+    rows = table.take(list(range(0, 12 * 120, 120))).to_pydict()
+    rows["label_0"] = [float(label) for label in rows.pop("label_faithfulness")]
+    del rows["label_appeal"]
+    write_table(inputs / "scenes.parquet", rows)
+    captions = (SHAPES / "held_out.txt").read_text().splitlines()
+    (inputs / "prompts.txt").write_text("\n".join(captions[:2]) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.versions", description=__doc__.split("\n")[0])
     parser.add_argument("other", type=Path, metavar="OTHER", help="a checkout of another version")
@@ -83,9 +99,8 @@ def main() -> int:
         inputs = Path(place).resolve()
         pipelines.make_sdxl(inputs / "sdxl")
         pipelines.make_sd15(inputs / "sd15")
-        captions = Path(shapes.__file__).with_name("held_out.txt").read_text().splitlines()[:6]
-        write_pickapic(inputs / "pairs.parquet", captions=[captions[row % 6] for row in range(12)])
-        (inputs / "prompts.txt").write_text("\n".join(captions[:2]) + "\n")
+        write_pickapic(inputs / "pairs.parquet")
+        write_scenes(inputs)
         for case in arguments.cases or CASES:
             other, this = (run(checkout.resolve(), inputs, case) for checkout in (arguments.other, ROOT))
             lines = differences(other, this)
