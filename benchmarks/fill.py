@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.tables import TABLES, Sources
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/performance.md", "docs/reference_cache.md")
+DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("kernels", "performance", "reference_cache", "step_time")))
 _TABLE = re.compile(r"<!-- table ([\w-]+) -->\n(.*?)<!-- end \1 -->", re.DOTALL)
 _UNMEASURED = re.compile(r"(?:not|never|neither\b.*) (?:yet )?(?:been )?(?:measured|run|tried)", re.IGNORECASE)
 

@@ -90,7 +90,7 @@ class TrainConfig:
 
     # The pairs.
     dataset_name: str | None = None
-    """Preference pairs: a hub id, a folder or a parquet / arrow / JSONL file. Formats are in the README."""
+    """Preference pairs: a hub id, a folder or a parquet / arrow / JSONL file. Formats: docs/pairs.md."""
     dataset_config_name: str | None = None
     """Configuration name of a hub data set."""
     dataset_split_name: str | None = None
@@ -142,7 +142,7 @@ class TrainConfig:
     loss_type: Literal["sigmoid", "hinge", "ipo"] | None = None
     """The name diffusers' SD script has for --objective (sigmoid is dpo)."""
     beta_dpo: float | None = None
-    """Strength of the tie to the reference, in the paper's unit (see the README); None: 5000, mapo 0.1."""
+    """Strength of the tie to the reference, in the paper's unit (docs/training.md); None: 5000, mapo 0.1."""
     label_smoothing: float = 0.0
     """cdpo: the assumed probability that a label is wrong, in [0, 0.5)."""
 
@@ -228,7 +228,7 @@ class TrainConfig:
     """Classifier-free guidance scale of both; None: the model's usual (SD1.5 7.5, SDXL 5, Turbo 0)."""
     eval_scorers: tuple[str, ...] = ()
     """After training, compare base and result by these scorers on the same prompts and seeds (report.html,
-    summary.json, scores.parquet, samples.png). The first is what was trained towards. Names: see the README."""
+    summary.json, scores.parquet, samples.png). The first is what was trained towards. Names: docs/evaluation.md."""
     eval_prompts: Path | None = None
     """Prompts of that comparison: a text file, one a line."""
     eval_images: int | None = None

@@ -55,7 +55,7 @@ def open_pairs(config: TrainConfig, ranks: Ranks, report_path: Path | None) -> R
         manifest = manifest_of(config, "")
         if is_fully_known(config, manifest, needed_rows_of_stream(config)):
             return RunPairs(None, None, manifest)
-    source = open_source(source_of(config))
+    source = source_of(config)
     manifest = manifest_of(config, source.stamp()) if config.cache else None
     if config.streaming:
         return RunPairs(source, None, manifest)
@@ -73,9 +73,9 @@ def open_pairs(config: TrainConfig, ranks: Ranks, report_path: Path | None) -> R
     return RunPairs(source, sets, manifest)
 
 
-def source_of(config: TrainConfig) -> PairsSource:
-    """The pairs that a run trains on."""
-    return PairsSource.of(config, max_rows=config.max_train_samples, streaming=config.streaming)
+def source_of(config: TrainConfig) -> Source | StreamedSource:
+    """The pairs that a run trains on, opened."""
+    return open_source(PairsSource.of(config, max_rows=config.max_train_samples, streaming=config.streaming))
 
 
 def needed_rows(config: TrainConfig, pairs: RunPairs) -> NeededRows:

@@ -25,7 +25,6 @@ from dpo_fast.data import (
     PairIndex,
     PairSets,
     StreamedPairs,
-    open_source,
 )
 from dpo_fast.data.stream import VALIDATION_DRAWS
 from dpo_fast.errors import BadInput
@@ -259,7 +258,7 @@ def _fill_cache(
     config: TrainConfig, ranks: Ranks, pairs: RunPairs, wanted: build.NeededRows, family: Family, **how: object
 ) -> build.Cached:
     """Encode what is missing; from then on the pairs come from the cache. `how`: keywords of `build.fill`."""
-    reopen = partial(open_source, source_of(config))
+    reopen = partial(source_of, config)
     cached = build.fill(config, ranks, pairs.source, pairs.manifest, wanted, family, reopen=reopen, **how)
     if config.streaming:
         pairs.manifest.reload()

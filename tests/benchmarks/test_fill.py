@@ -11,6 +11,7 @@ from benchmarks import fill, tables
 from benchmarks.step.cases import CASES
 
 ROOT = Path(fill.__file__).parents[1]
+PAGE = "docs/step_time.md"
 RESULTS = "benchmarks/results"
 
 
@@ -107,19 +108,19 @@ def test_a_number_that_was_typed_is_found(copy, monkeypatch, capsys):
     monkeypatch.setattr(fill, "ROOT", copy)
     monkeypatch.setattr(sys, "argv", ["fill", "--check"])
     assert fill.main() == 0
-    readme = (copy / "README.md").read_text()
-    assert readme.count("| 7,203 |") == 2
-    (copy / "README.md").write_text(readme.replace("| 7,203 |", "| 7,202 |", 1))
+    page = (copy / PAGE).read_text()
+    assert page.count("| 7,203 |") == 2
+    (copy / PAGE).write_text(page.replace("| 7,203 |", "| 7,202 |", 1))
     assert fill.main() == 1
-    assert "README.md, table counts: is not what the results give" in capsys.readouterr().out
+    assert "docs/step_time.md, table counts: is not what the results give" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["fill"])
-    assert fill.main() == 0 and (copy / "README.md").read_text() == readme
+    assert fill.main() == 0 and (copy / PAGE).read_text() == page
 
 
 def test_results_that_changed_are_found(copy):
     path = copy / RESULTS / "counts.json"
     path.write_text(path.read_text().replace('"launches": 3048', '"launches": 3049'))
-    assert fill.fill(copy, fill.sources_of(copy), write=False) == ["README.md, table counts"]
+    assert fill.fill(copy, fill.sources_of(copy), write=False) == ["docs/step_time.md, table counts"]
 
 
 def test_without_a_gpu_its_cells_are_not_measured(copy):
@@ -219,14 +220,14 @@ def test_files_that_are_no_report_are_refused(copy, report, monkeypatch, capsys)
     ],
 )
 def test_markers_that_do_not_fit_are_refused(copy, before, after, message):
-    readme = (copy / "README.md").read_text()
-    (copy / "README.md").write_text(readme.replace(before, after))
+    page = (copy / PAGE).read_text()
+    (copy / PAGE).write_text(page.replace(before, after))
     with pytest.raises(ValueError, match=message):
         fill.fill(copy, fill.sources_of(copy), write=True)
 
 
 def test_a_table_without_a_place_is_refused(copy):
-    readme = (copy / "README.md").read_text()
-    (copy / "README.md").write_text(fill._TABLE.sub("", readme))
-    with pytest.raises(ValueError, match="no document has the table kernels-cpu"):
+    page = (copy / PAGE).read_text()
+    (copy / PAGE).write_text(fill._TABLE.sub("", page))
+    with pytest.raises(ValueError, match="no document has the table step-gpu"):
         fill.fill(copy, fill.sources_of(copy), write=False)

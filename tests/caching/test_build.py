@@ -38,8 +38,8 @@ def calls(monkeypatch):
 
     counting(Family, "encode_images", "images", lambda a: len(a[1]))
     counting(Family, "encode_prompts", "prompts", lambda a: len(a[1]))
-    for module in ("images", "sources", "cache.manifest"):
-        counting(sys.modules[f"dpo_fast.data.{module}"], "decode", "decoded", lambda a: 1)
+    for module in ("data.images", "data.sources", "caching.manifest"):
+        counting(sys.modules[f"dpo_fast.{module}"], "decode", "decoded", lambda a: 1)
     counting(sys.modules["dpo_fast.caching.build"], "scaled", "decoded", lambda a: 1)
     return counted
 
