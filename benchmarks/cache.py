@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def build_rows(folder: Path) -> list[dict]:
-    """Whole builds through the command's door; the second finds everything there."""
+    """Whole builds through the command; the second finds everything there."""
     print(f"\n{'build':34}{'images/s':>10}{'prompts/s':>11}{'again, s':>10}")
     rows = []
     for name, make, resolution in (("sd15", pipelines.make_sd15, 512), ("sdxl", pipelines.make_sdxl, 1024)):

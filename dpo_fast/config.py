@@ -137,8 +137,7 @@ class TrainConfig:
 
     # The objective.
     objective: str = "dpo"
-    """The loss, a function of the margin -(beta/2)[(e_w - eref_w) - (e_l - eref_l)] and more: dpo, ipo, hinge, cdpo,
-    kto, mapo, sft, or module:function, one of your own (CONTRIBUTING.md)."""
+    """The loss: dpo, ipo, hinge, cdpo, kto, mapo, sft, or module:function for your own (CONTRIBUTING.md)."""
     loss_type: Literal["sigmoid", "hinge", "ipo"] | None = None
     """The name diffusers' SD script has for --objective (sigmoid is dpo)."""
     beta_dpo: float | None = None
@@ -473,7 +472,8 @@ def check(config: TrainConfig) -> None:
         )
     if config.objective not in DEFAULT_BETA and ":" not in config.objective:
         raise BadInput(
-            f"--objective {config.objective} is none of {', '.join(DEFAULT_BETA)}, nor a module:function of your own"
+            f"--objective {config.objective} is not one of {', '.join(DEFAULT_BETA)}; name your own loss as"
+            " module:function"
         )
     if config.label_smoothing and config.objective != "cdpo":
         raise BadInput(

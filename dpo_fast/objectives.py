@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_fast.errors import BadInput
+from dpo_fast.errors import BadInput, one_line
 from dpo_fast.kernels import DPOLoss, dpo_loss, pair_errors
 from dpo_fast.kernels.pair_errors import check_per_pair
 from dpo_fast.kernels.reference import batch_mean, pair_margin
@@ -49,14 +49,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class SmoothedLabels(Settings):
-    """cDPO's."""
+    """Settings of cDPO."""
 
     label_smoothing: float = 0.0  # the probability that a label is wrong, in [0, 0.5)
 
 
 @dataclass(frozen=True)
 class KLTerm(Settings):
-    """Diffusion-KTO's."""
+    """Settings of Diffusion-KTO."""
 
     kl: Tensor  # [] float32 >= 0, detached: the mean implicit reward of the previous step, or 0
 
@@ -132,7 +132,7 @@ OBJECTIVES = {
 
 
 def find_objective(name: str) -> Objective:
-    """The row called `name`, or one of a function of the user's own, named as `module:function`.
+    """The row called `name`, or a row made from the user's own function, `module:function`.
 
     The function takes `Pairs` and `Settings` and gives the loss [B]; with an attribute `needs_reference` that is False
     it gets neither margin nor rewards. Raises BadInput for a name that is neither.
@@ -142,14 +142,16 @@ def find_objective(name: str) -> Objective:
     module, colon, attribute = name.partition(":")
     if not (colon and module and attribute):
         raise BadInput(
-            f"--objective {name} is none of {', '.join(OBJECTIVES)}; a loss of your own is named as module:function"
+            f"--objective {name} is not one of {', '.join(OBJECTIVES)}; name your own loss as module:function"
         )
     try:
         function = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise BadInput(f"--objective {name} cannot be imported ({error}): is its folder on PYTHONPATH?") from error
+    except Exception as error:  # whatever the user's module raises
+        raise BadInput(
+            f"--objective {name} cannot be imported ({one_line(error)}): is its folder on PYTHONPATH?"
+        ) from error
     if not callable(function):
-        raise BadInput(f"--objective {name} is no function: it must take (pairs, settings) and give the loss [B]")
+        raise BadInput(f"--objective {name} is not a function: it must take (pairs, settings) and give the loss [B]")
     return Objective(function, needs_reference=getattr(function, "needs_reference", True))
 
 

@@ -1,4 +1,4 @@
-"""Defaults: of each objective, and what `--preset NAME` sets, a row each. Flags and recipes win over them."""
+"""Default betas of the objectives, and the presets: one row for each `--preset NAME`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Work in threads ahead of its use: values in order, few waiting, nothing lost when it ends early."""
+"""Work in threads ahead of its use: values in order, few waiting."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

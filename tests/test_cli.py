@@ -110,13 +110,13 @@ def test_errors_are_one_line(capsys, error, status, line):
 STUCK = """
 import sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
-from dpo_fast import door
+from dpo_fast import cli
 from dpo_fast.errors import Unresponsive
-door.LEAVING_SECONDS = 0.5
+cli.LEAVING_SECONDS = 0.5
 def work():
     ThreadPoolExecutor(1).submit(time.sleep, 600)
     raise Unresponsive("the disk does not answer")
-door.leave(door.guarded(work, kept="", go_on=""))
+cli.leave(cli.guarded(work, kept="", go_on=""))
 """
 
 

@@ -1,4 +1,4 @@
-"""The evaluation door: from a run, a pipeline or anybody's images to scores, win rates and a page."""
+"""The evaluation command: from a run, a pipeline or anybody's images to scores, win rates and a page."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def prompts(tmp_path) -> Path:
 
 @pytest.fixture
 def evaluate(tmp_path, published, prompts):
-    """Run the door into `tmp_path/out`, or the folder named; the folder."""
+    """Run the command into `tmp_path/out`, or into the folder that is named; returns the folder."""
 
     def run(
         policy: Path,
@@ -313,7 +313,7 @@ def test_two_processes_find_what_one_finds(moved, tmp_path, prompts, published, 
     alone = evaluate(moved, "--seeds", 2)
     flags = ["--policy", moved, "--prompts", prompts, "--scorers", "pickscore", "clip", "--scorer_models", published]
     flags += ["--sampling_steps", 2, "--resolution", 64, "--seeds", 2, "--output_dir", tmp_path / "both"]
-    process = start(*flags, launcher=TORCHRUN, door="evaluate")
+    process = start(*flags, launcher=TORCHRUN, program="evaluate")
     said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     tables = [pq.read_table(folder / "scores.parquet") for folder in (alone, tmp_path / "both")]

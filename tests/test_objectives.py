@@ -89,9 +89,9 @@ def test_the_command_line_has_the_default_beta_of_the_table(name):
 
 def test_the_command_line_offers_exactly_the_rows_of_the_table():
     assert list(OBJECTIVES) == list(DEFAULT_BETA)
-    names = re.search(r"and more: (.*?), or module:function", " ".join(help_of("objective").split()))[1]
+    names = re.search(r"The loss: (.*?), or module:function", " ".join(help_of("objective").split()))[1]
     assert names.split(", ") == list(OBJECTIVES)
-    with pytest.raises(BadInput, match="--objective dpop is none of dpo, ipo"):
+    with pytest.raises(BadInput, match="--objective dpop is not one of dpo, ipo"):
         resolve(TrainConfig(pretrained_model_name_or_path="m", dataset_name="d", objective="dpop"))
 
 
@@ -112,6 +112,7 @@ def of_the_batch(pairs, settings):
 
 def test_a_loss_of_the_users_own(tmp_path, monkeypatch):
     (tmp_path / "own_losses.py").write_text(OWN)
+    (tmp_path / "own_broken.py").write_text("def f(:")
     monkeypatch.syspath_prepend(tmp_path)
     policy, ref, target = batch()
     own = evaluate(find_objective("own_losses:penalised"), policy, ref, target, Settings(40.0))
@@ -125,9 +126,11 @@ def test_a_loss_of_the_users_own(tmp_path, monkeypatch):
     for name, message in (
         ("own_losses:missing", "cannot be imported"),
         ("no_such_module:f", "cannot be imported"),
-        ("own_losses:no_function", "is no function"),
-        ("dpop", "is none of dpo, ipo"),
-        (":", "is none of dpo, ipo"),
+        (".relative:f", "cannot be imported"),
+        ("own_broken:f", "cannot be imported"),
+        ("own_losses:no_function", "is not a function"),
+        ("dpop", "is not one of dpo, ipo"),
+        (":", "is not one of dpo, ipo"),
     ):
         with pytest.raises(BadInput, match=f"--objective {name} {message}"):
             find_objective(name)

@@ -1,4 +1,4 @@
-"""The relabelling door: any layout to Pick-a-Pic's columns with a scorer's labels, resumed, by rank, trained on."""
+"""The relabelling command: any layout to Pick-a-Pic's columns with a scorer's labels, resumed, by rank, trained on."""
 
 import io
 import json

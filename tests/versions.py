@@ -8,6 +8,7 @@ Exit status 1 where one differs.
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -69,7 +70,7 @@ def run(checkout: Path, inputs: Path, case: str) -> dict[str, bytes | str]:
         if done.returncode:
             sys.exit(f"{checkout}: {case}: `{line}` ended with {done.returncode}:\n{done.stderr[-3000:]}")
     found = contents(folder)
-    folder.rename(inputs / f"{checkout.name}-{case.replace(' ', '-')}")
+    shutil.rmtree(folder)
     return found
 
 

@@ -202,7 +202,7 @@ class CacheBuild:
         self.ended = False  # the stream was read to its end
         self.bad: list[BadRow] = []
         self.unsaved = 0  # rows read since the manifest was last written
-        # of `find_stores`, `survey` and `open_writers`
+        # set by `find_stores`, `survey` and `open_writers`
         self.stores: list[Store] = []
         self.writers: list[Writer] = []
         self.latents, self.text = set[bytes](), set[bytes]()  # keys of what is cached

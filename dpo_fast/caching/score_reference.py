@@ -97,8 +97,8 @@ def pairs_of_stream(config: TrainConfig, manifest: Manifest, wanted: NeededRows)
 class Scoring:
     """The errors of some pairs under one recipe. Every rank makes one and calls its methods together.
 
-    `model` is `dpo_fast.models.prediction`'s account of the reference, taken before adapters were added; the family's
-    UNet holds the reference's weights: no step has been taken yet.
+    `model` is what `models.reference_recipe_facts` gave before adapters were added; the family's UNet holds the
+    reference's weights: no step has been taken yet.
     """
 
     def __init__(
@@ -261,10 +261,8 @@ class Scoring:
         batch = batch.to(self.ranks.device, non_blocking=True)
         conditioning = conditioning_of(self.family, batch, batch.conditioning)
         with dispatch.backend(self.config.backend) if self.config.backend != "auto" else nullcontext():
-            predictions = predict(
-                *(self.family, self.family.unet, NoReference(), batch, batch.latents, conditioning),
-                self.transform.seed,
-            )
+            family, seed = self.family, self.transform.seed
+            predictions = predict(family, family.unet, NoReference(), batch, batch.latents, conditioning, seed)
             errors = pair_errors(*predictions).policy_error.view(2, -1).T.cpu().numpy().copy()
         if not np.isfinite(errors).all():
             row = rows[int(np.argmin(np.isfinite(errors).all(1)))]

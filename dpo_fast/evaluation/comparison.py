@@ -1,8 +1,8 @@
 """A policy against a baseline, from prompts to the page: generate, pair up, score, judge, write.
 
 OUT/evaluation.json   what is compared
-OUT/images/           what was generated (`generating`)
-OUT/scores/           what was scored (`image_scores`)
+OUT/images/           what was generated (`generation`)
+OUT/scores/           what was scored (`scorers.kept_scores`)
 OUT/scores.parquet    OUT/summary.json    OUT/report.html
 """
 

@@ -365,8 +365,8 @@ class _Models:
         found = []
         for k, of_draw in enumerate(drawn):
             visit = replace(there, draw=torch.full_like(there.draw, k), timesteps=of_draw.to(self.device))
-            asked = (visit, latents, conditioning, transform.seed)
-            errors = pair_errors(*predict(family, self.policy_unet, self.reference, *asked))
+            policy, reference, seed = self.policy_unet, self.reference, transform.seed
+            errors = pair_errors(*predict(family, policy, reference, visit, latents, conditioning, seed))
             found.append(torch.stack([errors.error_delta, errors.ref_error]).view(2, 2, -1))
         delta, ref_error = torch.stack(found).double().cpu().permute(1, 3, 0, 2)  # [B, draws, 2] each
         self._check_finite(batch, delta, ref_error)

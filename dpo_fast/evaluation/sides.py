@@ -1,4 +1,4 @@
-"""Which weights to sample from: a run's result, its base, or any pipeline; one of them in memory at a time."""
+"""Which models are compared: a run's result, its base, or any pipeline."""
 
 import os
 from dataclasses import replace

@@ -1,4 +1,7 @@
-"""What latents and prompt embeddings depend on, as plain values: equal values, equal encodings (up to rounding)."""
+"""What cached latents, embeddings and reference errors depend on, as plain values, and short names of weights.
+
+Equal values mean equal encodings, up to rounding.
+"""
 
 import hashlib
 import json

@@ -276,7 +276,7 @@ class PairScoring:
             return _Part({}, {}, {})
 
     def _write(self, name: str, first: int, scores: dict[int, list[float]], bad: dict[int, BadRow]) -> None:
-        """Write a part; keeps the scores of rows outside this set, which another set may have."""
+        """Write a part, keeping the scores of rows outside this set, which another set may have."""
         before = self._read(name, first)
         scores = scores | {row: both for row, both in before.scores.items() if row not in self.marks}
         bad = bad | {row: wrong for row, wrong in before.bad.items() if row not in self.marks}

@@ -453,7 +453,8 @@ def _advise_draws(draws: int, pairs: int, visits: int) -> None:
 
 
 def _check_scored(config: TrainConfig) -> None:
-    if config.cached_reference and not find_objective(config.objective).needs_reference:
+    objective = find_objective(config.objective)  # imports one of the user's own
+    if config.cached_reference and not objective.needs_reference:
         raise BadInput(f"--cached_reference: --objective {config.objective} has no reference; leave it out")
 
 

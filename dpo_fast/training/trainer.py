@@ -87,8 +87,9 @@ class Trainer:
         self.saved_at = time.monotonic()
         self.started = time.perf_counter()
         self.base_samples: list[Image.Image] = []  # on the main rank, of a run that validates
-        # written to while `_reporting`
-        self.metrics = self.validations = MetricsFile(Path(os.devnull))
+        # replaced in `_reporting`
+        self.metrics: MetricsFile | None = None
+        self.validations: MetricsFile | None = None
         self.bar = tqdm(disable=True)
 
     # ---- one step ----------------------------------------------------------------------------------------------

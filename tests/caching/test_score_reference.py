@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpo_fast import cache as cache_door
+from dpo_fast import cache as cache_command
 from dpo_fast.caching import score_reference, store
 from dpo_fast.caching.recipe import Recipe
 from dpo_fast.caching.ref_errors import BLOCK
@@ -187,13 +187,13 @@ def test_more_draws_compute_only_the_new_ones(sdxl_path, pairs, tmp_path, where)
     assert computed(sdxl_path, pairs, tmp_path / "5", *long, "--cached_reference", 2, "--tuning", "full") == 0
 
 
-def test_the_door_computes_ahead_what_a_run_then_finds(sdxl_path, pairs, tmp_path, where, capfd):
+def test_the_command_computes_ahead_what_a_run_then_finds(sdxl_path, pairs, tmp_path, where, capfd):
     flags = flags_for(sdxl_path, pairs, tmp_path / "run", *where, *TWICE)
-    assert cache_door.main(["reference", "--draws", "2", *flags]) == 0
+    assert cache_command.main(["reference", "--draws", "2", *flags]) == 0
     assert "12 pairs at 2 draws, 24 of 24 computed now" in capfd.readouterr().err
     train(sdxl_path, pairs, tmp_path / "run", *where, *TWICE, "--cached_reference", 2)
     assert "2 draws, 24 pairs in all, 0 computed now" in capfd.readouterr().err
-    assert cache_door.main(["verify", "--latent_cache_dir", str(where[1])]) == 0
+    assert cache_command.main(["verify", "--latent_cache_dir", str(where[1])]) == 0
 
 
 @pytest.mark.exhaustive
@@ -283,7 +283,7 @@ def test_killed_again_and_again_it_ends_with_the_same_files(sdxl_path, pairs, tm
     assert sum(growth > 0 for growth in grown) >= 2
     monkeypatch.setattr(store, "SHARD_BYTES", size)
     capfd.readouterr()
-    assert cache_door.main(command(cache)) == 0
+    assert cache_command.main(command(cache)) == 0
     said = capfd.readouterr().err
     assert f" of {8 * draws} computed now" in said and f"{8 * draws} of {8 * draws} computed now" not in said
     peace, killed = contents(tmp_path / "peace"), contents(cache)
@@ -372,14 +372,14 @@ def test_an_edited_recipe_and_a_damaged_record_are_refused(scored, tmp_path, cap
     data[random.randrange(12 * 8)] ^= 1 << random.randrange(8)
     shard.write_bytes(data)
     refused(lambda: main(scored), [str(shard), "damaged", "verify --remove"], capfd)
-    assert cache_door.main(["verify", "--remove", "--latent_cache_dir", str(tmp_path / "cache")]) == 0
+    assert cache_command.main(["verify", "--remove", "--latent_cache_dir", str(tmp_path / "cache")]) == 0
     assert main(scored) == 0
     (shard,) = recipe.parent.glob("shard-*.bin")
     os.truncate(shard, 100)
     flags = [str(flag) for flag in scored]
     refused(lambda: main([*flags, "--overwrite"]), [shard.stem, "dpo_fast.cache reference --draws K"], capfd)
     at = flags.index("--cached_reference")
-    assert cache_door.main(["reference", "--draws", "2", *flags[:at], *flags[at + 2 :]]) == 0
+    assert cache_command.main(["reference", "--draws", "2", *flags[:at], *flags[at + 2 :]]) == 0
     assert main([*flags, "--overwrite"]) == 0
 
 
@@ -425,7 +425,7 @@ def test_errors_that_are_not_the_references_stop_the_run_at_once(scored, tmp_pat
     refused(lambda: main(scored), said, capfd)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     prune = ["prune", "--latent_cache_dir", str(tmp_path / "cache"), "--name", recipe.parent.name, "--yes"]
-    assert cache_door.main(prune) == 0
+    assert cache_command.main(prune) == 0
     assert main(scored) == 0
 
 
@@ -452,11 +452,11 @@ def test_what_cannot_be_had_is_refused(sdxl_path, pairs, tmp_path, capfd, argv, 
     refused(lambda: main(flags_for(sdxl_path, pairs, tmp_path / "run", *argv)), said, capfd)
 
 
-def test_the_door_wants_draws_and_a_seed(sdxl_path, pairs, tmp_path, capfd):
+def test_the_command_wants_draws_and_a_seed(sdxl_path, pairs, tmp_path, capfd):
     flags = flags_for(sdxl_path, pairs, tmp_path / "run")
-    refused(lambda: cache_door.main(["reference", *flags]), ["--draws K"], capfd)
+    refused(lambda: cache_command.main(["reference", *flags]), ["--draws K"], capfd)
     at = flags.index("--seed")
-    refused(lambda: cache_door.main(["reference", "--draws", "2", *flags[:at], *flags[at + 2 :]]), ["--seed"], capfd)
+    refused(lambda: cache_command.main(["reference", "--draws", "2", *flags[:at], *flags[at + 2 :]]), ["--seed"], capfd)
 
 
 def test_too_few_draws_for_few_pairs_are_told(sdxl_path, pairs, tmp_path, where, capfd):

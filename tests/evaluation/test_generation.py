@@ -45,7 +45,7 @@ def is_whole(out: Path) -> bool:
 
 @pytest.fixture
 def generate(tmp_path, capfd):
-    """Run the door into `tmp_path/out`, or the folder model_sources; the folder."""
+    """Run the command into `tmp_path/out`, or into the folder that is named; returns the folder."""
 
     def run(policy: Path, *flags: object, out: str = "out", prompts: tuple[str, ...] = TEXTS, status: int = 0) -> Path:
         argv = ["--policy", policy, "--prompts", *prompts, "--output_dir", tmp_path / out]
@@ -234,7 +234,7 @@ def test_two_processes_make_the_images_of_one(moved, tmp_path, generate):
     flags = ("--seeds", 3, "--batch_size", 2)
     one = generate(moved, *flags, out="one")
     argv = ["--policy", moved, "--prompts", *TEXTS, "--sampling_steps", 2, "--resolution", 64, *flags]
-    process = start(*argv, "--output_dir", tmp_path / "two", launcher=TORCHRUN, door="generate")
+    process = start(*argv, "--output_dir", tmp_path / "two", launcher=TORCHRUN, program="generate")
     printed, error = process.communicate(timeout=180)
     assert process.returncode == 0, error
     assert printed.count("18 images of 3 prompts, 18 made now") == 1

@@ -163,9 +163,13 @@ def _serve(library: Path) -> None:
     # what commands import when they run is imported before they are forked
     import_module("diffusers")
     import_module("transformers")
-    for name in ("train", "trainer", "opening", "cache", "scoring", "relabel", "generate", "evaluate"):
+    for name in ("train", "cache", "relabel", "generate", "evaluate", "scorers.shapes"):
         import_module(f"dpo_fast.{name}")
-    for name in ("compare", "evaluating", "generating", "judging", "relabeling", "implicit", "scorers.shapes"):
+    for name in ("training.run", "training.trainer", "caching.build", "caching.score_reference"):
+        import_module(f"dpo_fast.{name}")
+    for name in ("relabeling.pair_scores", "relabeling.labels"):
+        import_module(f"dpo_fast.{name}")
+    for name in ("compare", "comparison", "generation", "implicit"):
         import_module(f"dpo_fast.evaluation.{name}")
     for name in ("StableDiffusionPipeline", "AutoencoderKL", "UNet2DConditionModel", "PNDMScheduler"):
         getattr(import_module("diffusers"), name)

@@ -68,7 +68,7 @@ def refused(*errors: type[Exception]) -> Iterator[None]:
     """Errors of the block that are as they should be: noted in `met`, and the reader goes on with what is next."""
     try:
         yield
-    except ref_errors as error:
+    except errors as error:
         met.append(type(error).__name__)
 
 

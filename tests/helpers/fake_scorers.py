@@ -1,6 +1,6 @@
-"""Scorers that anybody can compute again, in the place of models, for the relabelling door here and in other processes.
+"""Scorers that anybody can compute again, in the place of models, for relabelling here and in other processes.
 
-python -m tests.helpers.fake_scorers PART_ROWS LOG FLAGS     the door with small parts; every image scored is a line
+python -m tests.helpers.fake_scorers PART_ROWS LOG FLAGS     the command with small parts; every image scored is a line
 """
 
 import multiprocessing
@@ -45,7 +45,7 @@ def load(name: str, log: Path, seconds: float = 0.0) -> scorers.Scorer:
 
 
 def started(part_rows: int, log: Path, argv: list[object]) -> multiprocessing.Process:
-    """A process in the door with `argv`; its imports were done before by one that it is forked from."""
+    """A process of the command with `argv`; its imports were done before by one that it is forked from."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dpo_fast.relabeling.pair_scores", "tests.helpers.fake_scorers"])
     process = context.Process(target=_quietly, args=(part_rows, log, [str(word) for word in argv]))

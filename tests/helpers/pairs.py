@@ -103,10 +103,10 @@ def write_jsonl(folder: Path, columns: dict[str, list], name: str = "train.jsonl
     return folder
 
 
-if __name__ == "__main__":
-    print(write_pickapic(Path(sys.argv[1])))
-
-
 def open_pairs(name: str | Path, **fields) -> Source | StreamedSource:
     """`open_source` of the pairs at `name`; fields: further ones of PairsSource."""
     return open_source(PairsSource(name, **fields))
+
+
+if __name__ == "__main__":
+    print(write_pickapic(Path(sys.argv[1])))

@@ -209,16 +209,16 @@ def default_time_ids(resolution: int, n: int) -> torch.Tensor:
     return row.repeat(n, 1)
 
 
-if __name__ == "__main__":
-    makers = {"sd15": make_sd15, "sdxl": make_sdxl, "turbo": make_turbo}
-    if len(sys.argv) != 3 or sys.argv[1] not in makers:
-        sys.exit(f"usage: python -m tests.helpers.pipelines {'|'.join(makers)} FOLDER")
-    makers[sys.argv[1]](Path(sys.argv[2]))
-
-
 def load_model(
     path: Path | str, *, dtype: torch.dtype, device: torch.device | str, unet_dtype: torch.dtype | None = None, **source
 ) -> Family:
     """`load_family` of the model at `path`; source: further fields of ModelSource."""
     source = {name: str(value) if isinstance(value, Path) else value for name, value in source.items()}
     return load_family(ModelSource(str(path), **source), dtype=dtype, device=device, unet_dtype=unet_dtype)
+
+
+if __name__ == "__main__":
+    makers = {"sd15": make_sd15, "sdxl": make_sdxl, "turbo": make_turbo}
+    if len(sys.argv) != 3 or sys.argv[1] not in makers:
+        sys.exit(f"usage: python -m tests.helpers.pipelines {'|'.join(makers)} FOLDER")
+    makers[sys.argv[1]](Path(sys.argv[2]))

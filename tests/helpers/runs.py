@@ -62,19 +62,19 @@ def opened(flags: list[str]) -> Run:
     return open_run(parse(flags)[0], parallel.start("none"))
 
 
-def command(*flags: object, launcher: tuple[str, ...] = (), door: str = "train") -> list[str]:
+def command(*flags: object, launcher: tuple[str, ...] = (), program: str = "train") -> list[str]:
     """The command line of a run in a process of its own."""
-    return [sys.executable, *launcher, "-m", f"dpo_fast.{door}", *map(str, flags)]
+    return [sys.executable, *launcher, "-m", f"dpo_fast.{program}", *map(str, flags)]
 
 
 def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), **more}
 
 
-def start(*flags: object, launcher: tuple[str, ...] = (), door: str = "train") -> subprocess.Popen:
+def start(*flags: object, launcher: tuple[str, ...] = (), program: str = "train") -> subprocess.Popen:
     """Start a run in a process of its own."""
     return subprocess.Popen(
-        command(*flags, launcher=launcher, door=door),
+        command(*flags, launcher=launcher, program=program),
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""The cache's door with small shards, in processes that start at once, for being killed."""
+"""The cache's command with small shards, in processes that start at once, for being killed."""
 
 import multiprocessing
 import os
@@ -11,7 +11,7 @@ from dpo_fast.caching import build, store
 
 
 def started(shard_bytes: int, argv: list[object]) -> multiprocessing.Process:
-    """A process in the door with `argv`; its imports were done before by one that it is forked from."""
+    """A process of the command with `argv`; its imports were done before by one that it is forked from."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["dpo_fast.caching.score_reference", "diffusers", "transformers", "tests.helpers.slow_build"]

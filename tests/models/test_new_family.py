@@ -18,7 +18,7 @@ class OtherPipeline(StableDiffusionPipeline):
 
 
 class Other(SD15):
-    """Its prompts are felt half as much."""
+    """Its prompt embeddings are halved."""
 
     name = "other"
     pipeline_class = OtherPipeline

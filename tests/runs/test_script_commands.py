@@ -63,7 +63,7 @@ TURBO = TURBO.replace("--push_to_hub", "--is_turbo --resolution 512 --push_to_hu
 # which is out of reach, is replaced by a print.
 RUN = """
 import sys
-from dpo_fast import hub
+from dpo_fast.training import hub
 from dpo_fast.train import main
 hub.check_login = lambda token: "somebody"
 hub.push = lambda folder, repository, token: print("UPLOADED", folder) or "https://hub"
