@@ -347,7 +347,7 @@ class OneByOne(parallel.Ranks):
     gathered: ClassVar[list[object]] = []
 
     def on_all(self, work):
-        work()
+        return work()
 
     def gather(self, value):
         self.gathered.insert(0, value)
