@@ -136,8 +136,8 @@ class TrainConfig:
     missing: no reference is held or run, and further runs over beta, learning rate, objective or rank share them."""
 
     # The objective.
-    objective: str = "dpo"
-    """The loss: dpo, ipo, hinge, cdpo, kto, mapo, sft, or module:function for your own (CONTRIBUTING.md)."""
+    objective: Literal["dpo", "ipo", "hinge", "cdpo", "kto", "mapo", "sft"] | str = "dpo"
+    """The loss, by its name or as module:function for your own (CONTRIBUTING.md)."""
     loss_type: Literal["sigmoid", "hinge", "ipo"] | None = None
     """The name diffusers' SD script has for --objective (sigmoid is dpo)."""
     beta_dpo: float | None = None

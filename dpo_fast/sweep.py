@@ -109,7 +109,8 @@ def _scalar_flags() -> frozenset[str]:
     for name, hint in typing.get_type_hints(TrainConfig).items():
         union = typing.get_origin(hint) in (types.UnionType, typing.Union)
         kinds = [kind for kind in (typing.get_args(hint) if union else (hint,)) if kind is not types.NoneType]
-        if all(kind in (int, float) or typing.get_origin(kind) is typing.Literal for kind in kinds):
+        choices = [typing.get_origin(kind) is typing.Literal for kind in kinds]
+        if any(choices) or all(kind in (int, float) for kind in kinds):
             names.append(name)
     return frozenset(names)
 
