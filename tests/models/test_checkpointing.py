@@ -24,7 +24,8 @@ def test_gradients_do_not_depend_on_it(request, name, tuning, dtype):
         assert all(torch.equal(tensor, other[key]) for key, tensor in found[0].items())
 
 
-@pytest.mark.parametrize("mode", [pytest.param("selective", marks=pytest.mark.exhaustive), "full"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mode", ["selective", "full"])
 def test_gradients_of_compiled_blocks_do_not_depend_on_it(sdxl_path, mode):
     family = make_family(sdxl_path, "lora")
     given = inputs(family)

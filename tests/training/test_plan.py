@@ -46,7 +46,7 @@ COUNTED = {
     "sdxl full": (SDXL, "full", 2567.5, 2567.5, 1.589, 3.152, 1.74),
     "sdxl lora": (SDXL, "lora", 2567.5, 11.612, 1.594, 1.582, 1.42),
 }
-SLOW = [pytest.param(name, marks=pytest.mark.slow) if name.startswith("sdxl") else name for name in COUNTED]
+SLOW = {"sdxl full": pytest.mark.slow, "sdxl lora": pytest.mark.exhaustive}
 
 
 def config(*flags: object):
@@ -54,7 +54,7 @@ def config(*flags: object):
     return parse([*named, *map(str, flags)])[0]
 
 
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in COUNTED])
 def test_the_costs_of_the_real_architectures(name):
     unet, tuning, parameters, trained, forward, backward, saved = COUNTED[name]
     before = F.scaled_dot_product_attention
