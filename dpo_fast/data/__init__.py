@@ -12,8 +12,8 @@ With streaming there is no index: `StreamedPairs(source, transform, ...).batches
 
 from dpo_fast.data.batch import Batch, PairDataset, PairTransform, collate
 from dpo_fast.data.images import BadImage
-from dpo_fast.data.open_source import PairsSource, open_source
 from dpo_fast.data.pairs import BadRow, PairIndex, PairSets, build_index, write_report
+from dpo_fast.data.pairs_source import PairsSource, open_source
 from dpo_fast.data.sources import Source, StreamedSource
 from dpo_fast.data.stream import VALIDATION_DRAWS, StreamedPairs, TrainStream, make_loader, validation_loader
 

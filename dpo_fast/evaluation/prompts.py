@@ -176,7 +176,7 @@ def _pickapic(copy: Path | None, where: Where) -> list[Prompt]:
     """
     import datasets
 
-    from dpo_fast.data.open_source import split_names, stream_columns
+    from dpo_fast.data.pairs_source import split_names, stream_columns
 
     name, columns = PICKAPIC if copy is None else str(copy), ["caption"]
     local = copy is not None and copy.exists()

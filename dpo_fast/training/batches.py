@@ -22,7 +22,7 @@ from dpo_fast.data import (
     open_source,
 )
 from dpo_fast.data.images import SAME
-from dpo_fast.data.open_source import PairsSource, is_local
+from dpo_fast.data.pairs_source import PairsSource, is_local
 from dpo_fast.data.stream import WINDOW
 from dpo_fast.errors import BadInput
 from dpo_fast.models import Family

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from dpo_fast.data import BadImage, BadRow, StreamedSource
-from dpo_fast.data.open_source import _split_of
+from dpo_fast.data.pairs_source import _split_of
 from dpo_fast.errors import BadInput, Unresponsive
 from tests.helpers.pairs import (
     as_image_feature,

@@ -33,8 +33,8 @@ from dpo_fast.checksums import (
 )
 from dpo_fast.data import build_index
 from dpo_fast.data.images import BadImage, decode, scaled
-from dpo_fast.data.open_source import split_names
 from dpo_fast.data.pairs import judge_streamed
+from dpo_fast.data.pairs_source import split_names
 from dpo_fast.data.relabelled import DIGEST, LabelDigest, check_labels
 from dpo_fast.data.sources import BadRow, StreamedSource
 from dpo_fast.errors import BadInput
