@@ -7,8 +7,8 @@ OUT/scores.parquet    OUT/summary.json    OUT/report.html
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,14 @@ from dpo_fast.data.image_files import Files
 from dpo_fast.data.images import texts_of
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.findings import About, Findings, judge
-from dpo_fast.evaluation.generation import ImageRequest, check_free, differences, generate_images, is_complete
-from dpo_fast.evaluation.image_names import PromptImage, image_files, images_of
+from dpo_fast.evaluation.generation import check_free, differences, generate_images, is_complete
+from dpo_fast.evaluation.image_names import PromptImage, images_of
 from dpo_fast.evaluation.pairing import ImagePairs, pair_up
 from dpo_fast.evaluation.report.page import page
 from dpo_fast.evaluation.scored import Scored, write_scores
+from dpo_fast.evaluation.sides import Comparison
 from dpo_fast.evaluation.signals import measure
-from dpo_fast.files import exists, remove_temporaries, user_path, write_json, write_text
+from dpo_fast.files import remove_temporaries, write_json, write_text
 from dpo_fast.models.load import revisions
 from dpo_fast.parallel import Ranks
 from dpo_fast.scorers import default_dtype, facts, load_scorer, provenance
@@ -40,39 +41,6 @@ RECORD, SUMMARY, SCORES, REPORT = "evaluation.json", "summary.json", "scores.par
 SHOWN = ("family", "weights", "sampler", "steps", "guidance", "resolution", "layout", "strength", "dtype", "versions")
 # where these differ, more than weights is compared
 SAMPLING = ("family", "sampler", "steps", "guidance", "resolution", "layout", "strength")
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two that are compared: a model whose images are generated, or a folder of images."""
-
-    name: str
-    folder: Path | None = None  # None: generated
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What is compared, by what."""
-
-    base: Side
-    policy: Side
-    wanted: ImageRequest  # prompts, seeds, and the models that are to be generated from
-    all_images: bool  # of two folders: as many as both have of a prompt; else as many as there are seeds
-    prompt_set: str  # in words
-    scorers: Sequence[str]
-    scoring: Mapping[str, object]  # keywords of load_scorer: where its files are
-    compare_medians: bool
-
-
-def is_images(path: str) -> bool:
-    """Whether `path` is a folder of images, and neither run nor pipeline. Raises BadInput where it has several."""
-    folder = user_path(path)
-    others = ("config.yaml", "model_index.json")
-    if not exists(folder) or not folder.is_dir() or any((folder / name).is_file() for name in others):
-        return False
-    if (folder / "images.json").is_file():
-        raise BadInput(f"{path} holds the images of several models: name one of the folders in it")
-    return bool(image_files(folder))
 
 
 def claim(out: Path, settings: Mapping[str, object]) -> None:

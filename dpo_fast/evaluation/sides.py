@@ -1,21 +1,48 @@
-"""Which models are compared: a run's result, its base, or any pipeline."""
+"""What an evaluation compares: two sides, each a run's result, its base, any pipeline or a folder of images."""
 
+import hashlib
+import json
 import os
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dpo_fast.config import TrainConfig, parse
 from dpo_fast.errors import BadInput
-from dpo_fast.files import exists
+from dpo_fast.evaluation.evaluate_options import OF_GENERATION, EvaluateConfig, refuse_idle
+from dpo_fast.evaluation.generate_options import GenerateConfig, seeds_of
+from dpo_fast.evaluation.generation import ImageRequest, wanted_of
+from dpo_fast.evaluation.image_names import image_files
+from dpo_fast.evaluation.prompts import Prompt, Where, read_prompts
+from dpo_fast.files import exists, user_path
 from dpo_fast.models.load import family_of
 from dpo_fast.models.lora import WEIGHT_NAME
 from dpo_fast.models.opened import settled
 from dpo_fast.models.source import ModelSource, base_of, result_of
+from dpo_fast.scorers import MODULE_OF, check_names
 from dpo_fast.training.run_folder import check_result
 
-if TYPE_CHECKING:
-    from dpo_fast.evaluation.generate_options import GenerateConfig
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two that are compared: a model whose images are generated, or a folder of images."""
+
+    name: str
+    folder: Path | None = None  # None: generated
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, by what."""
+
+    base: Side
+    policy: Side
+    wanted: ImageRequest  # prompts, seeds, and the models that are to be generated from
+    all_images: bool  # of two folders: as many as both have of a prompt; else as many as there are seeds
+    prompt_set: str  # in words
+    scorers: Sequence[str]
+    scoring: Mapping[str, object]  # keywords of load_scorer: where its files are
+    compare_medians: bool
 
 
 def is_run(path: str) -> bool:
@@ -75,7 +102,7 @@ def model_sources(
     return {other_name: settled(other), name: aligned}
 
 
-def models_of(config: "GenerateConfig", policy: str, baseline: str | None) -> dict[str, ModelSource]:
+def models_of(config: GenerateConfig, policy: str, baseline: str | None) -> dict[str, ModelSource]:
     """`model_sources` with the flags of generation."""
     return model_sources(
         policy,
@@ -99,3 +126,131 @@ def _folder_name(path: str) -> str:
     """The last part of a path or hub id, in letters that every disk takes."""
     last = Path(path).resolve().name if exists(Path(path)) else path.rsplit("/", 1)[-1]
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in last.removesuffix(".safetensors")) or "model"
+
+
+def is_images(path: str) -> bool:
+    """Whether `path` is a folder of images, and neither run nor pipeline. Raises BadInput where it has several."""
+    folder = user_path(path)
+    others = ("config.yaml", "model_index.json")
+    if not exists(folder) or not folder.is_dir() or any((folder / name).is_file() for name in others):
+        return False
+    if (folder / "images.json").is_file():
+        raise BadInput(f"{path} holds the images of several models: name one of the folders in it")
+    return bool(image_files(folder))
+
+
+def sides_of(config: EvaluateConfig) -> tuple[dict[str, ModelSource], tuple[Side, Side]]:
+    """The models to generate from, with their settings filled in; and base and policy."""
+    pass
+    pass
+
+    policy, baseline = config.policy, config.baseline
+    if not (is_run(policy) or baseline not in (None, "base")):
+        what = "is a folder of images" if is_images(policy) else "is no run of dpo_fast.train"
+        raise BadInput(f"--policy {policy} {what}, so its base is not known: name a --baseline to compare it with")
+    folders = [path for path in (baseline, policy) if path not in (None, "base") and is_images(path)]
+    named = [path for path in (policy, baseline) if path not in folders]
+    if not named:
+        refuse_idle(
+            config,
+            (*OF_GENERATION, "resolution", "is_turbo", "mixed_precision"),
+            "is of generated images: leave it out",
+        )
+    models = {} if not named else models_of(config, named[0], named[1] if len(named) > 1 else "none")
+    left, sides = list(models), []
+    for path in (baseline, policy):
+        if path in folders:
+            folder = user_path(path)
+            name = folder.resolve().name
+            taken = name in models or (sides and name == sides[0].name)
+            sides.append(Side(f"{name}-images" if taken else name, folder))
+        else:
+            sides.append(Side(left.pop(0)))
+    return models, tuple(sides)
+
+
+def comparison_of(
+    config: EvaluateConfig, run: TrainConfig | None, models: dict[str, ModelSource], sides: tuple[Side, Side]
+) -> Comparison:
+    """What the flags ask to be compared; what they leave out is as in the run's own evaluation."""
+    pass
+    given = config.prompts
+    if not given and run is not None and run.eval_prompts is not None:
+        given = (str(run.eval_prompts),)
+    prompts = read_prompts(
+        given,
+        people=config.slice == "people",
+        most=config.max_prompts,
+        where=Where(config.cache_dir, config.hub_token),
+    )
+    scorers = tuple(dict.fromkeys(config.scorers)) or (run.eval_scorers if run is not None else ())
+    if not scorers:
+        raise BadInput(f"no scorer is named: give --scorers, the one that leads first, of {', '.join(MODULE_OF)}")
+    check_names(scorers)
+    seeds = (0,) if config.seeds is None else seeds_of(config.seeds)
+    if config.seeds is None and run is not None and not config.prompts and run.eval_images:
+        seeds = tuple(range(max(1, run.eval_images // len(read_prompts(given)))))
+    where = config.scorer_models or (run and run.scorer_models)
+    return Comparison(
+        *sides,
+        wanted_of(config, models, prompts, seeds),
+        all_images=not models and config.seeds is None,
+        prompt_set=_in_words(config, prompts),
+        scorers=scorers,
+        scoring={
+            "where": where and user_path(where),
+            "cache_dir": config.cache_dir,
+            "token": config.hub_token,
+        },
+        compare_medians=config.compare == "medians",
+    )
+
+
+def _in_words(config: EvaluateConfig, prompts: list[Prompt]) -> str:
+    words = ", ".join(dict.fromkeys(prompt.source for prompt in prompts))
+    if config.slice is not None:
+        words += f", only {config.slice}"
+    return words if config.max_prompts is None else f"{words}, {len(prompts)} evenly spread"
+
+
+def reference_of(
+    config: EvaluateConfig, run: TrainConfig | None, models: dict[str, ModelSource], sides: tuple[Side, Side]
+) -> ModelSource:
+    """What the implicit reward of the policy is measured against."""
+    pass
+
+    base, policy = sides
+    if policy.folder is not None:
+        raise BadInput(f"--dataset_name: {config.policy} is a folder of images, which has no implicit reward")
+    if run is not None:
+        return next(iter(models_of(config, config.policy, "base").values()))
+    if base.folder is not None:
+        raise BadInput(f"--dataset_name: the reference of {config.policy} is not known: name it with --baseline")
+    return models[base.name]
+
+
+def evaluation_name(config: EvaluateConfig, sides: tuple[Side, Side]) -> str:
+    base, policy = (side.name for side in sides)
+    if config.dataset_name is not None and not config.prompts:
+        return f"{policy}-on-{Path(config.dataset_name).stem}"
+    return f"{policy}-against-{base}"
+
+
+def settings_of(
+    config: EvaluateConfig,
+    sides: tuple[Side, Side],
+    models: dict[str, ModelSource],
+    comparison: Comparison | None,
+) -> dict[str, object]:
+    """What identifies an evaluation's folder."""
+    settings: dict[str, object] = {
+        title: {"name": side.name, "of": str(models[side.name] if side.folder is None else side.folder)}
+        for title, side in zip(("baseline", "policy"), sides, strict=True)
+    }
+    if comparison is not None:
+        texts = [prompt.text for prompt in comparison.wanted.prompts]
+        digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=8).hexdigest()
+        settings["prompts"] = f"{comparison.prompt_set}: {len(texts)} of digest {digest}"
+        settings["seeds"] = "all" if comparison.all_images else list(comparison.wanted.seeds)
+    settings["held_out"] = config.dataset_name
+    return settings
