@@ -6,6 +6,7 @@ import pytest
 from dpo_fast.caching.manifest import Manifest, RememberedSource, keys_of
 from dpo_fast.data import BadImage, BadRow, build_index
 from dpo_fast.errors import BadInput
+from tests.data.conftest import no_bars, own_cache  # noqa: F401  the user's data set cache stays as it is
 from tests.helpers.pairs import open_pairs, pickapic, write_table
 
 

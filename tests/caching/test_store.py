@@ -16,6 +16,7 @@ from dpo_fast.caching.recipe import Field, Recipe, caption_key, mirrored
 from dpo_fast.caching.store import Damaged, Store, Writer, begin_folder, drop_damaged, finish_orphans, locked, log_keys
 from dpo_fast.data.images import image_key
 from dpo_fast.errors import BadInput
+from tests.data.conftest import no_bars, own_cache  # noqa: F401  the user's data set cache stays as it is
 
 FIELDS = (Field("wide", (3, 4)), Field("pooled", (5,)), Field("exact", (2,), "float32"))
 RECIPE = Recipe("text", {"encoder": "abc"}, FIELDS)

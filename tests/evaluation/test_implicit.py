@@ -382,7 +382,7 @@ def test_two_processes_measure_what_one_does(moved, pairs, tmp_path):
         "from pathlib import Path\n"
         "from tests.evaluation import test_implicit as t\n"
         f"t.SEED = {SEED}\n"
-        "base, policy = t.named(sys.argv[1]).values()\n"
+        "base, policy = t.model_sources(sys.argv[1]).values()\n"
         "rewards = t.measured(policy, base, Path(sys.argv[2]), batch_size=2)\n"
         "if rewards is not None:\n"
         "    torch.save(rewards, sys.argv[3])\n"
