@@ -1,5 +1,6 @@
 """The pairs of a run and the order in which they are trained on: from the data set to this rank's micro-batches."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from dpo_fast.caching.reader import CachedImages, CachedTransform
 from dpo_fast.caching.score_reference import AllReferenceErrors, ReferenceErrors
 from dpo_fast.config import TrainConfig
 from dpo_fast.data import (
+    Batch,
     PairDataset,
     PairIndex,
     PairSets,
@@ -123,7 +125,7 @@ def open_batches(
     scored: AllReferenceErrors | None,
     family: Family,
     step: int,
-):
+) -> tuple[Iterator[Batch], PairSets | StreamedPairs, PairDataset | None, list[str]]:
     """The training batches from `step` on, the counts, the held-out pairs and the prompts of the samples."""
     transform = transform_of(config, family)
     source, sets = pairs.source, pairs.sets
