@@ -11,7 +11,7 @@ margin and implicit reward are in our unit, which has beta/2 in it:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import NamedTuple
 
@@ -45,6 +45,11 @@ class Settings:
     """What an objective's function takes besides the pairs."""
 
     beta: float  # in our unit
+
+    @classmethod
+    def of(cls, **values: object) -> "Settings":
+        """The settings from all that a run has; each class takes what it has a field for."""
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,10 @@ class Ranks:
         return values
 
     def on_main(self, work: Callable[[], T]) -> T | None:
-        """What `work` gives on the main rank, None on the others, which wait. Its error is raised on every rank."""
+        """Run `work` on the main rank while the others wait. Returns its value there and None on the others.
+
+        An error of it is raised on every rank.
+        """
         problem = value = None
         if self.is_main:
             try:
@@ -126,7 +129,7 @@ class Ranks:
         return value
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """What `work` gives on the main rank, on every rank: a small picklable value. Errors as `on_main`."""
+        """Run `work` on the main rank and return its value, small and picklable, on every rank. Errors as `on_main`."""
         return self.share(self.on_main(work))
 
     def on_all(self, work: Callable[[], T]) -> T:

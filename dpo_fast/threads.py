@@ -24,20 +24,23 @@ def ahead(pool: ThreadPoolExecutor, plans: Iterable["T | Callable[[], T] | Sized
     """
     pending: deque[tuple[Callable[[], T], int]] = deque()
     held = 0
+
+    def take() -> T:
+        nonlocal held
+        value, size = pending.popleft()
+        held -= size
+        return value()
+
     for plan in plans:
         plan, size = plan if isinstance(plan, Sized) else (plan, 0)
         while pending and held + size > BYTES_AHEAD:
-            value, freed = pending.popleft()
-            held -= freed
-            yield value()
+            yield take()
         pending.append((pool.submit(plan).result if callable(plan) else lambda value=plan: value, size))
         held += size
         if len(pending) > depth:
-            value, freed = pending.popleft()
-            held -= freed
-            yield value()
+            yield take()
     while pending:
-        yield pending.popleft()[0]()
+        yield take()
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -34,6 +34,20 @@ MANY_PROMPTS = 100_000  # whose tokens take some ten seconds to count, so that a
 
 # By the names that launchers and the public scripts have for them; "no" is no mixed precision.
 COMPUTE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Sides(NamedTuple):
+    """The sides of a model's images, in pixels."""
+
+    vae_factor: int  # pixels a latent, each way
+    default_resolution: int
+    resolution_multiple: int  # a resolution must be a multiple of it
+
+    @classmethod
+    def of(cls, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> "Sides":
+        """From the configurations of a UNet and a VAE."""
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        return cls(factor, unet["sample_size"] * factor, factor * 2 ** (len(unet["block_out_channels"]) - 1))
 
 
 def check_resolution(resolution: int, multiple: int, path: str) -> None:
@@ -95,10 +109,9 @@ class Family(ABC):
         self.schedule = self._make_schedule(prediction_type, zero_terminal_snr)
         grid = turbo_grid(self.schedule.num_train_timesteps) if self.timestep_grid else None
         self.timesteps: torch.Tensor = usable_timesteps(self.schedule, grid).cpu()
-        vae_config, unet_config = pipeline.vae.config, pipeline.unet.config
-        self.vae_factor: int = 2 ** (len(vae_config.block_out_channels) - 1)  # pixels a latent, each way
-        self.default_resolution: int = unet_config.sample_size * self.vae_factor
-        self.resolution_multiple: int = self.vae_factor * 2 ** (len(unet_config.block_out_channels) - 1)
+        self.vae_factor, self.default_resolution, self.resolution_multiple = Sides.of(
+            pipeline.unet.config, pipeline.vae.config
+        )
         self.latent_statistics = self._latent_statistics()
         self._empty_prompt: Conditioning | None = None
         self._limit_tokens()

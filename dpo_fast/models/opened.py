@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dpo_fast.models.family import COMPUTE_DTYPES, Family, check_resolution
+from dpo_fast.models.family import COMPUTE_DTYPES, Family, Sides, check_resolution
 from dpo_fast.models.load import align_weights, component_config, family_of, load_family
 from dpo_fast.models.load_errors import bad_input
 from dpo_fast.models.lora import WEIGHT_NAME, check_adapter, check_loaded
@@ -22,10 +22,9 @@ def settled(source: ModelSource) -> ModelSource:
     Raises BadInput for a model that does not exist and for a resolution that it cannot have.
     """
     family = family_of(source)
-    unet, vae = (component_config(source, part) for part in ("unet", "vae"))
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    resolution = source.resolution or unet["sample_size"] * factor
-    check_resolution(resolution, factor * 2 ** (len(unet["block_out_channels"]) - 1), source.path)
+    sides = Sides.of(*(component_config(source, part) for part in ("unet", "vae")))
+    resolution = source.resolution or sides.default_resolution
+    check_resolution(resolution, sides.resolution_multiple, source.path)
     return replace(
         source,
         steps=family.sampling_steps if source.steps is None else source.steps,

@@ -20,15 +20,21 @@ def batches_by_size(items: Iterable[T], size_of: Callable[[T], torch.Size], batc
     """
     waiting: dict[torch.Size, list[T]] = {}
     held = held_bytes = 0
+
+    def take(size: torch.Size) -> list[T]:
+        nonlocal held, held_bytes
+        batch = waiting.pop(size)
+        held -= len(batch)
+        held_bytes -= len(batch) * size.numel()
+        return batch
+
     for item in items:
         size = size_of(item)
         waiting.setdefault(size, []).append(item)
         held += 1
         held_bytes += size.numel()
-        while len(waiting.get(size, ())) >= batch_size or held > WAITING * batch_size or held_bytes > BYTES:
-            ready = size if len(waiting.get(size, ())) >= batch_size else next(iter(waiting))
-            batch = waiting.pop(ready)
-            held -= len(batch)
-            held_bytes -= len(batch) * ready.numel()
-            yield batch
+        if len(waiting[size]) >= batch_size:
+            yield take(size)
+        while held > WAITING * batch_size or held_bytes > BYTES:
+            yield take(next(iter(waiting)))
     yield from waiting.values()

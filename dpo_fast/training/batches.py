@@ -43,6 +43,7 @@ class RunPairs:
 
     @property
     def identity(self) -> str:
+        """Names the pairs that are trained on and their order, for the fingerprint in checkpoints."""
         identity, sets = (self.source or self.manifest.stream()).identity(), self.sets
         if sets is not None:  # the order of training follows from what is left out
             same = sum(bad.reason.endswith(SAME) for bad in sets.bad)
@@ -95,6 +96,7 @@ def needed_rows_of_stream(config: TrainConfig) -> NeededRows:
 
 
 def transform_of(config: TrainConfig, family: Family) -> PairTransform:
+    """How a training pair becomes tensors."""
     return PairTransform(
         resolution=config.resolution,
         seed=config.seed,
@@ -173,6 +175,7 @@ def train_stream(config: TrainConfig, train: PairIndex, ranks: Ranks | None = No
 
 
 def split_of(config: TrainConfig, ranks: Ranks) -> dict[str, int]:
+    """How a step's pairs are split into micro-batches and over ranks, as keywords of the streams."""
     return dict(
         pairs_per_step=config.pairs_per_step,
         batch_size=config.train_batch_size,

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dpo_fast.config import TrainConfig, to_yaml
 from dpo_fast.files import human_bytes
 from dpo_fast.models.checkpointing import recompute_activations
-from dpo_fast.models.family import COMPUTE_DTYPES
+from dpo_fast.models.family import COMPUTE_DTYPES, Sides
 from dpo_fast.models.load import component_config
 from dpo_fast.models.lora import add_lora
 from dpo_fast.models.source import base_of
@@ -44,14 +44,14 @@ def plan(config: TrainConfig) -> str:
     """The resolved configuration and the costs as text. Raises BadInput for a model that cannot be read."""
     source = base_of(config)
     unet_config = component_config(source, "unet")
-    vae_scale = 2 ** (len(component_config(source, "vae")["block_out_channels"]) - 1)
-    resolution = config.resolution or unet_config["sample_size"] * vae_scale
-    costs = unet_costs(unet_config, config, resolution // vae_scale)
+    sides = Sides.of(unet_config, component_config(source, "vae"))
+    resolution = config.resolution or sides.default_resolution
+    costs = unet_costs(unet_config, config, resolution // sides.vae_factor)
     needs_reference = _runs_reference(config)
     pairs = config.pairs_per_step or config.train_batch_size * config.gradient_accumulation_steps
 
     tokens = component_config(source, "text_encoder").get("max_position_embeddings", 77)
-    a_latent, a_prompt = record_bytes(unet_config, resolution // vae_scale, tokens)
+    a_latent, a_prompt = record_bytes(unet_config, resolution // sides.vae_factor, tokens)
     memory = memory_by_part(costs, config)
     checkpoint = costs.trained * (4 + STATE_BYTES[config.optimizer] + 4 * config.use_ema)
     result = costs.trained * 4 if config.tuning == "lora" else costs.parameters * 4

@@ -16,7 +16,7 @@ class AlreadyDone(Exception):
 
 
 def saved_state(config: TrainConfig, ranks: Ranks) -> tuple[dict, dict]:
-    """The files and the state of the checkpoint to go on from; both empty where the run starts."""
+    """The files and the state of the checkpoint to resume from; both empty for a fresh run."""
     if config.resume_from_checkpoint is None:
         return {}, {}
     # on a network disk the others may not see yet what the main rank sees

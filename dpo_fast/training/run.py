@@ -158,8 +158,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
         ranks.on_main(lambda: hub.check_login(config.hub_token))  # found out now, not after the training
 
     pairs = open_pairs(config, ranks, config.output_dir / run_folder.REPORT)
-    family = _load_model(config, ranks)
-    config = replace(config, resolution=config.resolution or family.default_resolution)
+    config, family = _load_model(config, ranks)
     if config.max_train_steps is None:
         steps = len(pairs.sets.train) * config.num_train_epochs // config.pairs_per_step
         config = replace(config, max_train_steps=max(1, steps))
@@ -276,8 +275,7 @@ def build_cache(config: TrainConfig, ranks: Ranks) -> build.Counts:
     if everything:
         config = replace(config, seed=0, validation_fraction=0.0)
     pairs = open_pairs(config, ranks, None)
-    family = _load_model(config, ranks)
-    config = replace(config, resolution=config.resolution or family.default_resolution)
+    config, family = _load_model(config, ranks)
     if pairs.sets is None:
         wanted = needed_rows_of_stream(config)
     elif everything or config.max_train_steps is None:
@@ -301,8 +299,7 @@ def build_reference(config: TrainConfig, ranks: Ranks) -> ReferenceErrors:
     if config.seed is None:
         raise BadInput("reference needs --seed: the noise of a pair follows from it")
     pairs = open_pairs(config, ranks, None)
-    family = _load_model(config, ranks)
-    config = replace(config, resolution=config.resolution or family.default_resolution)
+    config, family = _load_model(config, ranks)
     model = reference_recipe_facts(family)
     # as training holds it: requires_grad too changes how torch rounds
     family.unet.requires_grad_(config.tuning == "full").to(family.dtype)
@@ -349,7 +346,8 @@ def _captions_of(index: PairIndex) -> Iterator[tuple[int, str]]:
     return zip(index.pair_id.tolist(), index.captions, strict=True)
 
 
-def _load_model(config: TrainConfig, ranks: Ranks) -> Family:
+def _load_model(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, Family]:
+    """The model, and the configuration with its resolution where none was given."""
     dtype = COMPUTE_DTYPES[config.mixed_precision]
     family = load_family(
         base_of(config),
@@ -357,8 +355,8 @@ def _load_model(config: TrainConfig, ranks: Ranks) -> Family:
         unet_dtype=torch.float32 if config.tuning == "full" else dtype,  # masters begin at the fp32 weights
         device=ranks.device,
     )
-    resolution = config.resolution or family.default_resolution
-    check_resolution(resolution, family.resolution_multiple, config.pretrained_model_name_or_path)
+    config = replace(config, resolution=config.resolution or family.default_resolution)
+    check_resolution(config.resolution, family.resolution_multiple, config.pretrained_model_name_or_path)
     if config.time_ids == "real" and not family.needs_time_ids:
         raise BadInput(f"--time_ids real is for SDXL: {family.name} has no size conditioning; leave it out")
     family.timesteps = timesteps_within(family, config.min_timestep, config.max_timestep)
@@ -366,7 +364,7 @@ def _load_model(config: TrainConfig, ranks: Ranks) -> Family:
         merge_lora(family.pipeline, config.init_lora, cache_dir=config.cache_dir, token=config.hub_token)
     if config.proportion_empty_prompts and any(map(_not_finite, family.empty_prompt().values())):
         raise family.text_not_finite("--proportion_empty_prompts: the empty caption")
-    return family
+    return config, family
 
 
 def _not_finite(tensor: torch.Tensor) -> bool:

@@ -37,7 +37,7 @@ from dpo_fast.models import (
     save_lora,
 )
 from dpo_fast.models.source import base_of
-from dpo_fast.objectives import KLTerm, Settings, SmoothedLabels, Terms, evaluate, find_objective
+from dpo_fast.objectives import Terms, evaluate, find_objective
 from dpo_fast.pictures import before_after, save_png
 from dpo_fast.statistics import interval95
 from dpo_fast.training import checkpoint, hub, run_folder
@@ -153,14 +153,11 @@ class Trainer:
 
     def loss(self, predictions: Predictions, batch: Batch) -> Terms:
         """The objective over a micro-batch."""
-        return evaluate(self.objective, *predictions, self._settings(), label=batch.label, weight=batch.weight)
-
-    def _settings(self) -> Settings:
-        """What the objective's function takes besides the pairs, at this step."""
-        beta, kind = self.config.beta_dpo, self.objective.settings
-        if kind is SmoothedLabels:
-            return SmoothedLabels(beta, self.config.label_smoothing)
-        return KLTerm(beta, self.run.kl) if kind is KLTerm else Settings(beta)
+        config = self.config
+        settings = self.objective.settings.of(
+            beta=config.beta_dpo, label_smoothing=config.label_smoothing, kl=self.run.kl
+        )
+        return evaluate(self.objective, *predictions, settings, label=batch.label, weight=batch.weight)
 
     # ---- around the steps --------------------------------------------------------------------------------------
 
