@@ -29,12 +29,12 @@ DPO_FAST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b;
 
 DPO_FAST_INLINE int64_t bytes_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-// The numbers from `offset` on.
-DPO_FAST_INLINE Numbers at(Numbers x, int64_t offset) {
+// The elements from `offset` on.
+DPO_FAST_INLINE ConstArray at(ConstArray x, int64_t offset) {
   return {static_cast<const char*>(x.data) + offset * bytes_of(x.dtype), x.dtype};
 }
 
-DPO_FAST_INLINE MutableNumbers at(MutableNumbers x, int64_t offset) {
+DPO_FAST_INLINE MutableArray at(MutableArray x, int64_t offset) {
   return {static_cast<char*>(x.data) + offset * bytes_of(x.dtype), x.dtype};
 }
 
@@ -208,7 +208,7 @@ DPO_FAST_INLINE void add_terms(float p, float r, float t, float& policy, float& 
   delta += (p - r) * (policy_residual + ref_residual);  // = (p-t)^2 - (r-t)^2 without the cancellation
 }
 
-struct ImageSums {  // over an image's numbers
+struct ImageSums {  // over an image's elements
   double policy, ref, delta;
 };
 
@@ -268,7 +268,7 @@ DPO_FAST_INLINE float exponential(float x) {
 DPO_FAST_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 // d loss / d prediction = grad_error * two_over(n) * (prediction - target)
-DPO_FAST_INLINE float two_over(int64_t numbers) { return static_cast<float>(2.0 / static_cast<double>(numbers)); }
+DPO_FAST_INLINE float two_over(int64_t elements) { return static_cast<float>(2.0 / static_cast<double>(elements)); }
 
 // The part of d loss / d error that all pairs share: (1/B) (beta/2).
 DPO_FAST_INLINE float error_scale(const DPOLossGrad& op) {

@@ -25,8 +25,8 @@ T* pointer(Address address) {
 struct Array {  // of a dtype that is known at run time
   Address address;
   int dtype;
-  operator Numbers() const { return {pointer<const void>(address), dtype}; }
-  operator MutableNumbers() const { return {pointer<void>(address), dtype}; }
+  operator ConstArray() const { return {pointer<const void>(address), dtype}; }
+  operator MutableArray() const { return {pointer<void>(address), dtype}; }
 };
 
 struct Place {
@@ -36,7 +36,7 @@ struct Place {
 };
 
 template <typename Op>
-void run(const Op& op, const Place& place, void (*on_cpu)(const Op&, int), void (*on_gpu)(const Op&, cuda::Place)) {
+void run(const Op& op, const Place& place, void (*on_cpu)(const Op&, int), void (*on_gpu)(const Op&, cuda::Stream)) {
   const py::gil_scoped_release release;
   if (place.device < 0) {
     on_cpu(op, place.threads);
@@ -56,18 +56,18 @@ void noise_pair(
 }
 
 PairErrors errors_of(
-    Array policy, Array ref, Address ref_error, Array target, int64_t pairs, int64_t targets, int64_t numbers,
-    Address sums, Address policy_error_out, Address ref_error_out, Address delta_out) {
+    Array policy, Array ref, Address ref_error, Array target, int64_t pairs, int64_t targets, int64_t elements,
+    Address sums, Address policy_error_out, Address ref_error_out, Address error_delta_out) {
   return {
-      policy, ref, pointer<const float>(ref_error), target, pairs, targets, numbers, pointer<float>(sums),
-      pointer<float>(policy_error_out), pointer<float>(ref_error_out), pointer<float>(delta_out)};
+      policy, ref, pointer<const float>(ref_error), target, pairs, targets, elements, pointer<float>(sums),
+      pointer<float>(policy_error_out), pointer<float>(ref_error_out), pointer<float>(error_delta_out)};
 }
 
 void pair_errors(const Place& place, const PairErrors& op) { run(op, place, cpu::pair_errors, cuda::pair_errors); }
 
 PairErrorsGrad errors_grad_of(
-    Address grad_error, Array policy, Array target, int64_t pairs, int64_t targets, int64_t numbers, Array grad) {
-  return {pointer<const float>(grad_error), policy, target, pairs, targets, numbers, grad};
+    Address grad_error, Array policy, Array target, int64_t pairs, int64_t targets, int64_t elements, Array grad) {
+  return {pointer<const float>(grad_error), policy, target, pairs, targets, elements, grad};
 }
 
 void pair_errors_grad(const Place& place, const PairErrorsGrad& op) {
@@ -90,8 +90,8 @@ void dpo_loss_grad(
   run(op, place, cpu::dpo_loss_grad, cuda::dpo_loss_grad);
 }
 
-int64_t pair_sums_floats(const Place& place, int64_t images, int64_t numbers) {
-  return (place.device < 0 ? cpu::pair_sums_floats : cuda::pair_sums_floats)(images, numbers);
+int64_t pair_sums_floats(const Place& place, int64_t images, int64_t elements) {
+  return (place.device < 0 ? cpu::pair_sums_floats : cuda::pair_sums_floats)(images, elements);
 }
 
 // The generator alone, for the published test vectors.
@@ -117,12 +117,12 @@ PYBIND11_MODULE(_native, module) {
   py::class_<PairErrors>(module, "PairErrors", local)
       .def(
           py::init(&errors_of), py::arg("policy"), py::arg("ref"), py::arg("ref_error"), py::arg("target"),
-          py::arg("pairs"), py::arg("targets"), py::arg("numbers"), py::arg("sums"), py::arg("policy_error"),
-          py::arg("ref_error_out"), py::arg("error_delta"));
+          py::arg("pairs"), py::arg("targets"), py::arg("elements"), py::arg("sums"), py::arg("policy_error_out"),
+          py::arg("ref_error_out"), py::arg("error_delta_out"));
   py::class_<PairErrorsGrad>(module, "PairErrorsGrad", local)
       .def(
           py::init(&errors_grad_of), py::arg("grad_error"), py::arg("policy"), py::arg("target"), py::arg("pairs"),
-          py::arg("targets"), py::arg("numbers"), py::arg("grad"));
+          py::arg("targets"), py::arg("elements"), py::arg("grad"));
   module.def(
       "noise_pair", &dpo_fast::noise_pair, py::arg("place"), py::arg("latents"), py::arg("signal"), py::arg("sigma"),
       py::arg("seed"), py::arg("pair_id"), py::arg("draw"), py::arg("noisy"), py::arg("target"), py::arg("pairs"),
@@ -135,7 +135,7 @@ PYBIND11_MODULE(_native, module) {
   module.def(
       "dpo_loss_grad", &dpo_fast::dpo_loss_grad, py::arg("place"), py::arg("errors"), py::arg("grad_loss"),
       py::arg("margin"), py::arg("label"), py::arg("weight"), py::arg("beta"));
-  module.def("pair_sums_floats", &dpo_fast::pair_sums_floats, py::arg("place"), py::arg("images"), py::arg("numbers"));
+  module.def("pair_sums_floats", &dpo_fast::pair_sums_floats, py::arg("place"), py::arg("images"), py::arg("elements"));
   module.def("cuda_fault", &cuda::fault, py::arg("device"));
   module.attr("cuda_cubins") = DPO_FAST_CUBINS;  // compute capabilities with code of their own: "80,90a"; "": no CUDA
   module.attr("cuda_ptx") = DPO_FAST_PTX;        // the one whose PTX is in too: "90"

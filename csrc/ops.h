@@ -1,6 +1,6 @@
 // The table of contents: every op of the extension, with the shapes and dtypes of what its addresses point to.
 //
-// B pairs of images of n = C * H * W numbers, chosen images first. All arrays are dense; images are rows of n numbers
+// B pairs of images of n = C * H * W elements, chosen images first. All arrays are dense; images are rows of n elements
 // in one memory order, contiguous or channels_last, that all arrays of a call share. dpo_fast/kernels/reference.py
 // specifies the values, dpo_fast/kernels/native.py checks the arguments.
 //
@@ -16,24 +16,24 @@ namespace dpo_fast {
 
 enum DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-struct Numbers {  // of a dtype that is known at run time
+struct ConstArray {  // of a dtype that is known at run time
   const void* data;
   int dtype;
 };
 
-struct MutableNumbers {
+struct MutableArray {
   void* data;
   int dtype;
 };
 
 struct NoisePair {
-  Numbers latents;        // [2B, C, H, W]
+  ConstArray latents;     // [2B, C, H, W]
   const float* signal;    // [B] sqrt(abar)
   const float* sigma;     // [B] sqrt(1 - abar)
   const int64_t* pair_id; // [B]
   const int64_t* draw;    // [B]
   uint64_t seed;
-  MutableNumbers noisy;   // [2B, C, H, W]
+  MutableArray noisy;     // [2B, C, H, W]
   float* target;          // [B, C, H, W], the noise; with velocity [2B, C, H, W], signal * noise - sigma * latents
   int64_t pairs;          // B
   int64_t channels;       // C
@@ -43,36 +43,36 @@ struct NoisePair {
 };
 
 struct PairErrors {
-  Numbers policy;         // [2B, n] predictions
-  Numbers ref;            // [2B, n] predictions, or null
-  const float* ref_error; // [2B] errors instead of predictions, or null
-  Numbers target;         // [targets, n]
-  int64_t pairs;          // B
-  int64_t targets;        // B, shared by both images of a pair, or 2B
-  int64_t numbers;        // n
-  float* sums;            // workspace, pair_sums_floats(2B, n) numbers
+  ConstArray policy;       // [2B, n] predictions
+  ConstArray ref;          // [2B, n] predictions, or null
+  const float* ref_error;  // [2B] errors instead of predictions, or null
+  ConstArray target;       // [targets, n]
+  int64_t pairs;           // B
+  int64_t targets;         // B, shared by both images of a pair, or 2B
+  int64_t elements;        // n
+  float* sums;             // workspace, pair_sums_floats(2B, n) elements
   float* policy_error_out; // [2B]
   float* ref_error_out;    // [2B]
-  float* delta_out;        // [2B] policy_error - ref_error; null for dpo_loss, which has no such output
+  float* error_delta_out;  // [2B] policy_error - ref_error; null for dpo_loss, which has no such output
 };
 
-struct PairErrorsGrad {    // grad = grad_error * (2/n) * (policy - target)
+struct PairErrorsGrad {  // grad = grad_error * (2/n) * (policy - target)
   const float* grad_error; // [2B]
-  Numbers policy;          // [2B, n]
-  Numbers target;          // [targets, n]
+  ConstArray policy;       // [2B, n]
+  ConstArray target;       // [targets, n]
   int64_t pairs;
   int64_t targets;
-  int64_t numbers;
-  MutableNumbers grad;     // [2B, n]
+  int64_t elements;
+  MutableArray grad;       // [2B, n]
 };
 
 struct DPOLoss {
   PairErrors errors;
   double beta;
-  const float* label;     // [B] or null
-  const float* weight;    // [B] or null
-  float* loss;            // []
-  float* margin;          // [B]
+  const float* label;  // [B] or null
+  const float* weight; // [B] or null
+  float* loss;         // []
+  float* margin;       // [B]
 };
 
 struct DPOLossGrad {
@@ -85,7 +85,7 @@ struct DPOLossGrad {
 };
 
 namespace cpu {
-int64_t pair_sums_floats(int64_t images, int64_t numbers);
+int64_t pair_sums_floats(int64_t images, int64_t elements);
 void noise_pair(const NoisePair& op, int threads);
 void pair_errors(const PairErrors& op, int threads);
 void pair_errors_grad(const PairErrorsGrad& op, int threads);
@@ -94,16 +94,16 @@ void dpo_loss_grad(const DPOLossGrad& op, int threads);
 }  // namespace cpu
 
 namespace cuda {
-struct Place {
-  int device;     // ordinal
-  void* stream;   // cudaStream_t
+struct Stream {
+  int device;   // ordinal
+  void* stream; // cudaStream_t
 };
-int64_t pair_sums_floats(int64_t images, int64_t numbers);
-void noise_pair(const NoisePair& op, Place place);              // 1 launch
-void pair_errors(const PairErrors& op, Place place);            // 2 launches
-void pair_errors_grad(const PairErrorsGrad& op, Place place);   // 1 launch
-void dpo_loss(const DPOLoss& op, Place place);                  // 2 launches
-void dpo_loss_grad(const DPOLossGrad& op, Place place);         // 1 launch
+int64_t pair_sums_floats(int64_t images, int64_t elements);
+void noise_pair(const NoisePair& op, Stream where);              // 1 launch
+void pair_errors(const PairErrors& op, Stream where);            // 2 launches
+void pair_errors_grad(const PairErrorsGrad& op, Stream where);   // 1 launch
+void dpo_loss(const DPOLoss& op, Stream where);                  // 2 launches
+void dpo_loss_grad(const DPOLossGrad& op, Stream where);         // 1 launch
 std::string fault(int device);  // loads all kernels into the device; why they cannot run there, or ""
 }  // namespace cuda
 

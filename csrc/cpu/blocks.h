@@ -1,4 +1,4 @@
-// What the CPU ops share: work in blocks of a few hundred numbers that stay in the first-level cache as float32, one
+// What the CPU ops share: work in blocks of a few hundred elements that stay in the first-level cache as float32, one
 // version of each block function for every generation of x86 vector instructions, and threads.
 #pragma once
 
@@ -18,9 +18,9 @@
 
 namespace dpo_fast::cpu {
 
-constexpr int64_t kBlock = 512;  // numbers that are decoded at a time
+constexpr int64_t kBlock = 512;  // elements that are decoded at a time
 
-// float16 by the instruction for it: the same bits as arithmetic.h, only faster. Both give how many numbers they did.
+// float16 by the instruction for it: the same bits as arithmetic.h, only faster. Both give how many elements they did.
 #if DPO_FAST_X86
 const bool kHasFloat16 = __builtin_cpu_supports("avx") && __builtin_cpu_supports("f16c");
 
@@ -48,7 +48,7 @@ inline int64_t decode_float16(const void*, int64_t, float*) { return 0; }
 inline int64_t encode_float16(const float*, int64_t, void*) { return 0; }
 #endif
 
-// `count` numbers, `stride` apart, as float32.
+// `count` elements, `stride` apart, as float32.
 template <typename T, typename Convert>
 DPO_FAST_INLINE void decode_as(const void* source, int64_t stride, int64_t count, float* out, Convert convert) {
   const T* x = static_cast<const T*>(source);
@@ -59,7 +59,7 @@ DPO_FAST_INLINE void decode_as(const void* source, int64_t stride, int64_t count
   }
 }
 
-DPO_FAST_INLINE void decode(Numbers x, int64_t stride, int64_t count, float* out) {
+DPO_FAST_INLINE void decode(ConstArray x, int64_t stride, int64_t count, float* out) {
   if (x.dtype == kFloat32) {
     decode_as<float>(x.data, stride, count, out, [](float value) { return value; });
   } else if (x.dtype == kFloat16) {
@@ -81,7 +81,7 @@ DPO_FAST_INLINE void encode_as(const float* x, int64_t stride, int64_t count, vo
   }
 }
 
-DPO_FAST_INLINE void encode(const float* x, int64_t stride, int64_t count, MutableNumbers out) {
+DPO_FAST_INLINE void encode(const float* x, int64_t stride, int64_t count, MutableArray out) {
   if (out.dtype == kFloat32) {
     encode_as<float>(x, stride, count, out.data, [](float value) { return value; });
   } else if (out.dtype == kFloat16) {

@@ -16,7 +16,7 @@ void dpo_loss(const DPOLoss& op, int threads) {
 }
 
 void dpo_loss_grad(const DPOLossGrad& op, int threads) {
-  const float scale = error_scale(op), mean = two_over(op.errors.numbers);
+  const float scale = error_scale(op), mean = two_over(op.errors.elements);
   scale_residuals(op.errors, threads, [&](int64_t image) { return grad_error_of(op, scale, image) * mean; });
 }
 

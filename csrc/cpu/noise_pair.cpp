@@ -4,32 +4,33 @@
 namespace dpo_fast::cpu {
 namespace {
 
-constexpr int64_t kPixels = kBlock / 4;
+constexpr int64_t kTilePixels = kBlock / 4;
 
-// Noise of four channels at `count` pixels: of channel k at noise[k * kPixels + i], or interleaved at noise[4 * i + k].
+// Noise of four channels at `count` pixels: that of channel k at noise[k * kTilePixels + i], or interleaved, at
+// noise[4 * i + k].
 DPO_FAST_CLONES
 void draw_noise(
     uint64_t seed, uint64_t pair_id, uint64_t draw, uint32_t first, uint32_t step, int64_t count, bool interleave,
     float* noise) {
   float planes[kBlock];
   float* out = interleave ? planes : noise;
-  for (int32_t i = 0; i < kPixels; ++i) {  // all of them: a fixed count makes vectors without a tail
+  for (int32_t i = 0; i < kTilePixels; ++i) {  // all of them: a fixed count makes vectors without a tail
     const Normals normals = noise_block(seed, pair_id, draw, first + static_cast<uint32_t>(i) * step);
     out[i] = normals.z[0];
-    out[kPixels + i] = normals.z[1];
-    out[2 * kPixels + i] = normals.z[2];
-    out[3 * kPixels + i] = normals.z[3];
+    out[kTilePixels + i] = normals.z[1];
+    out[2 * kTilePixels + i] = normals.z[2];
+    out[3 * kTilePixels + i] = normals.z[3];
   }
   if (!interleave) return;
   for (int64_t i = 0; i < count; ++i) {
-    for (int64_t k = 0; k < 4; ++k) noise[4 * i + k] = planes[k * kPixels + i];
+    for (int64_t k = 0; k < 4; ++k) noise[4 * i + k] = planes[k * kTilePixels + i];
   }
 }
 
 DPO_FAST_CLONES
 void apply_noise(
-    Numbers latents, const float* noise, float signal, float sigma, int64_t stride, int64_t count, MutableNumbers noisy,
-    float* velocity) {
+    ConstArray latents, const float* noise, float signal, float sigma, int64_t stride, int64_t count,
+    MutableArray noisy, float* velocity) {
   float x0[kBlock], out[kBlock];
   decode(latents, stride, count, x0);
   for (int64_t i = 0; i < count; ++i) out[i] = noised(x0[i], noise[i], signal, sigma);
@@ -44,7 +45,7 @@ void store_noise(const float* noise, int64_t stride, int64_t count, float* out) 
   encode(noise, stride, count, {out, kFloat32});
 }
 
-// One row of numbers of a pair, the same in both images: `count` of them, `stride` apart, the first at `offset`.
+// One row of elements of a pair, the same in both images: `count` of them, `stride` apart, the first at `offset`.
 void noise_row(const NoisePair& op, int64_t pair, const float* noise, int64_t offset, int64_t stride, int64_t count) {
   const int64_t image_size = op.channels * op.pixels;
   for (int64_t image : {pair, op.pairs + pair}) {
@@ -59,10 +60,10 @@ void noise_row(const NoisePair& op, int64_t pair, const float* noise, int64_t of
 }  // namespace
 
 void noise_pair(const NoisePair& op, int threads) {
-  const int64_t groups = ceil_div(op.channels, 4), spans = ceil_div(op.pixels, kPixels);
-  parallel_for(threads, op.pairs * spans * groups, [&](int64_t item) {
-    const int64_t group = item % groups, pixel = item / groups % spans * kPixels, pair = item / groups / spans;
-    const int64_t count = std::min(kPixels, op.pixels - pixel), channel = 4 * group;
+  const int64_t groups = ceil_div(op.channels, 4), tiles = ceil_div(op.pixels, kTilePixels);
+  parallel_for(threads, op.pairs * tiles * groups, [&](int64_t item) {
+    const int64_t group = item % groups, pixel = item / groups % tiles * kTilePixels, pair = item / groups / tiles;
+    const int64_t count = std::min(kTilePixels, op.pixels - pixel), channel = 4 * group;
     const bool interleave = op.channels_last && op.channels == 4;
     float noise[kBlock];
     draw_noise(
@@ -75,7 +76,7 @@ void noise_pair(const NoisePair& op, int threads) {
     for (int64_t k = 0; k < std::min<int64_t>(4, op.channels - channel); ++k) {
       const int64_t offset =
           op.channels_last ? pixel * op.channels + channel + k : (channel + k) * op.pixels + pixel;
-      noise_row(op, pair, noise + k * kPixels, offset, op.channels_last ? op.channels : 1, count);
+      noise_row(op, pair, noise + k * kTilePixels, offset, op.channels_last ? op.channels : 1, count);
     }
   });
 }

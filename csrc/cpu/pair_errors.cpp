@@ -1,4 +1,4 @@
-// pair_errors on the CPU: float32 sums in sixteen lanes over a chunk, lanes and chunks combined in a fixed order.
+// pair_errors on the CPU: float32 sums in sixteen lanes over a tile, lanes and tiles combined in a fixed order.
 #include "pair_errors.h"
 
 namespace dpo_fast::cpu {
@@ -17,9 +17,9 @@ float sum_of(Lanes x) {
   return x.lane[0];
 }
 
-// The sums of policy, ref and delta over a chunk. Without ref predictions the last two are not meant.
+// The sums of policy, ref and delta over a tile. Without ref predictions the last two are not meant.
 DPO_FAST_CLONES
-void sum_chunk(Numbers policy, Numbers ref, Numbers target, int64_t count, Lanes* sums) {
+void sum_tile(ConstArray policy, ConstArray ref, ConstArray target, int64_t count, Lanes* sums) {
   Lanes policy_sum = {}, ref_sum = {}, delta_sum = {};
   float p[kBlock], r[kBlock], t[kBlock];
   for (int64_t start = 0; start < count; start += kBlock) {
@@ -51,7 +51,7 @@ void sum_chunk(Numbers policy, Numbers ref, Numbers target, int64_t count, Lanes
 }  // namespace
 
 DPO_FAST_CLONES
-void scale_residual(Numbers policy, Numbers target, float factor, int64_t count, MutableNumbers out) {
+void scale_residual(ConstArray policy, ConstArray target, float factor, int64_t count, MutableArray out) {
   float p[kBlock], t[kBlock];
   for (int64_t start = 0; start < count; start += kBlock) {
     const int64_t block = std::min(kBlock, count - start);
@@ -62,33 +62,33 @@ void scale_residual(Numbers policy, Numbers target, float factor, int64_t count,
   }
 }
 
-int64_t pair_sums_floats(int64_t images, int64_t numbers) { return 3 * images * ceil_div(numbers, kChunk); }
+int64_t pair_sums_floats(int64_t images, int64_t elements) { return 3 * images * ceil_div(elements, kTile); }
 
 void sum_images(const PairErrors& op, int threads) {
-  const int64_t chunks = ceil_div(op.numbers, kChunk);
-  parallel_for(threads, 2 * op.pairs * chunks, [&](int64_t item) {
-    const int64_t image = item / chunks, start = item % chunks * kChunk;
-    const int64_t from = image * op.numbers + start, target = image % op.targets * op.numbers + start;
+  const int64_t tiles = ceil_div(op.elements, kTile);
+  parallel_for(threads, 2 * op.pairs * tiles, [&](int64_t item) {
+    const int64_t image = item / tiles, start = item % tiles * kTile;
+    const int64_t from = image * op.elements + start, target = image % op.targets * op.elements + start;
     Lanes sums[3];
-    sum_chunk(
+    sum_tile(
         at(op.policy, from), op.ref.data ? at(op.ref, from) : op.ref, at(op.target, target),
-        std::min(kChunk, op.numbers - start), sums);
+        std::min(kTile, op.elements - start), sums);
     for (int64_t k = 0; k < 3; ++k) op.sums[3 * item + k] = sum_of(sums[k]);
   });
 }
 
 ImageErrors finish_image(const PairErrors& op, int64_t image) {
-  const int64_t chunks = ceil_div(op.numbers, kChunk);
+  const int64_t tiles = ceil_div(op.elements, kTile);
   ImageSums sums = {0, 0, 0};
-  for (int64_t item = image * chunks; item < (image + 1) * chunks; ++item) {
+  for (int64_t item = image * tiles; item < (image + 1) * tiles; ++item) {
     sums.policy += op.sums[3 * item];
     sums.ref += op.sums[3 * item + 1];
     sums.delta += op.sums[3 * item + 2];
   }
-  const ImageErrors errors = image_errors(op, one_over(op.numbers), image, sums);
+  const ImageErrors errors = image_errors(op, one_over(op.elements), image, sums);
   op.policy_error_out[image] = errors.policy;
   op.ref_error_out[image] = errors.ref;
-  if (op.delta_out) op.delta_out[image] = errors.delta;
+  if (op.error_delta_out) op.error_delta_out[image] = errors.delta;
   return errors;
 }
 
@@ -98,7 +98,7 @@ void pair_errors(const PairErrors& op, int threads) {
 }
 
 void pair_errors_grad(const PairErrorsGrad& op, int threads) {
-  const float mean = two_over(op.numbers);
+  const float mean = two_over(op.elements);
   scale_residuals(op, threads, [&](int64_t image) { return op.grad_error[image] * mean; });
 }
 

@@ -5,26 +5,26 @@
 
 namespace dpo_fast::cpu {
 
-constexpr int64_t kChunk = 4096;  // numbers of an image that are summed in float32
+constexpr int64_t kTile = 4096;  // elements of an image that are summed in float32
 
-// First stage of the reduction: fills op.sums, an entry for each chunk. Images are cut by their size alone.
+// First stage of the reduction: fills op.sums, an entry for each tile. Images are cut by their size alone.
 void sum_images(const PairErrors& op, int threads);
 
-// Second stage: adds the chunks of an image in their order, in float64; writes the image's outputs.
+// Second stage: adds the tiles of an image in their order, in float64; writes the image's outputs.
 ImageErrors finish_image(const PairErrors& op, int64_t image);
 
-// out = factor * (policy - target), at most kChunk numbers
-void scale_residual(Numbers policy, Numbers target, float factor, int64_t count, MutableNumbers out);
+// out = factor * (policy - target), at most kTile elements
+void scale_residual(ConstArray policy, ConstArray target, float factor, int64_t count, MutableArray out);
 
 // grad = factor_of(image) * (policy - target)
 template <typename FactorOf>
 void scale_residuals(const PairErrorsGrad& op, int threads, const FactorOf& factor_of) {
-  const int64_t chunks = ceil_div(op.numbers, kChunk);
-  parallel_for(threads, 2 * op.pairs * chunks, [&](int64_t item) {
-    const int64_t image = item / chunks, start = item % chunks * kChunk;
-    const int64_t from = image * op.numbers + start, target = image % op.targets * op.numbers + start;
+  const int64_t tiles = ceil_div(op.elements, kTile);
+  parallel_for(threads, 2 * op.pairs * tiles, [&](int64_t item) {
+    const int64_t image = item / tiles, start = item % tiles * kTile;
+    const int64_t from = image * op.elements + start, target = image % op.targets * op.elements + start;
     scale_residual(
-        at(op.policy, from), at(op.target, target), factor_of(image), std::min(kChunk, op.numbers - start),
+        at(op.policy, from), at(op.target, target), factor_of(image), std::min(kTile, op.elements - start),
         at(op.grad, from));
   });
 }

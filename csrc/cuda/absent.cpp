@@ -13,11 +13,11 @@ constexpr char kFault[] = "built without CUDA: " DPO_FAST_LEFT_OUT;
 }  // namespace
 
 int64_t pair_sums_floats(int64_t, int64_t) { refuse(); }
-void noise_pair(const NoisePair&, Place) { refuse(); }
-void pair_errors(const PairErrors&, Place) { refuse(); }
-void pair_errors_grad(const PairErrorsGrad&, Place) { refuse(); }
-void dpo_loss(const DPOLoss&, Place) { refuse(); }
-void dpo_loss_grad(const DPOLossGrad&, Place) { refuse(); }
+void noise_pair(const NoisePair&, Stream) { refuse(); }
+void pair_errors(const PairErrors&, Stream) { refuse(); }
+void pair_errors_grad(const PairErrorsGrad&, Stream) { refuse(); }
+void dpo_loss(const DPOLoss&, Stream) { refuse(); }
+void dpo_loss_grad(const DPOLossGrad&, Stream) { refuse(); }
 std::string fault(int) { return kFault; }
 
 }  // namespace dpo_fast::cuda

@@ -5,13 +5,14 @@ namespace dpo_fast::cuda {
 namespace {
 
 // One block: the pairs' margins and losses, and the loss's sum by a tree over the threads, in float64.
-__global__ void __launch_bounds__(kThreads) finish_loss(const DPOLoss op, const Cut cut, const double mean) {
+__global__ void __launch_bounds__(kThreads) finish_loss(
+    const DPOLoss op, const Partition partition, const double mean) {
   __shared__ double partial[kThreads];
   const int64_t pairs = op.errors.pairs;
   double loss = 0;
   for (int64_t pair = threadIdx.x; pair < pairs; pair += kThreads) {
-    const ImageErrors chosen = finish_image(op.errors, cut, pair);
-    const ImageErrors rejected = finish_image(op.errors, cut, pairs + pair);
+    const ImageErrors chosen = finish_image(op.errors, partition, pair);
+    const ImageErrors rejected = finish_image(op.errors, partition, pairs + pair);
     const float margin = pair_margin(chosen.delta, rejected.delta, op.beta);
     op.margin[pair] = margin;
     loss += pair_loss(op, pair, margin);
@@ -32,19 +33,19 @@ __global__ void __launch_bounds__(kThreads) loss_grad(const DPOLossGrad op, cons
 
 void preload_dpo_loss() { preload(finish_loss, loss_grad); }
 
-void dpo_loss(const DPOLoss& op, Place place) {
-  const OnDevice on(place.device);
-  const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);
-  const Cut cut(op.errors.numbers);
-  launch_sum_images(op.errors, cut, stream);
-  finish_loss<<<1, kThreads, 0, stream>>>(op, cut, one_over(op.errors.pairs));
+void dpo_loss(const DPOLoss& op, Stream where) {
+  const OnDevice on(where.device);
+  const cudaStream_t stream = static_cast<cudaStream_t>(where.stream);
+  const Partition partition(op.errors.elements);
+  launch_sum_images(op.errors, partition, stream);
+  finish_loss<<<1, kThreads, 0, stream>>>(op, partition, one_over(op.errors.pairs));
   check(cudaGetLastError());
 }
 
-void dpo_loss_grad(const DPOLossGrad& op, Place place) {
-  const OnDevice on(place.device);
-  const float scale = error_scale(op), mean = two_over(op.errors.numbers);
-  loss_grad<<<residual_grid(op.errors), kThreads, 0, static_cast<cudaStream_t>(place.stream)>>>(op, scale, mean);
+void dpo_loss_grad(const DPOLossGrad& op, Stream where) {
+  const OnDevice on(where.device);
+  const float scale = error_scale(op), mean = two_over(op.errors.elements);
+  loss_grad<<<residual_grid(op.errors), kThreads, 0, static_cast<cudaStream_t>(where.stream)>>>(op, scale, mean);
   check(cudaGetLastError());
 }
 

@@ -11,15 +11,15 @@ __device__ __forceinline__ Normals draw(const NoisePair& op, int64_t pair, int64
       static_cast<uint32_t>(block));
 }
 
-// Both images of a pair at the numbers from `start` on, whose noise it is.
+// Both images of a pair at the elements from `start` on, whose noise it is.
 __device__ __forceinline__ void apply(const NoisePair& op, int64_t pair, int64_t start, const Vector& noise) {
   const int64_t size = op.channels * op.pixels;
   const float signal = op.signal[pair], sigma = op.sigma[pair];
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
     const int64_t row = (side * op.pairs + pair) * size;
-    const Numbers latents = at(op.latents, row);
-    const MutableNumbers noisy = at(op.noisy, row);
+    const ConstArray latents = at(op.latents, row);
+    const MutableArray noisy = at(op.noisy, row);
     const Vector x0 = decode(load(latents, start, size, is_aligned(latents.data)), latents.dtype);
     Vector out;
 #pragma unroll
@@ -75,13 +75,13 @@ __global__ void __launch_bounds__(kThreads) noise_pixels(const NoisePair op) {
   }
 }
 
-__device__ __forceinline__ float load_one(Numbers x, int64_t i) {
+__device__ __forceinline__ float load_one(ConstArray x, int64_t i) {
   if (x.dtype == kFloat32) return static_cast<const float*>(x.data)[i];
   const uint16_t half = static_cast<const uint16_t*>(x.data)[i];
   return x.dtype == kFloat16 ? from_float16(half) : from_bfloat16(half);
 }
 
-__device__ __forceinline__ void store_one(MutableNumbers x, int64_t i, float value) {
+__device__ __forceinline__ void store_one(MutableArray x, int64_t i, float value) {
   if (x.dtype == kFloat32) {
     static_cast<float*>(x.data)[i] = value;
   } else {
@@ -90,7 +90,7 @@ __device__ __forceinline__ void store_one(MutableNumbers x, int64_t i, float val
 }
 
 // Any size and memory order: one block a thread.
-__global__ void __launch_bounds__(kThreads) noise_numbers(const NoisePair op) {
+__global__ void __launch_bounds__(kThreads) noise_elements(const NoisePair op) {
   const int64_t groups = (op.channels + 3) / 4;
   const int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (block >= op.pixels * groups) return;
@@ -116,11 +116,11 @@ __global__ void __launch_bounds__(kThreads) noise_numbers(const NoisePair op) {
 
 }  // namespace
 
-void preload_noise_pair() { preload(noise_planes, noise_pixels, noise_numbers); }
+void preload_noise_pair() { preload(noise_planes, noise_pixels, noise_elements); }
 
-void noise_pair(const NoisePair& op, Place place) {
-  const OnDevice on(place.device);
-  const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);
+void noise_pair(const NoisePair& op, Stream where) {
+  const OnDevice on(where.device);
+  const cudaStream_t stream = static_cast<cudaStream_t>(where.stream);
   const auto grid = [&](int64_t threads) {
     return dim3(static_cast<unsigned>(ceil_div(threads, kThreads)), grid_rows(op.pairs));
   };
@@ -129,7 +129,7 @@ void noise_pair(const NoisePair& op, Place place) {
   } else if (!op.channels_last && op.pixels % kVector == 0) {
     noise_planes<<<grid(op.pixels / kVector), kThreads, 0, stream>>>(op);
   } else {
-    noise_numbers<<<grid(op.pixels * ceil_div(op.channels, 4)), kThreads, 0, stream>>>(op);
+    noise_elements<<<grid(op.pixels * ceil_div(op.channels, 4)), kThreads, 0, stream>>>(op);
   }
   check(cudaGetLastError());
 }

@@ -19,18 +19,18 @@ __device__ __forceinline__ float block_sum(float x, float* shared) {
   return total;
 }
 
-__global__ void __launch_bounds__(kThreads) sum_images(const PairErrors op, const int64_t chunks) {
+__global__ void __launch_bounds__(kThreads) sum_images(const PairErrors op, const int64_t parts) {
   __shared__ float shared[kThreads / 32];
-  const int64_t images = 2 * op.pairs, chunk = blockIdx.x;
+  const int64_t images = 2 * op.pairs, part = blockIdx.x;
   for (int64_t image = blockIdx.y; image < images; image += gridDim.y) {
-    const Numbers policy = at(op.policy, image * op.numbers);
-    const Numbers target = at(op.target, (image < op.targets ? image : image - op.targets) * op.numbers);
-    const Numbers ref = op.ref.data ? at(op.ref, image * op.numbers) : target;  // whose sums are then not read
+    const ConstArray policy = at(op.policy, image * op.elements);
+    const ConstArray target = at(op.target, (image < op.targets ? image : image - op.targets) * op.elements);
+    const ConstArray ref = op.ref.data ? at(op.ref, image * op.elements) : target;  // whose sums are then not read
     float policy_sum = 0, ref_sum = 0, delta_sum = 0;
-    for (int64_t start = chunk * kTile + threadIdx.x * kVector; start < op.numbers; start += chunks * kTile) {
-      const Raw raw_policy = load(policy, start, op.numbers, is_aligned(policy.data));
-      const Raw raw_ref = load(ref, start, op.numbers, is_aligned(ref.data));
-      const Raw raw_target = load(target, start, op.numbers, is_aligned(target.data));
+    for (int64_t start = part * kTile + threadIdx.x * kVector; start < op.elements; start += parts * kTile) {
+      const Raw raw_policy = load(policy, start, op.elements, is_aligned(policy.data));
+      const Raw raw_ref = load(ref, start, op.elements, is_aligned(ref.data));
+      const Raw raw_target = load(target, start, op.elements, is_aligned(target.data));
       const Vector p = decode(raw_policy, policy.dtype), r = decode(raw_ref, ref.dtype);
       const Vector t = decode(raw_target, target.dtype);
 #pragma unroll
@@ -40,16 +40,16 @@ __global__ void __launch_bounds__(kThreads) sum_images(const PairErrors op, cons
     ref_sum = block_sum(ref_sum, shared);
     delta_sum = block_sum(delta_sum, shared);
     if (threadIdx.x == 0) {
-      op.sums[chunk * images + image] = policy_sum;
-      op.sums[(chunks + chunk) * images + image] = ref_sum;
-      op.sums[(2 * chunks + chunk) * images + image] = delta_sum;
+      op.sums[part * images + image] = policy_sum;
+      op.sums[(parts + part) * images + image] = ref_sum;
+      op.sums[(2 * parts + part) * images + image] = delta_sum;
     }
   }
 }
 
-__global__ void __launch_bounds__(kThreads) finish_errors(const PairErrors op, const Cut cut) {
+__global__ void __launch_bounds__(kThreads) finish_errors(const PairErrors op, const Partition partition) {
   const int64_t image = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (image < 2 * op.pairs) finish_image(op, cut, image);
+  if (image < 2 * op.pairs) finish_image(op, partition, image);
 }
 
 __global__ void __launch_bounds__(kThreads) errors_grad(const PairErrorsGrad op, const float mean) {
@@ -60,27 +60,27 @@ __global__ void __launch_bounds__(kThreads) errors_grad(const PairErrorsGrad op,
 
 void preload_pair_errors() { preload(sum_images, finish_errors, errors_grad); }
 
-void launch_sum_images(const PairErrors& op, const Cut& cut, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(cut.chunks), grid_rows(2 * op.pairs));
-  sum_images<<<grid, kThreads, 0, stream>>>(op, cut.chunks);
+void launch_sum_images(const PairErrors& op, const Partition& partition, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(partition.parts), grid_rows(2 * op.pairs));
+  sum_images<<<grid, kThreads, 0, stream>>>(op, partition.parts);
   check(cudaGetLastError());
 }
 
-int64_t pair_sums_floats(int64_t images, int64_t numbers) { return 3 * images * Cut(numbers).chunks; }
+int64_t pair_sums_floats(int64_t images, int64_t elements) { return 3 * images * Partition(elements).parts; }
 
-void pair_errors(const PairErrors& op, Place place) {
-  const OnDevice on(place.device);
-  const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);
-  const Cut cut(op.numbers);
-  launch_sum_images(op, cut, stream);
+void pair_errors(const PairErrors& op, Stream where) {
+  const OnDevice on(where.device);
+  const cudaStream_t stream = static_cast<cudaStream_t>(where.stream);
+  const Partition partition(op.elements);
+  launch_sum_images(op, partition, stream);
   const unsigned blocks = static_cast<unsigned>(ceil_div(2 * op.pairs, kThreads));
-  finish_errors<<<blocks, kThreads, 0, stream>>>(op, cut);
+  finish_errors<<<blocks, kThreads, 0, stream>>>(op, partition);
   check(cudaGetLastError());
 }
 
-void pair_errors_grad(const PairErrorsGrad& op, Place place) {
-  const OnDevice on(place.device);
-  errors_grad<<<residual_grid(op), kThreads, 0, static_cast<cudaStream_t>(place.stream)>>>(op, two_over(op.numbers));
+void pair_errors_grad(const PairErrorsGrad& op, Stream where) {
+  const OnDevice on(where.device);
+  errors_grad<<<residual_grid(op), kThreads, 0, static_cast<cudaStream_t>(where.stream)>>>(op, two_over(op.elements));
   check(cudaGetLastError());
 }
 

@@ -5,36 +5,36 @@
 
 namespace dpo_fast::cuda {
 
-constexpr int64_t kTile = kThreads * kVector;  // numbers that a block takes at a time
-constexpr int64_t kMaxChunks = 128;
+constexpr int64_t kTile = kThreads * kVector;  // elements that a block takes at a time
+constexpr int64_t kMaxParts = 128;
 
-// An image's sums come from so many blocks; block c takes tiles c, c + chunks, ... So the order of the additions
-// depends on the image's size alone, not on the GPU.
-struct Cut {
-  explicit Cut(int64_t numbers) : chunks(ceil_div(numbers, kTile)), mean(one_over(numbers)) {
-    if (chunks > kMaxChunks) chunks = kMaxChunks;
+// How an image is split over blocks: part p sums tiles p, p + parts, ... So the order of the additions depends on the
+// image's size alone, not on the GPU.
+struct Partition {
+  explicit Partition(int64_t elements) : parts(ceil_div(elements, kTile)), mean(one_over(elements)) {
+    if (parts > kMaxParts) parts = kMaxParts;
   }
-  int64_t chunks;
+  int64_t parts;
   double mean;
 };
 
-// First stage: op.sums [3][chunks][2B]. One launch, of pair_errors.cu.
-void launch_sum_images(const PairErrors& op, const Cut& cut, cudaStream_t stream);
+// First stage: op.sums [3][parts][2B]. One launch, of pair_errors.cu.
+void launch_sum_images(const PairErrors& op, const Partition& partition, cudaStream_t stream);
 
-// Second stage: adds the chunks of an image in their order, in float64; writes the image's outputs.
-__device__ __forceinline__ ImageErrors finish_image(const PairErrors& op, const Cut& cut, int64_t image) {
-  const int64_t chunks = cut.chunks;
+// Second stage: adds the parts of an image in their order, in float64; writes the image's outputs.
+__device__ __forceinline__ ImageErrors finish_image(const PairErrors& op, const Partition& partition, int64_t image) {
+  const int64_t parts = partition.parts;
   const int64_t images = 2 * op.pairs;
   ImageSums sums = {0, 0, 0};
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    sums.policy += op.sums[chunk * images + image];
-    sums.ref += op.sums[(chunks + chunk) * images + image];
-    sums.delta += op.sums[(2 * chunks + chunk) * images + image];
+  for (int64_t part = 0; part < parts; ++part) {
+    sums.policy += op.sums[part * images + image];
+    sums.ref += op.sums[(parts + part) * images + image];
+    sums.delta += op.sums[(2 * parts + part) * images + image];
   }
-  const ImageErrors errors = image_errors(op, cut.mean, image, sums);
+  const ImageErrors errors = image_errors(op, partition.mean, image, sums);
   op.policy_error_out[image] = errors.policy;
   op.ref_error_out[image] = errors.ref;
-  if (op.delta_out) op.delta_out[image] = errors.delta;
+  if (op.error_delta_out) op.error_delta_out[image] = errors.delta;
   return errors;
 }
 
@@ -42,24 +42,24 @@ __device__ __forceinline__ ImageErrors finish_image(const PairErrors& op, const 
 template <typename FactorOf>
 __device__ __forceinline__ void scale_residuals(const PairErrorsGrad& op, FactorOf factor_of) {
   const int64_t start = blockIdx.x * kTile + threadIdx.x * kVector;
-  if (start >= op.numbers) return;
+  if (start >= op.elements) return;
   for (int64_t image = blockIdx.y; image < 2 * op.pairs; image += gridDim.y) {
-    const Numbers policy = at(op.policy, image * op.numbers);
-    const Numbers target = at(op.target, (image < op.targets ? image : image - op.targets) * op.numbers);
-    const MutableNumbers grad = at(op.grad, image * op.numbers);
-    const Raw raw_policy = load(policy, start, op.numbers, is_aligned(policy.data));
-    const Raw raw_target = load(target, start, op.numbers, is_aligned(target.data));
+    const ConstArray policy = at(op.policy, image * op.elements);
+    const ConstArray target = at(op.target, (image < op.targets ? image : image - op.targets) * op.elements);
+    const MutableArray grad = at(op.grad, image * op.elements);
+    const Raw raw_policy = load(policy, start, op.elements, is_aligned(policy.data));
+    const Raw raw_target = load(target, start, op.elements, is_aligned(target.data));
     const float factor = factor_of(image);
     Vector out = decode(raw_policy, policy.dtype);
     const Vector t = decode(raw_target, target.dtype);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) out.x[i] = factor * (out.x[i] - t.x[i]);
-    store(grad, start, op.numbers, is_aligned(grad.data), out);
+    store(grad, start, op.elements, is_aligned(grad.data), out);
   }
 }
 
 inline dim3 residual_grid(const PairErrorsGrad& op) {
-  return dim3(static_cast<unsigned>(ceil_div(op.numbers, kTile)), grid_rows(2 * op.pairs));
+  return dim3(static_cast<unsigned>(ceil_div(op.elements, kTile)), grid_rows(2 * op.pairs));
 }
 
 }  // namespace dpo_fast::cuda

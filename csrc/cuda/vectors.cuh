@@ -1,4 +1,4 @@
-// What the CUDA ops share: eight numbers of any dtype at a time in 16-byte accesses, and how a kernel is launched.
+// What the CUDA ops share: eight elements of any dtype at a time in 16-byte accesses, and how a kernel is launched.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,7 @@
 
 namespace dpo_fast::cuda {
 
-constexpr int kVector = 8;  // numbers of a thread at a time: 16 bytes of half precision, twice 16 of float32
+constexpr int kVector = 8;  // elements of a thread at a time: 16 bytes of half precision, twice 16 of float32
 constexpr int kThreads = 256;
 
 inline void check(cudaError_t error) {
@@ -57,13 +57,13 @@ __device__ __forceinline__ bool is_aligned(const void* address) {
   return (reinterpret_cast<uintptr_t>(address) & 15) == 0;
 }
 
-// Eight numbers as they lie in memory, to be decoded after all loads of a thread are under way.
+// Eight elements as they lie in memory, to be decoded after all loads of a thread are under way.
 struct Raw {
   uint32_t word[kVector];  // float32: one each; half precision: two each in the first four
 };
 
 // x[start .. start + 8), zeros from x[end] on. aligned: x.data is at a multiple of 16 bytes, and start one of 8.
-__device__ __forceinline__ Raw load(Numbers x, int64_t start, int64_t end, bool aligned) {
+__device__ __forceinline__ Raw load(ConstArray x, int64_t start, int64_t end, bool aligned) {
   Raw raw = {};
   if (aligned && start + kVector <= end) {
     const uint4* source = static_cast<const uint4*>(at(x, start).data);
@@ -104,7 +104,7 @@ __device__ __forceinline__ Vector decode(const Raw& raw, int dtype) {
 }
 
 // x[start .. start + 8) = values, up to x[end - 1]
-__device__ __forceinline__ void store(MutableNumbers x, int64_t start, int64_t end, bool aligned, const Vector& values) {
+__device__ __forceinline__ void store(MutableArray x, int64_t start, int64_t end, bool aligned, const Vector& values) {
   if (x.dtype == kFloat32) {
     float* target = static_cast<float*>(x.data) + start;
     if (aligned && start + kVector <= end) {

@@ -25,7 +25,7 @@ except ImportError as error:
     ) from error
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/ops.h
-_PER_THREAD = 1 << 14  # fewer numbers than this are not worth another thread
+_PER_THREAD = 1 << 14  # fewer elements than this are not worth another thread
 _process = os.getpid()
 
 
@@ -253,7 +253,7 @@ def _place(x: Tensor) -> Any:
 
 
 def _images(x: Tensor, like: Tensor) -> Any:
-    """The address and dtype of [N, C, H, W] numbers that lie dense in the memory order of `like`."""
+    """The address and dtype of [N, C, H, W] elements that lie dense in the memory order of `like`."""
     if x.dtype not in _DTYPES:
         raise ValueError(f"backend 'native' knows float32, float16 and bfloat16; got {x.dtype}: use 'reference'")
     if x.device != like.device:
@@ -267,7 +267,7 @@ def _images(x: Tensor, like: Tensor) -> Any:
 
 
 def _vector(x: Tensor | None, dtype: torch.dtype, size: int, like: Tensor) -> int:
-    """The address of `size` numbers; 0 for None."""
+    """The address of `size` elements; 0 for None."""
     if x is None:
         return 0
     if x.dtype != dtype or x.shape != (size,) or x.device != like.device or not x.is_contiguous():
@@ -291,8 +291,8 @@ def _errors(
 ) -> tuple[Any, Tensor]:
     """The extension's PairErrors, and its workspace, which has to live until the call."""
     images = policy_pred.shape[0]
-    numbers = policy_pred.numel() // images
-    sums = _floats(policy_pred, _native.pair_sums_floats(_place(policy_pred), images, numbers))
+    elements = policy_pred.numel() // images
+    sums = _floats(policy_pred, _native.pair_sums_floats(_place(policy_pred), images, elements))
     is_errors = ref is not None and ref.dim() == 1
     errors = _native.PairErrors(
         policy=_images(policy_pred, policy_pred),
@@ -301,11 +301,11 @@ def _errors(
         target=_images(target, policy_pred),
         pairs=images // 2,
         targets=target.shape[0],
-        numbers=numbers,
+        elements=elements,
         sums=sums.data_ptr(),
-        policy_error=policy_error.data_ptr(),
+        policy_error_out=policy_error.data_ptr(),
         ref_error_out=ref_error.data_ptr(),
-        error_delta=0 if error_delta is None else error_delta.data_ptr(),
+        error_delta_out=0 if error_delta is None else error_delta.data_ptr(),
     )
     return errors, sums
 
@@ -317,6 +317,6 @@ def _errors_grad(grad_error: int, policy_pred: Tensor, target: Tensor, grad: Ten
         target=_images(target, policy_pred),
         pairs=policy_pred.shape[0] // 2,
         targets=target.shape[0],
-        numbers=policy_pred.numel() // policy_pred.shape[0],
+        elements=policy_pred.numel() // policy_pred.shape[0],
         grad=_images(grad, policy_pred),
     )

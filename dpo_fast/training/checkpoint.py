@@ -1,7 +1,9 @@
 """Checkpoints: everything a run needs to go on bit for bit, as safetensors and JSON, written whole or not at all.
 
     checkpoint-N/weights.safetensors     fp32 masters of what is trained
-                 optimizer.safetensors   optimizer state, loss scale, skip counters
+                 optimizer.safetensors   optimizer state
+                 counters.safetensors    loss scale, skipped updates, kto's mean reward of the step before (kl)
+                 metrics.safetensors     sums over the pairs since the last line of metrics.jsonl
                  ema.safetensors         with --use_ema
                  state.json              step, pairs seen, configuration, fingerprints, the files above by name with
                                          their checksums (XXH3, 128 bits), and its own digest
@@ -73,6 +75,7 @@ def load(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, ob
             logger.warning("%s is of an earlier version, without checksums: it is not checked for damage", folder)
             digests = dict.fromkeys(digests)
         files = {name: _load(folder / f"{name}.safetensors", expected) for name, expected in digests.items()}
+        _split_counters(files)
     except BadInput:
         raise
     except (OSError, ValueError, TypeError, SafetensorError) as error:
@@ -95,6 +98,14 @@ def _load(path: Path, expected: str | None) -> dict[str, torch.Tensor]:
     if expected is not None and file_digest(regular_file(path)) != expected:
         raise ValueError(f"{path.name} is damaged: its checksum is not the one in state.json")
     return load_file(path)
+
+
+def _split_counters(files: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Earlier versions kept the counters among the optimizer's tensors, under names that begin with "|"."""
+    if "counters" not in files:
+        optimizer = files.get("optimizer", {})
+        names = [name for name in optimizer if name.startswith("|")]
+        files["counters"] = {name[1:]: optimizer.pop(name) for name in names}
 
 
 def step_of(folder: Path) -> int:

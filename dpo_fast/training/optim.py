@@ -175,13 +175,19 @@ class MasterOptimizer:
         for index, state in self.optimizer.state_dict()["state"].items():
             for key, value in _flat(state, self.names[index]):
                 (tensors if isinstance(value, torch.Tensor) else values)[key] = value
-        device_values = {
-            name: getattr(self, name) for name in ("loss_scale", "good_updates", "skipped", "skipped_in_a_row")
-        }
-        files = {"weights": self.weights(), "optimizer": tensors | {f"|{k}": v for k, v in device_values.items()}}
+        files = {"weights": self.weights(), "optimizer": tensors, "counters": self._counters()}
         if self.ema is not None:
             files["ema"] = dict(zip(self.names, self.ema, strict=True))
         return files, values
+
+    def _counters(self) -> dict[str, torch.Tensor]:
+        """The loss scale and the counts of updates, fp32 [] on the device."""
+        return {
+            "loss_scale": self.loss_scale,
+            "good_updates": self.good_updates,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
 
     @torch.no_grad()
     def load_state(self, files: dict[str, dict[str, torch.Tensor]], values: dict[str, object]) -> None:
@@ -191,11 +197,10 @@ class MasterOptimizer:
             torch._foreach_copy_(self.ema, [files["ema"][n] for n in self.names])
         position = {name: index for index, name in enumerate(self.names)}
         states: dict[int, dict[str, object]] = {}
+        for name, counter in self._counters().items():
+            counter.copy_(files["counters"][name])
         for key, value in (files["optimizer"] | values).items():
             name, *path, entry = key.split("|")
-            if not name:
-                getattr(self, entry).copy_(value)
-                continue
             index = position[name]
             if isinstance(value, torch.Tensor) and value.shape == self.masters[index].shape:
                 # in the memory order of the master: fused optimizers go through both as rows of numbers

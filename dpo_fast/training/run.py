@@ -394,7 +394,7 @@ def make_trainable(config: TrainConfig, ranks: Ranks, family: Family) -> tuple[M
 
 def _restore(masters: MasterOptimizer, kl: torch.Tensor, files: dict, saved: dict) -> None:
     """Load a checkpoint's state."""
-    kl.copy_(files["optimizer"].pop("|kl"))
+    kl.copy_(files["counters"]["kl"])
     masters.load_state(files, saved["optimizer_values"])
 
 

@@ -1,18 +1,13 @@
 """The trainer: one optimizer step on one screen, and what happens around the steps."""
 
-import math
-import os
-import resource
 import signal
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from dpo_fast.checksums import write_signed_json
 from dpo_fast.cli import acknowledge, on_signals
@@ -23,7 +18,6 @@ from dpo_fast.data.pairs import faulty, too_many_bad
 from dpo_fast.errors import BadInput, mark_of_this_rank
 from dpo_fast.files import write_text
 from dpo_fast.forward import Predictions, conditioning_of, predict
-from dpo_fast.hub_revisions import public_name, revision_of
 from dpo_fast.kernels import dispatch
 from dpo_fast.locks import Hold
 from dpo_fast.models import (
@@ -31,21 +25,18 @@ from dpo_fast.models import (
     nonfinite_rows,
     nonfinite_tensors,
     not_compiled,
-    programs_made,
-    revisions,
     sampling,
     save_lora,
 )
-from dpo_fast.models.source import base_of
 from dpo_fast.objectives import Terms, evaluate, find_objective
 from dpo_fast.pictures import before_after, save_png
 from dpo_fast.statistics import interval95
 from dpo_fast.training import checkpoint, hub, run_folder
-from dpo_fast.training.metrics import LOGS, Clock, MetricsFile, PairSums, for_trackers, overoptimised
+from dpo_fast.training.metrics import PairSums
 from dpo_fast.training.model_card import model_card
+from dpo_fast.training.progress import Progress
 from dpo_fast.training.run import COUNTS, Run
 
-OVEROPTIMISED_LINES = 3  # consecutive lines with its signature before it is called that: one line may be chance
 MANY_SKIPPED = 0.2  # the share of skipped updates above which a finished run says so
 # What asks a run to stop: Ctrl-C, a scheduler's end, Slurm's warning before it, a closed terminal.
 REPEAT_SECONDS = 2.0  # a scheduler may signal every process, and a launcher pass its own signal on: that is one
@@ -74,23 +65,14 @@ class Trainer:
         run.notes.setdefault("trained", run.step > 0)  # whether any pair had weight; earlier versions did not note it
         self.bad_at_start = {bad.row for bad in run.sets.bad}  # a stream knows none
         self.grad_norm = torch.zeros((), device=run.ranks.device)
-        self.clock = Clock(run.step)
-        self.seconds_before = run.notes.get("seconds", 0.0)  # trained by earlier processes of this run, and
-        self.timed_from = 0 if "seconds" in run.notes else run.step  # the step their time counts from
-        self.last_line: dict[str, object] = run.notes.get("last_line", {})
+        self.progress = Progress(run)
+        self.clock, self.say = self.progress.clock, self.progress.say
         self.bad_rows_met: list[BadRow] = []  # by this rank, since all ranks last told each other
-        self.signs = run.overoptimised_lines  # of over-optimisation, in a row
-        self.programs: int | None = None  # compiled by the first step
         self.signal: str | None = None
         self.signalled_at = 0.0
         self.problem: BadInput | None = None
         self.saved_at = time.monotonic()
-        self.started = time.perf_counter()
         self.base_samples: list[Image.Image] = []  # on the main rank, of a run that validates
-        # replaced in `_reporting`
-        self.metrics: MetricsFile | None = None
-        self.validations: MetricsFile | None = None
-        self.bar = tqdm(disable=True)
 
     # ---- one step ----------------------------------------------------------------------------------------------
 
@@ -168,9 +150,9 @@ class Trainer:
         """
         config, run = self.config, self.run
         trains = run.step < config.max_train_steps
-        self._say(self._overview() if trains else f"all {run.step} steps are done: writing the result")
+        self.say(self.progress.overview() if trains else f"all {run.step} steps are done: writing the result")
         backend = dispatch.backend(config.backend) if config.backend != "auto" else nullcontext()
-        with backend, self._watch_signals(), self._reporting():
+        with backend, self._watch_signals(), self.progress.reporting():
             if config.run_validation and trains:
                 with not_compiled():
                     self._sample_base()
@@ -183,7 +165,7 @@ class Trainer:
                     raise
                 if not whole:
                     self._stop()
-                self.bar.update()
+                self.progress.bar.update()
                 last = run.step == config.max_train_steps
                 if run.step == 1 or run.step % config.log_every == 0 or last:
                     self.log()
@@ -205,54 +187,22 @@ class Trainer:
             raise Interrupted(f"{self.signal or 'stopped'} before the evaluation; {self._go_on()}")
 
     def log(self) -> None:
-        """Read the device's sums and write a line: the points where the CPU waits for the device."""
-        run, config = self.run, self.config
-        sums = self.sums.read(self.ranks.sum_)
-        norm = self.grad_norm.item()
-        seconds, waited = self.clock.read(run.step)
-        line = {
-            "step": run.step,
-            **sums,
-            "grad_norm": norm if math.isfinite(norm) else None,
-            "lr": self.masters.lr(run.step - 1),
-            "step_time": seconds,
-            "data_wait": waited,
-            "pairs_per_second": config.pairs_per_step / seconds,
-            "peak_memory_gib": _peak_memory_gib(self.ranks.device),
-            "skipped_updates": int(self.masters.skipped.item()),
-        }
-        self.last_line = line
-        if run.step == 1:
-            # with cached errors it was measured at the start
-            run.notes = {"loss_first": line["loss"], "initial_margin_rms": line["margin_rms"]} | run.notes
+        """Write a line of metrics and look for problems: the points where the CPU waits for the device."""
+        line = self.progress.log(self.sums, self.grad_norm)
         self._check_health(line)
-        self._check_programs()
-        self._tell_bad_rows()
-        if self.ranks.is_main:
-            self.metrics.write(line)
-            self.ranks.accelerator.log(for_trackers(line), step=run.step)
-            shown = ("loss", "implicit_accuracy", "grad_norm")
-            self.bar.set_postfix({name: f"{line[name]:.4g}" for name in shown if line[name] is not None})
-            self.signs = self.signs + 1 if overoptimised(line) else 0
-            if self.signs == OVEROPTIMISED_LINES and "overoptimised_at" not in run.notes:
-                run.notes["overoptimised_at"] = run.step
-                self._say(
-                    f"step {run.step}: over-optimisation: accuracy is {line['implicit_accuracy']:.2f} while the policy"
-                    " has become worse than the reference on both images. Raise --beta_dpo or lower --learning_rate,"
-                    " and look at samples before trusting the loss"
-                )
-        self.clock.restart(run.step)
+        self._share_bad_rows()
+        self.clock.restart(self.run.step)
 
     def validate(self) -> None:
         """Held-out implicit accuracy and the before-over-after picture, of the weights that would be exported."""
-        run, line = self.run, {"step": self.run.step}
+        run, accuracy = self.run, None
         with self.masters.showing_export():
             if run.validation is not None and self.objective.has_margin:
                 accuracy = self._held_out_accuracy()
                 if accuracy is None:
-                    self._say(f"step {run.step}: no held-out pair could be decoded")
+                    self.say(f"step {run.step}: no held-out pair could be decoded")
                 else:
-                    line["validation_accuracy"] = run.notes["validation_accuracy"] = accuracy
+                    run.notes["validation_accuracy"] = accuracy
                     # the draws of a pair are not independent, so the pairs count
                     run.notes["validation_accuracy_ci95"] = interval95(accuracy, len(run.validation))
             if self.ranks.is_main:
@@ -260,11 +210,9 @@ class Trainer:
         if self.ranks.is_main:
             sheet = before_after(self.base_samples, after, run.prompts)
             save_png(sheet, run.folder / "samples" / f"step-{run.step}.png")
-            self.ranks.track_picture("samples", sheet, run.step)
-            if len(line) > 1:
-                self.validations.write(line)
-                self.ranks.accelerator.log({"validation_accuracy": line["validation_accuracy"]}, step=run.step)
-                self._say(f"step {run.step}: held-out implicit accuracy {line['validation_accuracy']:.4f}")
+            self.progress.log_picture(sheet)
+            if accuracy is not None:
+                self.progress.log_validation(accuracy)
         self.ranks.wait()
 
     @torch.no_grad()
@@ -288,16 +236,16 @@ class Trainer:
     def save(self) -> None:
         """Write checkpoint-N, from the main rank."""
         run = self.run
-        self._tell_bad_rows()
+        self._share_bad_rows()
         self.ranks.on_main(self._check_hold)
         run.notes["trained"] |= self.ranks.any(self.sums.had_pairs())
         sums = self.sums.state()
         self.ranks.sum_(list(sums.values()))
         if self.ranks.is_main:
             files, values = self.masters.state()
-            files["optimizer"]["|kl"] = run.kl
+            files["counters"]["kl"] = run.kl
             files["metrics"] = sums
-            run.notes |= {"seconds": self._seconds(), "last_line": self.last_line}
+            run.notes |= {"seconds": self.progress.seconds(), "last_line": self.progress.last_line}
             state = {
                 "step": run.step,
                 "pairs_seen": run.step * self.config.pairs_per_step,
@@ -306,9 +254,9 @@ class Trainer:
                 "optimizer_values": values,
                 "notes": run.notes,
                 "counts": {name: getattr(run.sets, name) for name in COUNTS},
-                "overoptimised_lines": self.signs,
+                "overoptimised_lines": self.progress.overoptimised_lines,
                 "bad_rows": [list(bad) for bad in run.bad_rows.values()],
-                "logs": {log.path.name: extent for log in (self.metrics, self.validations) if (extent := log.extent())},
+                "logs": self.progress.extents(),
             }
             checkpoint.save(run.folder, run.step, files, state)
             checkpoint.prune(run.folder, self.config.checkpoints_total_limit)
@@ -325,7 +273,7 @@ class Trainer:
         self._check_result()
         if self.ranks.is_main:
             result = run_folder.publish(run.folder, self._export)
-            summary = self._summary() | {"result": result}
+            summary = self.progress.summary() | {"result": result}
             counts = {"rows": run.sets.rows, "ties_dropped": run.sets.ties_dropped, "bad_rows": len(run.bad_rows)}
             sampler = self.family.sampler
             scheduler = (sampler.kind.__name__, sampler.changes) if sampler.changes else None
@@ -337,15 +285,15 @@ class Trainer:
             late = [bad for row, bad in run.bad_rows.items() if row not in self.bad_at_start]
             if late:
                 same = sum(bad.reason.endswith(SAME) for bad in late)
-                self._say(
+                self.say(
                     f"{len(late)} rows were left out when they were met, {same} of them with identical images:"
                     f" {run.report_path} lists them"
                 )
-            self._say(f"done, the result is in {run.folder}")
+            self.say(f"done, the result is in {run.folder}")
             if config.push_to_hub:
                 summary["uploaded"] = hub.push(run.folder, config.hub_model_id, config.hub_token)
                 write_signed_json(run.folder / run_folder.SUMMARY, summary)
-                self._say(f"uploaded to {summary['uploaded']}")
+                self.say(f"uploaded to {summary['uploaded']}")
         self.ranks.wait()
 
     # ---- small parts -------------------------------------------------------------------------------------------
@@ -356,7 +304,7 @@ class Trainer:
         self.bad_rows_met += [BadRow(row, "", reason) for row, reason in batch.bad]
         return batch.to(self.ranks.device, non_blocking=True)
 
-    def _tell_bad_rows(self) -> None:
+    def _share_bad_rows(self) -> None:
         """Share what turned out bad while training; every rank calls this. Too much of it is a problem.
 
         Pairs whose images do not decode have weight 0; a stream leaves out the other bad rows when it meets them.
@@ -418,24 +366,7 @@ class Trainer:
         if bad := nonfinite_tensors(weights.items()):
             raise BadInput(f"{len(bad)} trained tensors are not finite, first {bad[0]}{instead}")
         if skipped > MANY_SKIPPED * run.step:
-            self._say(f"warning: {skipped} of {run.step} updates were not finite and were skipped")
-
-    def _seconds(self) -> float:
-        """Wall time spent on this run so far, over all processes that went on with it."""
-        return self.seconds_before + time.perf_counter() - self.started
-
-    def _check_programs(self) -> None:
-        """Say once if something was compiled after the first step, which takes time and changes the rounding."""
-        if self.config.compile == "off":
-            return
-        made = programs_made()
-        if self.programs is not None and made > self.programs and "compiled_again_at" not in self.run.notes:
-            self.run.notes["compiled_again_at"] = self.run.step
-            self._say(
-                f"step {self.run.step}: {made - self.programs} more programs were compiled since the first step;"
-                " TORCH_LOGS=recompiles shows why"
-            )
-        self.programs = made
+            self.say(f"warning: {skipped} of {run.step} updates were not finite and were skipped")
 
     def _raise_problems(self) -> None:
         """End the run on every rank where one of them met a problem."""
@@ -493,27 +424,6 @@ class Trainer:
         with on_signals(STOP_SIGNALS, ask):
             yield
 
-    @contextmanager
-    def _reporting(self) -> Iterator[None]:
-        """The progress bar, metrics.jsonl and the trackers."""
-        run, config, main = self.run, self.config, self.ranks.is_main
-        if main and config.report_to != "none":
-            shown = hub.public_config(public(config))
-            self.ranks.start_trackers(run.folder / config.logging_dir, config.tracker_name, shown)
-        held_out = main and config.run_validation and run.validation is not None
-        self.metrics, self.validations = (
-            MetricsFile(run.folder / name if kept else Path(os.devnull), run.step, run.logs.get(name))
-            for name, kept in zip(LOGS, (main, held_out), strict=True)
-        )
-        self.bar = tqdm(total=config.max_train_steps, initial=run.step, unit="step", disable=not main)
-        self.started = time.perf_counter()
-        try:
-            yield
-        finally:
-            with ExitStack() as ends:  # each of them, whatever becomes of the others
-                for end in (self.ranks.end_trackers, self.validations.close, self.metrics.close, self.bar.close):
-                    ends.callback(end)
-
     def _sample_base(self) -> None:
         """Samples of the base model, drawn before the first step and kept for every later comparison."""
         run = self.run
@@ -533,96 +443,3 @@ class Trainer:
             save_lora(self.family, folder, weights)
         else:
             self.family.save_full(folder, self.unet.state_dict() | weights)
-
-    def _summary(self) -> dict[str, object]:
-        run, line = self.run, self.last_line
-        seconds = self._seconds()
-        steps = run.step - self.timed_from
-        return {
-            "steps": run.step,
-            "pairs_seen": run.step * self.config.pairs_per_step,
-            "seconds": seconds,  # over all processes that trained: those killed count up to their last checkpoint
-            "pairs_per_second": steps * self.config.pairs_per_step / seconds,
-            "loss_first": run.notes.get("loss_first"),
-            "loss_last": line.get("loss"),
-            "implicit_accuracy": line.get("implicit_accuracy"),
-            "validation_accuracy": run.notes.get("validation_accuracy"),
-            "validation_accuracy_ci95": run.notes.get("validation_accuracy_ci95"),
-            "ties_dropped": run.sets.ties_dropped,
-            "unlabelled": run.sets.unlabelled,
-            "contradicted": run.sets.contradicted,  # None: images were not told apart
-            "duplicates": run.sets.duplicates,
-            "captions_cut": run.captions_cut,  # pairs whose captions are longer than the text encoders take
-            "bad_rows": len(run.bad_rows),
-            "identical_images": sum(bad.reason.endswith(SAME) for bad in run.bad_rows.values()),  # of the bad rows
-            "initial_margin_rms": run.notes.get("initial_margin_rms"),
-            "skipped_updates": int(self.masters.skipped.item()),
-            "overoptimised_at": run.notes.get("overoptimised_at"),
-            "revisions": self._revisions(),
-        }
-
-    def _revisions(self) -> dict[str, str]:
-        """What the run was made from -> its revision on the hub, or a digest of its files."""
-        config = self.config
-        return revisions(base_of(config)) | {
-            public_name(config.dataset_name): revision_of(config.dataset_name, kind="dataset")
-        }
-
-    def _overview(self) -> str:
-        """What is about to happen, in a few lines."""
-        run, config, masters = self.run, self.config, self.masters
-        trained = sum(master.numel() for master in masters.masters)
-        precision = "fp32" if config.mixed_precision == "no" else f"{config.mixed_precision} with fp32 masters"
-        held_out = f", {len(run.validation)} held out" if run.validation is not None else ""
-        if config.streaming:
-            pairs = "pairs: streamed"
-        else:
-            pairs = f"pairs: {len(run.sets.train)} of {run.sets.rows} rows{held_out}, {run.sets.left_out}"
-        return "\n".join(
-            (
-                f"{self.family.name} {config.tuning} on {self.ranks.world_size} x {self.ranks.device.type},"
-                f" {precision}, {trained:,} parameters trained",
-                pairs,
-                f"cache: {self._cache_overview()}",
-                f"reference: {self._reference_overview()}",
-                f"steps: {run.step} to {config.max_train_steps}, each {config.pairs_per_step} pairs"
-                f" ({self.ranks.world_size} processes x {config.train_batch_size} x"
-                f" {config.gradient_accumulation_steps}) at {config.resolution} px,"
-                f" {len(self.family.timesteps)} timesteps ({self.family.timesteps[0]} to {self.family.timesteps[-1]})",
-                f"objective: {config.objective}, beta {config.beta_dpo:g}, lr {masters.base_lr:g}, seed {config.seed}",
-                f"output: {run.folder}",
-            )
-        )
-
-    def _cache_overview(self) -> str:
-        """What came from the cache, or that there is none."""
-        counts = self.run.cached
-        if counts is None:
-            return "none, images and captions are encoded at every visit"
-        kept = "; encoders kept for the samples" if self.config.run_validation else ""
-        return (
-            f"{counts.image_uses} images are {counts.images} different ones, {counts.captions} captions"
-            f" {counts.prompts}; encoded now {counts.images_encoded} and {counts.prompts_encoded}{kept}"
-        )
-
-    def _reference_overview(self) -> str:
-        """Where the reference's errors come from."""
-        run = self.run
-        if run.scored is None:
-            return "run at every visit" if self.objective.needs_reference else "none"
-        return (
-            f"cached errors at {run.scored.errors.draws} draws, {run.scored.pair_draws} pairs in all,"
-            f" {run.scored.scored_now} computed now in {run.scored.seconds:.0f} s; the first margins are"
-            f" {run.start.initial_margin_rms:.2g} rms, {run.start.noise_floor:.2g} is rounding"
-        )
-
-    def _say(self, message: str) -> None:
-        if self.ranks.is_main:
-            tqdm.write("\n".join(f"dpo_fast: {line}" for line in message.splitlines()), file=sys.stderr)
-
-
-def _peak_memory_gib(device: torch.device) -> float:
-    """The most memory held at once so far: the allocator's on a GPU, the process's on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

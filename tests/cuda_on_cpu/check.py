@@ -28,10 +28,10 @@ from tests.cuda_on_cpu.emulated import Emulated, emulated
 from tests.helpers.memory import poisoned_memory
 from tests.kernels.cases import BF16, CASES, F16, F32, STEP_CASES, Case, difference_terms, loss_inputs, noise_inputs
 
-# sizes around the kernels' own limits: tiles of 2048 numbers, blocks of 256 threads, groups of 4 channels
+# sizes around the kernels' own limits: tiles of 2048 elements, blocks of 256 threads, groups of 4 channels
 EDGES = [
-    Case("several_chunks", pairs=3, shape=(4, 65, 67), policy=BF16, ref=F32, target=F16, labels=True, weights=True),
-    Case("several_chunks_last", pairs=2, shape=(4, 48, 48), policy=F16, ref=F16, channels_last=True),
+    Case("several_tiles", pairs=3, shape=(4, 65, 67), policy=BF16, ref=F32, target=F16, labels=True, weights=True),
+    Case("several_tiles_last", pairs=2, shape=(4, 48, 48), policy=F16, ref=F16, channels_last=True),
     Case("more_pairs_than_threads", pairs=257, shape=(1, 1, 3), labels=True, weights=True),
     Case("eight_channels_last", pairs=2, shape=(8, 5, 7), channels_last=True, policy=BF16, ref=BF16),
     Case("nine_channels_last", pairs=2, shape=(9, 5, 7), channels_last=True, policy=BF16, ref=BF16),
@@ -39,14 +39,14 @@ EDGES = [
     Case("one_more_than_a_tile", pairs=2, shape=(1, 1, 2049)),
     Case("one_less_than_a_tile", pairs=2, shape=(1, 23, 89)),
 ]
-# fewer rows of a grid and chunks of an image, so that small cases go beyond them
+# fewer rows of a grid and parts of an image, so that small cases go beyond them
 LOW_LIMITS = (
     ("cuda/vectors.cuh", "return static_cast<unsigned>(rows < 65535 ? rows : 65535);",
      "return static_cast<unsigned>(rows < 3 ? rows : 3);"),
-    ("cuda/pair_errors.cuh", "constexpr int64_t kMaxChunks = 128;", "constexpr int64_t kMaxChunks = 2;"),
+    ("cuda/pair_errors.cuh", "constexpr int64_t kMaxParts = 128;", "constexpr int64_t kMaxParts = 2;"),
 )  # fmt: skip
 LOW_ROWS = 3
-TILE, MAX_CHUNKS = 2048, 128  # csrc/cuda/pair_errors.cuh
+TILE, MAX_PARTS = 2048, 128  # csrc/cuda/pair_errors.cuh
 NATIVE = SimpleNamespace(noise_pair=native, pair_errors=native, dpo_loss=native)
 
 Outputs = dict[str, tuple[Tensor, ...]]
@@ -87,13 +87,13 @@ def everything(case: Case, seed: int, displace: bool = False, ops: SimpleNamespa
     }
 
 
-def additions_of(case: Case, max_chunks: int) -> int:
+def additions_of(case: Case, max_parts: int) -> int:
     """The longest chain of roundings that a term of an error goes through in csrc/cuda.
 
-    A thread adds eight numbers of each of its tiles, a warp five times, a block seven; a term is rounded four times.
+    A thread adds eight elements of each of its tiles, a warp five times, a block seven; a term is rounded four times.
     """
     tiles = -(-math.prod(case.shape) // TILE)
-    return 8 * -(-tiles // min(tiles, max_chunks)) + 5 + 7 + 4
+    return 8 * -(-tiles // min(tiles, max_parts)) + 5 + 7 + 4
 
 
 def sums_problem(case: Case, seed: int, outputs: Outputs, additions: int) -> str:
@@ -128,7 +128,7 @@ def sums_problem(case: Case, seed: int, outputs: Outputs, additions: int) -> str
 
 
 @poisoned_memory()
-def problem(gpu: Emulated, case: Case, seed: int, schedules: int, max_chunks: int = MAX_CHUNKS) -> str:
+def problem(gpu: Emulated, case: Case, seed: int, schedules: int, max_parts: int = MAX_PARTS) -> str:
     """What is wrong with a build on one case, in a line; "" if nothing is."""
     expected = everything(case, seed)
     schedule, displace = 0, False
@@ -143,7 +143,7 @@ def problem(gpu: Emulated, case: Case, seed: int, schedules: int, max_chunks: in
                     bits = name.startswith("noise") or "_bwd" in name
                     if bits and not torch.equal(actual, from_cpu):
                         return f"{name}: other bits than the CPU's"
-            if wrong := sums_problem(case, seed, first, additions_of(case, max_chunks)):
+            if wrong := sums_problem(case, seed, first, additions_of(case, max_parts)):
                 return wrong
             for schedule in range(1, schedules + 1):
                 gpu.schedule(seed + schedule)
@@ -160,7 +160,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("route", nargs="?", default="source", choices=("source", "ptx"))
     parser.add_argument("--sanitized", action="store_true", help="under AddressSanitizer and UBSan")
-    parser.add_argument("--low_limits", action="store_true", help="3 rows of a grid, 2 chunks of an image")
+    parser.add_argument("--low_limits", action="store_true", help="3 rows of a grid, 2 parts of an image")
     parser.add_argument("--schedules", type=int, default=4, help="orders of threads and blocks")
     parser.add_argument("--large", action="store_true", help="the sizes of training steps, instead of the small cases")
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="of these alone")
@@ -174,7 +174,7 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     edits = (*(tuple(edit) for edit in chosen.edits), *(LOW_LIMITS if chosen.low_limits else ()))
     gpu = emulated(Variant(chosen.route, chosen.sanitized, edits, tuple(chosen.nvcc_flags)))
-    max_chunks = 2 if chosen.low_limits else MAX_CHUNKS
+    max_parts = 2 if chosen.low_limits else MAX_PARTS
     if chosen.low_limits:
         gpu.limit_rows(LOW_ROWS)
     started, wrong = time.monotonic(), 0
@@ -182,7 +182,7 @@ def main(arguments: list[str]) -> int:
     if chosen.cases:
         cases = [case for case in cases if case.name in chosen.cases]
     for case in cases:
-        if said := problem(gpu, case, chosen.seed, chosen.schedules, max_chunks):
+        if said := problem(gpu, case, chosen.seed, chosen.schedules, max_parts):
             wrong += 1
             print(f"{case}: {said}", flush=True)
     print(

@@ -45,10 +45,10 @@ STORE = "if (start + i < end) target[i] = values.x[i];"
 LOAD = "if (start + i < end) raw.word[i] = __ldg(source + i);"
 TREE = "    __syncthreads();\n    if (threadIdx.x < width) partial[threadIdx.x] += partial[threadIdx.x + width];"
 ALIGNED = "return (reinterpret_cast<uintptr_t>(address) & 15) == 0;"
-SUMS = "      op.sums[chunk * images + image] = policy_sum;\n"
+SUMS = "      op.sums[part * images + image] = policy_sum;\n"
 FAULTS = [
     Fault("no barrier before shared memory is used again", "cuda/pair_errors.cu", BARRIER_BEFORE, "",
-          "under schedule", "no barrier is between", case="several_chunks"),
+          "under schedule", "no barrier is between", case="several_tiles"),
     Fault("no barrier after shared memory is written", "cuda/pair_errors.cu", BARRIER_AFTER,
           BARRIER_AFTER.replace("  __syncthreads();\n", ""), "not finite", "is read before anything is written"),
     Fault("no barrier in the tree", "cuda/dpo_loss.cu", TREE, TREE.replace("    __syncthreads();\n", ""),
@@ -75,16 +75,16 @@ FAULTS = [
     Fault("more rows than a grid has", "cuda/vectors.cuh", LOW_LIMITS[0][1], "return static_cast<unsigned>(rows);",
           "invalid configuration argument", "invalid configuration argument"),
     Fault("rows past the limit left out", "cuda/pair_errors.cuh",
-          "  for (int64_t image = blockIdx.y; image < 2 * op.pairs; image += gridDim.y) {\n    const Numbers policy",
-          "  for (int64_t image = blockIdx.y; image < gridDim.y; image += gridDim.y) {\n    const Numbers policy",
+          "  for (int64_t image = blockIdx.y; image < 2 * op.pairs; image += gridDim.y) {\n    const ConstArray policy",
+          "  for (int64_t image = blockIdx.y; image < gridDim.y; image += gridDim.y) {\n    const ConstArray policy",
           "not written", "not written"),
     Fault("an output that is not written", "cuda/pair_errors.cuh",
-          "  if (op.delta_out) op.delta_out[image] = errors.delta;\n", "", "not written", "not written"),
+          "  if (op.error_delta_out) op.error_delta_out[image] = errors.delta;\n", "", "not written", "not written"),
     Fault("a number that nothing has set", "cuda/vectors.cuh", "  Raw raw = {};\n", "  Raw raw;\n",
           "not finite", None, case="bf16"),  # to a compiler it may be any number, zero too
     Fault("a sum over blocks that do not wait", "cuda/pair_errors.cu", SUMS,
-          SUMS + "if (chunk + 1 < chunks) op.sums[chunk * images + image] += op.sums[(chunk + 1) * images + image];\n",
-          "not finite", "in the same launch", case="several_chunks"),
+          SUMS + "if (part + 1 < parts) op.sums[part * images + image] += op.sums[(part + 1) * images + image];\n",
+          "not finite", "in the same launch", case="several_tiles"),
     Fault("two threads write one number", "cuda/noise_pair.cu", "  if (block >= op.pixels * groups) return;\n",
           "  if (block > op.pixels * groups) return;\n", None, "two threads write", case="five_channels"),
     Fault("a term that is rounded away", "cuda/dpo_loss.cu", "grad_error_of(op, scale, image) * mean;",

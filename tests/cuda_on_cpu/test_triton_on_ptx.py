@@ -24,7 +24,7 @@ from tests.cuda_on_cpu.triton_driver import triton_on_ptx  # noqa: E402
 from tests.helpers.memory import poisoned_memory  # noqa: E402
 from tests.kernels.cases import CASES  # noqa: E402
 
-# a thread adds 16 numbers of a stretch of 2048, a warp five times, four warps twice; a term is rounded four times
+# a thread adds 16 elements of a tile of 2048, a warp five times, four warps twice; a term is rounded four times
 ADDITIONS = 16 + 5 + 2 + 4
 QUICK = "labels_weights_bf16"
 CHOSEN = ["odd", "five_channels", "fp16", "ref_errors", "channels_last", "channels_last_odd", "one_number", QUICK]

@@ -19,7 +19,7 @@ ARCHS = ("80", "90")
 KERNELS = {
     "noise_planes": (True, True),
     "noise_pixels": (True, True),
-    "noise_numbers": (False, False),
+    "noise_elements": (False, False),
     "sum_images": (True, False),
     "finish_errors": (False, False),
     "errors_grad": (True, True),

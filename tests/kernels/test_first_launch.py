@@ -56,7 +56,7 @@ def machine(monkeypatch) -> Machine:
         Array=lambda address, dtype: address,
         PairErrors=lambda **_: None,
         PairErrorsGrad=lambda **_: None,
-        pair_sums_floats=lambda place, images, numbers: 8,
+        pair_sums_floats=lambda place, images, elements: 8,
         cuda_fault=lambda device: machine.note("cuda_fault")(device) or "",
     )
     monkeypatch.setattr(native, "_native", extension)

@@ -281,8 +281,8 @@ def test_triton_gives_a_pair_the_same_bits_in_any_batch(seed):
 
 
 @here
-def test_triton_adds_the_stretches_of_a_large_image(seed):
-    """More stretches than the second launch takes at a time, the last of them odd."""
+def test_triton_adds_the_tiles_of_a_large_image(seed):
+    """More tiles than the second launch takes at a time, the last of them odd."""
     inputs = loss_inputs(Case("large", pairs=1, shape=(4, 131, 131)), seed, device=DEVICE)
     p, ref, target = inputs.policy_pred.detach(), inputs.ref, inputs.target
     errors = pair_errors(p, ref, target, backend="triton")

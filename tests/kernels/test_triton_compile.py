@@ -29,9 +29,9 @@ FLOAT = dict.fromkeys(
     "sqrt_alpha_bar sqrt_one_minus_alpha_bar".split(),
     "*fp32",
 )
-SCALAR = dict.fromkeys("pairs numbers stretches images channels pixels rows".split(), "i32")
+SCALAR = dict.fromkeys("pairs elements tiles images channels pixels rows".split(), "i32")
 SCALAR |= dict(half_beta="fp32", scale="fp32", slope="fp32", seed="i64", pair_id="*i64", draw="*i64")
-MULTIPLES_OF_16 = ("numbers", "pixels")  # as in every latent of 8x8 and up
+MULTIPLES_OF_16 = ("elements", "pixels")  # as in every latent of 8x8 and up
 
 # kernel, pointers' dtypes, constants
 PREDICTIONS = [
@@ -47,7 +47,7 @@ LATENTS = [
     dict(latents="*fp32", noisy="*fp32", target="*fp32", groups=1, VELOCITY=True),
 ]
 KERNELS = [
-    *(("pair_errors.stretch_sums_kernel", row) for row in PREDICTIONS),
+    *(("pair_errors.tile_sums_kernel", row) for row in PREDICTIONS),
     *(("pair_errors.pair_errors_bwd_kernel", {**row, "grad": row["policy"]}) for row in PREDICTIONS[:3]),
     *(("dpo_loss.dpo_loss_bwd_kernel", {**row, "grad": row["policy"]}) for row in PREDICTIONS[:3]),
     ("pair_errors.image_errors_kernel", dict(ONLINE=True, cached_error=None)),
@@ -122,11 +122,11 @@ def test_compiles_without_spills_and_with_wide_accesses(kernels, kernel, row, ca
     assert stack == local == 0
     assert not any(access.startswith(("LDL", "STL", "ATOM", "RED")) for access in accesses)
     if name in ("image_errors_kernel", "dpo_loss_kernel"):
-        return  # a few numbers an image
+        return  # a few elements an image
     images = {k: v for k, v in row.items() if isinstance(v, str)}
     outputs = ("grad", "noisy", "target") if module == "noise_pair" else ("grad",)
     reads = sum(size_of(v) for k, v in images.items() if k not in outputs)
-    assert accesses["LDG.E.128"] >= reads * 8 // 16  # 8 numbers a thread of each at least
+    assert accesses["LDG.E.128"] >= reads * 8 // 16  # 8 elements a thread of each at least
     wide_stores = sum(accesses[a] for a in accesses if a.startswith("STG") and "128" in a)
     assert wide_stores >= sum(size_of(images[k]) * 8 // 16 for k in outputs if k in images)
     # all that is not wide is one number a program
@@ -157,7 +157,7 @@ def test_no_float32_is_computed_approximately(kernels, kernel, row, capability):
 @pytest.mark.parametrize("kernel, row", dict(KERNELS).items(), ids=label)  # each kernel once
 def test_compiles_for_odd_sizes_and_for_one_of_everything(kernels, kernel, row, size):
     """Without alignment, in more than one group of channels; and Triton makes constants of arguments that are 1."""
-    sizes = dict.fromkeys("pairs numbers stretches channels pixels groups rows".split(), size)
+    sizes = dict.fromkeys("pairs elements tiles channels pixels groups rows".split(), size)
     compile_for(kernels, kernel, {**row, **sizes, "FULL": False}, 80, aligned=False)
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_fast.models import programs_made
-from dpo_fast.training import trainer as trainer_module
+from dpo_fast.training import progress
 from dpo_fast.training.trainer import Trainer
 from tests.helpers.runs import assert_same_state, flags_for, lines, opened, train
 
@@ -88,7 +88,7 @@ def test_what_is_compiled_late_is_told_once(sdxl_path, pairs, tmp_path, monkeypa
     run = opened(flags)
     run.config = replace(run.config, compile="regional")
     made = iter([3, 3, 5, 6])
-    monkeypatch.setattr(trainer_module, "programs_made", lambda: next(made))
+    monkeypatch.setattr(progress, "programs_made", lambda: next(made))
     Trainer(run, flags).train()
     told = [line for line in capsys.readouterr().err.splitlines() if "compiled since the first step" in line]
     assert len(told) == 1 and "step 3: 2 more programs" in told[0]

@@ -16,7 +16,8 @@ from dpo_fast.training import checkpoint
 
 FILES = {
     "weights": {"a": torch.arange(12.0).view(4, 3), "b": torch.arange(3)},
-    "optimizer": {"|scale": torch.tensor(2.0)},
+    "optimizer": {"a|exp_avg": torch.arange(12.0).view(4, 3)},
+    "counters": {"loss_scale": torch.tensor(2.0)},
 }
 STATE = {"step": 7, "config": {"seed": 1}}
 
@@ -24,7 +25,7 @@ STATE = {"step": 7, "config": {"seed": 1}}
 def test_what_is_saved_is_loaded(tmp_path):
     folder = checkpoint.save(tmp_path / "run", 7, FILES, STATE)
     assert folder == tmp_path / "run" / "checkpoint-7"
-    assert {path.name for path in folder.iterdir()} == {"weights.safetensors", "optimizer.safetensors", "state.json"}
+    assert {path.name for path in folder.iterdir()} == {*(f"{name}.safetensors" for name in FILES), "state.json"}
     files, state = checkpoint.load(folder)
     assert state == STATE and files.keys() == FILES.keys()
     for name, tensors in FILES.items():
@@ -69,7 +70,7 @@ DAMAGE = {
     "a bit of the state": lambda folder: flip(folder / "state.json", 3),
     "a bit of the first number": lambda folder: flip(folder / "weights.safetensors", -40),
     "a bit of the last number": lambda folder: flip(folder / "weights.safetensors", -1),
-    "a bit of a scale": lambda folder: flip(folder / "optimizer.safetensors", -2),
+    "a bit of a scale": lambda folder: flip(folder / "counters.safetensors", -2),
     "files of each other": lambda folder: shutil.copy(folder / "weights.safetensors", folder / "optimizer.safetensors"),
     "a state without digest": lambda folder: strip(folder / "state.json"),
     "an empty file": lambda folder: (folder / "weights.safetensors").write_bytes(b""),
@@ -95,6 +96,14 @@ def test_one_of_an_earlier_version_is_loaded_and_said_to_be_unchecked(tmp_path, 
     caplog.clear()
     checkpoint.load(checkpoint.save(tmp_path, 8, FILES, STATE))
     assert caplog.text == ""
+
+
+def test_the_counters_of_an_earlier_version_are_found_among_the_optimizers_tensors(tmp_path):
+    optimizer = FILES["optimizer"] | {"|loss_scale": torch.tensor(2.0), "|kl": torch.tensor(0.5)}
+    folder = checkpoint.save(tmp_path, 7, {"weights": FILES["weights"], "optimizer": optimizer}, STATE)
+    files, _ = checkpoint.load(folder)
+    assert files["counters"] == {"loss_scale": torch.tensor(2.0), "kl": torch.tensor(0.5)}
+    assert files["optimizer"].keys() == FILES["optimizer"].keys()
 
 
 @pytest.mark.faults

@@ -1,6 +1,6 @@
 """dpo_loss (dpo_fast/kernels/dpo_loss.py) in two launches forward and one backward.
 
-Forward: the stretches of pair_errors, then one program that adds them, pair by pair, and the pairs' losses. It works in
+Forward: the tiles of pair_errors, then one program that adds them, pair by pair, and the pairs' losses. It works in
 float64, which costs nothing there: B equal losses have exactly that mean.
 """
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from dpo_fast.kernels.triton.arithmetic import one_over, sigmoid, softplus
 from dpo_fast.kernels.triton.common import launching_for
-from dpo_fast.kernels.triton.pair_errors import COLUMNS, ROWS, STRETCH, image_errors, store_gradients, stretch_sums
+from dpo_fast.kernels.triton.pair_errors import COLUMNS, ROWS, TILE, image_errors, store_gradients, tile_sums
 
 
 @triton.jit
 def dpo_loss_kernel(
-    sums,  # float32 [3 or 1, 2B, stretches]
+    sums,  # float32 [3 or 1, 2B, tiles]
     cached_error,  # float32 [2B], or None
     label,  # float32 [B], or None
     weight,  # float32 [B], or None
@@ -26,8 +26,8 @@ def dpo_loss_kernel(
     ref_error,  # float32 [2B]
     half_beta,
     pairs,
-    numbers,
-    stretches,
+    elements,
+    tiles,
     ONLINE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -38,8 +38,8 @@ def dpo_loss_kernel(
         pair = first + tl.arange(0, ROWS)
         inside = pair < pairs
         other = pair + pairs
-        e_w, r_w, d_w = image_errors(sums, cached_error, pair, inside, 2 * pairs, numbers, stretches, ONLINE, COLUMNS)
-        e_l, r_l, d_l = image_errors(sums, cached_error, other, inside, 2 * pairs, numbers, stretches, ONLINE, COLUMNS)
+        e_w, r_w, d_w = image_errors(sums, cached_error, pair, inside, 2 * pairs, elements, tiles, ONLINE, COLUMNS)
+        e_l, r_l, d_l = image_errors(sums, cached_error, other, inside, 2 * pairs, elements, tiles, ONLINE, COLUMNS)
         tl.store(policy_error + pair, e_w, mask=inside)
         tl.store(policy_error + other, e_l, mask=inside)
         tl.store(ref_error + pair, r_w, mask=inside)
@@ -64,22 +64,22 @@ def dpo_loss_kernel(
 @triton.jit
 def dpo_loss_bwd_kernel(
     grad_loss,  # float32 []
-    policy,  # [2B, numbers]
-    target,  # [B or 2B, numbers]
+    policy,  # [2B, elements]
+    target,  # [B or 2B, elements]
     margin,  # float32 [B]
     label,  # float32 [B], or None
     weight,  # float32 [B], or None
-    grad,  # [2B, numbers]
+    grad,  # [2B, elements]
     scale,  # beta / 2 / B
-    slope,  # 2 / numbers
+    slope,  # 2 / elements
     pairs,
-    numbers,
-    stretches,
+    elements,
+    tiles,
     SHARED_TARGET: tl.constexpr,
-    STRETCH: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    start = (tl.program_id(0) % stretches).to(tl.int64) * STRETCH
-    pair = tl.program_id(0) // stretches
+    start = (tl.program_id(0) % tiles).to(tl.int64) * TILE
+    pair = tl.program_id(0) // tiles
     m = tl.load(margin + pair)
     descent = sigmoid(-m)  # not 1 - sigmoid(m), which is 0 from margin 17 on
     if label is not None:
@@ -89,7 +89,7 @@ def dpo_loss_bwd_kernel(
         descent *= tl.load(weight + pair)
     w = tl.load(grad_loss) * scale * descent * slope
     # not -w, which Triton before 3.8 computes as 0 - w: a zero would lose its sign
-    store_gradients(w, -1.0 * w, policy, target, grad, pair, start, pairs, numbers, SHARED_TARGET, STRETCH)
+    store_gradients(w, -1.0 * w, policy, target, grad, pair, start, pairs, elements, SHARED_TARGET, TILE)
 
 
 def dpo_loss_fwd(
@@ -102,7 +102,7 @@ def dpo_loss_fwd(
     """
     images = policy_pred.shape[0]
     with launching_for(policy_pred, ref, target):
-        sums, online = stretch_sums(policy_pred, ref, target)
+        sums, online = tile_sums(policy_pred, ref, target)
         loss, margin, policy_error, ref_error = (
             torch.empty(shape, dtype=torch.float32, device=policy_pred.device)
             for shape in ((), images // 2, images, images)
@@ -139,11 +139,11 @@ def dpo_loss_bwd(
     weight: Tensor | None,
 ) -> Tensor:
     """The gradient of policy_pred, [2B,C,H,W] in its dtype; grad_loss float32 [], margin float32 [B] of the forward."""
-    images, numbers = policy_pred.shape[0], policy_pred[0].numel()
-    stretches = triton.cdiv(numbers, STRETCH)
+    images, elements = policy_pred.shape[0], policy_pred[0].numel()
+    tiles = triton.cdiv(elements, TILE)
     grad = torch.empty_like(policy_pred)
     with launching_for(policy_pred, grad_loss, target, margin):
-        dpo_loss_bwd_kernel[(images // 2 * stretches,)](
+        dpo_loss_bwd_kernel[(images // 2 * tiles,)](
             grad_loss,
             policy_pred,
             target,
@@ -152,12 +152,12 @@ def dpo_loss_bwd(
             weight,
             grad,
             beta / images,
-            2 / numbers,
+            2 / elements,
             images // 2,
-            numbers,
-            stretches,
+            elements,
+            tiles,
             SHARED_TARGET=target.shape[0] != images,
-            STRETCH=STRETCH,
+            TILE=TILE,
             num_warps=4,
             enable_fp_fusion=False,
         )

@@ -1,7 +1,7 @@
 """pair_errors (dpo_fast/kernels/pair_errors.py) in two launches forward and one backward.
 
-Forward: a program sums one stretch of both images of a pair, reading a shared target once, into a workspace
-[sums, 2B, stretches]; a second launch adds an image's stretches. Both orders depend on the size of an image alone, so
+Forward: a program sums one tile of both images of a pair, reading a shared target once, into a workspace
+[sums, 2B, tiles]; a second launch adds an image's tiles. Both orders depend on the size of an image alone, so
 reruns, and the same pair in another batch, give the same bits.
 """
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from dpo_fast.kernels.triton.arithmetic import one_over, rounded
 from dpo_fast.kernels.triton.common import launching_for
 
-STRETCH = 2048  # numbers of an image to a program: 16 a thread, so that even 16-bit loads are of 128 bits
-ROWS, COLUMNS = 16, 32  # images or pairs, and stretches, that the second launch takes at a time
+TILE = 2048  # elements of an image to a program: 16 a thread, so that even 16-bit loads are of 128 bits
+ROWS, COLUMNS = 16, 32  # images or pairs, and tiles, that the second launch takes at a time
 
 
 @triton.jit
@@ -23,27 +23,27 @@ def load_float(pointer, inside):
 
 
 @triton.jit
-def stretch_sums_kernel(
-    policy,  # [2B, numbers]
-    ref,  # [2B, numbers], or None: neither ref_error nor error_delta is summed
-    target,  # [B or 2B, numbers]
-    sums,  # float32 [3 or 1, 2B, stretches]: policy_error, ref_error, error_delta
+def tile_sums_kernel(
+    policy,  # [2B, elements]
+    ref,  # [2B, elements], or None: neither ref_error nor error_delta is summed
+    target,  # [B or 2B, elements]
+    sums,  # float32 [3 or 1, 2B, tiles]: policy_error, ref_error, error_delta
     pairs,
-    numbers,
-    stretches,
+    elements,
+    tiles,
     SHARED_TARGET: tl.constexpr,
-    STRETCH: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    stretch = tl.program_id(0) % stretches
-    pair = tl.program_id(0) // stretches
-    start = stretch.to(tl.int64) * STRETCH
-    index = tl.arange(0, STRETCH)
-    inside = index < numbers - start
-    t = load_float(target + pair.to(tl.int64) * numbers + start + index, inside)
+    tile = tl.program_id(0) % tiles
+    pair = tl.program_id(0) // tiles
+    start = tile.to(tl.int64) * TILE
+    index = tl.arange(0, TILE)
+    inside = index < elements - start
+    t = load_float(target + pair.to(tl.int64) * elements + start + index, inside)
     for half in tl.static_range(2):
         image = (pair + half * pairs).to(tl.int64)
-        row = image * numbers + start
-        out = sums + image * stretches + stretch
+        row = image * elements + start
+        out = sums + image * tiles + tile
         if half == 1 and not SHARED_TARGET:
             t = load_float(target + row + index, inside)
         p = load_float(policy + row + index, inside)
@@ -52,7 +52,7 @@ def stretch_sums_kernel(
         if ref is not None:
             r = load_float(ref + row + index, inside)
             ref_residual = r - t
-            plane = 2 * tl.cast(pairs, tl.int64) * stretches
+            plane = 2 * tl.cast(pairs, tl.int64) * tiles
             tl.store(out + plane, tl.sum(ref_residual * ref_residual))
             # (p-t)^2 - (r-t)^2 = (p-r)(p+r-2t), without the cancellation
             tl.store(out + 2 * plane, tl.sum((p - r) * (policy_residual + ref_residual)))
@@ -60,13 +60,13 @@ def stretch_sums_kernel(
 
 @triton.jit
 def image_errors(
-    sums,  # [3 or 1, images, stretches]
+    sums,  # [3 or 1, images, tiles]
     ref_error,  # float32 [images], or None
     image,  # [ROWS]
     inside,
     images,
-    numbers,
-    stretches,
+    elements,
+    tiles,
     ONLINE: tl.constexpr,  # whether sums has the reference's
     COLUMNS: tl.constexpr,
 ):
@@ -74,18 +74,18 @@ def image_errors(
     e = tl.zeros([image.shape[0], COLUMNS], tl.float64)
     r = tl.zeros([image.shape[0], COLUMNS], tl.float64)
     d = tl.zeros([image.shape[0], COLUMNS], tl.float64)
-    plane = tl.cast(images, tl.int64) * stretches
+    plane = tl.cast(images, tl.int64) * tiles
     first = 0
-    while first < stretches:  # not range(), which Triton 3.6 cannot interpret beside NumPy 2.4
+    while first < tiles:  # not range(), which Triton 3.6 cannot interpret beside NumPy 2.4
         column = first + tl.arange(0, COLUMNS)[None, :]
-        tile = sums + image.to(tl.int64)[:, None] * stretches + column
-        valid = inside[:, None] & (column < stretches)
-        e += tl.load(tile, mask=valid, other=0.0)
+        addresses = sums + image.to(tl.int64)[:, None] * tiles + column
+        valid = inside[:, None] & (column < tiles)
+        e += tl.load(addresses, mask=valid, other=0.0)
         if ONLINE:
-            r += tl.load(tile + plane, mask=valid, other=0.0)
-            d += tl.load(tile + 2 * plane, mask=valid, other=0.0)
+            r += tl.load(addresses + plane, mask=valid, other=0.0)
+            d += tl.load(addresses + 2 * plane, mask=valid, other=0.0)
         first += COLUMNS
-    mean = one_over(numbers)
+    mean = one_over(elements)
     policy_error = (tl.sum(e, 1) * mean).to(tl.float32)
     if ONLINE:
         return policy_error, (tl.sum(r, 1) * mean).to(tl.float32), (tl.sum(d, 1) * mean).to(tl.float32)
@@ -104,15 +104,15 @@ def image_errors_kernel(
     ref_error,
     error_delta,
     images,
-    numbers,
-    stretches,
+    elements,
+    tiles,
     ONLINE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     image = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = image < images
-    e, r, d = image_errors(sums, cached_error, image, inside, images, numbers, stretches, ONLINE, COLUMNS)
+    e, r, d = image_errors(sums, cached_error, image, inside, images, elements, tiles, ONLINE, COLUMNS)
     tl.store(policy_error + image, e, mask=inside)
     tl.store(ref_error + image, r, mask=inside)
     tl.store(error_delta + image, d, mask=inside)
@@ -122,22 +122,22 @@ def image_errors_kernel(
 def store_gradients(
     coefficient_w,  # float32, of the chosen image
     coefficient_l,
-    policy,  # [2B, numbers]
-    target,  # [B or 2B, numbers]
-    grad,  # [2B, numbers]
+    policy,  # [2B, elements]
+    target,  # [B or 2B, elements]
+    grad,  # [2B, elements]
     pair,
     start,
     pairs,
-    numbers,
+    elements,
     SHARED_TARGET: tl.constexpr,
-    STRETCH: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """grad = coefficient * (policy - target) on one stretch of both images of a pair."""
-    index = tl.arange(0, STRETCH)
-    inside = index < numbers - start
-    t = load_float(target + pair.to(tl.int64) * numbers + start + index, inside)
+    """grad = coefficient * (policy - target) on one tile of both images of a pair."""
+    index = tl.arange(0, TILE)
+    inside = index < elements - start
+    t = load_float(target + pair.to(tl.int64) * elements + start + index, inside)
     for half in tl.static_range(2):
-        row = (pair + half * pairs).to(tl.int64) * numbers + start
+        row = (pair + half * pairs).to(tl.int64) * elements + start
         if half == 1 and not SHARED_TARGET:
             t = load_float(target + row + index, inside)
         residual = load_float(policy + row + index, inside) - t
@@ -151,36 +151,36 @@ def pair_errors_bwd_kernel(
     policy,
     target,
     grad,
-    slope,  # 2 / numbers
+    slope,  # 2 / elements
     pairs,
-    numbers,
-    stretches,
+    elements,
+    tiles,
     SHARED_TARGET: tl.constexpr,
-    STRETCH: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    start = (tl.program_id(0) % stretches).to(tl.int64) * STRETCH
-    pair = tl.program_id(0) // stretches
+    start = (tl.program_id(0) % tiles).to(tl.int64) * TILE
+    pair = tl.program_id(0) // tiles
     w = tl.load(grad_error + pair) * slope
     l = tl.load(grad_error + pair + pairs) * slope  # noqa: E741
-    store_gradients(w, l, policy, target, grad, pair, start, pairs, numbers, SHARED_TARGET, STRETCH)
+    store_gradients(w, l, policy, target, grad, pair, start, pairs, elements, SHARED_TARGET, TILE)
 
 
-def stretch_sums(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> tuple[Tensor, bool]:
-    """The first launch: float32 [3, 2B, stretches] and True with the reference's predictions, else [1, ...], False."""
-    images, numbers = policy_pred.shape[0], policy_pred[0].numel()
-    stretches = triton.cdiv(numbers, STRETCH)
+def tile_sums(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> tuple[Tensor, bool]:
+    """The first launch: float32 [3, 2B, tiles] and True with the reference's predictions, else [1, ...], False."""
+    images, elements = policy_pred.shape[0], policy_pred[0].numel()
+    tiles = triton.cdiv(elements, TILE)
     online = ref is not None and ref.dim() == 4
-    sums = torch.empty(3 if online else 1, images, stretches, dtype=torch.float32, device=policy_pred.device)
-    stretch_sums_kernel[(images // 2 * stretches,)](
+    sums = torch.empty(3 if online else 1, images, tiles, dtype=torch.float32, device=policy_pred.device)
+    tile_sums_kernel[(images // 2 * tiles,)](
         policy_pred,
         ref if online else None,
         target,
         sums,
         images // 2,
-        numbers,
-        stretches,
+        elements,
+        tiles,
         SHARED_TARGET=target.shape[0] != images,
-        STRETCH=STRETCH,
+        TILE=TILE,
         num_warps=4,
         enable_fp_fusion=False,
     )
@@ -195,7 +195,7 @@ def pair_errors_fwd(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> 
     """
     images = policy_pred.shape[0]
     with launching_for(policy_pred, ref, target):
-        sums, online = stretch_sums(policy_pred, ref, target)
+        sums, online = tile_sums(policy_pred, ref, target)
         errors = tuple(torch.empty(images, dtype=torch.float32, device=policy_pred.device) for _ in range(3))
         image_errors_kernel[(triton.cdiv(images, ROWS),)](
             sums,
@@ -215,21 +215,21 @@ def pair_errors_fwd(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> 
 
 def pair_errors_bwd(grad_error: Tensor, policy_pred: Tensor, target: Tensor) -> Tensor:
     """The gradient of policy_pred, [2B,C,H,W] in its dtype; grad_error [2B] is that of policy_error and error_delta."""
-    images, numbers = policy_pred.shape[0], policy_pred[0].numel()
-    stretches = triton.cdiv(numbers, STRETCH)
+    images, elements = policy_pred.shape[0], policy_pred[0].numel()
+    tiles = triton.cdiv(elements, TILE)
     grad = torch.empty_like(policy_pred)
     with launching_for(policy_pred, grad_error, target):
-        pair_errors_bwd_kernel[(images // 2 * stretches,)](
+        pair_errors_bwd_kernel[(images // 2 * tiles,)](
             grad_error.contiguous(),
             policy_pred,
             target,
             grad,
-            2 / numbers,
+            2 / elements,
             images // 2,
-            numbers,
-            stretches,
+            elements,
+            tiles,
             SHARED_TARGET=target.shape[0] != images,
-            STRETCH=STRETCH,
+            TILE=TILE,
             num_warps=4,
             enable_fp_fusion=False,
         )
