@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the small pipelines live w
 
 from dpo_fast import cache
 from dpo_fast.caching.reader import CachedItems, CachedTransform
-from dpo_fast.caching.recipe import Field, Recipe, caption_key
-from dpo_fast.caching.store import Store, Writer, begin_folder
+from dpo_fast.caching.recipe import caption_key
 from dpo_fast.data import PairDataset, PairIndex, PairTransform, TrainStream, make_loader
 from dpo_fast.data.images import image_key
 from dpo_fast.files import write_json
+from dpo_fast.store import Field, Recipe, Store, Writer, begin_folder
 from tests.helpers import pipelines
 from tests.helpers.pairs import write_pickapic
 

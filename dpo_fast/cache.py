@@ -40,9 +40,10 @@ def _run(argv: list[str]) -> int:
         return _reference(argv[1:])
     refuse_empty(argv)
     arguments = _parse(argv)
-    from dpo_fast.caching import store, upkeep
+    from dpo_fast.caching import upkeep
+    from dpo_fast.caching.recipe import default_root
 
-    root = user_path(arguments.latent_cache_dir or store.default_root())
+    root = user_path(arguments.latent_cache_dir or default_root())
     if arguments.command == "verify":
         return _verify(upkeep, root, arguments.remove)
     found = upkeep.entries(root)

@@ -14,7 +14,7 @@ LEVELS = [
     ["files", "heartbeat"],
     ["cli"],
     ["locks", "checksums", "hub_revisions", "kernels", "presets"],
-    ["draws", "schedule", "objectives", "pictures", "plot", "parallel"],
+    ["draws", "schedule", "objectives", "pictures", "plot", "parallel", "store"],
     ["config"],
     ["models", "data"],
     ["shapes", "forward"],

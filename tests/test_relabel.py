@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -19,10 +20,10 @@ import torch
 from PIL import Image
 
 from dpo_fast import relabel, scorers, train
-from dpo_fast.caching.store import locked
 from dpo_fast.data import build_index
 from dpo_fast.presets import PRESETS
 from dpo_fast.relabeling import pair_scores
+from dpo_fast.store import locked
 from tests.helpers import fake_scorers
 from tests.helpers.pairs import (
     as_image_feature,
@@ -224,12 +225,13 @@ def test_scores_of_other_pairs_are_not_taken(tmp_path, log, capfd):
     pairs = write_table(tmp_path / "pairs.parquet", columns())
     out = tmp_path / "out.parquet"
     assert relabel.main(flags(pairs, out, "--scorer", "red")) == 0
+    before, scored = read(out), log.read_text().count("\n")
     write_table(pairs, columns())  # other images under the same name
-    capfd.readouterr()
-    assert relabel.main(flags(pairs, out, "--scorer", "red", "--overwrite")) == 2
-    assert "out.scores holds scores of other pairs" in capfd.readouterr().err
-    shutil.rmtree(tmp_path / "out.scores")
+    log.write_text("")
     assert relabel.main(flags(pairs, out, "--scorer", "red", "--overwrite")) == 0
+    assert read(out) != before and log.read_text().count("\n") == scored
+    assert relabel.main(flags(pairs, tmp_path / "fresh.parquet", "--scorer", "red")) == 0
+    assert read(out) == read(tmp_path / "fresh.parquet")
 
 
 def test_scores_of_other_weights_are_not_taken(tmp_path, log, capfd, monkeypatch):
@@ -303,10 +305,9 @@ def test_outputs_of_one_set_share_scores(layout, tmp_path, log):
     assert scored_rows("unlabelled", "--unlabelled") == set()
     if layout == "parquet":
         assert scored_rows("others", "--label_column", "other", "--max_bad_fraction", 1) == set()
-    for part in (tmp_path / "scores" / "red").iterdir():
-        if part.name.startswith("rows-00000004"):
-            part.write_text(part.read_text()[:-20])
-    assert scored_rows("all", "--overwrite") == {4, 5, 6, 7}  # a damaged part
+    damaged = next((tmp_path / "scores").glob("red-*/shard-0-00001.json"))  # of rows 3 to 6; the first has 0 to 2
+    damaged.write_text(damaged.read_text()[:-20])
+    assert scored_rows("all", "--overwrite") == set(range(8))  # the two parts that lost rows
 
 
 def test_rows_that_this_run_leaves_out_keep_their_scores(tmp_path, log):
@@ -344,37 +345,41 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, log, seed):
     pairs = write_table(tmp_path / "pairs.parquet", table)
     both = ["--scorer", "red", "--scorer", "left", "--cache_dir", tmp_path / "hf"]
 
-    def parts() -> set[Path]:
-        return set((tmp_path / "killed.scores").glob("*/rows-*.json"))
+    row_of = {pair_scores._key(row, "", caption).hex(): row for row, caption in enumerate(table["caption"])}
+
+    def kept() -> dict[str, set[int]]:
+        """Scorer -> the rows whose scores are on the disk, in shards and logs."""
+        rows = {"red": set(), "left": set()}
+        for file in (tmp_path / "killed.scores").glob("*-*/shard-*"):
+            if file.suffix in (".json", ".log"):
+                with suppress(FileNotFoundError):  # renamed meanwhile
+                    text = file.read_text()
+                    rows[file.parent.name.partition("-")[0]] |= {row_of[key] for key in row_of if key in text}
+        return rows
 
     out, chance, survived = tmp_path / "killed.parquet", random.Random(seed), 0
     for kill in range(4):
-        before, part_log = parts(), tmp_path / f"log-{kill}"
-        target = len(before) + chance.randint(0, 5)
+        before, part_log = kept(), tmp_path / f"log-{kill}"
+        target = sum(map(len, before.values())) + chance.randint(0, 20)
         process = fake_scorers.started(4, part_log, flags(pairs, out, *both))
-        while process.is_alive() and len(parts()) <= target:
+        while process.is_alive() and sum(map(len, kept().values())) <= target:
             time.sleep(0.001)
         time.sleep(chance.random() * 0.05)
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, "it was done before it could be killed"
-        survived += len(parts() - before)
-        # no image of a part that was there is scored again
+        survived += sum(len(kept()[name] - before[name]) for name in before)
+        # no image of a part that was whole is scored again
         again = {line.split("\t")[1] for line in part_log.read_text().splitlines()}
-        whole = {path.stem for path in before if all(by(path, name) in before for name in ("red", "left"))}
-        firsts = [int(stem.removeprefix("rows-")) for stem in whole]
-        assert again.isdisjoint(table["caption"][row] for first in firsts for row in range(first, first + 4))
+        parts = [range(first, first + 4) for first in range(0, 64, 4)]
+        whole = [part for part in parts if all(before[name].issuperset(part) for name in before)]
+        assert again.isdisjoint(table["caption"][row] for part in whole for row in part)
     assert survived >= 4
     assert not out.exists()
     assert relabel.main([str(word) for word in flags(pairs, out, *both)]) == 0
     assert log.read_text().count("\n") < 2 * 2 * 64
     assert relabel.main([str(word) for word in flags(pairs, tmp_path / "peace.parquet", *both)]) == 0
     assert out.read_bytes() == (tmp_path / "peace.parquet").read_bytes()
-
-
-def by(path: Path, scorer: str) -> Path:
-    """The same part's scores by that scorer."""
-    return path.parents[1] / scorer / path.name
 
 
 @pytest.mark.exhaustive

@@ -22,19 +22,7 @@ from tqdm import tqdm
 
 from dpo_fast.caching.manifest import STREAM_FORMAT, Manifest, RememberedSource, keys_of, read_images
 from dpo_fast.caching.reader import CachedItems
-from dpo_fast.caching.recipe import Field, Recipe, caption_key, mirrored
-from dpo_fast.caching.store import (
-    Store,
-    Writer,
-    begin_folder,
-    default_root,
-    drop_damaged,
-    finish_orphans,
-    locked,
-    log_keys,
-    not_writable,
-    tidy,
-)
+from dpo_fast.caching.recipe import cache_recipe, caption_key, default_root, mirrored, remedies
 from dpo_fast.config import TrainConfig
 from dpo_fast.data.columns import Columns
 from dpo_fast.data.images import RULE, BadImage, TooThin, crop_corner, mirror, scaled, to_pixels
@@ -44,6 +32,19 @@ from dpo_fast.errors import FORBIDDEN, BadInput, disk_error, remedy
 from dpo_fast.files import human_bytes, remove_temporaries, user_path
 from dpo_fast.models import Family, latents_recipe_facts, nonfinite_rows, text_recipe_facts
 from dpo_fast.parallel import Ranks
+from dpo_fast.store import (
+    Field,
+    Recipe,
+    Store,
+    Writer,
+    begin_folder,
+    drop_damaged,
+    finish_orphans,
+    locked,
+    log_keys,
+    not_writable,
+    tidy,
+)
 from dpo_fast.threads import ahead
 
 T = TypeVar("T")
@@ -127,9 +128,9 @@ def manifest_of(config: TrainConfig, stamp: str) -> Manifest:
 def recipes(config: TrainConfig, family: Family) -> tuple[Recipe, Recipe]:
     """How latents and text of this run are encoded."""
     facts = {"resolution": config.resolution, "images": RULE, **latents_recipe_facts(family)}
-    latents = Recipe("latents", facts, (Field("latents", family.latent_shape(config.resolution)),))
+    latents = cache_recipe("latents", facts, (Field("latents", family.latent_shape(config.resolution)),))
     fields = tuple(Field(name, tuple(tensor.shape[1:])) for name, tensor in family.empty_prompt().items())
-    return latents, Recipe("text", text_recipe_facts(family), fields)
+    return latents, cache_recipe("text", text_recipe_facts(family), fields)
 
 
 def fill(
@@ -170,7 +171,7 @@ def fill(
 
         def begin() -> None:
             for folder in (*folders, manifest.folder):
-                held.enter_context(locked(folder, waiting))
+                held.enter_context(locked(folder, remedies(), waiting))
             with disk_errors_as_bad_input(work.root):
                 for recipe in work.recipes:
                     begin_folder(work.root, recipe)
@@ -305,14 +306,14 @@ class CacheBuild:
         self.manifest.touch()
         left = [tidy(self.root, recipe) for recipe in self.recipes]
         if self.manifest.untidy:
-            with suppress(OSError, BadInput), locked(self.manifest.folder):
+            with suppress(OSError, BadInput), locked(self.manifest.folder, remedies()):
                 if self.source is None:
                     remove_temporaries(self.manifest.folder)
                 else:
                     self.manifest.begin(self.source)
                 self.finish()
         elif self.manifest.changed and isinstance(self.source, RememberedSource):
-            with suppress(OSError, BadInput), locked(self.manifest.folder):
+            with suppress(OSError, BadInput), locked(self.manifest.folder, remedies()):
                 self.manifest.begin(self.source)
                 self.manifest.save(ended=False)
         return any(left)
@@ -563,7 +564,7 @@ def disk_errors_as_bad_input(root: Path) -> Iterator[None]:
         if isinstance(error, BadInput) or (found := disk_error(error)) is None:
             raise
         if found.errno in FORBIDDEN:
-            raise not_writable(root, found) from error
+            raise not_writable(root, found, remedies()) from error
         where = f" at {found.filename}" if found.filename else ""
         raise BadInput(
             f"the cache folder {root} could not be written or read ({found.strerror}{where}): what was encoded is kept;"

@@ -23,10 +23,11 @@ import pyarrow.parquet as pq
 
 from dpo_fast.checksums import digest, parse_signed, write_signed_json
 from dpo_fast.data.columns import Columns
-from dpo_fast.data.images import KEY_BYTES, SAME, BadImage, decode, image_key
+from dpo_fast.data.images import SAME, BadImage, decode, image_key
 from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
 from dpo_fast.errors import BadInput, disk_error
 from dpo_fast.files import atomic_file, has_temporaries, is_inside, parse_json, read_bytes, remove_temporaries
+from dpo_fast.store import KEY_BYTES
 
 STREAM_FORMAT = 2  # of the labels that a stream's manifest holds: raise it when `Columns.label_of` changes
 

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_fast.caching.recipe import Recipe, caption_key, mirrored
+from dpo_fast.caching.recipe import caption_key, mirrored
 from dpo_fast.caching.ref_errors import RefErrors
-from dpo_fast.caching.store import Store
 from dpo_fast.data.batch import Batch, EncodedPair, PairTransform
 from dpo_fast.data.images import SAME, BadImage
+from dpo_fast.store import Recipe, Store
 
 
 class CachedItems:

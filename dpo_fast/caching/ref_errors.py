@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_fast.caching.recipe import KEY_BYTES, Field, caption_key
-from dpo_fast.caching.store import Store
+from dpo_fast.caching.recipe import caption_key
 from dpo_fast.checksums import Damaged
 from dpo_fast.data.images import BadImage
+from dpo_fast.store import KEY_BYTES, Field, Store
 
 BLOCK = 256  # rows
 FIELDS = (Field("errors", (BLOCK, 2), "float32"),)

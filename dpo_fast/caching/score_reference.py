@@ -24,19 +24,18 @@ from tqdm import tqdm
 from dpo_fast.caching.build import Cached, NeededRows, disk_errors_as_bad_input, root_of, stage_on_all_ranks
 from dpo_fast.caching.manifest import Manifest, RememberedSource
 from dpo_fast.caching.reader import CachedImages, CachedTransform
-from dpo_fast.caching.recipe import Recipe
+from dpo_fast.caching.recipe import cache_recipe, read_recipe
 from dpo_fast.caching.ref_errors import BLOCK, FIELDS, ErrorBlocks, RefErrors, ScoredPair, Unit
-from dpo_fast.caching.store import Store, Writer, begin_folder, drop_damaged, finish_orphans, locked, log_keys, tidy
 from dpo_fast.config import TrainConfig
 from dpo_fast.data import Batch, PairIndex, PairTransform
 from dpo_fast.data.batch import EncodedPair, chosen_first, load_images
 from dpo_fast.data.pairs import Usable, judge_streamed
 from dpo_fast.errors import BadInput
-from dpo_fast.files import read_json
 from dpo_fast.forward import NoReference, conditioning_of, predict
 from dpo_fast.kernels import dispatch, pair_errors
 from dpo_fast.models import Family
 from dpo_fast.parallel import Ranks
+from dpo_fast.store import Store, Writer, begin_folder, drop_damaged, finish_orphans, locked, log_keys, tidy
 from dpo_fast.threads import ahead
 
 SCORING_BATCHES = 4  # training batches scored at once: without a backward pass activations are not kept
@@ -125,7 +124,7 @@ class Scoring:
             "proportion_empty_prompts": transform.caption_dropout,
             "value": "mean squared error of an image, fp32",
         }
-        self.recipe = Recipe("reference", facts, FIELDS)
+        self.recipe = cache_recipe("reference", facts, FIELDS)
         self.blocks = ErrorBlocks(*pairs, draws, by_chosen=family.needs_time_ids and transform.time_ids == "real")
         self.root = root_of(config)
         self.numerics = _numerics(config, ranks.device)
@@ -202,7 +201,7 @@ class Scoring:
         return [(number, unit) for number, unit in enumerate(self.blocks.units) if unit.key not in there]
 
     def _begin(self, held: ExitStack, waiting: Callable[[str], None] | None) -> None:
-        held.enter_context(locked(self.root / self.recipe.folder_name, waiting))
+        held.enter_context(locked(self.root / self.recipe.folder_name, self.recipe.remedies, waiting))
         with disk_errors_as_bad_input(self.root):
             begin_folder(self.root, self.recipe)
             finish_orphans(self.root, self.recipe, self.ranks.world_size)
@@ -298,7 +297,7 @@ class Scoring:
         nearest = None
         for file in self.root.glob("reference-*/recipe.json"):
             try:
-                recipe = Recipe.from_json(read_json(file))
+                recipe = read_recipe(file)
                 if recipe.folder_name == self.recipe.folder_name or not missing & Store(self.root, recipe).keys():
                     continue
             except (OSError, ValueError):  # BadInput too: what is not usable is no help

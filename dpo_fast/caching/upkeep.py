@@ -6,14 +6,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
 from dpo_fast.caching.manifest import Manifest
-from dpo_fast.caching.recipe import Recipe
-from dpo_fast.caching.store import locked, read_shard, remove_shard, shard_indices
+from dpo_fast.caching.recipe import read_recipe, remedies
 from dpo_fast.checksums import sha256_of
 from dpo_fast.errors import BadInput
 from dpo_fast.files import contents, read_json, remove_folder, rename_away
+from dpo_fast.store import Recipe, damaged_records, locked, read_shard, remove_shard, shard_indices
 
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
 
@@ -54,7 +52,7 @@ def verify(root: Path, *, remove: bool = False) -> Iterator[tuple[Path, str | No
     With `remove` what is damaged is deleted, so that the next build makes it again; BadInput where one is at work.
     """
     for entry in entries(root):
-        with locked(entry.folder) if remove else nullcontext():
+        with locked(entry.folder, remedies()) if remove else nullcontext():
             if (entry.folder / "manifest.json").is_file():
                 fault = _manifest_fault(entry.folder)
                 if fault and remove:
@@ -63,7 +61,7 @@ def verify(root: Path, *, remove: bool = False) -> Iterator[tuple[Path, str | No
                 continue
             try:
                 path = entry.folder / "recipe.json"
-                recipe = Recipe.from_json(read_json(path))
+                recipe = read_recipe(path)
                 if recipe.folder_name != entry.folder.name:
                     raise ValueError(f"it is the recipe of {recipe.folder_name}")
             except (FileNotFoundError, ValueError) as error:
@@ -99,7 +97,7 @@ def to_prune(found: list[Entry], *, unused_days: float | None, names: list[str],
 
 def delete(entry: Entry) -> None:
     """Delete one folder. Raises BadInput where it is being built."""
-    with locked(entry.folder):
+    with locked(entry.folder, remedies()):
         going = rename_away(entry.folder)
     remove_folder(going)  # once it is released: NFS deletes no folder with an open file
 
@@ -111,9 +109,8 @@ def _shard_fault(path: Path, recipe: Recipe) -> str | None:
         return str(error)
     if sha256_of(shard.path) == shard.sha256:
         return None
-    pairs = zip(shard.records, shard.checksums, strict=True)
-    wrong = [str(row) for row, (record, checksum) in enumerate(pairs) if xxhash.xxh3_64_intdigest(record) != checksum]
-    return f"its sha256 differs; damaged records: {', '.join(wrong) or 'none'}"
+    wrong = ", ".join(map(str, damaged_records(shard)))
+    return f"its sha256 differs; damaged records: {wrong or 'none'}"
 
 
 def _manifest_fault(folder: Path) -> str | None:

@@ -15,6 +15,7 @@ from PIL import Image
 from dpo_fast.data import colour
 from dpo_fast.data.budget import IN_FLIGHT, Budget
 from dpo_fast.data.headers import PNG, Header, Refused, orientation_of_exif, orientation_of_xmp, read_header
+from dpo_fast.store import KEY_BYTES
 
 T = TypeVar("T")
 
@@ -25,7 +26,6 @@ FORMATS = [f for f in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPE
 
 SAME = "is the same image as the other one"
 
-KEY_BYTES = 16  # of the name of an image, or of whatever else is named by a hash of its contents
 
 # How an encoded image becomes what the VAE sees, in words: part of what identifies a cached latent. A change of
 # `decode`, `resize` or `crop_corner` that changes pixels must change this line.

@@ -32,7 +32,7 @@ from dpo_fast.files import remove_temporaries, write_json, write_text
 from dpo_fast.models.load import revisions
 from dpo_fast.parallel import Ranks
 from dpo_fast.scorers import default_dtype, facts, load_scorer, provenance
-from dpo_fast.scorers.kept_scores import score_images
+from dpo_fast.scorers.kept_scores import has_scores, score_images
 
 if TYPE_CHECKING:
     from dpo_fast.evaluation.implicit import ImplicitAccuracy
@@ -69,7 +69,7 @@ def prepare(comparison: Comparison, out: Path, ranks: Ranks) -> tuple[Comparison
         texts = [prompt.text for prompt in comparison.wanted.prompts]
         whole = not comparison.wanted.models or is_complete(out / "images")
         for name in comparison.scorers:
-            if not (whole and (out / "scores" / name).is_dir()):
+            if not (whole and has_scores(out / "scores", name)):
                 load_scorer(name, **comparison.scoring).check(texts)
         pairs, wanted = _pairs(comparison, out), comparison.wanted
         for side, files in ((comparison.base, pairs.base), (comparison.policy, pairs.policy)):

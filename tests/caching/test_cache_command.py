@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from dpo_fast.cache import main
-from dpo_fast.caching import store
+from dpo_fast.store import locked, writing
 from dpo_fast.train import main as train_main
 from tests.helpers import disks, slow_build
 from tests.helpers.pairs import pickapic, write_pickapic, write_table
@@ -97,7 +97,7 @@ def test_pruning_shows_first_and_deletes_when_asked(sdxl_path, pairs, tmp_path, 
 
 def test_what_is_in_use_by_a_builder_is_not_pruned(sdxl_path, pairs, tmp_path, capfd):
     cache = built(sdxl_path, pairs, tmp_path / "cache")
-    with store.locked(next(cache.glob("latents-*"))):
+    with locked(next(cache.glob("latents-*"))):
         refused(
             lambda: main(["prune", "--latent_cache_dir", str(cache), "--max_gib", "0", "--yes"]), ["process"], capfd
         )
@@ -256,7 +256,7 @@ def test_nothing_is_removed_under_a_builder(sdxl_path, pairs, tmp_path, capfd):
     cache = built(sdxl_path, pairs, tmp_path / "cache")
     (shard,) = shards(cache, "latents")
     os.truncate(shard, 10)
-    with store.locked(shard.parent):
+    with locked(shard.parent):
         refused(lambda: main(["verify", "--latent_cache_dir", str(cache), "--remove"]), ["is being written by"], capfd)
     assert shard.exists()
 
@@ -295,7 +295,7 @@ def test_a_flipped_byte_is_found_named_and_mended(sdxl_path, pairs, tmp_path, ca
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", ["cut off", "missing", "index cut off", "index changed"])
 def test_a_truncated_shard_is_refused_and_built_again(sdxl_path, pairs, tmp_path, capfd, monkeypatch, kind):
-    monkeypatch.setattr(store, "SHARD_BYTES", 4096)
+    monkeypatch.setattr(writing, "SHARD_BYTES", 4096)
     cache = built(sdxl_path, pairs, tmp_path / "cache")
     before = contents(cache)
     shard = shards(cache, "latents")[1]
@@ -343,7 +343,7 @@ def test_a_foreign_cache_is_refused_with_what_differs(sdxl_path, pairs, tmp_path
 @contextmanager
 def held(folder: Path, seconds: float) -> Iterator[subprocess.Popen]:
     """Another process that builds in `folder` for so long."""
-    holder = "import sys, time; from pathlib import Path; from dpo_fast.caching.store import locked\n"
+    holder = "import sys, time; from pathlib import Path; from dpo_fast.store import locked\n"
     holder += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(float(sys.argv[2]))"
     command = [sys.executable, "-c", holder, folder, str(seconds)]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE)

@@ -16,12 +16,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_fast import cache as cache_command
-from dpo_fast.caching import score_reference, store
-from dpo_fast.caching.recipe import Recipe
+from dpo_fast.caching import score_reference
+from dpo_fast.caching.recipe import read_recipe
 from dpo_fast.caching.ref_errors import BLOCK
-from dpo_fast.caching.store import Store, Writer, begin_folder
 from dpo_fast.forward import CachedErrors, FrozenCopy
 from dpo_fast.models import Family
+from dpo_fast.store import Store, Writer, begin_folder, writing
 from dpo_fast.train import main
 from dpo_fast.training.trainer import Trainer
 from tests.caching.test_cache_command import contents, held, refused
@@ -57,7 +57,7 @@ def recipes(cache: Path) -> list[Path]:
 
 
 def opened_store(recipe: Path) -> Store:
-    return Store(recipe.parents[1], Recipe.from_json(json.loads(recipe.read_text())))
+    return Store(recipe.parents[1], read_recipe(recipe))
 
 
 def all_errors(cache: Path) -> dict[bytes, np.ndarray]:
@@ -281,7 +281,7 @@ def test_killed_again_and_again_it_ends_with_the_same_files(sdxl_path, pairs, tm
         assert process.exitcode == -signal.SIGKILL, "it was done before it could be killed"
         grown.append(state(cache) - before)
     assert sum(growth > 0 for growth in grown) >= 2
-    monkeypatch.setattr(store, "SHARD_BYTES", size)
+    monkeypatch.setattr(writing, "SHARD_BYTES", size)
     capfd.readouterr()
     assert cache_command.main(command(cache)) == 0
     said = capfd.readouterr().err

@@ -176,7 +176,7 @@ def _serve(library: Path) -> None:
     for name in ("CLIPTextModel", "CLIPTokenizer"):
         getattr(import_module("transformers"), name)
     # so that a short run has many shards and parts
-    import_module("dpo_fast.caching.store").SHARD_BYTES = 2048
+    import_module("dpo_fast.store.writing").SHARD_BYTES = 2048
     import_module("dpo_fast.caching.build").PART_ROWS = 3
     import_module("dpo_fast.relabeling.pair_scores").PART_ROWS = 2
     sys.path[:] = [path for path in sys.path if os.path.isabs(path)]  # a run's folder holds no modules

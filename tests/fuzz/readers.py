@@ -18,13 +18,11 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save, save_file
 
-from dpo_fast import config, hub_revisions
-from dpo_fast.caching import ref_errors, store, upkeep
+from dpo_fast import config, hub_revisions, store
+from dpo_fast.caching import ref_errors, upkeep
 from dpo_fast.caching.manifest import Manifest
 from dpo_fast.caching.reader import CachedItems
-from dpo_fast.caching.recipe import Field, Recipe
 from dpo_fast.checksums import (
-    delete_damaged,
     file_digest,
     read_signed_json,
     signed_png,
@@ -43,8 +41,9 @@ from dpo_fast.evaluation.prompts import read_lines, read_prompts
 from dpo_fast.models import load, merging
 from dpo_fast.models.marks import marks_of_file
 from dpo_fast.models.source import ModelSource
-from dpo_fast.relabeling import labels, pair_scores
+from dpo_fast.relabeling import labels
 from dpo_fast.scorers import kept_scores
+from dpo_fast.store import Field, Recipe
 from dpo_fast.training import checkpoint, metrics, run_folder
 from tests.helpers import pipelines
 from tests.helpers.pairs import (
@@ -320,20 +319,17 @@ def _read_run(folder: Path, changed: Iterable[str]) -> None:
     run_folder.check_result(folder)
 
 
-_ABOUT = {"scorer": "x", "version": "1"}
+_SCORES = Recipe("x", {"scorer": "x", "version": "1"}, (Field("score", (), "float64"),), kept_scores.REMEDIES)
 
 
 def _write_scores(folder: Path) -> None:
-    (folder / "x").mkdir()
-    write_signed_json(folder / "x" / "rank-0.json", {"about": _ABOUT, "scores": {"a": 0.5, "b": 1}}, indent=None)
-    part = {
-        "about": _ABOUT,
-        "contents": "c",
-        "rows": [0, 2],
-        "scores": [[0.1, 0.2], [1, 2]],
-        "bad": [[1, "jpg_0", "x"]],
-    }
-    write_signed_json(folder / "x" / "rows-00000000.json", {**part, "marks": ["m", "n", "o"]}, indent=None)
+    store.begin_folder(folder, _SCORES)
+    with store.Writer(folder, _SCORES, 0, capacity=3) as writer:
+        for row in range(3):
+            writer.add(bytes([row]) * 16, np.float64(row / 7).tobytes())
+    with suppress(StopIteration), store.Writer(folder, _SCORES, 1) as writer:
+        writer.add(bytes([9]) * 16, np.float64(0.5).tobytes(), ["jpg_0", "x"])
+        raise StopIteration
     write_signed_json(folder / "evaluation.json", {"prompts": ["a"], "seeds": [1]})
     listing = {
         "settings": {},
@@ -346,15 +342,13 @@ def _write_scores(folder: Path) -> None:
 
 
 def _read_scores(folder: Path, changed: Iterable[str]) -> None:
-    kept_scores._read(folder / "x", _ABOUT)
-    work = SimpleNamespace(folder=folder, facts={"x": _ABOUT}, contents="c")
-    work._path = lambda name, first: pair_scores.PairScoring._path(work, name, first)
-    pair_scores.PairScoring._read(work, "x", 0)
+    with refused(BadInput):
+        store.mend(folder, _SCORES)
+        kept_scores.read_scores(folder, _SCORES)
     with refused(BadInput):
         generation._listing(folder)
     with refused(BadInput):
         read_signed_json(folder / "evaluation.json", "put it back", ("prompts",))
-    delete_damaged(sorted((folder / "x").glob("rank-*.json")), "its scores are made again")
 
 
 # ---- what users write --------------------------------------------------------------------------------------------

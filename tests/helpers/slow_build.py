@@ -7,7 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from dpo_fast import cache
-from dpo_fast.caching import build, store
+from dpo_fast.caching import build
+from dpo_fast.store import writing
 
 
 def started(shard_bytes: int, argv: list[object]) -> multiprocessing.Process:
@@ -34,6 +35,6 @@ def _build(shard_bytes: int, argv: list[str]) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    store.SHARD_BYTES = shard_bytes
+    writing.SHARD_BYTES = shard_bytes
     build.PART_ROWS = 3
     sys.exit(cache.main(argv))

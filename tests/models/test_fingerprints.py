@@ -8,9 +8,9 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerFast
 
-from dpo_fast.caching.recipe import Field, Recipe
 from dpo_fast.models import latents_recipe_facts, reference_recipe_facts, text_recipe_facts
 from dpo_fast.models.fingerprints import weights_digest
+from dpo_fast.store import Field, Recipe
 from tests.helpers.pipelines import load_model, make_sdxl
 from tests.helpers.single_file import write_single_file
 

@@ -12,8 +12,6 @@ from safetensors.torch import save_file
 
 from dpo_fast import cli, hub_revisions, parallel
 from dpo_fast.caching.manifest import Manifest
-from dpo_fast.caching.recipe import Recipe
-from dpo_fast.caching.store import log_keys
 from dpo_fast.caching.upkeep import verify
 from dpo_fast.checksums import Damaged, delete_damaged, file_digest, signed, signed_text, write_signed_json
 from dpo_fast.config import parse
@@ -24,6 +22,7 @@ from dpo_fast.evaluation.prompts import read_prompts
 from dpo_fast.files import exists, is_inside, parse_json, user_path
 from dpo_fast.relabeling.labels import NOTE, note_of
 from dpo_fast.scorers import kept_scores
+from dpo_fast.store import Field, Recipe, log_keys, mend
 from dpo_fast.training import checkpoint, resume, run_folder
 from tests.helpers.pairs import as_image_feature, open_pairs, pickapic, write_jsonl, write_table
 from tests.helpers.runs import environment
@@ -192,8 +191,11 @@ def test_nested_json_in_the_place_of_every_note(tmp_path):
 
     (tmp_path / "state.json").write_text(f'{{"files": {DEEP}}}')
     one_line("nested too deeply", checkpoint.load, tmp_path)
-    (tmp_path / "rank-0.json").write_text(signed(f'{{"about":{{}},"scores":{DEEP}}}'))
-    assert kept_scores._read(tmp_path, {}) == {}
+    recipe = Recipe("x", {}, (Field("score", (), "float64"),))
+    (tmp_path / recipe.folder_name).mkdir()
+    (tmp_path / recipe.folder_name / "shard-0-00000.json").write_text(signed(f'{{"keys":{DEEP}}}'))
+    mend(tmp_path, recipe)
+    assert kept_scores.read_scores(tmp_path, recipe) == {}
 
     (tmp_path / "hps").mkdir()
     (tmp_path / "hps" / "anime.json").write_text(DEEP)
@@ -218,12 +220,6 @@ def test_links_to_nowhere_and_without_an_end(tmp_path):
     notes.mkdir(parents=True)
     (notes / "a.metadata").symlink_to("/dev/zero")  # all of it was read
     assert hub_revisions.revision_of(tmp_path).startswith("files ")
-
-
-@pytest.mark.parametrize("score", [10**400, "x", None, [1]], ids=lambda score: str(score)[:6])
-def test_a_score_that_is_no_number_is_scored_again(tmp_path, score):
-    write_signed_json(tmp_path / "rank-0.json", {"about": {}, "scores": {"a": score}})
-    assert kept_scores._read(tmp_path, {}) == {}
 
 
 @pytest.mark.parametrize("shape", [["a"], [0], [-1], [2**40], [2**16, 2**16], 3, None], ids=str)

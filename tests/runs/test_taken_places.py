@@ -126,7 +126,7 @@ FAULTS = [
     ("generate", "fsync", "-images.json", errno.EIO),
     ("sweep", "os.rename", "/sweep.json", errno.EIO),
     ("relabel", "os.rename", "/l.parquet", errno.ENOSPC),
-    ("relabel", "fsync", "-pairs.json", errno.EIO),
+    ("relabel", "fsync", ".part", errno.EIO),
 ]
 
 

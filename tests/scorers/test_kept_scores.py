@@ -114,20 +114,37 @@ def test_files_that_come_or_change_as_the_scorer_is_loaded(images, tmp_path):
     scorer, found = scored(changed)  # one is new, and for it another commit was fetched
     torch.testing.assert_close(found, expected(files, changed))
     assert scorer.seen == len(SIZES) + 1 and scorer.loads == 1
-    (kept,) = (tmp_path / "s" / "mean").glob("*.json")
-    assert json.loads(kept.read_text())["about"] == {"files": "two"}
+    facts = [json.loads(file.read_text())["facts"] for file in (tmp_path / "s").glob("mean-*/recipe.json")]
+    assert sorted(fact["files"] for fact in facts) == ["not fetched", "one", "two"]
 
 
-@pytest.mark.parametrize(
-    "damage", ["", "{", '{"about": {"scorer": "mean"}}', "[]", '{"about": {"scorer": "mean"}, "scores": [1]}']
-)
-def test_a_damaged_file_of_scores_is_made_again(images, tmp_path, damage):
+def flip(file: Path, place: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGE = {
+    "an empty index": lambda index: index.write_text(""),
+    "half an index": lambda index: index.write_bytes(index.read_bytes()[:50]),
+    "another index": lambda index: index.write_text("[]"),
+    "a bit of the index": lambda index: flip(index, 40),
+    "a bit of a score": lambda index: flip(index.with_suffix(".bin"), 11),
+    "scores cut off": lambda index: index.with_suffix(".bin").write_bytes(bytes(9)),
+    "no scores": lambda index: index.with_suffix(".bin").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_of_scores_is_made_again(images, tmp_path, damage, caplog):
     files, prompts = images
     run(files, prompts, Counting(), tmp_path / "s")
-    (tmp_path / "s" / "mean" / "rank-0.json").write_text(damage)
+    (index,) = (tmp_path / "s").glob("mean-*/shard-0-00000.json")
+    DAMAGE[damage](index)
     scorer = Counting()
     torch.testing.assert_close(run(files, prompts, scorer, tmp_path / "s"), expected(files, prompts))
     assert scorer.seen == len(SIZES)
+    assert "shard-0-00000" in caplog.text and "deleted, and made again" in caplog.text
     assert run(files, prompts, scorer, tmp_path / "s").isfinite().all() and scorer.seen == len(SIZES)
 
 

@@ -10,16 +10,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_fast.caching import store
 from dpo_fast.caching.reader import CachedItems
-from dpo_fast.caching.recipe import Field, Recipe, caption_key, mirrored
-from dpo_fast.caching.store import Damaged, Store, Writer, begin_folder, drop_damaged, finish_orphans, locked, log_keys
+from dpo_fast.caching.recipe import cache_recipe, caption_key, mirrored
+from dpo_fast.checksums import Damaged
 from dpo_fast.data.images import image_key
 from dpo_fast.errors import BadInput
+from dpo_fast.store import (
+    Field,
+    Recipe,
+    Store,
+    Writer,
+    begin_folder,
+    drop_damaged,
+    finish_orphans,
+    locked,
+    log_keys,
+    remove_shard,
+    writing,
+)
 from tests.data.conftest import no_bars, own_cache  # noqa: F401  the user's data set cache stays as it is
 
 FIELDS = (Field("wide", (3, 4)), Field("pooled", (5,)), Field("exact", (2,), "float32"))
-RECIPE = Recipe("text", {"encoder": "abc"}, FIELDS)
+RECIPE = cache_recipe("text", {"encoder": "abc"}, FIELDS)
 SIZE = RECIPE.record_bytes  # 42
 
 
@@ -47,7 +59,7 @@ def assert_holds(root: Path, entries: dict) -> None:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(store, "SHARD_BYTES", 4 * SIZE + 1)  # four records
+    monkeypatch.setattr(writing, "SHARD_BYTES", 4 * SIZE + 1)  # four records
 
 
 @pytest.mark.parametrize("n", [0, 1, 4, 5, 41])
@@ -162,7 +174,7 @@ def test_a_writer_killed_while_it_completed_a_shard(tmp_path, monkeypatch, stopp
     writer = Writer(tmp_path / "cut", RECIPE, 0)
     with monkeypatch.context() as patched:
         if stopped_at == "renamed":
-            patched.setattr(store, "write_signed_json", kill)
+            patched.setattr(writing, "write_signed_json", kill)
         else:
             patched.setattr(Path, "unlink", kill)
         with pytest.raises(Killed):
@@ -187,7 +199,7 @@ def test_an_unfinished_shard_is_taken_up_though_an_earlier_one_was_deleted(tmp_p
     for key, value in list(entries.items())[:10]:
         writer.add(key, *value)
     folder = tmp_path / RECIPE.folder_name
-    store.remove_shard(folder / "shard-0-00000.json")
+    remove_shard(folder / "shard-0-00000.json")
     again = Writer(tmp_path, RECIPE, 0)
     assert again.pending == list(entries)[8:10]
     there = Store(tmp_path, RECIPE).keys() | log_keys(folder)
@@ -259,9 +271,9 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path):
 
 def test_recipes_and_keys_tell_apart_what_differs():
     others = [
-        Recipe("latents", RECIPE.facts, RECIPE.fields),
-        Recipe("text", {"encoder": "abd"}, RECIPE.fields),
-        Recipe("text", RECIPE.facts, RECIPE.fields[:2]),
+        cache_recipe("latents", RECIPE.facts, RECIPE.fields),
+        cache_recipe("text", {"encoder": "abd"}, RECIPE.fields),
+        cache_recipe("text", RECIPE.facts, RECIPE.fields[:2]),
     ]
     assert len({recipe.folder_name for recipe in [RECIPE, *others]}) == 4
     assert Recipe.from_json(json.loads(json.dumps(RECIPE.as_json()))) == RECIPE

@@ -1,0 +1,193 @@
+"""Appending records to a store, and going on where a killed process was."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import xxhash
+
+from dpo_fast.checksums import sha256_of, write_signed_json
+from dpo_fast.errors import BadInput
+from dpo_fast.files import flush, has_temporaries, naming, read_bytes, regular_file, remove_temporaries, write_json
+from dpo_fast.store.recipe import Recipe
+from dpo_fast.store.shards import check_recipe, drop_damaged, locked, log_entry, log_line, not_writable, shard_files
+
+SHARD_BYTES = 256 << 20  # a full shard's records, about
+
+
+class Writer:
+    """Appends records for one rank; going on where an earlier process was. `pending` are the keys it found there.
+
+    `capacity` records fill a shard, by default as many as SHARD_BYTES hold. Leave the `with` block when all is written:
+    that completes the last, short shard. After an error the unfinished shard stays for the next process.
+    """
+
+    def __init__(self, root: Path, recipe: Recipe, rank: int, capacity: int | None = None):
+        self.recipe, self.rank = recipe, rank
+        self.folder = Path(root) / recipe.folder_name
+        self.capacity = capacity or max(1, SHARD_BYTES // recipe.record_bytes)
+        self._entries: list[tuple[bytes, int, Any]] = []
+        self._part: BinaryIO | None = None
+        self._log: BinaryIO | None = None
+        for number in self._unfinished():
+            if self._entries:  # two of them: shards were deleted in between
+                self._complete()
+            self._number = number
+            self._resume()
+        if not self._entries:
+            self._number = self._free_number()
+        self.pending = [key for key, _, _ in self._entries]
+        if len(self._entries) >= self.capacity:
+            self._complete()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None and self._entries:
+            self._complete()
+        elif self._part is not None:
+            self._part.close()
+            self._log.close()
+
+    def add(self, key: bytes, record: bytes | memoryview, meta: Any = None) -> None:
+        """Append one record. Raises OSError (a full disk, for one); what was added before is safe."""
+        assert len(record) == self.recipe.record_bytes, (len(record), self.recipe.record_bytes)
+        if self._part is None:
+            self._part, self._log = open(self._path("part"), "wb", 0), open(self._path("log"), "wb", 0)
+        checksum = xxhash.xxh3_64_intdigest(record)
+        with naming(self._path("part")):
+            _write(self._part, record)
+            _write(self._log, log_line(key, checksum, meta))
+        self._entries.append((key, checksum, meta))
+        if len(self._entries) == self.capacity:
+            self._complete()
+
+    def _path(self, suffix: str) -> Path:
+        return self.folder / f"shard-{self.rank}-{self._number:05d}.{suffix}"
+
+    def _numbers(self, *kinds: str) -> set[int]:
+        """The numbers of this rank's files of these kinds."""
+        return {number for rank, number, kind in shard_files(self.folder) if rank == self.rank and kind in kinds}
+
+    def _free_number(self) -> int:
+        taken = self._numbers("json")
+        return next(number for number in range(len(taken) + 1) if number not in taken)
+
+    def _unfinished(self) -> list[int]:
+        """The shards that a killed process left without their index, ascending."""
+        done = self._numbers("json")
+        for number in self._numbers("log") & done:  # done, but for this
+            (self.folder / f"shard-{self.rank}-{number:05d}.log").unlink()
+        return sorted(self._numbers("bin", "part", "log") - done)
+
+    def _resume(self) -> None:
+        """Take up an unfinished shard: whole records in the order of the log, nothing behind them."""
+        part, log = self._path("part"), self._path("log")
+        if self._path("bin").exists():  # killed between the rename and the JSON
+            self._path("bin").rename(part)
+        size, lines = self.recipe.record_bytes, []
+        if part.exists() and log.exists():
+            with regular_file(part).open("rb") as file:
+                for line in read_bytes(log).splitlines(keepends=True):
+                    record = file.read(size)
+                    entry = log_entry(line)
+                    if entry is None or len(record) < size or xxhash.xxh3_64_intdigest(record) != entry[1]:
+                        break
+                    self._entries.append(entry)
+                    lines.append(line)
+        if not self._entries:
+            part.unlink(missing_ok=True)
+            log.unlink(missing_ok=True)
+            return
+        os.truncate(part, size * len(self._entries))
+        os.truncate(log, sum(map(len, lines)))
+        self._part, self._log = open(part, "ab", 0), open(log, "ab", 0)
+
+    def _complete(self) -> None:
+        with naming(self._path("part")):
+            os.fsync(self._part.fileno())
+            self._part.close()
+            self._log.close()
+        self._part = self._log = None
+        sha256 = sha256_of(self._path("part"))
+        os.replace(self._path("part"), self._path("bin"))
+        body = {
+            "recipe": self.recipe.digest,
+            "record_bytes": self.recipe.record_bytes,
+            "sha256": sha256,
+            "keys": [key.hex() for key, _, _ in self._entries],
+            "checksums": [f"{checksum:016x}" for _, checksum, _ in self._entries],
+            "meta": [meta for _, _, meta in self._entries],
+        }
+        write_signed_json(self._path("json"), body, indent=None)
+        flush(self.folder)
+        self._path("log").unlink()
+        self._entries, self._number = [], self._free_number()
+
+
+def begin_folder(root: Path, recipe: Recipe) -> None:
+    """Make the recipe's folder, with recipe.json (it may be missing: shards and the folder's name tell of it too).
+
+    Raises BadInput where it holds another recipe, or cannot be made.
+    """
+    folder = Path(root) / recipe.folder_name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(folder)
+        if not (folder / "recipe.json").exists():
+            write_json(folder / "recipe.json", recipe.as_json())
+    except OSError as error:
+        raise not_writable(folder, error, recipe.remedies) from error
+    check_recipe(folder, recipe)
+
+
+def finish_orphans(root: Path, recipe: Recipe, ranks: int) -> None:
+    """Complete the unfinished shards of ranks from `ranks` on: an earlier build had more processes."""
+    folder = Path(root) / recipe.folder_name
+    for rank in sorted({rank for rank, _, kind in shard_files(folder) if kind in ("part", "log") and rank >= ranks}):
+        with Writer(root, recipe, rank):
+            pass
+
+
+def mend(root: Path, recipe: Recipe) -> None:
+    """Make the recipe's folder, take up what killed processes left, and delete damaged shards, whose records are lost.
+
+    Every record is read: for stores of small records, which nobody else writes now.
+    """
+    begin_folder(root, recipe)
+    finish_orphans(root, recipe, 0)
+    drop_damaged(root, recipe, every_record=True)
+
+
+def tidy(root: Path, recipe: Recipe) -> bool:
+    """Complete the unfinished shards of killed processes and clear away what else they left. True if there was any.
+
+    In a folder that another process builds, or that cannot be written, everything stays as it is.
+    """
+    folder = Path(root) / recipe.folder_name
+    unfinished = any(kind in ("part", "log") for _, _, kind in shard_files(folder))
+    if not unfinished and not has_temporaries(folder):
+        return False
+    with suppress(OSError, BadInput), locked(folder, recipe.remedies):
+        begin_folder(root, recipe)
+        finish_orphans(root, recipe, 0)
+    return True
+
+
+def log_keys(folder: Path) -> set[bytes]:
+    """The keys of the records in unfinished shards, after their writers took them up."""
+    keys = set()
+    for rank, number, kind in shard_files(folder):
+        if kind == "log" and (path := folder / f"shard-{rank}-{number:05d}.log").exists():  # not a link to nowhere
+            lines = read_bytes(path).splitlines(keepends=True)
+            keys |= {entry[0] for entry in map(log_entry, lines) if entry is not None}
+    return keys
+
+
+def _write(file: BinaryIO, data: bytes | memoryview) -> None:
+    """Write all of `data`; an unbuffered file may take only a part at a time."""
+    view = memoryview(data)
+    while len(view):
+        view = view[file.write(view) :]
