@@ -45,8 +45,8 @@ def _run(config: EvaluateConfig) -> int:
     # Imported here: flags are checked in a moment, before the heavy libraries are loaded.
     import torch
 
-    from dpo_fast import parallel
-    from dpo_fast.evaluation.comparison import claim, compare, prepare
+    from dpo_fast import output_folder, parallel
+    from dpo_fast.evaluation.comparison import RECORD, compare, prepare
     from dpo_fast.evaluation.sides import (
         comparison_of,
         evaluation_name,
@@ -56,7 +56,6 @@ def _run(config: EvaluateConfig) -> int:
         settings_of,
         sides_of,
     )
-    from dpo_fast.training import run_folder
 
     started = time.perf_counter()
     run = read_run(config.policy) if is_run(config.policy) else None
@@ -74,8 +73,9 @@ def _run(config: EvaluateConfig) -> int:
     try:
         # everything that may be refused comes before everything that takes long
         held_out = None if reference is None else _open_pairs(config, ranks)
-        ranks.on_main(lambda: held.enter_context(run_folder.hold(out)))
-        ranks.on_main(lambda: claim(out, settings_of(config, sides, models, comparison)))
+        ranks.on_main(lambda: held.enter_context(output_folder.hold(out)))
+        settings = settings_of(config, sides, models, comparison)
+        ranks.on_main(lambda: output_folder.claim(out, RECORD, settings, what="an evaluation"))
         pairs = result = implicit = None
         if comparison is not None:
             comparison, pairs = prepare(comparison, out, ranks)

@@ -164,13 +164,13 @@ def _relabel(config: RelabelConfig, ranks: "Ranks", source: "Source", scorers: d
     import numpy as np
 
     from dpo_fast.data import build_index, write_report
+    from dpo_fast.output_folder import BAD_ROWS
     from dpo_fast.relabeling.labels import Rule, as_text, human_labels, label, report, write_counts, write_pairs
     from dpo_fast.relabeling.pair_scores import score_pairs
     from dpo_fast.scorers import provenance
-    from dpo_fast.training.run_folder import REPORT
 
     started = time.perf_counter()
-    bad_report = config.scores / REPORT
+    bad_report = config.scores / BAD_ROWS
     sets = ranks.on_all(
         lambda: build_index(
             source,

@@ -20,15 +20,13 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from dpo_fast import locks
+from dpo_fast import locks, output_folder
 from dpo_fast.checksums import read_signed_json, write_signed_json
 from dpo_fast.cli import guarded, leave, say
 from dpo_fast.config import TrainConfig, parse
 from dpo_fast.errors import BadInput, printable
-from dpo_fast.files import remove_temporaries
 from dpo_fast.pictures import save_png
 from dpo_fast.plot import Point, Series, against
-from dpo_fast.training import run_folder
 
 RECORD = "sweep.json"
 LOG_SCALE = ("learning_rate", "beta_dpo", "adam_epsilon", "adam_weight_decay")
@@ -65,7 +63,7 @@ def _run(argv: list[str]) -> int:
             raise BadInput(f"--{name} belongs to a single run: leave it out of a sweep, which goes on by itself")
     folder = configs[0].output_dir or Path("runs", f"sweep-{datetime.now():%Y%m%d-%H%M%S}")
     rows, started = [], time.perf_counter()
-    with run_folder.hold(folder):
+    with output_folder.hold(folder):
         flags = _begin(folder, flags, seeded="seed" in swept or configs[0].seed is not None)
         for number, values in enumerate(combinations):
             rows.append({**values, **_result(folder, values, flags, f"run {number + 1} of {len(combinations)}")})
@@ -129,22 +127,11 @@ def _name(values: Values) -> str:
 
 def _begin(folder: Path, flags: list[str], seeded: bool) -> list[str]:
     """The flags of all runs, with a seed; as they were before, where the sweep goes on."""
-    record = folder / RECORD
-    if record.is_file():
-        remove_temporaries(folder)
-        before = read_signed_json(record, "put it back from a copy, or name another --output_dir", ["flags"])["flags"]
-        same = before if seeded else before[:-2]  # without the seed that was drawn
-        if flags != same:
-            raise BadInput(
-                f"{folder} holds a sweep with other flags ({' '.join(before)}): give the same, more values may be"
-                " swept; or name another --output_dir"
-            )
-        return before
-    if not run_folder.is_free(folder):
-        raise BadInput(f"--output_dir {folder} is not empty and holds no sweep; name another folder")
-    remove_temporaries(folder)
-    flags = flags if seeded else [*flags, "--seed", str(secrets.randbits(31))]
-    write_signed_json(record, {"flags": flags, "swept": {}, "runs": []})
+    before = output_folder.read_record(folder, RECORD, ["flags"])
+    if not seeded:
+        flags = [*flags, *(before["flags"][-2:] if before else ("--seed", str(secrets.randbits(31))))]
+    new = {"flags": flags, "swept": {}, "runs": []}
+    output_folder.claim(folder, RECORD, new, what="a sweep", key="flags")
     return flags
 
 

@@ -45,8 +45,7 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
 
     import torch
 
-    from dpo_fast import parallel
-    from dpo_fast.training import run_folder
+    from dpo_fast import output_folder, parallel
     from dpo_fast.training.resume import AlreadyDone
     from dpo_fast.training.run import open_run, settle
     from dpo_fast.training.trainer import Interrupted, Trainer
@@ -60,7 +59,7 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
     ranks, held = parallel.start(config.report_to), ExitStack()
     try:
         config = settle(config, ranks)
-        hold = ranks.on_main(lambda: held.enter_context(run_folder.hold(config.output_dir)))  # also while evaluating
+        hold = ranks.on_main(lambda: held.enter_context(output_folder.hold(config.output_dir)))  # also while evaluating
         if config.eval_scorers:
             from dpo_fast.evaluation.compare import Evaluation
 

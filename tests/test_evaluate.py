@@ -152,11 +152,12 @@ def test_scores_by_other_weights_are_not_taken(tmp_path, published, prompts):
     second = summary(out)["scores"]["clip"]
     assert second["base"] != first["base"]
     shutil.move(models, tmp_path / "moved")  # the same files elsewhere are the same scorer
-    (record,) = (out / "scores" / "clip").glob("*.json")
-    before = record.stat().st_mtime_ns
+    records = {file: file.stat().st_mtime_ns for file in (out / "scores").glob("clip-*/shard-*")}
+    assert len(records) == 4  # two files a scorer
     argv[argv.index(str(models))] = str(tmp_path / "moved")
     assert main(argv) == 0
-    assert record.stat().st_mtime_ns == before and summary(out)["scores"]["clip"] == second
+    after = {file: file.stat().st_mtime_ns for file in (out / "scores").glob("clip-*/shard-*")}
+    assert after == records and summary(out)["scores"]["clip"] == second
 
 
 def test_images_against_themselves_have_exactly_one_half(tmp_path, evaluate):
@@ -289,7 +290,7 @@ def test_a_folder_of_something_else_is_left_alone(moved, tmp_path, evaluate, cap
     theirs = images_for(TEXTS, tmp_path / "theirs")
     evaluate(moved, "--baseline", theirs, scorers=("clip",))
     evaluate(moved, scorers=("clip",), status=2)
-    assert "is of another evaluation (baseline name: theirs before, base now" in capfd.readouterr().err
+    assert "holds an evaluation of other settings (baseline name: theirs before, base now" in capfd.readouterr().err
 
 
 def test_the_implicit_reward_needs_no_images(moved, pairs, tmp_path, capfd):

@@ -14,7 +14,7 @@ LEVELS = [
     ["files", "heartbeat"],
     ["cli"],
     ["locks", "checksums", "hub_revisions", "kernels", "presets"],
-    ["draws", "schedule", "objectives", "pictures", "plot", "parallel", "store"],
+    ["output_folder", "draws", "schedule", "objectives", "pictures", "plot", "parallel", "store"],
     ["config"],
     ["models", "data"],
     ["shapes", "forward"],

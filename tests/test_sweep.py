@@ -99,7 +99,7 @@ def test_every_combination_is_run_once_and_reported(sdxl_path, pairs, tmp_path, 
     # with other flags for all it would be another sweep
     capfd.readouterr()
     assert sweep.main([*argv, "--hflip"]) == 2
-    assert "holds a sweep with other flags" in capfd.readouterr().err
+    assert "holds a sweep of other settings" in capfd.readouterr().err
 
 
 def test_an_interrupted_run_is_gone_on_with(sdxl_path, pairs, tmp_path, runs, monkeypatch):

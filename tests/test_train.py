@@ -285,7 +285,7 @@ def test_init_lora_becomes_the_reference(sdxl_path, pairs, tmp_path):
     second = train(sdxl_path, pairs, tmp_path / "second", "--init_lora", first, "--max_train_steps", 1)
     assert lines(second)[0]["margin"] == 0.0
     base, merged = (
-        opened(flags_for(sdxl_path, pairs, tmp_path / name, *more)).fingerprints["base model"]
+        opened(flags_for(sdxl_path, pairs, tmp_path / name, *more)).fingerprints["base weights"]
         for name, more in (("a", []), ("b", ["--init_lora", first]))
     )
     assert base != merged

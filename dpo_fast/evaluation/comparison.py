@@ -6,8 +6,6 @@ OUT/scores/           what was scored (`scorers.kept_scores`)
 OUT/scores.parquet    OUT/summary.json    OUT/report.html
 """
 
-import json
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import date
 from functools import partial
@@ -16,19 +14,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dpo_fast.checksums import read_signed_json, write_signed_json
 from dpo_fast.data.image_files import Files
 from dpo_fast.data.images import texts_of
-from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.findings import About, Findings, judge
-from dpo_fast.evaluation.generation import check_free, differences, generate_images, is_complete
+from dpo_fast.evaluation.generation import generate_images, is_complete
 from dpo_fast.evaluation.image_names import PromptImage, images_of
 from dpo_fast.evaluation.pairing import ImagePairs, pair_up
 from dpo_fast.evaluation.report.page import page
 from dpo_fast.evaluation.scored import Scored, write_scores
 from dpo_fast.evaluation.sides import Comparison
 from dpo_fast.evaluation.signals import measure
-from dpo_fast.files import remove_temporaries, write_json, write_text
+from dpo_fast.files import write_json, write_text
 from dpo_fast.models.load import revisions
 from dpo_fast.parallel import Ranks
 from dpo_fast.scorers import default_dtype, facts, load_scorer, provenance
@@ -41,21 +37,6 @@ RECORD, SUMMARY, SCORES, REPORT = "evaluation.json", "summary.json", "scores.par
 SHOWN = ("family", "weights", "sampler", "steps", "guidance", "resolution", "layout", "strength", "dtype", "versions")
 # where these differ, more than weights is compared
 SAMPLING = ("family", "sampler", "steps", "guidance", "resolution", "layout", "strength")
-
-
-def claim(out: Path, settings: Mapping[str, object]) -> None:
-    """Make `out`, which is held, the folder of this evaluation, or go on with it.
-
-    Raises BadInput where it is something else's.
-    """
-    record = out / RECORD
-    if not record.is_file():
-        check_free(out, RECORD)
-        write_signed_json(record, settings)
-    before = read_signed_json(record, "put it back from a copy, or name another --output_dir")
-    if found := differences(before, json.loads(json.dumps(settings))):
-        raise BadInput(f"--output_dir {out} is of another evaluation ({'; '.join(found)}); name another folder")
-    remove_temporaries(out)
 
 
 def prepare(comparison: Comparison, out: Path, ranks: Ranks) -> tuple[Comparison, ImagePairs]:

@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from dpo_fast import __version__
-from dpo_fast.checksums import png_is_whole, read_signed_json, write_signed_json
+from dpo_fast import __version__, output_folder
+from dpo_fast.checksums import png_is_whole, write_signed_json
 from dpo_fast.data.image_files import THREADS
 from dpo_fast.data.images import BadImage, crop_corner, decode, scaled, texts_of, to_pixels
 from dpo_fast.errors import BadInput
@@ -40,7 +40,6 @@ from dpo_fast.models.sampling import sample
 from dpo_fast.models.source import ModelSource
 from dpo_fast.parallel import Ranks
 from dpo_fast.pictures import picture_grid, save_png, to_picture
-from dpo_fast.training import run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +135,7 @@ def generate_images(wanted: ImageRequest, out: Path, ranks: Ranks) -> int:
     Raises BadInput, on every rank, where `out` holds something else, or images of other settings or weights.
     """
     with ExitStack() as held:
-        ranks.on_main(lambda: held.enter_context(run_folder.hold(out)))
+        ranks.on_main(lambda: held.enter_context(output_folder.hold(out)))
         return _generate_missing(wanted, out, ranks)
 
 
@@ -311,23 +310,11 @@ def _digest(value: object) -> str:
 
 def _claim(wanted: ImageRequest, rows: Sequence[ImageRow], out: Path, device: torch.device) -> None:
     """Make `out` ours, or go on with it. Raises BadInput where it holds anything else."""
-    settings, listing = _settings(wanted, device), _listing(out)
-    if listing is None:
-        check_free(out, LISTING)
-        _write(out, {"settings": settings, "weights": {}, "stamps": {}, "signed": True, "complete": False}, rows)
-    elif listing["settings"] != settings:
-        found = "; ".join(differences(listing["settings"], settings))
-        raise BadInput(
-            f"--output_dir {out} holds images of other settings ({found}); give these or name another folder"
-        )
-    for folder in (out, *(out / name for name in wanted.models)):
-        remove_temporaries(folder)
-
-
-def check_free(out: Path, record: str) -> None:
-    """Raise BadInput where `out`, which is held and lacks the file `record`, holds anything else."""
-    if not run_folder.is_free(out):
-        raise BadInput(f"--output_dir {out} is not empty and holds no {record}; name another folder")
+    _listing(out)  # raises for one that is not whole
+    new = {"settings": _settings(wanted, device), "weights": {}, "stamps": {}, "signed": True, "complete": False}
+    output_folder.claim(out, LISTING, _with_rows(new, rows), what="images", key="settings")
+    for name in wanted.models:
+        remove_temporaries(out / name)
 
 
 def _unchanged(wanted: ImageRequest, out: Path) -> set[str]:
@@ -402,24 +389,12 @@ def _grid(wanted: ImageRequest, rows: Sequence[ImageRow], out: Path) -> Image.Im
 
 def _listing(out: Path) -> dict | None:
     """images.json, or None where there is none."""
-    if not (out / LISTING).is_file():
-        return None
-    remedy = "put it back from a copy, or name another folder (it is no listing of dpo_fast.generate as it is)"
-    return read_signed_json(out / LISTING, remedy, ("settings", "weights", "stamps", "complete", "images"))
+    return output_folder.read_record(out, LISTING, ("settings", "weights", "stamps", "complete", "images"))
 
 
 def _write(out: Path, listing: Mapping[str, object], rows: Sequence[ImageRow]) -> None:
-    write_signed_json(out / LISTING, {**listing, "images": [row._asdict() for row in rows]})
+    write_signed_json(out / LISTING, _with_rows(listing, rows))
 
 
-def differences(before: object, now: object, name: str = "") -> list[str]:
-    """What differs between two settings, as `name: before, now`."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = {**before, **now}
-        return [line for key in keys for line in differences(before.get(key), now.get(key), f"{name} {key}".strip())]
-    return [] if before == now else [f"{name}: {_short(before)} before, {_short(now)} now"]
-
-
-def _short(value: object) -> str:
-    text = ", ".join(value) if isinstance(value, dict) else str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _with_rows(listing: Mapping[str, object], rows: Sequence[ImageRow]) -> dict[str, object]:
+    return {**listing, "images": [row._asdict() for row in rows]}

@@ -64,12 +64,20 @@ def text_recipe_facts(family: Family) -> dict[str, Any]:
     return facts
 
 
-def reference_recipe_facts(family: Family) -> dict[str, Any]:
-    """Everything a reference error depends on, except latents, text and draws. Call it before adapters are added."""
+def unet_digest(family: Family) -> str:
+    """A name for the UNet's weights in the dtype in which they are run. Call it before adapters are added."""
+    return weights_digest(family.unet, family.dtype)
+
+
+def reference_recipe_facts(family: Family, weights: str | None = None) -> dict[str, Any]:
+    """Everything a reference error depends on, except latents, text and draws. Call it before adapters are added.
+
+    `weights` is the `unet_digest` where it is known.
+    """
     schedule, unet = family.schedule, family.unet
     zeros = bool(family.pipeline.config.get("force_zeros_for_empty_prompt", False))
     return {
-        "reference": weights_digest(unet, family.dtype),
+        "reference": weights or unet_digest(family),
         "unet_config": _configuration(unet),
         "dtype": str(family.dtype).removeprefix("torch."),
         "prediction_type": schedule.prediction_type,
@@ -113,13 +121,3 @@ def _precision(dtype: torch.dtype, device: torch.device) -> str:
     if dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
         return "tf32"
     return str(dtype).removeprefix("torch.")
-
-
-def fingerprint(module: nn.Module) -> str:
-    """A short name for the weights of `module`: equal weights in equal dtype give equal names on every device."""
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    total = 0
-    for index, (_, tensor) in enumerate(sorted(module.state_dict().items())):
-        bits = tensor.detach().contiguous().view(whole[tensor.element_size()])
-        total = (total * 1_000_003 + (index + 1) * int(bits.sum(dtype=torch.int64).item())) % 2**64
-    return f"{total:016x}"

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput
 from dpo_fast.models import Family
@@ -50,10 +53,21 @@ def refuse_changes(changed: list[str]) -> None:
         )
 
 
+def older_fingerprint(unet: nn.Module) -> dict[str, str]:
+    """The fingerprint by which checkpoints of earlier versions name a UNet before it gets adapters."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    total = 0
+    for index, (_, tensor) in enumerate(sorted(unet.state_dict().items())):
+        bits = tensor.detach().contiguous().view(integers[tensor.element_size()])
+        total = (total * 1_000_003 + (index + 1) * int(bits.sum(dtype=torch.int64).item())) % 2**64
+    return {"base model": f"{total:016x}"}
+
+
 def check_saved(config: TrainConfig, fingerprints: dict[str, str], saved: dict) -> int:
     """The step of a checkpoint. Raises BadInput where model or pairs are not those it is of."""
     before = saved["fingerprints"]
-    refuse_changes([f"{name}: {before[name]} -> {now}" for name, now in fingerprints.items() if before[name] != now])
+    known = {name: now for name, now in fingerprints.items() if name in before}
+    refuse_changes([f"{name}: {before[name]} -> {now}" for name, now in known.items() if before[name] != now])
     if saved["step"] > config.max_train_steps:
         raise BadInput(
             f"--resume_from_checkpoint: the checkpoint is of step {saved['step']}, after the last of --max_train_steps"

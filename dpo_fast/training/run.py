@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from dpo_fast import output_folder
 from dpo_fast.caching import build, score_reference
 from dpo_fast.caching.score_reference import AllReferenceErrors, PairsOf, ReferenceErrors, Scoring, StartCheck
 from dpo_fast.config import TrainConfig, public, to_yaml
@@ -44,7 +45,7 @@ from dpo_fast.models import (
     reference_recipe_facts,
 )
 from dpo_fast.models.family import check_resolution, timesteps_within
-from dpo_fast.models.fingerprints import fingerprint
+from dpo_fast.models.fingerprints import unet_digest
 from dpo_fast.models.sampling import base_samples
 from dpo_fast.models.source import base_of
 from dpo_fast.objectives import find_objective
@@ -70,6 +71,7 @@ from dpo_fast.training.resume import (
     check_space,
     check_whether_done,
     logs_of,
+    older_fingerprint,
     refuse_changes,
     saved_state,
 )
@@ -112,13 +114,13 @@ class Run:
 
     @property
     def report_path(self) -> Path:
-        return self.folder / run_folder.REPORT
+        return self.folder / output_folder.BAD_ROWS
 
 
 def open_run(config: TrainConfig, ranks: Ranks) -> Run:
     """Open everything that `config` names. Every rank calls this.
 
-    Where others may write into the output folder, the main rank holds it first (`settle`, `run_folder.hold`).
+    Where others may write into the output folder, the main rank holds it first (`settle`, `output_folder.hold`).
     Raises BadInput for whatever the user can mend, and AlreadyDone.
     """
     config = settle(config, ranks)
@@ -157,7 +159,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     if config.push_to_hub:
         ranks.on_main(lambda: hub.check_login(config.hub_token))  # found out now, not after the training
 
-    pairs = open_pairs(config, ranks, config.output_dir / run_folder.REPORT)
+    pairs = open_pairs(config, ranks, config.output_dir / output_folder.BAD_ROWS)
     config, family = _load_model(config, ranks)
     if config.max_train_steps is None:
         steps = len(pairs.sets.train) * config.num_train_epochs // config.pairs_per_step
@@ -167,13 +169,14 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
             f"{config.pretrained_model_name_or_path}: {len(bad)} tensors of the UNet are not finite, first {bad[0]};"
             " download the model again, or name another"
         )
-    fingerprints = {"base model": fingerprint(family.unet), "pairs": pairs.identity}
-    model = reference_recipe_facts(family) if config.cached_reference else None  # before adapters come
+    fingerprints = {"base weights": unet_digest(family), "pairs": pairs.identity}
+    model = reference_recipe_facts(family, fingerprints["base weights"]) if config.cached_reference else None
+    older = older_fingerprint(family.unet) if saved and "base model" in saved["fingerprints"] else {}
     masters, reference = make_trainable(config, ranks, family)
 
     step, kl = 0, torch.zeros((), device=ranks.device)
     if saved:
-        step = check_saved(config, fingerprints, saved)
+        step = check_saved(config, fingerprints | older, saved)
         _check_draws(config, pairs, saved)
         check_whether_done(config, ranks, step)
     ranks.on_main(lambda: check_space(config, family, masters))
@@ -194,7 +197,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     if saved:
         if config.run_validation and trains:
             with not_compiled():  # those that are not whole are drawn again while the policy is the base
-                ranks.on_main(lambda: base_samples(family, prompts, config, fingerprints["base model"]))
+                ranks.on_main(lambda: base_samples(family, prompts, config, fingerprints["base weights"]))
         _restore(masters, kl, files, saved)
     run = Run(config, ranks, sets, batches, validation, prompts, family, masters, reference, fingerprints, step, kl)
     run.cached = cached and cached.counts

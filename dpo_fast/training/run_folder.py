@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from dpo_fast import locks
 from dpo_fast.checksums import Damaged, check_text, file_digest, read_signed_json, signed_text
 from dpo_fast.errors import BadInput
 from dpo_fast.files import (
@@ -26,29 +25,12 @@ from dpo_fast.files import (
     remove_temporaries,
     write_text,
 )
+from dpo_fast.output_folder import BAD_ROWS, is_free, not_writable, refuse_file
 
-REPORT = "bad_rows.jsonl"
 SUMMARY = "summary.json"
 # What a run writes before its first checkpoint, beside its report, its trackers' logs and temporary files.
 _BEFORE_CHECKPOINTS = frozenset(("config.yaml", "metrics.jsonl", "validation.jsonl", "samples"))
 PUBLISHING = ".publishing"  # a whole result on its way into the folder
-
-
-def hold(folder: Path) -> locks.Hold:
-    """Hold `folder` for a run, from before `claim` until its last file is written.
-
-    Raises BadInput where another process has it, which is named, or where it cannot be written.
-    """
-    try:
-        _refuse_file(folder)
-        return locks.hold(folder, otherwise="wait until it is done, or name another --output_dir")
-    except OSError as error:
-        raise _not_writable(folder, error) from error
-
-
-def is_free(folder: Path) -> bool:
-    """Whether a folder is missing or holds no more than locks, temporaries and a report of bad rows."""
-    return all(entry.name == REPORT for entry in contents(folder))
 
 
 def claim(folder: Path, *, overwrite: bool, resuming: bool) -> None:
@@ -58,7 +40,7 @@ def claim(folder: Path, *, overwrite: bool, resuming: bool) -> None:
     cannot be written.
     """
     try:
-        _refuse_file(folder)
+        refuse_file(folder)
         occupied = not is_free(folder)
         if occupied and not (overwrite or resuming):
             raise BadInput(
@@ -74,12 +56,12 @@ def claim(folder: Path, *, overwrite: bool, resuming: bool) -> None:
             finish_publishing(folder)
             remove_temporaries(folder, deep=True)
     except OSError as error:
-        raise _not_writable(folder, error) from error
+        raise not_writable(folder, error) from error
 
 
 def check_unfinished(folder: Path, logging_dir: str, kept: frozenset[str]) -> None:
     """Raise BadInput where `folder` holds more than `kept` entries and a run that ended before its first checkpoint."""
-    names = {entry.name for entry in contents(folder)} - kept - {REPORT}
+    names = {entry.name for entry in contents(folder)} - kept - {BAD_ROWS}
     if names and not ("config.yaml" in names and names <= _of_unfinished(logging_dir)):
         raise BadInput(
             f"--resume_from_checkpoint auto: --output_dir {folder} holds no checkpoint and is not empty; choose"
@@ -123,7 +105,7 @@ def begin(folder: Path, *, overwrite: bool, config_yaml: str, kept: frozenset[st
     """
     if overwrite:
         for entry in folder.iterdir():
-            if entry.name not in kept | {REPORT, "config.yaml"} and not entry.name.startswith(LOCK):
+            if entry.name not in kept | {BAD_ROWS, "config.yaml"} and not entry.name.startswith(LOCK):
                 delete(entry)
     write_text(folder / "config.yaml", signed_text(config_yaml))
 
@@ -131,10 +113,10 @@ def begin(folder: Path, *, overwrite: bool, config_yaml: str, kept: frozenset[st
 def release(folder: Path) -> None:
     """Remove a folder that nothing worth keeping was written to, after the run could not be opened."""
     with suppress(OSError):  # it is not there
-        if not is_free(folder) or ((folder / REPORT).exists() and (folder / REPORT).stat().st_size):
+        if not is_free(folder) or ((folder / BAD_ROWS).exists() and (folder / BAD_ROWS).stat().st_size):
             return
         remove_temporaries(folder)
-        (folder / REPORT).unlink(missing_ok=True)
+        (folder / BAD_ROWS).unlink(missing_ok=True)
     with suppress(OSError):  # there is something in it
         folder.rmdir()
 
@@ -186,15 +168,6 @@ def finish_publishing(folder: Path) -> None:
 
 def _of_unfinished(logging_dir: str) -> frozenset[str]:
     return _BEFORE_CHECKPOINTS | set(Path(logging_dir).parts[:1])
-
-
-def _refuse_file(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"--output_dir {folder} is a file; name a folder")
-
-
-def _not_writable(folder: Path, error: OSError) -> BadInput:
-    return BadInput(f"--output_dir {folder} cannot be written ({error.strerror or error}); name a folder that can")
 
 
 def check_result(folder: Path) -> None:

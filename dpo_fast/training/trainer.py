@@ -428,7 +428,7 @@ class Trainer:
         """Samples of the base model, drawn before the first step and kept for every later comparison."""
         run = self.run
         if self.ranks.is_main:
-            of_run = (self.family, run.prompts, self.config, run.fingerprints["base model"])
+            of_run = (self.family, run.prompts, self.config, run.fingerprints["base weights"])
             self.base_samples = sampling.base_samples(*of_run, again=run.step == 0)
         self.ranks.wait()
 

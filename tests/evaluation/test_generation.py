@@ -267,7 +267,7 @@ def test_other_settings_and_other_files_are_refused(sdxl_path, sd15_path, tmp_pa
     (tmp_path / "else" / "thesis.tex").write_text("mine")
     assert "is not empty and holds no images.json" in refused(out="else")
     (tmp_path / "else" / "images.json").write_text("{}")
-    assert "is no listing" in refused(out="else")
+    assert "images.json cannot be read or is damaged" in refused(out="else")
     del before[f"model/{file_stem(TEXTS[0])}-0.png"]
     assert contents(out) == before
 

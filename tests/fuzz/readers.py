@@ -18,7 +18,7 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save, save_file
 
-from dpo_fast import config, hub_revisions, store
+from dpo_fast import config, hub_revisions, output_folder, store
 from dpo_fast.caching import ref_errors, upkeep
 from dpo_fast.caching.manifest import Manifest
 from dpo_fast.caching.reader import CachedItems
@@ -309,7 +309,7 @@ def _write_run(folder: Path) -> None:
 
 def _read_run(folder: Path, changed: Iterable[str]) -> None:
     run_folder.is_finished(folder, 3, evaluated=True, uploaded=True)
-    run_folder.is_free(folder)
+    output_folder.is_free(folder)
     whole = xxhash.xxh3_128_hexdigest(_LINES[:66].encode())
     for extent in (None, metrics.Extent(66, whole)):
         with refused(BadInput, FileNotFoundError):

@@ -9,12 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
-from dpo_fast.checksums import write_signed_json
+from dpo_fast.checksums import file_digest, write_signed_json
 from dpo_fast.train import main
 from dpo_fast.training import checkpoint
+from dpo_fast.training.resume import older_fingerprint
 from dpo_fast.training.trainer import Trainer
+from tests.helpers.pipelines import load_model
 from tests.helpers.runs import STEPS, assert_same_state, flags_for, lines, start, train
 
 VARIANTS = {
@@ -163,16 +166,16 @@ def test_a_signal_passed_on_by_a_launcher_is_one(sdxl_path, pairs, tmp_path, mon
 
 
 def test_a_run_that_lost_its_folder_stops(sdxl_path, pairs, tmp_path, monkeypatch, capsys):
-    from dpo_fast.training import run_folder
+    from dpo_fast import output_folder
 
-    hold = run_folder.hold
+    hold = output_folder.hold
 
     def losing(folder):
         held = hold(folder)
         held.lost = "expired"
         return held
 
-    monkeypatch.setattr(run_folder, "hold", losing)
+    monkeypatch.setattr(output_folder, "hold", losing)
     assert main(flags_for(sdxl_path, pairs, tmp_path / "run")) == 2
     assert "the lease on the folder was lost (expired)" in capsys.readouterr().err
     assert not checkpoint.all_of(tmp_path / "run")
@@ -267,7 +270,36 @@ def test_another_base_model_is_refused(sdxl_path, sd15_path, pairs, tmp_path, ca
     del saved["digest"]
     write_signed_json(state, saved)
     assert main([str(kept) if flag == str(sdxl_path) else flag for flag in flags]) == 2
-    assert "base model: " in capsys.readouterr().err
+    assert "base weights: " in capsys.readouterr().err
+
+
+def as_earlier_versions_wrote(folder: Path, base: dict[str, str]) -> None:
+    """Move a checkpoint's counters to the optimizer's tensors, and give it the earlier fingerprint `base`."""
+    state = json.loads((folder / "state.json").read_text())
+    optimizer, counters = (load_file(folder / f"{name}.safetensors") for name in ("optimizer", "counters"))
+    save_file(optimizer | {f"|{name}": value for name, value in counters.items()}, folder / "optimizer.safetensors")
+    (folder / "counters.safetensors").unlink()
+    del state["files"]["counters"], state["digest"], state["fingerprints"]["base weights"]
+    state["files"]["optimizer"] = file_digest(folder / "optimizer.safetensors")
+    state["fingerprints"] |= base
+    write_signed_json(folder / "state.json", state)
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(sd15_path, pairs, tmp_path, capsys):
+    more = ["--checkpointing_steps", 2, "--objective", "kto", "--mixed_precision", "fp16"]
+    whole = train(sd15_path, pairs, tmp_path / "whole", *more)
+    out = train(sd15_path, pairs, tmp_path / "run", *more)
+    for later in checkpoint.all_of(out)[1:]:
+        shutil.rmtree(later)
+    unet = load_model(sd15_path, dtype=torch.float16, device="cpu").unet
+    as_earlier_versions_wrote(out / "checkpoint-2", older_fingerprint(unet))
+    train(sd15_path, pairs, out, *more, "--resume_from_checkpoint", "latest")
+    assert_same_state(whole, out)
+    assert lines(whole)[-1]["loss"] == lines(out)[-1]["loss"]
+
+    as_earlier_versions_wrote(out / f"checkpoint-{STEPS}", {"base model": "0" * 16})
+    assert main(flags_for(sd15_path, pairs, out, *more, "--resume_from_checkpoint", "latest")) == 2
+    assert "base model: 0000000000000000 -> " in capsys.readouterr().err
 
 
 def test_an_older_checkpoint_goes_on_elsewhere(sdxl_path, pairs, tmp_path, capsys):

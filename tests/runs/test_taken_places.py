@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_fast import cache, evaluate, generate, relabel, scorers, sweep, train
+from dpo_fast import cache, evaluate, generate, output_folder, relabel, scorers, sweep, train
 from dpo_fast.config import parse
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.prompts import read_lines, read_prompts
 from dpo_fast.locks import hold_file
 from dpo_fast.models import merge_lora
-from dpo_fast.training import checkpoint, run_folder
+from dpo_fast.training import checkpoint
 from dpo_fast.training.metrics import MetricsFile
 from dpo_fast.training.trainer import Trainer
 from tests.helpers import fake_scorers
@@ -66,7 +66,7 @@ def test_a_run_holds_its_folder_through_its_evaluation(sdxl_path, pairs, tmp_pat
 
         def compare(self, config, ranks) -> None:
             with pytest.raises(BadInput, match="is being written by"):
-                run_folder.hold(out)
+                output_folder.hold(out)
             seen.append(entries(out))
 
     monkeypatch.setattr("dpo_fast.evaluation.compare.Evaluation", Evaluation)
@@ -90,7 +90,7 @@ def test_what_a_kill_leaves_before_the_first_configuration_blocks_no_run(sdxl_pa
 def test_the_other_commands_are_refused_where_another_process_writes(sdxl_path, pairs, tmp_path, capfd):
     out = tmp_path / "out"
     images = ["--policy", sdxl_path, "--baseline", sdxl_path, "--prompts", "a cat on a mat", "--output_dir", out]
-    with run_folder.hold(out):
+    with output_folder.hold(out):
         for command, flags in [
             (generate.main, images),
             (evaluate.main, [*images, "--scorers", "clip"]),

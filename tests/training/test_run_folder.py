@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from dpo_fast import output_folder
 from dpo_fast.errors import BadInput
 from dpo_fast.training import run_folder
 from tests.helpers.kills import killed_before_each_call
@@ -22,7 +23,7 @@ def a_run(folder: Path) -> Path:
     (folder / "checkpoint-1").mkdir(parents=True)
     (folder / "config.yaml").write_text("seed: 1\n")
     (folder / "checkpoint-1" / "state.json").touch()
-    (folder / run_folder.REPORT).write_text("{}\n")
+    (folder / output_folder.BAD_ROWS).write_text("{}\n")
     return folder
 
 
@@ -32,14 +33,14 @@ def test_a_folder_without_a_run_is_free(tmp_path, kind):
     if kind != "missing":
         folder.mkdir(parents=True)
     if kind in ("only a report", "what a kill leaves"):
-        (folder / run_folder.REPORT).touch()
+        (folder / output_folder.BAD_ROWS).touch()
     if kind == "what a kill leaves":
         for name in (".tmp-abcdefgh-config.yaml", ".lock", ".lock.lease", ".lock.lease.break.1.abc", ".nfs0001"):
             (folder / name).touch()
         (folder / ".tmp-abcdefgh-checkpoint-1").mkdir()
         (folder / ".tmp-abcdefgh-checkpoint-1" / "state.json").touch()
     run_folder.claim(folder, overwrite=False, resuming=False)
-    assert {name for name in entries(folder) if not name.startswith((".lock", ".nfs"))} <= {run_folder.REPORT}
+    assert {name for name in entries(folder) if not name.startswith((".lock", ".nfs"))} <= {output_folder.BAD_ROWS}
 
 
 def test_a_folder_with_a_run_is_not(tmp_path):
@@ -73,12 +74,12 @@ def test_beginning_keeps_or_clears_the_earlier_run(tmp_path):
     run_folder.begin(folder, overwrite=False, config_yaml="seed: 2\n")
     assert entries(folder) == {
         *("config.yaml", "checkpoint-1", "checkpoint-1/state.json"),
-        *(run_folder.REPORT, "link", ".lock"),
+        *(output_folder.BAD_ROWS, "link", ".lock"),
     }
     checksum, *written = (folder / "config.yaml").read_text().splitlines()
     assert checksum.startswith("# checksum") and written == ["seed: 2"]
     run_folder.begin(folder, overwrite=True, config_yaml="seed: 3\n")
-    assert entries(folder) == {"config.yaml", run_folder.REPORT, ".lock"}
+    assert entries(folder) == {"config.yaml", output_folder.BAD_ROWS, ".lock"}
     assert (folder / "config.yaml").read_text().splitlines()[1:] == ["seed: 3"]
     assert entries(outside) == {"kept"}
 
@@ -88,7 +89,7 @@ def test_releasing_removes_only_what_is_worth_nothing(tmp_path):
     for name, report in (("empty", None), ("empty report", ""), ("report", "{}\n")):
         (tmp_path / name).mkdir()
         if report is not None:
-            (tmp_path / name / run_folder.REPORT).write_text(report)
+            (tmp_path / name / output_folder.BAD_ROWS).write_text(report)
         run_folder.release(tmp_path / name)
     a_run(tmp_path / "run")
     before = entries(tmp_path / "run")
@@ -132,7 +133,7 @@ def test_a_result_is_moved_in_with_its_index_last(tmp_path, monkeypatch):
     assert stat.S_IMODE((folder / "unet" / "weights").stat().st_mode) & 0o044
     assert {path.name for path in folder.iterdir()} == {
         *("model_index.json", "unet", "vae"),
-        *("config.yaml", "checkpoint-1", run_folder.REPORT),
+        *("config.yaml", "checkpoint-1", output_folder.BAD_ROWS),
     }
     assert entries(folder / "unet") == {"weights"}
 
@@ -176,7 +177,7 @@ def test_a_result_survives_a_kill_at_any_moment(tmp_path, pipeline):
             assert texts() in ({"old"}, {"new"})
         run_folder.claim(folder, overwrite=False, resuming=True)
         assert texts() in ({"old"}, {"new"})
-        kept = {name.split("/")[0] for name in names} | {"config.yaml", "checkpoint-1", run_folder.REPORT}
+        kept = {name.split("/")[0] for name in names} | {"config.yaml", "checkpoint-1", output_folder.BAD_ROWS}
         assert {path.name for path in folder.iterdir()} == kept
     assert texts() == {"new"}
 
@@ -193,24 +194,24 @@ def test_clearing_an_earlier_run_away_can_be_killed_and_repeated(tmp_path):
     for _ in killed_before_each_call(prepare, work):
         run_folder.claim(folder, overwrite=True, resuming=False)
         work()
-        assert entries(folder) == {"config.yaml", run_folder.REPORT}
+        assert entries(folder) == {"config.yaml", output_folder.BAD_ROWS}
 
 
 def test_a_run_that_is_written_is_refused_to_others_with_its_holder(tmp_path):
-    with run_folder.hold(tmp_path / "run"):
+    with output_folder.hold(tmp_path / "run"):
         run_folder.claim(tmp_path / "run", overwrite=False, resuming=False)
         with pytest.raises(BadInput, match=r"run is being written by process \d+ on .* --output_dir"):
-            run_folder.hold(tmp_path / "run")
+            output_folder.hold(tmp_path / "run")
     (tmp_path / "file").touch()
     with pytest.raises(BadInput, match="is a file; name a folder"):
-        run_folder.hold(tmp_path / "file")
+        output_folder.hold(tmp_path / "file")
     with pytest.raises(BadInput, match="cannot be written"):
-        run_folder.hold(tmp_path / "file" / "run")
+        output_folder.hold(tmp_path / "file" / "run")
 
 
 def test_releasing_within_the_hold_leaves_nothing(tmp_path):
-    with run_folder.hold(tmp_path / "run"):
-        (tmp_path / "run" / run_folder.REPORT).touch()
+    with output_folder.hold(tmp_path / "run"):
+        (tmp_path / "run" / output_folder.BAD_ROWS).touch()
         (tmp_path / "run" / ".tmp-abcdefgh-config.yaml").touch()
         run_folder.release(tmp_path / "run")
     assert entries(tmp_path) == set()

@@ -1,0 +1,82 @@
+"""The output folder of a command: held while the command writes, and claimed by a signed record of what it is for."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo_fast import locks
+from dpo_fast.checksums import read_signed_json, write_signed_json
+from dpo_fast.errors import BadInput
+from dpo_fast.files import contents, remove_temporaries
+
+BAD_ROWS = "bad_rows.jsonl"  # a report that is there before anything else
+
+
+def hold(folder: Path) -> locks.Hold:
+    """Hold `folder` from before it is claimed until its last file is written.
+
+    Raises BadInput where another process has it, which is named, or where it cannot be written.
+    """
+    try:
+        refuse_file(folder)
+        return locks.hold(folder, otherwise="wait until it is done, or name another --output_dir")
+    except OSError as error:
+        raise not_writable(folder, error) from error
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a folder is missing or holds no more than locks, temporaries and a report of bad rows."""
+    return all(entry.name == BAD_ROWS for entry in contents(folder))
+
+
+def read_record(folder: Path, record: str, names: Iterable[str] = ()) -> dict[str, Any] | None:
+    """The content of the file `record` of `folder`, or None. Raises Damaged, also where it lacks `names`."""
+    if not (folder / record).is_file():
+        return None
+    return read_signed_json(folder / record, "put it back from a copy, or name another --output_dir", names)
+
+
+def claim(folder: Path, record: str, content: Mapping[str, Any], *, what: str, key: str | None = None) -> None:
+    """Make `folder`, which is held, one of `content`, or go on with it; clear what killed processes left half-written.
+
+    The file `record` gets the content where it is not there yet; where it is, it must be equal: all of it, or its part
+    `key`. Raises BadInput where the folder holds anything else, and where its record differs, which says how; `what`
+    names what the folder is to hold ("images"). Raises Damaged for a record that cannot be read.
+    """
+    before = read_record(folder, record, [] if key is None else [key])
+    now = json.loads(json.dumps(content))
+    if before is None:
+        if not is_free(folder):
+            raise BadInput(f"--output_dir {folder} is not empty and holds no {record}; name another folder")
+        write_signed_json(folder / record, now)
+    elif found := differences(*((of if key is None else of[key]) for of in (before, now))):
+        raise BadInput(
+            f"--output_dir {folder} holds {what} of other settings ({'; '.join(found)}); give the same, or name"
+            " another folder"
+        )
+    remove_temporaries(folder)
+
+
+def differences(before: object, now: object, name: str = "") -> list[str]:
+    """What differs between two settings, as `name: before, now`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = {**before, **now}
+        return [line for key in keys for line in differences(before.get(key), now.get(key), f"{name} {key}".strip())]
+    return [] if before == now else [f"{name or 'they'}: {_short(before)} before, {_short(now)} now"]
+
+
+def _short(value: object) -> str:
+    text = ", ".join(value) if isinstance(value, dict) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def refuse_file(folder: Path) -> None:
+    """Raise BadInput where `folder` is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"--output_dir {folder} is a file; name a folder")
+
+
+def not_writable(folder: Path, error: OSError) -> BadInput:
+    """A disk's error at `folder` as BadInput."""
+    return BadInput(f"--output_dir {folder} cannot be written ({error.strerror or error}); name a folder that can")
