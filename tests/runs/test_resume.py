@@ -66,7 +66,7 @@ def results(folder: Path) -> dict[str, object]:
 def test_stopped_after_the_last_checkpoint_the_result_is_still_written(sdxl_path, pairs, tmp_path, capsys, name, how):
     more = ["--max_train_steps", 2, *LAST_STEP[name]]
     out = train(sdxl_path, pairs, tmp_path / "run", *more)
-    before, seconds = results(out), json.loads((out / "summary.json").read_text())["seconds"]
+    before, saved = results(out), json.loads((out / "checkpoint-2" / "state.json").read_text())
     for path in out.iterdir():
         if path.name not in ("config.yaml", "metrics.jsonl", "checkpoint-2"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -75,7 +75,7 @@ def test_stopped_after_the_last_checkpoint_the_result_is_still_written(sdxl_path
     assert "all 2 steps are done: writing the result" in capsys.readouterr().err
     assert results(out) == before
     assert [line["step"] for line in lines(out)] == [1, 2]
-    assert json.loads((out / "summary.json").read_text())["seconds"] >= 0.9 * seconds - 1
+    assert json.loads((out / "summary.json").read_text())["seconds"] >= saved["notes"]["seconds"] > 0
 
 
 def test_auto_starts_goes_on_and_is_done(sdxl_path, pairs, tmp_path, capsys):
