@@ -30,6 +30,8 @@ from dpo_fast import cache
 from dpo_fast.caching.reader import CachedItems, CachedTransform
 from dpo_fast.caching.recipe import caption_key
 from dpo_fast.data import PairDataset, PairIndex, PairTransform, TrainStream, make_loader
+from dpo_fast.data.batch import load_keys
+from dpo_fast.data.images import Keys as ImageKeys
 from dpo_fast.data.images import image_key
 from dpo_fast.files import write_json
 from dpo_fast.store import Field, Recipe, Store, Writer, begin_folder
@@ -132,7 +134,7 @@ class Keys:
     def __init__(self, n: int):
         self._keys = [(image_key(b"%d w" % i), image_key(b"%d l" % i)) for i in range(n)]
 
-    def image_bytes(self, row: int) -> tuple[bytes, bytes]:
+    def image_keys(self, row: int) -> ImageKeys:
         return self._keys[row]
 
 
@@ -140,7 +142,7 @@ def read_row(shape: Shape, n: int, folder: Path) -> dict:
     """Pairs a second of the training loader, against a plain read of as many bytes."""
     recipes = (Recipe("latents", {"of": shape.name}, shape.latents), Recipe("text", {"of": shape.name}, shape.text))
     source, prompts = Keys(n), [f"caption {i}" for i in range(max(1, n * PROMPTS // PAIRS))]
-    images = [key for row in range(n) for key in source.image_bytes(row)]
+    images = [key for row in range(n) for key in source.image_keys(row)]
     random = np.random.default_rng(0)
     for recipe, keys in zip(recipes, (images, [caption_key(prompt) for prompt in prompts]), strict=True):
         begin_folder(folder, recipe)
@@ -151,7 +153,8 @@ def read_row(shape: Shape, n: int, folder: Path) -> dict:
     ids = torch.arange(n)
     index = PairIndex(ids, torch.zeros(n, dtype=torch.int64), torch.ones(n), captions)
     transform = PairTransform(resolution=8 * shape.latents[0].shape[1], seed=0, timesteps=torch.arange(1000))
-    dataset = PairDataset(source, index, CachedTransform(transform, *(CachedItems(Store(folder, r)) for r in recipes)))
+    cached = CachedTransform(transform, *(CachedItems(Store(folder, recipe)) for recipe in recipes))
+    dataset = PairDataset(source, index, cached, load_keys)
     stream = TrainStream(seed=0, pair_ids=ids, pairs_per_step=BATCH, batch_size=BATCH)
     steps = n // BATCH
 

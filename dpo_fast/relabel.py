@@ -128,7 +128,7 @@ def _facts(config: RelabelConfig, ranks: "Ranks") -> dict[str, dict[str, str]]:
 def _request(config: RelabelConfig, source: "Source", facts: dict[str, dict[str, str]]) -> dict:
     """What the output follows from."""
     text = hashlib.blake2b(repr((source.captions(), source.labels())).encode(errors="replace"), digest_size=8)
-    pairs = {"pairs": source.identity(), "stamp": source.stamp(), "captions and labels": text.hexdigest()}
+    pairs = {"pairs": source.identity.rows, "stamp": source.identity.stamp, "captions and labels": text.hexdigest()}
     rule = {name: getattr(config, name) for name in ("temperature", "keep_fraction", "min_margin", "unlabelled")}
     return {**pairs, "scorers": facts, "weights": config.weights, **rule}
 

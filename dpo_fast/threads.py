@@ -54,3 +54,15 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def groups(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    """The items in lists of `size`, the last one shorter."""
+    group: list[T] = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -21,14 +21,25 @@ import torch
 from tqdm import tqdm
 
 from dpo_fast.caching.manifest import STREAM_FORMAT, Manifest, RememberedSource, keys_of, read_images
+from dpo_fast.caching.needed import NeededRows, Row, first_bad, is_usable, known_rows
 from dpo_fast.caching.reader import CachedItems
 from dpo_fast.caching.recipe import cache_recipe, caption_key, default_root, mirrored, remedies
+from dpo_fast.caching.stages import disk_errors_as_bad_input, stage_on_all_ranks
 from dpo_fast.config import TrainConfig
-from dpo_fast.data.columns import Columns
-from dpo_fast.data.images import RULE, BadImage, TooThin, crop_corner, mirror, scaled, to_pixels
-from dpo_fast.data.pairs import Usable, judge_streamed, too_many_bad
-from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
-from dpo_fast.errors import FORBIDDEN, BadInput, disk_error, remedy
+from dpo_fast.data.images import (
+    RULE,
+    BadImage,
+    ImageKey,
+    Keys,
+    TooThin,
+    crop_corner,
+    mirror,
+    scaled,
+    to_pixels,
+)
+from dpo_fast.data.pairs import too_many_bad
+from dpo_fast.data.sources import BadRow, StreamedRow, StreamedSource
+from dpo_fast.errors import BadInput
 from dpo_fast.files import human_bytes, remove_temporaries, user_path
 from dpo_fast.models import Family, latents_recipe_facts, nonfinite_rows, text_recipe_facts
 from dpo_fast.parallel import Ranks
@@ -42,26 +53,15 @@ from dpo_fast.store import (
     finish_orphans,
     locked,
     log_keys,
-    not_writable,
     tidy,
 )
-from dpo_fast.threads import ahead
+from dpo_fast.threads import ahead, groups
 
 T = TypeVar("T")
 
 PART_ROWS = 16384  # rows hashed between two writes of the manifest
 PROMPTS_A_CALL = 64  # captions a call of the text encoders on a GPU
 ROWS_AHEAD = 64  # read and hashed before they are needed
-
-Images = tuple[bytes | BadImage, bytes | BadImage]  # of a row, in its order: bytes, or keys
-
-
-@dataclass(frozen=True)
-class NeededRows:
-    """What a run needs of its pairs: these rows of a source, or the first usable pairs of a stream."""
-
-    rows: list[int] | None = None  # ascending
-    pairs: int | None = None
 
 
 @dataclass
@@ -82,15 +82,6 @@ class Cached(NamedTuple):
     latents: CachedItems
     text: CachedItems
     counts: Counts
-
-
-class _Row(NamedTuple):
-    """A row on its way; `images` are bytes where they had to be read."""
-
-    row: int
-    keys: Images
-    images: Images | None
-    caption: str | None  # None: the row is a tie or unusable, only its keys are wanted
 
 
 class _Unit(NamedTuple):
@@ -235,7 +226,7 @@ class CacheBuild:
             self.captions = dict.fromkeys(captions[row] for row in self.wanted.rows)
         keys: dict[bytes, None] = {}
         self.unread = pairs = 0
-        for row in _known_rows(self.config, self.source, self.manifest, self.wanted):
+        for row in known_rows(self.config, self.source, self.manifest, self.wanted):
             if row is None:
                 self.unread += 1 if self.wanted.rows is not None else self._rest_of_stream(pairs)
             elif row.caption is not None:
@@ -328,47 +319,47 @@ class CacheBuild:
             if isinstance(meta, dict) and not meta["decodes"]
         }
         columns = self.manifest.columns.images
-        for row in _known_rows(self.config, self.source, self.manifest, self.wanted):
+        for row in known_rows(self.config, self.source, self.manifest, self.wanted):
             if row is not None and row.caption is not None:
-                self.manifest.note_decoded(row.row, _first_bad(row.row, row.keys, faults, columns))
+                self.manifest.note_decoded(row.row, first_bad(row.row, row.keys, faults, columns))
         self.manifest.save(self.ended)
         self.check_bad()
 
     def check_bad(self) -> None:
         """Raise BadInput where too many of the wanted images are known not to decode, whenever that was found out."""
-        known = _known_rows(self.config, self.source, self.manifest, self.wanted)
+        known = known_rows(self.config, self.source, self.manifest, self.wanted)
         rows = (row.row for row in known if row is not None and row.caption is not None)
         self._refuse_too_many([bad for bad in map(self.manifest.bad, rows) if bad])
 
     # ---- rows ----------------------------------------------------------------------------------------------------
 
-    def _rows(self, pool: ThreadPoolExecutor) -> Iterator[_Row]:
+    def _rows(self, pool: ThreadPoolExecutor) -> Iterator[Row]:
         """The wanted rows in order; those with something missing have their bytes."""
         if self.wanted.rows is None:
             yield from self._stream_rows(pool)
             return
         captions = self.source.captions()
 
-        def row_of(row: int) -> _Row:
+        def row_of(row: int) -> Row:
             keys, images = read_images(self.source, row)
-            return _Row(row, keys, images, captions[row])
+            return Row(row, keys, images, captions[row])
 
-        def plan(row: int) -> "_Row | Callable[[], _Row]":
+        def plan(row: int) -> "Row | Callable[[], Row]":
             if row in self.manifest and self._all_there(keys := self.manifest.images(row)):
-                return _Row(row, keys, None, captions[row])
+                return Row(row, keys, None, captions[row])
             return lambda: row_of(row)
 
         yield from ahead(pool, map(plan, self.wanted.rows), ROWS_AHEAD)
 
-    def _stream_rows(self, pool: ThreadPoolExecutor) -> Iterator[_Row]:
+    def _stream_rows(self, pool: ThreadPoolExecutor) -> Iterator[Row]:
         columns, pairs = self.source.columns, 0
 
-        def plan(streamed: StreamedRow) -> Callable[[], tuple[_Row, tuple]]:
-            def hashed() -> tuple[_Row, tuple]:
+        def plan(streamed: StreamedRow) -> Callable[[], tuple[Row, tuple]]:
+            def hashed() -> tuple[Row, tuple]:
                 keys = keys_of(streamed.images)
-                usable = _usable(self.config, streamed._replace(images=keys), columns)
+                usable = is_usable(self.config, streamed._replace(images=keys), columns)
                 caption = streamed.caption if usable else None
-                return _Row(streamed.row, keys, streamed.images, caption), (streamed.caption, streamed.label)
+                return Row(streamed.row, keys, streamed.images, caption), (streamed.caption, streamed.label)
 
             return hashed
 
@@ -386,7 +377,7 @@ class CacheBuild:
                 return
         self.ended = True
 
-    def _all_there(self, keys: Images) -> bool:
+    def _all_there(self, keys: Keys) -> bool:
         wanted = (key for image in keys if isinstance(image, bytes) for key, _ in self._orientations(image))
         return all(key in self.latents for key in wanted)
 
@@ -401,11 +392,11 @@ class CacheBuild:
         with tqdm(total=pairs, **title) as bar:
             units = self._units(self._rows(pool), bar)
             decoded = ahead(pool, ((lambda u=unit: self._decode(u)) for unit in units), max(16, 2 * size))
-            for some in _groups(decoded, size):
+            for some in groups(decoded, size):
                 self._encode_units(some, writer)
                 bar.set_postfix(encoded=self.counts.images_encoded)
 
-    def _units(self, rows: Iterator[_Row], bar: tqdm) -> Iterator[_Unit]:
+    def _units(self, rows: Iterator[Row], bar: tqdm) -> Iterator[_Unit]:
         """This rank's share of the distinct images of which something is missing."""
         columns, seen = self.source.columns.images, set()
         for row in rows:
@@ -426,7 +417,7 @@ class CacheBuild:
                     yield _Unit(row.row, columns[side], row.images[side], missing)
         self.counts.images = len(seen)
 
-    def _note(self, row: _Row) -> None:
+    def _note(self, row: Row) -> None:
         if row.row not in self.manifest or not self.manifest.agrees(row.row, row.keys):
             self.manifest.note(row.row, row.keys)
         self.unsaved += row.images is not None
@@ -434,7 +425,7 @@ class CacheBuild:
             self.manifest.save_part()
             self.unsaved = 0
 
-    def _orientations(self, image: bytes) -> list[tuple[bytes, bool]]:
+    def _orientations(self, image: ImageKey) -> list[tuple[bytes, bool]]:
         """Keys of the records of an image, and whether they are of its mirror image."""
         return [(image, False), (mirrored(image), True)] if self.config.hflip else [(image, False)]
 
@@ -483,7 +474,7 @@ class CacheBuild:
         missing = [caption for caption in share if caption_key(caption) not in self.text]
         self.counts.prompts = len(self.captions)
         with tqdm(total=len(missing), desc="Encoding prompts", unit=" prompts", disable=not self.ranks.is_main) as bar:
-            for captions in _groups(iter(missing), PROMPTS_A_CALL):
+            for captions in groups(iter(missing), PROMPTS_A_CALL):
                 encoded = self.family.encode_prompts(captions)
                 fields = [encoded[field.name].cpu().numpy() for field in self.recipes[1].fields]
                 finite = np.logical_and.reduce([np.isfinite(f.reshape(len(captions), -1)).all(1) for f in fields])
@@ -493,80 +484,3 @@ class CacheBuild:
                     writer.add(caption_key(caption), b"".join(field[i].tobytes() for field in fields))
                 bar.update(len(captions))
                 self.counts.prompts_encoded += len(captions)
-
-
-def stage_on_all_ranks(ranks: Ranks, stage: Callable[[], None], root: Path) -> None:
-    """Run a stage of the build on every rank; a problem of one ends it on all."""
-
-    def run() -> None:
-        with disk_errors_as_bad_input(root):
-            stage()
-
-    ranks.on_all(run)
-
-
-def is_fully_known(config: TrainConfig, manifest: Manifest, wanted: NeededRows) -> bool:
-    """Whether the manifest knows all rows that are needed of a stream, which is then not read."""
-    return None not in _known_rows(config, None, manifest, wanted)
-
-
-def _known_rows(
-    config: TrainConfig, source: Source | None, manifest: Manifest, wanted: NeededRows
-) -> Iterator[_Row | None]:
-    """The wanted rows with their keys; None for one that is not known, and once for the rest of a stream."""
-    if wanted.rows is not None:
-        captions = source.captions()
-        for row in wanted.rows:
-            yield _Row(row, manifest.images(row), None, captions[row]) if row in manifest else None
-        return
-    pairs = 0
-    for streamed in manifest.streamed_rows():
-        if pairs == wanted.pairs:
-            return
-        usable = _usable(config, streamed, manifest.columns)
-        pairs += usable
-        yield _Row(streamed.row, streamed.images, None, streamed.caption if usable else None)
-    if pairs != wanted.pairs and not (manifest.about and manifest.about["ended"]):
-        yield None
-
-
-def _usable(config: TrainConfig, row: StreamedRow, columns: Columns) -> bool:
-    """Whether `StreamedPairs` trains on a row."""
-    return isinstance(judge_streamed(row, columns, config.soft_labels), Usable)
-
-
-def _first_bad(row: int, keys: Images, faults: dict[bytes, str], columns: Sequence[str]) -> BadRow | None:
-    for key, column in zip(keys, columns, strict=True):
-        if isinstance(key, BadImage):
-            return BadRow(row, key.column, key.reason)
-        if key in faults:
-            return BadRow(row, column, faults[key])
-    return None
-
-
-def _groups(items: Iterator[T], size: int) -> Iterator[list[T]]:
-    group: list[T] = []
-    for item in items:
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-@contextmanager
-def disk_errors_as_bad_input(root: Path) -> Iterator[None]:
-    """A disk that is full, failing or cannot be written, as BadInput."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, BadInput) or (found := disk_error(error)) is None:
-            raise
-        if found.errno in FORBIDDEN:
-            raise not_writable(root, found, remedies()) from error
-        where = f" at {found.filename}" if found.filename else ""
-        raise BadInput(
-            f"the cache folder {root} could not be written or read ({found.strerror}{where}): what was encoded is kept;"
-            f" {remedy(found)}, then start the same command again, it goes on from there"
-        ) from error

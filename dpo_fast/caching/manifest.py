@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 
 from dpo_fast.checksums import digest, parse_signed, write_signed_json
 from dpo_fast.data.columns import Columns
-from dpo_fast.data.images import SAME, BadImage, decode, image_key
-from dpo_fast.data.sources import BadRow, Source, StreamedRow, StreamedSource
+from dpo_fast.data.images import SAME, BadImage, Encoded, ImageKey, Keys, decode, image_key
+from dpo_fast.data.sources import BadRow, Identity, Source, StreamedRow, StreamedSource
 from dpo_fast.errors import BadInput, disk_error
 from dpo_fast.files import atomic_file, has_temporaries, is_inside, parse_json, read_bytes, remove_temporaries
 from dpo_fast.store import KEY_BYTES
@@ -94,7 +94,7 @@ class Manifest:
         """Whether a killed process left parts that were not merged, an earlier file of rows, or temporary files."""
         return self._parts > 0 or self._merged > 1 or has_temporaries(self.folder)
 
-    def images(self, row: int) -> tuple[bytes | BadImage, bytes | BadImage]:
+    def images(self, row: int) -> Keys:
         """The keys of a known row's images, or why there are none."""
         facts = self._rows[row]
         first, second = (facts.get(f"key_{side}") or _fault(facts[f"fault_{side}"]) for side in (0, 1))
@@ -111,12 +111,12 @@ class Manifest:
         facts = self._rows[row]
         return BadRow(row, facts["bad_column"], facts["bad_reason"]) if facts.get("decoded") is False else None
 
-    def note(self, row: int, images: tuple[bytes | BadImage, bytes | BadImage], text: tuple | None = None) -> None:
+    def note(self, row: int, images: Keys, text: tuple | None = None) -> None:
         """Remember a row's keys (or why there are none), and of a stream (caption, label) as stored."""
         self._rows[row] = _facts(images, text)
         self._new.append(row)
 
-    def agrees(self, row: int, images: tuple[bytes | BadImage, bytes | BadImage], text: tuple | None = None) -> bool:
+    def agrees(self, row: int, images: Keys, text: tuple | None = None) -> bool:
         """Whether a known row still is what was noted."""
         return all(self._rows[row].get(name) == value for name, value in _facts(images, text).items())
 
@@ -152,7 +152,7 @@ class Manifest:
             if not self.about["ended"]:
                 raise RuntimeError(f"{self.folder} holds the first {len(self._rows)} rows only")
 
-        return StreamedSource(self.about["description"], self.about["identity"], self.columns, rows)
+        return StreamedSource(self.about["description"], Identity(self.about["identity"], "", ""), self.columns, rows)
 
     def begin(self, source: Source | StreamedSource) -> None:
         """Make the folder and say what it is about, before the first part.
@@ -168,7 +168,7 @@ class Manifest:
         if self.about is None:
             about = {
                 "description": source.description,
-                "identity": source.identity().removesuffix(" streamed"),
+                "identity": source.identity.rows.removesuffix(" streamed"),
                 "columns": asdict(source.columns),
                 "ended": False,
             }
@@ -249,7 +249,7 @@ class RememberedSource:
 
     def __init__(self, source: Source, manifest: Manifest):
         self._source, self.manifest = source, manifest
-        self.description, self.columns = source.description, source.columns
+        self.description, self.columns, self.identity = source.description, source.columns, source.identity
 
     def __len__(self) -> int:
         return len(self._source)
@@ -266,12 +266,6 @@ class RememberedSource:
     def missing_images(self, progress: bool = False) -> list[BadRow]:
         return self._source.missing_images(progress)
 
-    def identity(self) -> str:
-        return self._source.identity()
-
-    def stamp(self) -> str | None:
-        return self._source.stamp()
-
     def image_bytes(self, row: int) -> tuple[bytes, bytes]:
         return self._source.image_bytes(row)
 
@@ -287,7 +281,7 @@ class RememberedSource:
         if first == second:
             raise BadImage(SAME, self.columns.images[1])
 
-    def image_keys(self, row: int) -> tuple[bytes, bytes]:
+    def image_keys(self, row: int) -> tuple[ImageKey, ImageKey]:
         """The keys of both images. Raises BadImage where one is not there."""
         if row not in self.manifest:
             self.manifest.note(row, read_images(self._source, row)[0])
@@ -304,7 +298,7 @@ class RememberedSource:
         return self.manifest.decodes(row)
 
 
-def read_images(source: Source, row: int) -> tuple[tuple[bytes | BadImage, bytes | BadImage], tuple]:
+def read_images(source: Source, row: int) -> tuple[Keys, Encoded]:
     """The keys of a row's images and their bytes; or the reason why there are none, in the place of either."""
     try:
         images = source.image_bytes(row)
@@ -313,12 +307,12 @@ def read_images(source: Source, row: int) -> tuple[tuple[bytes | BadImage, bytes
     return keys_of(images), images
 
 
-def keys_of(images: tuple[bytes | BadImage, bytes | BadImage]) -> tuple[bytes | BadImage, bytes | BadImage]:
+def keys_of(images: Encoded) -> Keys:
     first, second = (image if isinstance(image, BadImage) else image_key(image) for image in images)
     return first, second
 
 
-def undecodable(row: int, images: tuple[bytes | BadImage, bytes | BadImage], columns: Columns) -> BadRow | None:
+def undecodable(row: int, images: Encoded, columns: Columns) -> BadRow | None:
     """The first of a row's images that does not decode, in the row's order."""
     for column, image in zip(columns.images, images, strict=True):
         try:
@@ -330,7 +324,7 @@ def undecodable(row: int, images: tuple[bytes | BadImage, bytes | BadImage], col
     return None
 
 
-def _facts(images: tuple[bytes | BadImage, bytes | BadImage], text: tuple | None) -> dict[str, Any]:
+def _facts(images: Keys, text: tuple | None) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for side, image in enumerate(images):
         if isinstance(image, BadImage):

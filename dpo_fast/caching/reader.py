@@ -129,13 +129,3 @@ class CachedTransform:
                 return keys, [], str(BadImage(noted["bad"], name))
             conditions.append(tuple(noted))
         return keys, conditions, None
-
-
-class CachedImages:
-    """A source's rows with keys in the place of image bytes, for `PairDataset`."""
-
-    def __init__(self, source):
-        self._source = source
-
-    def image_bytes(self, row: int) -> tuple[bytes, bytes]:
-        return self._source.image_keys(row)

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dpo_fast.data.images import ImageKey
 from dpo_fast.files import read_json, user_path
 from dpo_fast.store import KEY_BYTES, Field, Recipe, Remedies
 
@@ -14,9 +15,9 @@ def caption_key(caption: str) -> bytes:
     return hashlib.blake2b(caption.encode(), digest_size=KEY_BYTES).digest()
 
 
-def mirrored(key: bytes) -> bytes:
+def mirrored(key: ImageKey) -> ImageKey:
     """The key of an image's mirror image."""
-    return hashlib.blake2b(key, digest_size=KEY_BYTES, person=b"mirrored").digest()
+    return ImageKey(hashlib.blake2b(key, digest_size=KEY_BYTES, person=b"mirrored").digest())
 
 
 def remedies(kind: str = "latents") -> Remedies:

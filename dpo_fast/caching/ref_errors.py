@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpo_fast.caching.recipe import caption_key
 from dpo_fast.checksums import Damaged
-from dpo_fast.data.images import BadImage
+from dpo_fast.data.images import BadImage, Keys
 from dpo_fast.store import KEY_BYTES, Field, Store
 
 BLOCK = 256  # rows
@@ -28,7 +28,7 @@ class ScoredPair(NamedTuple):
     """A row of the source, as far as its errors depend on it."""
 
     row: int
-    images: tuple[bytes | BadImage, bytes | BadImage]  # keys, in the order of the source's columns
+    images: Keys
     caption: str
     chosen: int  # which of the two is the chosen one now
 

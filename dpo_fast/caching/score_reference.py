@@ -21,14 +21,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dpo_fast.caching.build import Cached, NeededRows, disk_errors_as_bad_input, root_of, stage_on_all_ranks
+from dpo_fast.caching.build import Cached, root_of
 from dpo_fast.caching.manifest import Manifest, RememberedSource
-from dpo_fast.caching.reader import CachedImages, CachedTransform
+from dpo_fast.caching.needed import NeededRows
+from dpo_fast.caching.reader import CachedTransform
 from dpo_fast.caching.recipe import cache_recipe, read_recipe
 from dpo_fast.caching.ref_errors import BLOCK, FIELDS, ErrorBlocks, RefErrors, ScoredPair, Unit
+from dpo_fast.caching.stages import disk_errors_as_bad_input, stage_on_all_ranks
 from dpo_fast.config import TrainConfig
 from dpo_fast.data import Batch, PairIndex, PairTransform
-from dpo_fast.data.batch import EncodedPair, chosen_first, load_images
+from dpo_fast.data.batch import EncodedPair, chosen_first, load_keys
 from dpo_fast.data.pairs import Usable, judge_streamed
 from dpo_fast.errors import BadInput
 from dpo_fast.forward import NoReference, conditioning_of, predict
@@ -68,10 +70,10 @@ class StartCheck:
 
 def pairs_of_table(source: RememberedSource, index: PairIndex, rows: Sequence[int]) -> PairsOf:
     """Some pairs of an index, by ascending rows."""
-    images, place = CachedImages(source), {row: i for i, row in enumerate(index.pair_id.tolist())}
+    position = {row: i for i, row in enumerate(index.pair_id.tolist())}
 
     def pair_of(row: int) -> ScoredPair:
-        return ScoredPair(row, load_images(images, row), index.captions[place[row]], int(index.chosen[place[row]]))
+        return ScoredPair(row, load_keys(source, row), index.captions[position[row]], int(index.chosen[position[row]]))
 
     return list(rows), pair_of
 

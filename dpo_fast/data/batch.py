@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast import draws
-from dpo_fast.data.images import SAME, BadImage, crop_corner, mirror, scaled, to_pixels
+from dpo_fast.data.images import SAME, BadImage, Encoded, Keys, crop_corner, mirror, scaled, to_pixels
 from dpo_fast.data.pairs import PairIndex
 from dpo_fast.data.sources import Source
 from dpo_fast.errors import BadInput
@@ -24,7 +24,7 @@ T = TypeVar("T")
 class EncodedPair(NamedTuple):
     """One pair before decoding."""
 
-    images: tuple[bytes | BadImage, bytes | BadImage]  # chosen first (cached: their keys); or why there is none
+    images: Encoded | Keys  # chosen first
     caption: str
     label: float
     chosen: int = 0  # which of the source's two images the chosen one is
@@ -153,10 +153,19 @@ class PairTransform:
 
 
 class PairDataset(torch.utils.data.Dataset):
-    """Pairs of an index by (position, draw). A bad image never raises: its pair has weight 0 and is reported."""
+    """Pairs of an index by (position, draw). A bad image never raises: its pair has weight 0 and is reported.
 
-    def __init__(self, source: Source, index: PairIndex, transform: PairTransform):
-        self.source, self.index, self.transform = source, index, transform
+    `images` gives `transform` what it takes of a row: `load_images`, or `load_keys` where it reads from the cache.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        index: PairIndex,
+        transform: "PairTransform",
+        images: "Callable[[Source, int], Encoded | Keys] | None" = None,
+    ):
+        self.source, self.index, self.transform, self.images = source, index, transform, images or load_images
 
     def __len__(self) -> int:
         return len(self.index)
@@ -177,7 +186,7 @@ class PairDataset(torch.utils.data.Dataset):
         return self.index.pair_id[position], draw, [self._encoded(p) for p in position.tolist()]
 
     def _encoded(self, position: int) -> EncodedPair:
-        images, chosen = load_images(self.source, int(self.index.pair_id[position])), int(self.index.chosen[position])
+        images, chosen = self.images(self.source, int(self.index.pair_id[position])), int(self.index.chosen[position])
         return EncodedPair(
             chosen_first(images, chosen), self.index.captions[position], float(self.index.label[position]), chosen
         )
@@ -236,10 +245,18 @@ def collate(items: Sequence[PairItem]) -> Batch:
     )
 
 
-def load_images(source: Source, row: int) -> tuple[bytes | BadImage, bytes | BadImage]:
-    """A row's two encoded images, or in their place why they cannot be used."""
+def load_images(source: Source, row: int) -> Encoded:
+    """A row's two encoded images, or why they cannot be used."""
     try:
         return source.image_bytes(row)
+    except BadImage as error:
+        return error, error
+
+
+def load_keys(source: Source, row: int) -> Keys:
+    """The keys of a row's two images, or why they cannot be used."""
+    try:
+        return source.image_keys(row)
     except BadImage as error:
         return error, error
 

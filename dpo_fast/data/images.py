@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from typing import IO, NamedTuple, TypeVar
+from typing import IO, NamedTuple, NewType, TypeVar
 
 import numpy as np
 import torch
@@ -78,9 +78,16 @@ class TooThin(BadImage):
     """An image that decodes, but whose shorter side cannot be enlarged to the resolution."""
 
 
-def image_key(data: bytes) -> bytes:
-    """The name of an image, whatever data set holds it: KEY_BYTES, a hash of its encoded bytes."""
-    return hashlib.blake2b(data, digest_size=KEY_BYTES).digest()
+ImageKey = NewType("ImageKey", bytes)  # KEY_BYTES
+
+# A row's two images in the order of its columns, or why there is none: encoded, or by their keys.
+Encoded = tuple[bytes | BadImage, bytes | BadImage]
+Keys = tuple[ImageKey | BadImage, ImageKey | BadImage]
+
+
+def image_key(data: bytes) -> ImageKey:
+    """The name of an image, whatever data set holds it: a hash of its encoded bytes."""
+    return ImageKey(hashlib.blake2b(data, digest_size=KEY_BYTES).digest())
 
 
 def decode(data: bytes) -> Image.Image:

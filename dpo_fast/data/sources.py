@@ -3,8 +3,10 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +16,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from dpo_fast.data.columns import Columns, WantedColumns
-from dpo_fast.data.images import SAME, BadImage, decode, image_key
+from dpo_fast.data.images import SAME, BadImage, Encoded, ImageKey, Keys, decode, image_key
 from dpo_fast.errors import BadInput, Unresponsive, disk_error, one_line, printable
 from dpo_fast.files import file_name, parse_json, read_bytes
 
@@ -28,12 +30,21 @@ class BadRow(NamedTuple):
 
 
 class StreamedRow(NamedTuple):
-    """One row of a stream; an image is its encoded bytes, or the reason why there are none."""
+    """One row of a stream; its images are encoded, or, where the cache knows the stream, by their keys."""
 
     row: int
     caption: Any
     label: Any
-    images: tuple[bytes | BadImage, bytes | BadImage]
+    images: Encoded | Keys
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a source is, for whatever is kept of it. Each field is equal for what that use takes to be the same."""
+
+    rows: str  # set, split, columns and number of rows: what must stay the same for a run to be resumed
+    images: str  # what its images and captions are from, whatever the labels and however many of the rows are read
+    stamp: str  # names, sizes and times of change of its files; "" for a set on the hub, which is named by `rows` alone
 
 
 class Source(Protocol):
@@ -60,23 +71,18 @@ class Source(Protocol):
         """Raise BadImage, naming the column, where an image of the row is not there, does not decode, or is the same as
         the other one."""
 
-    def image_keys(self, row: int) -> tuple[bytes, bytes]:
-        """A hash of each image's bytes. Raises BadImage, naming the column, where one is not there."""
+    def image_keys(self, row: int) -> tuple[ImageKey, ImageKey]:
+        """The key of each image. Raises BadImage, naming the column, where one is not there."""
 
     def missing_images(self, progress: bool = False) -> list[BadRow]:
         """Rows whose images are files that cannot be used, found without reading them."""
 
-    def identity(self) -> str:
-        """What must stay the same for a run to be resumed."""
-
-    def stamp(self) -> str:
-        """Names, sizes and times of the files: while it is the same, the images are taken to be the same."""
-
-    def contents(self) -> str:
-        """What the images and captions are of, whatever the labels and however many of the rows are read."""
+    @property
+    def identity(self) -> Identity:
+        """As it was when this was first asked for."""
 
     def row_stamp(self, row: int) -> str:
-        """While this and `contents` are the same, the row's images are taken to be the same."""
+        """While this and `identity.images` are the same, the row's images are taken to be the same."""
 
 
 class _Encoded:
@@ -92,7 +98,7 @@ class _Encoded:
         if images[0] == images[1]:
             raise BadImage(SAME, self.columns.images[1])
 
-    def image_keys(self, row: int) -> tuple[bytes, bytes]:
+    def image_keys(self, row: int) -> tuple[ImageKey, ImageKey]:
         first, second = self.image_bytes(row)
         return image_key(first), image_key(second)
 
@@ -137,18 +143,15 @@ class TableSource(_Encoded):
     def missing_images(self, progress: bool = False) -> list[BadRow]:
         return []  # embedded: a null shows when the row is read
 
-    def identity(self) -> str:
-        return _identity(self._name, self._split, self.columns, len(self))
-
-    def stamp(self) -> str:
+    @cached_property
+    def identity(self) -> Identity:
         files = [file["filename"] for file in self._table.cache_files]
-        return stamp_of(files) if files else self._table._fingerprint  # in memory: a name of its contents
-
-    def contents(self) -> str:
-        return f"{_contents(self._name, self._split, self.columns)} {self.stamp()}"
+        stamp = stamp_of(files) if files else self._table._fingerprint  # in memory: a name of its contents
+        images = f"{_images(self._name, self._split, self.columns)} {stamp}"
+        return Identity(_rows(self._name, self._split, self.columns, len(self)), images, stamp)
 
     def row_stamp(self, row: int) -> str:
-        return ""  # the files that hold all rows are among the contents
+        return ""  # `identity.images` has the files that hold all rows
 
     def _column(self, name: str) -> list[Any]:
         return self._table.select_columns([name])[:][name]  # only this column's buffers are touched
@@ -202,15 +205,11 @@ class JsonlSource(_Encoded):
                 missing.append(BadRow(row, error.column, error.reason))
         return missing
 
-    def identity(self) -> str:
-        return _identity(self._name, self._split, self.columns, len(self))
-
-    def stamp(self) -> str:
+    @cached_property
+    def identity(self) -> Identity:
         files = (self._root / _stored(path) for paths in self._paths for path in paths if isinstance(path, str))
-        return stamp_of(files)
-
-    def contents(self) -> str:
-        return _contents(self._name, self._split, self.columns)
+        about = self._name, self._split, self.columns
+        return Identity(_rows(*about, len(self)), _images(*about), stamp_of(files))
 
     def row_stamp(self, row: int) -> str:
         return stamp_of(self._root / _stored(path) for path in self._paths[row] if isinstance(path, str))
@@ -245,14 +244,18 @@ class StreamedSource:
     """Rows in the order of the source, read anew by every call of `rows`."""
 
     def __init__(
-        self, description: str, identity: str, columns: Columns, rows, stamp: str = "", length: int | None = None
+        self,
+        description: str,
+        identity: Identity,
+        columns: Columns,
+        rows: Callable[[], Iterator[StreamedRow]],
+        length: int | None = None,
     ):
         self.description = description
+        self.identity = replace(identity, rows=f"{identity.rows} streamed")
         self.columns = columns
         self.length = length  # as far as it is known beforehand: for estimates only
-        self._identity = identity
         self._rows = rows
-        self._stamp = stamp
 
     @classmethod
     def of_table(
@@ -293,8 +296,10 @@ class StreamedSource:
                 yield StreamedRow(row, record[columns.caption], columns.label_of(record), images)
                 row += 1
 
-        description, identity = _describe(name, split, columns, None), _identity(name, split, columns, max_rows)
-        return cls(description, identity, columns, rows, stamp_of(files) if files else "", length)
+        about = name, split, columns
+        stamp = stamp_of(files) if files else ""
+        identity = Identity(_rows(*about, max_rows), _images(*about), stamp)
+        return cls(_describe(*about, None), identity, columns, rows, length)
 
     @classmethod
     def over(cls, source: Source) -> "StreamedSource":
@@ -307,20 +312,12 @@ class StreamedSource:
 
         # What is remembered of a stream has its captions and labels too.
         text = hashlib.blake2b(repr((source.captions(), source.labels())).encode(errors="replace"), digest_size=8)
-        stamp = source.stamp() + text.hexdigest()
-        return cls(source.description, source.identity(), source.columns, rows, stamp, len(source))
+        identity = replace(source.identity, stamp=source.identity.stamp + text.hexdigest())
+        return cls(source.description, identity, source.columns, rows, len(source))
 
     def rows(self) -> Iterator[StreamedRow]:
         """Every row once, from the first."""
         return self._rows()
-
-    def identity(self) -> str:
-        """What must stay the same for a run to be resumed."""
-        return self._identity + " streamed"
-
-    def stamp(self) -> str:
-        """As a `Source`'s; empty for a set on the hub, which is named and not looked at."""
-        return self._stamp
 
 
 def _stored(path: str) -> str:
@@ -425,12 +422,12 @@ def _describe(name: str, split: str, columns: Columns, rows: int | None) -> str:
     return printable(f"{name}, split {split}, {size}: images {images}, {better}, caption {columns.caption}")
 
 
-def _identity(name: str, split: str, columns: Columns, rows: int | None) -> str:
+def _rows(name: str, split: str, columns: Columns, rows: int | None) -> str:
     # A path's last name only: moving a data set, or naming it from another folder, is no other data set.
     return f"{name} split={split} rows={rows} columns={','.join(columns.images)},{columns.label},{columns.caption}"
 
 
-def _contents(name: str, split: str, columns: Columns) -> str:
+def _images(name: str, split: str, columns: Columns) -> str:
     return f"{name} split={split} columns={','.join(columns.images)},{columns.caption}"
 
 

@@ -121,8 +121,9 @@ class PairScoring:
     ) -> None:
         self.source, self.scorers, self.folder = source, scorers, folder
         self.batch_size, self.max_bad_fraction, self.pairs = batch_size, max_bad_fraction, len(index)
-        contents = source.contents()
-        self.recipes = {name: Recipe(name, {**facts[name], "pairs": contents}, FIELDS, REMEDIES) for name in scorers}
+        self.recipes = {
+            name: Recipe(name, {**facts[name], "pairs": source.identity.images}, FIELDS, REMEDIES) for name in scorers
+        }
         self.captions = dict(zip(index.pair_id.tolist(), index.captions, strict=True))
         self.parts: dict[int, list[int]] = defaultdict(list)  # first row -> the rows to score
         for row in self.captions:

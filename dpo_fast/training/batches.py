@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dpo_fast.caching.build import Cached, NeededRows, is_fully_known, manifest_of
+from dpo_fast.caching.build import Cached, manifest_of
 from dpo_fast.caching.manifest import Manifest, RememberedSource
-from dpo_fast.caching.reader import CachedImages, CachedTransform
+from dpo_fast.caching.needed import NeededRows, is_fully_known
+from dpo_fast.caching.reader import CachedTransform
 from dpo_fast.caching.score_reference import AllReferenceErrors, ReferenceErrors
 from dpo_fast.config import TrainConfig
 from dpo_fast.data import (
@@ -23,6 +24,7 @@ from dpo_fast.data import (
     make_loader,
     open_source,
 )
+from dpo_fast.data.batch import load_images, load_keys
 from dpo_fast.data.images import SAME
 from dpo_fast.data.pairs_source import PairsSource, is_local
 from dpo_fast.data.stream import WINDOW
@@ -44,7 +46,7 @@ class RunPairs:
     @property
     def identity(self) -> str:
         """Names the pairs that are trained on and their order, for the fingerprint in checkpoints."""
-        identity, sets = (self.source or self.manifest.stream()).identity(), self.sets
+        identity, sets = (self.source or self.manifest.stream()).identity.rows, self.sets
         if sets is not None:  # the order of training follows from what is left out
             same = sum(bad.reason.endswith(SAME) for bad in sets.bad)
             left_out = {"unlabelled": sets.unlabelled, "contradicted": sets.contradicted, "same_image": same}
@@ -59,7 +61,7 @@ def open_pairs(config: TrainConfig, ranks: Ranks, report_path: Path | None) -> R
         if is_fully_known(config, manifest, needed_rows_of_stream(config)):
             return RunPairs(None, None, manifest)
     source = source_of(config)
-    manifest = manifest_of(config, source.stamp()) if config.cache else None
+    manifest = manifest_of(config, source.identity.stamp) if config.cache else None
     if config.streaming:
         return RunPairs(source, None, manifest)
     if manifest is not None:
@@ -132,8 +134,7 @@ def open_batches(
     transform = transform_of(config, family)
     source, sets = pairs.source, pairs.sets
     work = dict(num_workers=config.dataloader_num_workers, pin_memory=ranks.device.type == "cuda")
-    if cached and sets is not None:
-        source = CachedImages(source)
+    images = load_keys if cached else load_images
 
     def of(transform: PairTransform, scored: ReferenceErrors | None) -> PairTransform | CachedTransform:
         errors = scored.errors if scored else None
@@ -156,11 +157,11 @@ def open_batches(
     else:
         stream = train_stream(config, sets.train, ranks)
         batches = make_loader(
-            PairDataset(source, sets.train, in_training), stream, step, config.max_train_steps, **work
+            PairDataset(source, sets.train, in_training, images), stream, step, config.max_train_steps, **work
         )
         if len(sets.validation):
             steady = of(held_out_transform(transform), scored and scored.validation)
-            validation = PairDataset(source, sets.validation, steady)
+            validation = PairDataset(source, sets.validation, steady, images)
         captions = sets.validation.captions or sets.train.captions
     prompts = list(config.validation_prompts) or list(dict.fromkeys(captions))[:SAMPLE_PROMPTS]
     if config.run_validation and not prompts:

@@ -17,6 +17,7 @@ import torch
 
 from dpo_fast import output_folder
 from dpo_fast.caching import build, score_reference
+from dpo_fast.caching.needed import NeededRows
 from dpo_fast.caching.score_reference import AllReferenceErrors, PairsOf, ReferenceErrors, Scoring, StartCheck
 from dpo_fast.config import TrainConfig, public, to_yaml
 from dpo_fast.data import (
@@ -257,7 +258,7 @@ def _check_backend(config: TrainConfig, ranks: Ranks) -> None:
 
 
 def _fill_cache(
-    config: TrainConfig, ranks: Ranks, pairs: RunPairs, wanted: build.NeededRows, family: Family, **how: object
+    config: TrainConfig, ranks: Ranks, pairs: RunPairs, wanted: NeededRows, family: Family, **how: object
 ) -> build.Cached:
     """Encode what is missing; from then on the pairs come from the cache. `how`: keywords of `build.fill`."""
     reopen = partial(source_of, config)
@@ -283,7 +284,7 @@ def build_cache(config: TrainConfig, ranks: Ranks) -> build.Counts:
         wanted = needed_rows_of_stream(config)
     elif everything or config.max_train_steps is None:
         rows = torch.cat([pairs.sets.train.pair_id, pairs.sets.validation.pair_id])
-        wanted = build.NeededRows(rows=sorted(rows.tolist()))
+        wanted = NeededRows(rows=sorted(rows.tolist()))
     else:
         wanted = needed_rows(config, pairs)
     return _fill_cache(config, ranks, pairs, wanted, family, repair=True).counts
@@ -310,7 +311,7 @@ def build_reference(config: TrainConfig, ranks: Ranks) -> ReferenceErrors:
         wanted = needed_rows(config, pairs)
     else:
         rows = torch.cat([pairs.sets.train.pair_id, pairs.sets.validation.pair_id])
-        wanted = build.NeededRows(rows=sorted(rows.tolist()))
+        wanted = NeededRows(rows=sorted(rows.tolist()))
     cached = _fill_cache(config, ranks, pairs, wanted, family, repair=True)
     family.free_encoders(keep=False)
     return _score(config, ranks, pairs, cached, family, model, repair=True, everything=True).train

@@ -80,7 +80,7 @@ def test_a_stream_is_told_again(tmp_path):
         list(parts.stream().rows())
     manifest.save(ended=True)
     again = Manifest(tmp_path / "pairs").stream()
-    assert again.identity() == source.identity() and again.columns == source.columns
+    assert again.identity.rows == source.identity.rows and again.columns == source.columns
     rows = [row._replace(images=keys_of(row.images)) for row in source.rows()]
     assert list(again.rows()) == rows
     assert not list((tmp_path / "pairs").glob("part-*"))

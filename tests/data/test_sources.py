@@ -94,7 +94,7 @@ def test_layouts(layout, tmp_path):
     assert source.labels() == labels
     assert [source.image_bytes(row) for row in range(5)] == images
     assert source.missing_images() == []
-    assert "5 rows" in source.description and "rows=5" in source.identity()
+    assert "5 rows" in source.description and "rows=5" in source.identity.rows
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -107,7 +107,7 @@ def test_layouts_streamed(layout, tmp_path):
         rows = list(source.rows())
         assert [row.row for row in rows] == list(range(5))
         assert ([r.caption for r in rows], [r.label for r in rows], [r.images for r in rows]) == expected_rows(decided)
-    assert source.identity() != open_pairs(path, **options).identity()
+    assert source.identity.rows != open_pairs(path, **options).identity.rows
 
 
 # a name -> a neighbour that it would match as a pattern, or be taken for
@@ -153,11 +153,11 @@ def test_a_path_names_that_file_and_no_other(name, tmp_path, monkeypatch):
 
 def test_a_file_whose_name_needs_a_link_is_copied_once_and_again_when_it_changes(tmp_path):
     file = write_pickapic(tmp_path / "a::b.parquet", n=3, size=8)
-    stamps = {open_pairs(file, cache_dir=tmp_path / "cache").stamp() for _ in range(2)}
+    stamps = {open_pairs(file, cache_dir=tmp_path / "cache").identity.stamp for _ in range(2)}
     assert len(stamps) == 1
     write_pickapic(file, n=4, size=8)
     source = open_pairs(file, cache_dir=tmp_path / "cache")
-    assert len(source) == 4 and source.stamp() not in stamps
+    assert len(source) == 4 and source.identity.stamp not in stamps
 
 
 def test_a_cache_in_which_sets_would_be_mixed_up_is_refused(tmp_path):
@@ -206,7 +206,7 @@ def test_splits(tmp_path):
         write_jsonl(two, COLUMNS, name)
     with pytest.raises(BadInput, match=r"no split 'train': .*better, good"):
         open_pairs(two)
-    assert open_pairs(two, split="good").identity() != open_pairs(two, split="better").identity()
+    assert open_pairs(two, split="good").identity.rows != open_pairs(two, split="better").identity.rows
 
 
 @pytest.mark.parametrize(
@@ -230,8 +230,8 @@ def test_identity_is_about_content_not_place(tmp_path):
     second = open_pairs(write_pickapic(tmp_path / "b" / "pairs.parquet", n=3))
     longer = open_pairs(write_pickapic(tmp_path / "c" / "pairs.parquet", n=4))
     swapped = open_pairs(tmp_path / "a" / "pairs.parquet", image_columns=("jpg_1", "jpg_0"), label_column="label_0")
-    assert first.identity() == second.identity()
-    assert len({first.identity(), longer.identity(), swapped.identity()}) == 3
+    assert first.identity.rows == second.identity.rows
+    assert len({first.identity.rows, longer.identity.rows, swapped.identity.rows}) == 3
 
 
 # name -> (what makes it, keywords, what the error says)
@@ -309,7 +309,7 @@ def test_hub(tmp_path, monkeypatch):
         ("some/set", "big"),
         {"split": "train", "streaming": False, "cache_dir": str(tmp_path), "revision": "abc", "token": None},
     )
-    assert "some/set/big@abc" in source.identity()
+    assert "some/set/big@abc" in source.identity.rows
     streamed = open_pairs("some/set", streaming=True, split="test")
     assert [row.images[0] for row in streamed.rows()] == COLUMNS["jpg_0"]
     with pytest.raises(BadInput, match="train, test"):

@@ -34,7 +34,7 @@ from dpo_fast.data.images import BadImage, decode, scaled
 from dpo_fast.data.pairs import judge_streamed
 from dpo_fast.data.pairs_source import split_names
 from dpo_fast.data.relabelled import DIGEST, LabelDigest, check_labels
-from dpo_fast.data.sources import BadRow, StreamedSource
+from dpo_fast.data.sources import BadRow, Identity, StreamedSource
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation import generation
 from dpo_fast.evaluation.prompts import read_lines, read_prompts
@@ -88,7 +88,7 @@ class Reader(NamedTuple):
 def _index(folder: Path, changed: Iterable[str]) -> None:
     source = open_pairs(folder)
     split_names(folder)
-    source.stamp(), source.identity(), source.contents(), source.row_stamp(0) if len(source) else None
+    source.identity.stamp, source.identity.rows, source.identity.images, source.row_stamp(0) if len(source) else None
     build_index(source, seed=0, max_bad_fraction=1.0, validation_fraction=0.3, progress=False)
 
 
@@ -229,7 +229,9 @@ def _read_reference(folder: Path, changed: Iterable[str]) -> None:
 
 def _write_manifest(folder: Path) -> None:
     source = SimpleNamespace(
-        description="pairs, split train", identity=lambda: "pairs", columns=open_pairs(_pairs(folder.parent)).columns
+        description="pairs, split train",
+        identity=Identity("pairs", "", ""),
+        columns=open_pairs(_pairs(folder.parent)).columns,
     )
     manifest = Manifest(folder)
     manifest.begin(source)

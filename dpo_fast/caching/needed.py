@@ -1,0 +1,68 @@
+"""Which rows a run needs, and what the manifest knows of them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from dpo_fast.caching.manifest import Manifest
+from dpo_fast.config import TrainConfig
+from dpo_fast.data.columns import Columns
+from dpo_fast.data.images import BadImage, Encoded, Keys
+from dpo_fast.data.pairs import Usable, judge_streamed
+from dpo_fast.data.sources import BadRow, Source, StreamedRow
+
+
+@dataclass(frozen=True)
+class NeededRows:
+    """What a run needs of its pairs: these rows of a source, or the first usable pairs of a stream."""
+
+    rows: list[int] | None = None  # ascending
+    pairs: int | None = None
+
+
+class Row(NamedTuple):
+    """A row on its way; `images` are there where they had to be read."""
+
+    row: int
+    keys: Keys
+    images: Encoded | None
+    caption: str | None  # None: the row is a tie or unusable, only its keys are wanted
+
+
+def is_fully_known(config: TrainConfig, manifest: Manifest, wanted: NeededRows) -> bool:
+    """Whether the manifest knows all rows that are needed of a stream, which is then not read."""
+    return None not in known_rows(config, None, manifest, wanted)
+
+
+def known_rows(
+    config: TrainConfig, source: Source | None, manifest: Manifest, wanted: NeededRows
+) -> Iterator[Row | None]:
+    """The wanted rows with their keys; None for one that is not known, and once for the rest of a stream."""
+    if wanted.rows is not None:
+        captions = source.captions()
+        for row in wanted.rows:
+            yield Row(row, manifest.images(row), None, captions[row]) if row in manifest else None
+        return
+    pairs = 0
+    for streamed in manifest.streamed_rows():
+        if pairs == wanted.pairs:
+            return
+        usable = is_usable(config, streamed, manifest.columns)
+        pairs += usable
+        yield Row(streamed.row, streamed.images, None, streamed.caption if usable else None)
+    if pairs != wanted.pairs and not (manifest.about and manifest.about["ended"]):
+        yield None
+
+
+def is_usable(config: TrainConfig, row: StreamedRow, columns: Columns) -> bool:
+    """Whether `StreamedPairs` trains on a row."""
+    return isinstance(judge_streamed(row, columns, config.soft_labels), Usable)
+
+
+def first_bad(row: int, keys: Keys, faults: dict[bytes, str], columns: Sequence[str]) -> BadRow | None:
+    for key, column in zip(keys, columns, strict=True):
+        if isinstance(key, BadImage):
+            return BadRow(row, key.column, key.reason)
+        if key in faults:
+            return BadRow(row, column, faults[key])
+    return None
