@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_fast import parallel
-from dpo_fast.config import parse
+from dpo_fast.command_line import parse
 from dpo_fast.data import Batch
 from dpo_fast.kernels import reference
 from dpo_fast.training.run import open_run

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_fast.cli import guarded, leave, say, show_log
-from dpo_fast.config import parse, refuse_empty
+from dpo_fast.command_line import parse, refuse_empty
 from dpo_fast.errors import BadInput, printable
 from dpo_fast.files import human_bytes, user_path
 

@@ -4,21 +4,15 @@ Layers, later ones win: the defaults below, a preset, a YAML recipe (`--config`)
 """
 
 import dataclasses
-import itertools
 import math
 import os
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
 import yaml
 
-from dpo_fast.cli import did_you_mean, one_line_errors
 from dpo_fast.errors import BadInput
-from dpo_fast.files import regular_file
 from dpo_fast.presets import DEFAULT_BETA, PICKAPIC, PRESETS
 
 
@@ -246,130 +240,6 @@ class TrainConfig:
     """Accepted for old launch lines and without effect: the launcher says the rank."""
     prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = None
     """Accepted for old launch lines and without effect: there is no prior."""
-
-
-def parse(argv: list[str]) -> tuple[TrainConfig, list[str]]:
-    """Parse a command line into a checked configuration and notes for the user.
-
-    Raises BadInput for an unknown flag (naming the nearest), an unreadable recipe or a refused value.
-    """
-    refuse_empty(argv)
-    recipe = _early(_with_values(argv)).config
-    flags = _with_values([*(_recipe_flags(recipe) if recipe else []), *argv])
-    refuse_empty(flags)
-    early = _early(flags)
-    preset = early.preset
-    if preset is None and early.pretrained_model_name_or_path is None and early.dataset_name is None:
-        preset, flags = "shapes", ["--preset", "shapes", *flags]
-    defaults = TrainConfig(**PRESETS[preset]) if preset in PRESETS else TrainConfig()
-    with one_line_errors(TrainConfig):
-        config = tyro.cli(TrainConfig, args=flags, default=defaults, prog="python -m dpo_fast.train")
-    return resolve(config)
-
-
-def refuse_empty(argv: Sequence[str]) -> None:
-    """Raise BadInput where a flag is given an empty text, which as a path means the current folder, or no UTF-8.
-
-    Most empty ones come from a shell variable that is not set. What is no UTF-8 could not be written to config.yaml.
-    """
-    flag = ""
-    for word in argv:
-        try:
-            word.encode()
-        except UnicodeEncodeError as error:  # bytes that the locale's encoding does not have
-            locale = sys.getfilesystemencoding()
-            advice = "rename it in UTF-8" if locale == "utf-8" else "set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
-            raise BadInput(f"{word[:300]!a} is no text in this locale, whose encoding is {locale}: {advice}") from error
-        if word.startswith("--"):
-            flag, equals, value = word.partition("=")
-            empty = bool(equals) and not value.strip()
-        else:
-            empty = flag != "" and not word.strip()
-        if empty:
-            raise BadInput(f"{flag} is empty: give it a value, or leave it out, or leave the flag out")
-
-
-def _with_values(flags: list[str]) -> list[str]:
-    """The flags with the values that the public scripts' bare --gradient_checkpointing stands for."""
-    given = []
-    for flag, following in itertools.pairwise([*flags, "--"]):
-        name = flag.replace("-", "_")
-        if name == "__no_gradient_checkpointing":
-            given += ["--gradient_checkpointing", "none"]
-        elif name == "__gradient_checkpointing" and following.startswith("--"):
-            given += [flag, "full"]
-        else:
-            given.append(flag)
-    return given
-
-
-@dataclass
-class _Early:
-    """The flags that decide the defaults of all others."""
-
-    preset: str | None = None
-    config: Path | None = None
-    pretrained_model_name_or_path: str | None = None
-    dataset_name: str | None = None
-
-
-def _early(flags: list[str]) -> _Early:
-    wanted = [flag for flag in flags if flag not in ("-h", "--help")]
-    with one_line_errors(TrainConfig):
-        return tyro.cli(_Early, args=wanted, return_unknown_args=True)[0]
-
-
-# What PyYAML raises beside its own errors for values that do not fit their tags: dates, numbers, empty ones.
-_OF_YAML = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
-
-
-def _recipe_flags(path: Path) -> list[str]:
-    """A YAML mapping as command-line flags, so that one parser checks names and types."""
-    try:
-        text = regular_file(path, "--config").read_bytes().decode()
-    except OSError as error:
-        raise BadInput(f"--config {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(f"--config {path} is not text in UTF-8 ({error}): save it as UTF-8") from error
-    try:
-        recipe = yaml.safe_load(text) or {}
-    except RecursionError:
-        raise BadInput(f"--config {path} is nested too deeply: write `flag: value` lines") from None
-    except (yaml.YAMLError, *_OF_YAML) as error:
-        raise BadInput(f"--config {path} is not YAML: {' '.join(str(error).split())[:300]}") from error
-    if not isinstance(recipe, dict):
-        raise BadInput(f"--config {path} must hold `flag: value` lines, not a {type(recipe).__name__}")
-    names = [field.name for field in dataclasses.fields(TrainConfig)]
-    flags: list[str] = []
-    for key, value in recipe.items():
-        name = _word(path, "a flag's name", key).replace("-", "_")
-        if name not in names:
-            raise BadInput(f"--config {path}: unknown flag {name!r:.200}{did_you_mean(name, TrainConfig)}")
-        if name == "config":
-            raise BadInput(f"--config {path} names a further config; put everything into one file")
-        if isinstance(value, bool) and name in ("compile", "zero_terminal_snr"):  # YAML's words for true and false
-            flags += [f"--{name}", "on" if value else "off"]
-        elif isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no_{name}")
-        elif isinstance(value, list):
-            flags += [f"--{name}", *(_word(path, name, one) for one in value)]
-        else:
-            flags.append(f"--{name}={_word(path, name, value)}")  # one word: the value may begin with a dash
-    return flags
-
-
-def _word(path: Path, name: str, value: object) -> str:
-    """A value of a recipe as it would stand on the command line."""
-    if isinstance(value, (dict, list, set, tuple)):  # by aliases a few lines can stand for gigabytes
-        raise BadInput(
-            f"--config {path}: {name} holds a {type(value).__name__}; give it one value, or a list of values"
-        )
-    try:
-        return str(value)
-    except ValueError as error:  # an integer of thousands of digits
-        raise BadInput(
-            f"--config {path}: {name} is a number that is too long ({error}); write a shorter one"
-        ) from error
 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, list[str]]:

@@ -23,7 +23,8 @@ from pathlib import Path
 from dpo_fast import locks, output_folder
 from dpo_fast.checksums import read_signed_json, write_signed_json
 from dpo_fast.cli import guarded, leave, say
-from dpo_fast.config import TrainConfig, parse
+from dpo_fast.command_line import parse
+from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput, printable
 from dpo_fast.pictures import save_png
 from dpo_fast.plot import Point, Series, against

@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from dpo_fast.cli import guarded, leave, refuse, say, show_log
-from dpo_fast.config import TrainConfig, parse
+from dpo_fast.command_line import parse
+from dpo_fast.config import TrainConfig
 
 if TYPE_CHECKING:
     from dpo_fast.evaluation.compare import Evaluation

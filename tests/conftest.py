@@ -1,5 +1,6 @@
 """For all tests: one seed a run, one tiny pipeline of each family a session, and nothing from the network."""
 
+import logging
 import os
 import shutil
 import signal
@@ -34,6 +35,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     seeds.configure(config)
+
+
+@pytest.fixture(autouse=True)
+def quiet_log() -> None:
+    """Each test begins without the log that a command in this process shows (`cli.show_log`)."""
+    logger = logging.getLogger("dpo_fast")
+    logger.setLevel(logging.NOTSET)
+    logger.handlers.clear()
 
 
 def pytest_sessionfinish() -> None:

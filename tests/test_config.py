@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import yaml
 
-from dpo_fast.config import TrainConfig, parse, public, to_yaml
+from dpo_fast.command_line import parse
+from dpo_fast.config import TrainConfig, public, to_yaml
 from dpo_fast.errors import BadInput
 from dpo_fast.presets import PRESETS
 

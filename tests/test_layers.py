@@ -16,6 +16,7 @@ LEVELS = [
     ["locks", "checksums", "hub_revisions", "kernels", "presets"],
     ["output_folder", "draws", "schedule", "objectives", "pictures", "plot", "parallel", "store"],
     ["config"],
+    ["command_line"],
     ["models", "data"],
     ["shapes", "forward"],
     ["caching", "scorers"],

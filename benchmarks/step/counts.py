@@ -43,7 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks.step.cases import CASES, RANK, TOKENS, Case, scheduler_config
-from dpo_fast.config import parse
+from dpo_fast.command_line import parse
 from dpo_fast.data.batch import Batch
 from dpo_fast.models.sd15 import SD15
 from dpo_fast.models.sdxl import SDXL, Turbo

@@ -5,7 +5,7 @@ holds every weight in fp32 and its reference always as a UNet of its own.
 """
 
 from benchmarks.step.cases import CASES, RANK, Case
-from dpo_fast.config import parse
+from dpo_fast.command_line import parse
 from dpo_fast.training.plan import memory_by_part, unet_costs
 
 DEFAULT = ("sdxl-1024-lora", "turbo-512-lora", "sdxl-1024-full", "turbo-512-full")  # on a GPU, in this order

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from benchmarks.step.cases import CASES, RANK
 from benchmarks.step.plain import Seen
 from benchmarks.step.work import BETA, Settings
-from dpo_fast.config import parse
+from dpo_fast.command_line import parse
 from dpo_fast.parallel import Ranks
 from dpo_fast.training.run import Run, open_run
 from dpo_fast.training.trainer import Trainer

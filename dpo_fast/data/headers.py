@@ -13,7 +13,9 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+
+from dpo_fast.data.boxes import avif, jpeg_2000
+from dpo_fast.data.header import OPENED, Header, Refused, up
 
 PNG = b"\x89PNG\r\n\x1a\n"  # what a PNG begins with
 LEAST_BITS_A_BLOCK = 1  # of a JPEG: Huffman codes have a bit at least, and a block's DC coefficient takes one
@@ -22,27 +24,7 @@ MAX_SEGMENTS = 10_000  # of a JPEG's header; more than any writer's
 MAX_TEXT = 1 << 20  # bytes of a PNG's text that may hold an orientation, once it is inflated
 
 # Bytes a pixel of the peak of decoding to RGB, decoder and result together, as benchmarks/bombs.py measures it.
-OPENED = 8  # the decoded image, and its copy that is converted or turned
 WEBP = 24  # two canvases, the decoder's own picture, a string of the frame
-AVIF = 24  # planes of 16 bits, RGBA, a string of it
-LONGEST_SEQUENCE_HEADER = 512  # bytes of AV1's; 32 operating points of 44 bits, and more than what stands around them
-TILE_OF_JPEG2000 = 16 << 10  # bytes that OpenJPEG keeps of every tile
-
-
-class Refused(ValueError):
-    """An image that is not decoded at all, and why."""
-
-
-class Header(NamedTuple):
-    """What a file is before it is decoded."""
-
-    format: str  # as PIL calls it
-    width: int  # pixels, as stored
-    height: int
-    bytes: int  # of memory at the peak of decoding
-    coefficients: int  # bytes of these that draft decoding does not save: a JPEG's that comes in several scans
-    orientation: int  # EXIF's, 1 to 8; 1 also where PIL itself reads it (TIFF, AVIF)
-    data: bytes  # what PIL is given
 
 
 def read_header(data: bytes) -> Header:
@@ -130,7 +112,7 @@ def _jpeg(data: bytes) -> Header:
     if not factors or min(min(pair) for pair in factors) < 1:
         raise ValueError("the frame header is damaged")
     across, down = (max(pair[axis] for pair in factors) for axis in (0, 1))
-    blocks = _up(width, 8 * across) * _up(height, 8 * down) * sum(a * b for a, b in factors)
+    blocks = up(width, 8 * across) * up(height, 8 * down) * sum(a * b for a, b in factors)
     _check_jpeg(data, code, blocks, width, height)
     several = code in (0xC2, 0xC6, 0xCA, 0xCE) or first_scan[0] < count  # libjpeg then holds all coefficients
     coefficients = 128 * blocks if several else 0
@@ -309,168 +291,6 @@ def _directory(data: bytes, start: int, order: str, big: bool) -> tuple[dict[int
     return tags, total
 
 
-# ---- boxes: JPEG 2000, AVIF ------------------------------------------------------------------------------------------
-
-
-def _boxes(data: bytes, place: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """The boxes of ISO/IEC 14496-12 in a range: name, where the contents begin, where they end."""
-    end = min(end, len(data))
-    while place + 8 <= end:
-        size, name = struct.unpack_from(">I4s", data, place)
-        head = 8
-        if size == 1:
-            (size,), head = struct.unpack_from(">Q", data, place + 8), 16
-        stop = end if size == 0 else place + size
-        if size and size < head:
-            raise ValueError("a box is damaged")
-        yield name, place + head, min(stop, end)
-        place = stop
-
-
-def _jpeg_2000(data: bytes) -> Header:
-    width = height = 1
-    codestream = 0
-    if not data.startswith(b"\xff\x4f"):
-        for name, start, end in _boxes(data, 0, len(data)):
-            if name == b"jp2h":
-                for inner, at, _ in _boxes(data, start, end):
-                    if inner == b"ihdr":
-                        height, width = struct.unpack_from(">II", data, at)
-            elif name == b"jp2c":
-                codestream = start
-                break
-        else:
-            raise ValueError("no pixels: the file is cut off")
-    right, bottom, left, top, across, down, x, y, parts = struct.unpack_from(">8IH", data, codestream + 8)
-    width, height = max(width, right - left), max(height, bottom - top)
-    if not (across and down):
-        raise ValueError("its tiles have no size")
-    tiles = _up(max(right - x, 0), across) * _up(max(bottom - y, 0), down)
-    size = (OPENED + 6 * parts) * width * height + TILE_OF_JPEG2000 * tiles
-    return Header("JPEG2000", width, height, size, 0, 1, data)
-
-
-_TO_SAMPLES = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
-
-
-def _avif(data: bytes) -> Header:
-    sizes, coded = [(0, 0)], []
-    for name, start, end in _boxes(data, 0, len(data)):
-        if name == b"meta":
-            inner = {box: (at, stop) for box, at, stop in _boxes(data, start + 4, end)}
-            for at, stop in [inner[b"iprp"]] if b"iprp" in inner else []:
-                for _, a, b in _boxes(data, at, stop):
-                    sizes += [struct.unpack_from(">II", data, p + 4) for n, p, _ in _boxes(data, a, b) if n == b"ispe"]
-            if b"iloc" in inner:
-                coded += _items(data, inner[b"iloc"][0], inner.get(b"idat", (0, 0))[0])
-        elif name == b"moov":
-            coded += [data[place:] for place in _first_samples(data, start, end)]
-    if sum(map(len, coded)) > 2 * len(data):
-        raise Refused("has several items of the same bytes")
-    width, height = max(sizes, key=lambda size: size[0] * size[1])
-    return Header("AVIF", width, height, AVIF * max(width * height, sum(map(_coded_pixels, coded))), 0, 1, data)
-
-
-def _items(data: bytes, at: int, idat: int) -> Iterator[bytes]:
-    """The items of an `iloc` box, whose extents lie in the file or, counted from `idat`, in that box."""
-    version, sizes = data[at], struct.unpack_from(">H", data, at + 4)[0]
-    offset, length, base, index = sizes >> 12, sizes >> 8 & 15, sizes >> 4 & 15, sizes & 15 if version else 0
-    place = at + 6
-
-    def number(size: int) -> int:
-        nonlocal place
-        place += size
-        if place > len(data):
-            raise ValueError("the list of items is cut off")
-        return int.from_bytes(data[place - size : place], "big")
-
-    for _ in range(number(4 if version == 2 else 2)):
-        number(4 if version == 2 else 2)
-        inside = idat if version and number(2) & 15 == 1 else 0
-        number(2)
-        begin, parts = number(base) + inside, []
-        for _ in range(number(2)):
-            number(index)
-            start, size = begin + number(offset), number(length)
-            parts.append(data[start : start + size] if size else data[start:])
-            if sum(map(len, parts)) > len(data):
-                raise Refused("has an item of the same bytes several times")
-        yield b"".join(parts)
-
-
-def _first_samples(data: bytes, start: int, end: int) -> Iterator[int]:
-    """Where the first sample of each track begins."""
-    for name, at, stop in _boxes(data, start, end):
-        if name in _TO_SAMPLES:
-            yield from _first_samples(data, at, stop)
-        elif name in (b"stco", b"co64"):
-            yield struct.unpack_from(">I" if name == b"stco" else ">Q", data, at + 8)[0]
-
-
-def _coded_pixels(data: bytes) -> int:
-    """The most pixels of a frame that AV1's sequence headers in an item allow; 0: there is none."""
-    place = most = 0
-    while place + 1 < len(data):
-        kind, extended, sized = data[place] >> 3 & 15, data[place] & 4, data[place] & 2
-        place += 2 if extended else 1
-        size = len(data) - place
-        if sized:
-            size = shift = 0
-            while True:
-                size |= (data[place] & 127) << shift
-                shift, place = shift + 7, place + 1
-                if data[place - 1] < 128:
-                    break
-        if kind == 1:
-            most = max(most, _sequence_pixels(data[place : place + min(size, LONGEST_SEQUENCE_HEADER)]))
-        place += size
-    return most
-
-
-def _sequence_pixels(header: bytes) -> int:
-    """Width times height of AV1's sequence header (5.5.1 of its specification)."""
-    bits, place = int.from_bytes(header, "big"), 8 * len(header)
-
-    def read(count: int) -> int:
-        nonlocal place
-        place -= count
-        if place < 0:
-            raise ValueError("a sequence header is cut off")
-        return bits >> place & (1 << count) - 1
-
-    read(3 + 1)  # profile, still picture
-    if read(1):  # reduced header
-        read(5)
-    else:
-        delay = 0
-        model = False
-        if read(1):  # timing
-            read(64)
-            if read(1):  # equal intervals: a number in unary and binary
-                zeros = 0
-                while not read(1):
-                    zeros += 1
-                read(min(zeros, 32))
-            if model := bool(read(1)):
-                delay = read(5) + 1
-                read(32 + 5 + 5)
-        displayed = read(1)
-        for _ in range(read(5) + 1):
-            read(12)
-            if read(5) > 7:
-                read(1)
-            if model and read(1):
-                read(2 * delay + 1)
-            if displayed and read(1):
-                read(4)
-    across, down = read(4) + 1, read(4) + 1
-    return (read(across) + 1) * (read(down) + 1)
-
-
-def _up(length: int, step: int) -> int:
-    return -(-length // step)
-
-
 _READERS: list[tuple[Callable[[bytes], bool], Callable[[bytes], Header]]] = [
     (lambda data: data.startswith(b"\xff\xd8\xff"), _jpeg),
     (lambda data: data.startswith(PNG), _png),
@@ -479,6 +299,6 @@ _READERS: list[tuple[Callable[[bytes], bool], Callable[[bytes], Header]]] = [
     (lambda data: data[:4] == b"RIFF" and data[8:12] == b"WEBP", _webp),
     # PIL reads no BigTIFF of the order MM
     (lambda data: data[:2] in (b"II", b"MM") and data[2:4] in (b"\0*", b"*\0", b"+\0"), _tiff),
-    (lambda data: data.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n")), _jpeg_2000),
-    (lambda data: data[4:12] in (b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1"), _avif),
+    (lambda data: data.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n")), jpeg_2000),
+    (lambda data: data[4:12] in (b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1"), avif),
 ]

@@ -14,7 +14,8 @@ from PIL import Image
 
 from dpo_fast.data import colour
 from dpo_fast.data.budget import IN_FLIGHT, Budget
-from dpo_fast.data.headers import PNG, Header, Refused, orientation_of_exif, orientation_of_xmp, read_header
+from dpo_fast.data.header import Header, Refused
+from dpo_fast.data.headers import PNG, orientation_of_exif, orientation_of_xmp, read_header
 from dpo_fast.store import KEY_BYTES
 
 T = TypeVar("T")

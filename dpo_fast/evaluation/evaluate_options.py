@@ -8,7 +8,7 @@ from typing import Literal
 import tyro
 
 from dpo_fast.cli import one_line_errors
-from dpo_fast.config import refuse_empty
+from dpo_fast.command_line import refuse_empty
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation import generate_options
 from dpo_fast.evaluation.generate_options import GenerateConfig, gathered

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dpo_fast.config import TrainConfig, parse
+from dpo_fast.command_line import parse
+from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.evaluate_options import OF_GENERATION, EvaluateConfig, refuse_idle
 from dpo_fast.evaluation.generate_options import GenerateConfig, seeds_of

@@ -12,21 +12,10 @@ import torch
 import transformers
 from diffusers import (
     AutoencoderKL,
-    DDPMScheduler,
     DiffusionPipeline,
     UNet2DConditionModel,
 )
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import snapshot_download
 from packaging.version import Version
 from safetensors import safe_open
 from torch import nn
@@ -36,18 +25,22 @@ from dpo_fast.files import exists, regular_files
 from dpo_fast.hub_revisions import public_names, revision_of
 from dpo_fast.models.attention import set_attention
 from dpo_fast.models.family import Family
+from dpo_fast.models.kinds import (
+    check_scheduler,
+    header,
+    index,
+    is_sd2,
+    kind_of,
+    kind_of_file,
+    kind_of_folder,
+)
 from dpo_fast.models.load_errors import bad_input
 from dpo_fast.models.lora import WEIGHT_NAME
-from dpo_fast.models.marks import Marks, marks_of_file, marks_of_scheduler, refuse_edm, settled
-from dpo_fast.models.sd15 import SD15
-from dpo_fast.models.sdxl import SDXL
+from dpo_fast.models.marks import Marks, marks_of_file, marks_of_scheduler, reconcile
 from dpo_fast.models.source import ModelSource
-from dpo_fast.models.untrusted import INDEX, check_part, check_pipeline, check_weights, read_index
+from dpo_fast.models.untrusted import check_part, check_pipeline, check_weights
 from dpo_fast.quiet import no_loading_bars
-from dpo_fast.schedule import check_discrete
 
-# By the name of the pipeline class, which model_index.json holds.
-FAMILIES: dict[str, type[Family]] = {kind.pipeline_class.__name__: kind for kind in (SD15, SDXL)}
 _PICKLED = "check its files; pickled weights are not loaded, convert them with save_pretrained(folder)"
 # What diffusers would fetch of a VAE's repository.
 _WEIGHTS = "diffusion_pytorch_model"
@@ -94,19 +87,19 @@ def load_family(
     path, unet_dtype, hub = source.path, unet_dtype or dtype, source.hub()
     if path.endswith(_PICKLES):
         raise BadInput(f"{path} is a pickle, which could run code: convert it to .safetensors or to a diffusers folder")
-    kind, marks = _kind(path, source.turbo, hub), Marks()
+    kind, marks = kind_of(path, source.turbo, hub), Marks()
     prediction_type, vae_path = source.prediction_type, source.vae_path
     elsewhere = {"cache_dir": source.cache_dir, "token": source.token}  # of other repositories than the model's
     if path.endswith(".safetensors"):
         named = source.single_file_config
         config = None if named is None else _config_folder(named, hub)
-        scheduler = _check_scheduler(_config_source(path, config), {**elsewhere, "revision": None})
-        marks = marks_of_file(path, *_header(path), prediction_type)
+        scheduler = check_scheduler(_config_source(path, config), {**elsewhere, "revision": None})
+        marks = marks_of_file(path, *header(path), prediction_type)
         if prediction_type is None and marks.prediction_type is None:
             _check_sd2(path, scheduler)
         pipeline = _load_file(path, kind, dtype, unet_dtype, {"config": config, **elsewhere})
     else:
-        if vae_path is None and (part := _index(path, hub).get("vae")):
+        if vae_path is None and (part := index(path, hub).get("vae")):
             _check_vae({"_class_name": part[1]})
         pipeline = _load_folder(path, kind, dtype, unet_dtype, source.variant, hub, vae_path is None)
     if None in (pipeline.tokenizer, *(getattr(pipeline, part) for part in kind.text_encoders)):
@@ -118,7 +111,7 @@ def load_family(
     if pipeline.vae.config.force_upcast is False:
         pipeline.vae.to(dtype)
     scheduler = marks_of_scheduler(pipeline.scheduler.config)
-    prediction_type, zero_terminal_snr = settled(path, marks, scheduler, prediction_type, source.zero_terminal_snr)
+    prediction_type, zero_terminal_snr = reconcile(path, marks, scheduler, prediction_type, source.zero_terminal_snr)
     family = (kind.few_steps if source.turbo else kind)(
         pipeline,
         dtype=dtype,
@@ -154,7 +147,7 @@ def align_weights(pipeline: DiffusionPipeline) -> None:
 
 def family_of(source: ModelSource) -> type[Family]:
     """The class that `load_family` would give an instance of, without loading any weights; the same errors."""
-    kind = _kind(source.path, source.turbo, source.hub())
+    kind = kind_of(source.path, source.turbo, source.hub())
     return kind.few_steps if source.turbo else kind
 
 
@@ -167,97 +160,9 @@ def component_config(source: ModelSource, component: str) -> dict:
     if path.endswith(".safetensors"):
         path, hub["revision"] = _config_source(path, source.single_file_config), None
     else:
-        _kind_of_folder(path, hub)
+        kind_of_folder(path, hub)
     with bad_input(f"the {component} configuration of {path} cannot be read", "name a whole diffusers pipeline"):
         return UNet2DConditionModel.load_config(path, subfolder=component, **hub)
-
-
-def _kind(path: str, turbo: bool, hub: dict) -> type[Family]:
-    """The family, or the one that its few-step models are made from."""
-    if path.endswith(".safetensors"):
-        kind = _kind_of_file(path)
-    else:
-        kind = _kind_of_folder(path, hub)
-        _check_scheduler(path, hub)
-    if turbo and kind.few_steps is None:
-        raise BadInput(f"turbo is for SDXL pipelines, but {path} is a {kind.pipeline_class.__name__}: leave turbo out")
-    return kind
-
-
-def _kind_of_folder(path: str, hub: dict) -> type[Family]:
-    """The family by the pipeline class that model_index.json names; of a hub id only that file is fetched.
-
-    Raises BadInput for a pipeline whose files name code, as far as they are on this disk.
-    """
-    class_name = _index(path, hub)["_class_name"]
-    if class_name not in FAMILIES:
-        raise BadInput(f"{path} is a {class_name}; supported are {' and '.join(FAMILIES)}: use such a base model")
-    if exists(Path(path)) and Path(path).is_dir():
-        check_pipeline(Path(path))
-    return FAMILIES[class_name]
-
-
-def _index(path: str, hub: dict) -> dict[str, object]:
-    """The model_index.json of a folder or hub id, whose parts are of known classes."""
-    index = Path(path, INDEX)
-    if not exists(index) or not index.is_file():
-        if exists(Path(path)) and Path(path).is_dir():
-            raise BadInput(f"{path} has no {INDEX}: name the folder of a whole diffusers pipeline")
-        index = Path(_index_from_hub(path, hub))
-    return read_index(path, index)
-
-
-def _index_from_hub(path: str, hub: dict) -> str:
-    try:
-        return hf_hub_download(path, INDEX, **hub)
-    except HFValidationError as error:
-        raise BadInput(f"{path} is no folder, file or hub id (owner/name): check the spelling") from error
-    except GatedRepoError as error:
-        raise BadInput(f"{path} is gated: accept https://huggingface.co/{path}, then hf auth login") from error
-    except RepositoryNotFoundError as error:
-        raise BadInput(f"{path} is no folder and no model on the hub: check the spelling, or hf auth login") from error
-    except RevisionNotFoundError as error:
-        raise BadInput(f"{path} has no revision {hub['revision']!r}: see its branches on the hub") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:  # before EntryNotFoundError, its parent
-        raise BadInput(f"{path} is no folder and the hub cannot be reached: name a downloaded folder") from error
-    except EntryNotFoundError as error:
-        raise BadInput(f"{path} has no model_index.json on the hub: name a whole diffusers pipeline") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        raise BadInput(f"{path} could not be fetched from the hub (status {status}): try again later") from error
-
-
-def _kind_of_file(path: str) -> type[Family]:
-    """SD15 or SDXL, by the tensors named in the header of a .safetensors file."""
-    if not exists(Path(path)) or not Path(path).is_file():
-        raise BadInput(f"{path} is no file: check the path")
-    names, _ = _header(path)
-    first_layer = "model.diffusion_model.input_blocks.0.0.weight"
-    with bad_input(f"{path} cannot be loaded", "copy it again"), safe_open(path, framework="pt") as file:
-        channels = file.get_slice(first_layer).get_shape()[1] if first_layer in names else None
-    refuse_edm(path, names)
-
-    def has(prefix: str) -> bool:
-        return any(name.startswith(prefix) for name in names)
-
-    if any("lora" in name for name in names):
-        raise BadInput(f"{path} is a LoRA, not a model: name the base model, and this file as init_lora")
-    if channels not in (None, 4):
-        raise BadInput(f"{path} has a UNet of {channels} input channels, inpainting or editing: use its base model")
-    if channels and has("conditioner.embedders.0.transformer.") and has("conditioner.embedders.1.model."):
-        return SDXL
-    if channels and has("cond_stage_model."):
-        return SD15
-    raise BadInput(
-        f"{path} is not a whole Stable Diffusion 1.x, 2.x or SDXL base model (its first tensor is "
-        f"{min(names, default='missing')}): name such a file, or a diffusers folder"
-    )
-
-
-def _header(path: str) -> tuple[list[str], dict[str, str]]:
-    """The names of the tensors in a .safetensors file, and its metadata."""
-    with bad_input(f"{path} cannot be loaded", "copy it again"), safe_open(path, framework="pt") as file:
-        return list(file.keys()), file.metadata() or {}
 
 
 def _config_source(path: str, single_file_config: str | Path | None) -> str:
@@ -267,8 +172,8 @@ def _config_source(path: str, single_file_config: str | Path | None) -> str:
     """
     if single_file_config is not None:
         return str(single_file_config)
-    kind = _kind_of_file(path)
-    if _is_sd2(_header(path)[0]):
+    kind = kind_of_file(path)
+    if is_sd2(header(path)[0]):
         raise BadInput(
             f"{path} is a Stable Diffusion 2.x model, whose file does not say its prediction type and size: name the"
             " folder or hub id of its diffusers pipeline as single_file_config"
@@ -282,25 +187,12 @@ def _config_folder(path: str, hub: dict) -> str:
     Raises BadInput for one that cannot be found, and for one whose files name code.
     """
     hub = {**hub, "revision": None}
-    _kind_of_folder(path, hub)
+    kind_of_folder(path, hub)
     if not Path(path).is_dir():
         with bad_input(f"the configuration of {path} cannot be fetched", "name a downloaded folder"):
             path = snapshot_download(path, allow_patterns=["*.json", "*.txt"], **hub)
         check_pipeline(Path(path))
     return path
-
-
-def _check_scheduler(path: str, hub: dict) -> dict:
-    """The config of the scheduler of a folder or hub id; empty where it cannot be read, of which loading says more.
-
-    Raises BadInput for a scheduler of another kind of training, before any weights are fetched or read.
-    """
-    try:
-        config = DDPMScheduler.load_config(path, subfolder="scheduler", **hub)
-    except (OSError, ValueError, RecursionError):  # the last: JSON that is nested too deeply
-        return {}
-    check_discrete(config)
-    return config
 
 
 def _check_sd2(path: str, scheduler: dict) -> None:
@@ -309,8 +201,8 @@ def _check_sd2(path: str, scheduler: dict) -> None:
     Finetuning to v-prediction at 768 pixels left the biases of the last norms wider apart than 2-base has them, 0.09
     and more: that is how ComfyUI tells the two apart.
     """
-    names, name = _header(path)[0], "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
-    if not _is_sd2(names) or name not in names or not scheduler:
+    names, name = header(path)[0], "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    if not is_sd2(names) or name not in names or not scheduler:
         return
     with bad_input(f"{path} cannot be loaded", "copy it again"), safe_open(path, framework="pt") as file:
         looks = "v_prediction" if file.get_tensor(name).float().std(correction=0) > 0.09 else "epsilon"
@@ -320,10 +212,6 @@ def _check_sd2(path: str, scheduler: dict) -> None:
             f"{path} looks as if it was trained with {looks}, but the scheduler of its configuration says {says}: say"
             " which with --prediction_type"
         )
-
-
-def _is_sd2(names: list[str]) -> bool:
-    return any(name.startswith("cond_stage_model.model.") for name in names)  # OpenCLIP
 
 
 def _load_folder(
@@ -361,7 +249,7 @@ def _check_names(folder: Path, text_encoder: nn.Module | None) -> None:
     if not hasattr(text_encoder, "text_model"):
         return
     for file in folder.glob("*.safetensors"):
-        names += _header(str(file))[0]
+        names += header(str(file))[0]
     if not any(name.startswith(prefix) for name in names):
         raise BadInput(
             f"{folder} was saved by transformers 5.6 or newer, and {transformers.__version__} does not know its tensors"
@@ -408,7 +296,7 @@ def _load_file(
         pipeline = kind.pipeline_class.from_single_file(
             path, unet=unet, vae=vae, **{_DTYPE: dtype}, **kind.unused_parts, **where
         )
-        if len(kind.text_encoders) > 1 and _CONVERTERS_PROJECTION in _header(path)[0]:
+        if len(kind.text_encoders) > 1 and _CONVERTERS_PROJECTION in header(path)[0]:
             with safe_open(path, framework="pt") as file:
                 weight = file.get_tensor(_CONVERTERS_PROJECTION).to(dtype)
             if weight.shape != pipeline.text_encoder_2.text_projection.weight.shape:

@@ -84,7 +84,7 @@ def marks_of_scheduler(config: Mapping) -> Marks:
     )
 
 
-def settled(
+def reconcile(
     path: str, marks: Marks, scheduler: Marks, prediction_type: str | None, zero_terminal_snr: str
 ) -> tuple[str | None, str]:
     """The flags `prediction_type` and `zero_terminal_snr` with the marks filled in where a flag leaves it open.

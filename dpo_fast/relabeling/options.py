@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from dpo_fast.cli import one_line_errors
-from dpo_fast.config import refuse_empty
+from dpo_fast.command_line import refuse_empty
 from dpo_fast.errors import BadInput
 from dpo_fast.files import user_path
 

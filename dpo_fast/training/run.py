@@ -10,7 +10,6 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ import torch
 from dpo_fast import output_folder
 from dpo_fast.caching import build, score_reference
 from dpo_fast.caching.needed import NeededRows
-from dpo_fast.caching.score_reference import AllReferenceErrors, PairsOf, ReferenceErrors, Scoring, StartCheck
+from dpo_fast.caching.score_reference import ReferenceErrors, StartCheck
 from dpo_fast.config import TrainConfig, public, to_yaml
 from dpo_fast.data import (
     BadRow,
@@ -28,41 +27,31 @@ from dpo_fast.data import (
     PairSets,
     StreamedPairs,
 )
-from dpo_fast.data.stream import VALIDATION_DRAWS
 from dpo_fast.errors import BadInput
 from dpo_fast.forward import AdapterOff, CachedErrors, FrozenCopy, NoReference, Reference
 from dpo_fast.kernels import dispatch
 from dpo_fast.models import (
-    COMPUTE_DTYPES,
     Family,
     add_lora,
     check_compiler,
     compile_unet,
-    load_family,
-    merge_lora,
     nonfinite_tensors,
     not_compiled,
     recompute_activations,
     reference_recipe_facts,
 )
-from dpo_fast.models.family import check_resolution, timesteps_within
 from dpo_fast.models.fingerprints import unet_digest
 from dpo_fast.models.sampling import base_samples
-from dpo_fast.models.source import base_of
 from dpo_fast.objectives import find_objective
 from dpo_fast.parallel import Ranks
 from dpo_fast.training import checkpoint, hub, run_folder
 from dpo_fast.training.batches import (
     RunPairs,
-    held_out_transform,
     most_visits,
     needed_rows,
     needed_rows_of_stream,
     open_batches,
     open_pairs,
-    source_of,
-    train_stream,
-    transform_of,
 )
 from dpo_fast.training.metrics import Extent
 from dpo_fast.training.optim import MasterOptimizer
@@ -76,6 +65,7 @@ from dpo_fast.training.resume import (
     refuse_changes,
     saved_state,
 )
+from dpo_fast.training.work_ahead import check_scored, fill_cache, load_model, score_reference_errors
 
 # Counts of `Run.sets` that a stream finds out while it is read, and a checkpoint keeps.
 COUNTS = ("rows", "ties_dropped", "unlabelled")
@@ -135,7 +125,7 @@ def open_run(config: TrainConfig, ranks: Ranks) -> Run:
 
 def _open(config: TrainConfig, ranks: Ranks) -> Run:
     _check_backend(config, ranks)
-    _check_scored(config)
+    check_scored(config)
     if config.compile != "off":
         check_compiler(ranks.device)
     resuming = config.resume_from_checkpoint is not None
@@ -161,7 +151,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
         ranks.on_main(lambda: hub.check_login(config.hub_token))  # found out now, not after the training
 
     pairs = open_pairs(config, ranks, config.output_dir / output_folder.BAD_ROWS)
-    config, family = _load_model(config, ranks)
+    config, family = load_model(config, ranks)
     if config.max_train_steps is None:
         steps = len(pairs.sets.train) * config.num_train_epochs // config.pairs_per_step
         config = replace(config, max_train_steps=max(1, steps))
@@ -184,7 +174,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     trains = step < config.max_train_steps  # else only the result is to be written
     cached = None
     if config.cache and trains:
-        cached = _fill_cache(config, ranks, pairs, needed_rows(config, pairs), family, waiting=logger.warning)
+        cached = fill_cache(config, ranks, pairs, needed_rows(config, pairs), family, waiting=logger.warning)
     captions_cut = _known_cut_captions(config, saved)
     if captions_cut is None:
         captions_cut = ranks.from_main(lambda: _count_cut_captions(config, pairs, family))
@@ -193,7 +183,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     scored = None
     if model and trains:
         with not_compiled():  # of other batch shapes than training's
-            scored = _score(config, ranks, pairs, cached, family, model)  # while the policy is the base
+            scored = score_reference_errors(config, ranks, pairs, cached, family, model)  # while the policy is the base
     batches, sets, validation, prompts = open_batches(config, ranks, pairs, cached, scored, family, step)
     if saved:
         if config.run_validation and trains:
@@ -257,18 +247,6 @@ def _check_backend(config: TrainConfig, ranks: Ranks) -> None:
         raise BadInput(f"--backend {config.backend}: {error}") from error
 
 
-def _fill_cache(
-    config: TrainConfig, ranks: Ranks, pairs: RunPairs, wanted: NeededRows, family: Family, **how: object
-) -> build.Cached:
-    """Encode what is missing; from then on the pairs come from the cache. `how`: keywords of `build.fill`."""
-    reopen = partial(source_of, config)
-    cached = build.fill(config, ranks, pairs.source, pairs.manifest, wanted, family, reopen=reopen, **how)
-    if config.streaming:
-        pairs.manifest.reload()
-        pairs.source = pairs.manifest.stream()
-    return cached
-
-
 def build_cache(config: TrainConfig, ranks: Ranks) -> build.Counts:
     """Encode what the run that `config` describes will need; without a seed, all of its pairs.
 
@@ -279,7 +257,7 @@ def build_cache(config: TrainConfig, ranks: Ranks) -> build.Counts:
     if everything:
         config = replace(config, seed=0, validation_fraction=0.0)
     pairs = open_pairs(config, ranks, None)
-    config, family = _load_model(config, ranks)
+    config, family = load_model(config, ranks)
     if pairs.sets is None:
         wanted = needed_rows_of_stream(config)
     elif everything or config.max_train_steps is None:
@@ -287,7 +265,7 @@ def build_cache(config: TrainConfig, ranks: Ranks) -> build.Counts:
         wanted = NeededRows(rows=sorted(rows.tolist()))
     else:
         wanted = needed_rows(config, pairs)
-    return _fill_cache(config, ranks, pairs, wanted, family, repair=True).counts
+    return fill_cache(config, ranks, pairs, wanted, family, repair=True).counts
 
 
 def build_reference(config: TrainConfig, ranks: Ranks) -> ReferenceErrors:
@@ -297,13 +275,13 @@ def build_reference(config: TrainConfig, ranks: Ranks) -> ReferenceErrors:
     calls this. Raises BadInput as `open_run`.
     """
     config = settle(config, ranks)
-    _check_scored(config)
+    check_scored(config)
     if config.cached_reference is None:
         raise BadInput("reference needs --draws K: how many times each pair is drawn")
     if config.seed is None:
         raise BadInput("reference needs --seed: the noise of a pair follows from it")
     pairs = open_pairs(config, ranks, None)
-    config, family = _load_model(config, ranks)
+    config, family = load_model(config, ranks)
     model = reference_recipe_facts(family)
     # as training holds it: requires_grad too changes how torch rounds
     family.unet.requires_grad_(config.tuning == "full").to(family.dtype)
@@ -312,9 +290,9 @@ def build_reference(config: TrainConfig, ranks: Ranks) -> ReferenceErrors:
     else:
         rows = torch.cat([pairs.sets.train.pair_id, pairs.sets.validation.pair_id])
         wanted = NeededRows(rows=sorted(rows.tolist()))
-    cached = _fill_cache(config, ranks, pairs, wanted, family, repair=True)
+    cached = fill_cache(config, ranks, pairs, wanted, family, repair=True)
     family.free_encoders(keep=False)
-    return _score(config, ranks, pairs, cached, family, model, repair=True, everything=True).train
+    return score_reference_errors(config, ranks, pairs, cached, family, model, repair=True, everything=True).train
 
 
 def _known_cut_captions(config: TrainConfig, saved: dict | None) -> int | None:
@@ -350,31 +328,6 @@ def _captions_of(index: PairIndex) -> Iterator[tuple[int, str]]:
     return zip(index.pair_id.tolist(), index.captions, strict=True)
 
 
-def _load_model(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, Family]:
-    """The model, and the configuration with its resolution where none was given."""
-    dtype = COMPUTE_DTYPES[config.mixed_precision]
-    family = load_family(
-        base_of(config),
-        dtype=dtype,
-        unet_dtype=torch.float32 if config.tuning == "full" else dtype,  # masters begin at the fp32 weights
-        device=ranks.device,
-    )
-    config = replace(config, resolution=config.resolution or family.default_resolution)
-    check_resolution(config.resolution, family.resolution_multiple, config.pretrained_model_name_or_path)
-    if config.time_ids == "real" and not family.needs_time_ids:
-        raise BadInput(f"--time_ids real is for SDXL: {family.name} has no size conditioning; leave it out")
-    family.timesteps = timesteps_within(family, config.min_timestep, config.max_timestep)
-    if config.init_lora:
-        merge_lora(family.pipeline, config.init_lora, cache_dir=config.cache_dir, token=config.hub_token)
-    if config.proportion_empty_prompts and any(map(_not_finite, family.empty_prompt().values())):
-        raise family.text_not_finite("--proportion_empty_prompts: the empty caption")
-    return config, family
-
-
-def _not_finite(tensor: torch.Tensor) -> bool:
-    return not bool(tensor.isfinite().all())
-
-
 def make_trainable(config: TrainConfig, ranks: Ranks, family: Family) -> tuple[MasterOptimizer, Reference]:
     """Adapters or the whole UNet with fp32 masters, and the reference, in the order that makes the first margin 0."""
     unet = family.unet
@@ -400,64 +353,6 @@ def _restore(masters: MasterOptimizer, kl: torch.Tensor, files: dict, saved: dic
     """Load a checkpoint's state."""
     kl.copy_(files["counters"]["kl"])
     masters.load_state(files, saved["optimizer_values"])
-
-
-def _score(
-    config: TrainConfig,
-    ranks: Ranks,
-    pairs: RunPairs,
-    cached: build.Cached,
-    family: Family,
-    model: dict,
-    *,
-    repair: bool = False,
-    everything: bool = False,  # all pairs at all draws, and no comparison with the policy
-) -> AllReferenceErrors:
-    """Compute what is missing of the reference's errors; the UNet holds the reference's weights."""
-    rows = _scored_rows(config, pairs, everything)
-    draws = config.cached_reference
-    if not everything:
-        visits = most_visits(config, len(rows[0]), config.max_train_steps)
-        if ranks.is_main:
-            _advise_draws(draws, len(rows[0]), visits)
-        draws = min(draws, visits)
-    transform = transform_of(config, family)
-    work = Scoring(config, ranks, family, model, cached, transform, rows, draws)
-    waiting = None if everything else logger.warning
-    train, validation = work.fill(repair=repair, waiting=waiting), None
-    start = None if everything else work.check_start(train)
-    if pairs.sets is not None and len(pairs.sets.validation) and config.run_validation:
-        held_out = pairs.sets.validation
-        rows = score_reference.pairs_of_table(pairs.source, held_out, held_out.pair_id.tolist())
-        work = Scoring(config, ranks, family, model, cached, held_out_transform(transform), rows, VALIDATION_DRAWS)
-        validation = work.fill(repair=repair, waiting=waiting)
-    return AllReferenceErrors(train, validation, start)
-
-
-def _scored_rows(config: TrainConfig, pairs: RunPairs, everything: bool) -> PairsOf:
-    """The pairs that training visits; with `everything` all, as far as it is known how many that is."""
-    if pairs.sets is None:
-        return score_reference.pairs_of_stream(config, pairs.manifest, needed_rows_of_stream(config))
-    train = pairs.sets.train
-    whole = everything and config.max_train_steps is None
-    visited = train.pair_id if whole else train_stream(config, train).visited(config.max_train_steps)
-    return score_reference.pairs_of_table(pairs.source, train, visited.tolist())
-
-
-def _advise_draws(draws: int, pairs: int, visits: int) -> None:
-    enough = -(-visits // 2)  # measured: docs/reference_cache.md
-    if draws < enough and pairs < 10_000:
-        logger.warning(
-            "--cached_reference %d: %d pairs are visited up to %d times each, at the same noises and timesteps again"
-            " and again; so few pairs want at least %d draws, and with %d no draw recurs",
-            *(draws, pairs, visits, enough, visits),
-        )
-
-
-def _check_scored(config: TrainConfig) -> None:
-    objective = find_objective(config.objective)  # imports one of the user's own
-    if config.cached_reference and not objective.needs_reference:
-        raise BadInput(f"--cached_reference: --objective {config.objective} has no reference; leave it out")
 
 
 def _check_draws(config: TrainConfig, pairs: RunPairs, saved: dict) -> None:

@@ -12,7 +12,7 @@ from benchmarks import rehearsal
 from benchmarks.rehearsal import GIB, checks_of, dry_run, flags, measured
 from benchmarks.rehearsal_parts import make, policy, read
 from benchmarks.step.cases import CASES
-from dpo_fast.config import parse
+from dpo_fast.command_line import parse
 from dpo_fast.train import main
 from dpo_fast.training.plan import plan
 from tests.benchmarks import tiny

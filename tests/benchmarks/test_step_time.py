@@ -25,7 +25,7 @@ from benchmarks.step.tuned import Tuned
 from benchmarks.step.work import PROOF_STEPS, Settings, Work, decoded
 from benchmarks.step.worker import Failed
 from benchmarks.step_time import executed, main
-from dpo_fast.config import parse
+from dpo_fast.command_line import parse
 from dpo_fast.data.images import scaled, to_pixels
 from dpo_fast.training.plan import memory_by_part, unet_costs
 from tests.benchmarks import tiny

@@ -316,7 +316,7 @@ def test_random_crops_are_not_cached(sdxl_path, pairs, tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["sd15_path", pytest.param("sdxl_path", marks=pytest.mark.exhaustive)])
 def test_the_disk_it_takes_is_what_is_predicted(kind, tmp_path, request):
     """What the plan says of an image and a prompt, against the files."""
-    from dpo_fast.config import parse
+    from dpo_fast.command_line import parse
     from dpo_fast.training.plan import plan
 
     model, n = request.getfixturevalue(kind), 64

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import bombs
-from dpo_fast.data import budget, colour, headers, images
+from dpo_fast.data import boxes, budget, colour, images
 from dpo_fast.data.budget import UNIT, Budget
 from dpo_fast.data.headers import orientation_of_exif, read_header
 from dpo_fast.data.images import BadImage, decode, scaled
@@ -88,7 +88,7 @@ def test_headers_know_the_size(kind, seed):
         assert (header.format, header.width, header.height) == (kind, *size)
     if kind == "AVIF":
         frames = as_file(image, kind, save_all=True, append_images=[Image.new("RGB", size)])
-        assert read_header(frames).bytes >= headers.AVIF * 64 * 200 and decode(frames).size == size
+        assert read_header(frames).bytes >= boxes.AVIF * 64 * 200 and decode(frames).size == size
 
 
 def test_several_scans_are_counted_and_draft_does_not_save_them():

@@ -18,7 +18,7 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save, save_file
 
-from dpo_fast import config, hub_revisions, output_folder, store
+from dpo_fast import command_line, config, hub_revisions, output_folder, store
 from dpo_fast.caching import ref_errors, upkeep
 from dpo_fast.caching.manifest import Manifest
 from dpo_fast.caching.reader import CachedItems
@@ -39,6 +39,7 @@ from dpo_fast.errors import BadInput
 from dpo_fast.evaluation import generation
 from dpo_fast.evaluation.prompts import read_lines, read_prompts
 from dpo_fast.models import load, merging
+from dpo_fast.models.kinds import header
 from dpo_fast.models.marks import marks_of_file
 from dpo_fast.models.source import ModelSource
 from dpo_fast.relabeling import labels
@@ -317,7 +318,7 @@ def _read_run(folder: Path, changed: Iterable[str]) -> None:
         with refused(BadInput, FileNotFoundError):
             metrics.kept_lines(folder / "metrics.jsonl", 2, extent)
     with refused(BadInput):
-        config._recipe_flags(folder / "config.yaml")
+        command_line._recipe_flags(folder / "config.yaml")
     run_folder.check_result(folder)
 
 
@@ -387,11 +388,11 @@ def _write_recipe(folder: Path) -> None:
 
 
 def _read_recipe(folder: Path, changed: Iterable[str]) -> None:
-    config._recipe_flags(folder / "recipe.yaml")
+    command_line._recipe_flags(folder / "recipe.yaml")
 
 
 def _parse_recipe(folder: Path, changed: Iterable[str]) -> None:
-    config.parse(["--config", str(folder / "recipe.yaml")])
+    command_line.parse(["--config", str(folder / "recipe.yaml")])
 
 
 # ---- models ------------------------------------------------------------------------------------------------------
@@ -422,7 +423,7 @@ def _read_single_files(folder: Path, changed: Iterable[str]) -> None:
         with refused(BadInput):
             load._config_source(path, "sd2" if name.startswith("sd2") else None)
         with refused(BadInput):
-            marks_of_file(path, *load._header(path), None)
+            marks_of_file(path, *header(path), None)
         with refused(BadInput):
             load._check_sd2(path, {"prediction_type": "epsilon"})
 

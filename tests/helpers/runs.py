@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_fast import parallel
-from dpo_fast.config import parse
+from dpo_fast.command_line import parse
 from dpo_fast.train import main
 from dpo_fast.training.run import Run, open_run
 

@@ -99,7 +99,10 @@ def test_a_gradient_in_half_precision_is_rounded_once(dtype, backend, seed):
     (exact,) = torch.autograd.grad(naive(p64, inputs.ref, inputs.target, 100.0, label, None, torch.float64)[0], p64)
     info = torch.finfo(dtype)
     half_ulp = info.eps / 2 * exact.abs().clamp(min=info.smallest_normal)  # at most: an ulp is eps times a power of two
-    assert ((grad.double() - exact).abs() <= half_ulp + 1e-5 * exact.abs().max(1, keepdim=True).values).all()
+    # the two terms of a soft label nearly cancel: float32 rounds each of them, and they are at most this large
+    residual = (p64.detach().unflatten(0, (-1, len(inputs.target))) - inputs.target.double()).flatten(0, 1)
+    terms = 100.0 / (3 * residual[0].numel()) * residual.abs()
+    assert ((grad.double() - exact).abs() <= half_ulp + 4 * torch.finfo(torch.float32).eps * terms).all()
 
 
 def test_labels(backend, seed):

@@ -14,7 +14,7 @@ from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
 from dpo_fast.errors import BadInput
-from dpo_fast.models import load
+from dpo_fast.models import kinds, load
 from dpo_fast.models.sdxl import SDXL
 from tests.helpers.pipelines import load_model, make_sd15, make_sdxl
 from tests.helpers.runs import ROOT
@@ -337,13 +337,13 @@ def test_hub_errors(monkeypatch, error, match):
     def fail(*args, **kwargs):
         raise error("several\nlines", response=response)
 
-    monkeypatch.setattr(load, "hf_hub_download", fail)
+    monkeypatch.setattr(kinds, "hf_hub_download", fail)
     refused(match, "owner/name", revision="v9")
 
 
 def test_hub_model_of_another_class_is_refused_before_its_download(monkeypatch, tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    monkeypatch.setattr(load, "hf_hub_download", lambda *args, **kwargs: str(tmp_path / "model_index.json"))
+    monkeypatch.setattr(kinds, "hf_hub_download", lambda *args, **kwargs: str(tmp_path / "model_index.json"))
     monkeypatch.setattr(load, "DiffusionPipeline", SimpleNamespace())  # any use fails
     refused("owner/name is a FluxPipeline", "owner/name")
 
@@ -355,7 +355,7 @@ def test_hub_model_is_loaded_from_where_it_was_downloaded(monkeypatch, sd15_path
         asked.update(kwargs, path=path)
         return str(sd15_path)
 
-    monkeypatch.setattr(load, "hf_hub_download", lambda *args, **kwargs: str(sd15_path / "model_index.json"))
+    monkeypatch.setattr(kinds, "hf_hub_download", lambda *args, **kwargs: str(sd15_path / "model_index.json"))
     monkeypatch.setattr(load.DiffusionPipeline, "download", download)
     family = load_model("owner/name", revision="v1", token="secret", cache_dir="there", **FP32)
     assert family.name == "sd15"
@@ -420,7 +420,7 @@ def test_weights_lie_where_torch_puts_them(sdxl_path, monkeypatch):
                 parameter.data = room[8:].view(parameter.dtype).view_as(parameter).copy_(values[name])
             super().__init__(pipeline, **settings)
 
-    monkeypatch.setitem(load.FAMILIES, "StableDiffusionXLPipeline", Askew)
+    monkeypatch.setitem(kinds.FAMILIES, "StableDiffusionXLPipeline", Askew)
     family = load_model(sdxl_path, **FP32)
     for name, parameter in family.pipeline.text_encoder_2.named_parameters():
         assert parameter.data_ptr() % load.ALIGNMENT == 0 and torch.equal(parameter, values[name])

@@ -6,7 +6,7 @@ import pytest
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from dpo_fast.models import load
+from dpo_fast.models import kinds
 from dpo_fast.models.family import Conditioning
 from dpo_fast.models.sd15 import SD15
 from tests.helpers.pipelines import make_sd15
@@ -33,7 +33,7 @@ class Other(SD15):
 @pytest.fixture
 def other(tmp_path, monkeypatch):
     """The folder of a model of the new family, which is known within the test."""
-    monkeypatch.setitem(load.FAMILIES, "OtherPipeline", Other)
+    monkeypatch.setitem(kinds.FAMILIES, "OtherPipeline", Other)
     folder = make_sd15(tmp_path / "other")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "OtherPipeline"}))

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dpo_fast import parallel
-from dpo_fast.config import parse
+from dpo_fast.command_line import parse
 from dpo_fast.kernels import dpo_loss, noise_pair
 from dpo_fast.models import set_attention
 from dpo_fast.models.attention import OrderedAttention

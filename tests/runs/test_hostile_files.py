@@ -14,7 +14,7 @@ from dpo_fast import cli, hub_revisions, parallel
 from dpo_fast.caching.manifest import Manifest
 from dpo_fast.caching.upkeep import verify
 from dpo_fast.checksums import Damaged, delete_damaged, file_digest, signed, signed_text, write_signed_json
-from dpo_fast.config import parse
+from dpo_fast.command_line import parse
 from dpo_fast.data import build_index
 from dpo_fast.data.relabelled import check_labels
 from dpo_fast.errors import BadInput, Unresponsive

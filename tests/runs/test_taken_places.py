@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dpo_fast import cache, evaluate, generate, output_folder, relabel, scorers, sweep, train
-from dpo_fast.config import parse
+from dpo_fast.command_line import parse
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.prompts import read_lines, read_prompts
 from dpo_fast.locks import hold_file

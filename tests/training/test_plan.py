@@ -6,7 +6,7 @@ import pytest
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
-from dpo_fast.config import parse
+from dpo_fast.command_line import parse
 from dpo_fast.errors import BadInput
 from dpo_fast.train import main
 from dpo_fast.training.plan import plan, unet_costs

@@ -1,0 +1,135 @@
+"""Which family a model is of, told by its own files: a hub id, a diffusers folder or a single .safetensors file."""
+
+from pathlib import Path
+
+from diffusers import DDPMScheduler
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import safe_open
+
+from dpo_fast.errors import BadInput
+from dpo_fast.files import exists
+from dpo_fast.models.family import Family
+from dpo_fast.models.load_errors import bad_input
+from dpo_fast.models.marks import refuse_edm
+from dpo_fast.models.sd15 import SD15
+from dpo_fast.models.sdxl import SDXL
+from dpo_fast.models.untrusted import INDEX, check_pipeline, read_index
+from dpo_fast.schedule import check_discrete
+
+# By the name of the pipeline class, which model_index.json holds.
+FAMILIES: dict[str, type[Family]] = {kind.pipeline_class.__name__: kind for kind in (SD15, SDXL)}
+
+
+def kind_of(path: str, turbo: bool, hub: dict) -> type[Family]:
+    """The family, or the one that its few-step models are made from."""
+    if path.endswith(".safetensors"):
+        kind = kind_of_file(path)
+    else:
+        kind = kind_of_folder(path, hub)
+        check_scheduler(path, hub)
+    if turbo and kind.few_steps is None:
+        raise BadInput(f"turbo is for SDXL pipelines, but {path} is a {kind.pipeline_class.__name__}: leave turbo out")
+    return kind
+
+
+def kind_of_folder(path: str, hub: dict) -> type[Family]:
+    """The family by the pipeline class that model_index.json names; of a hub id only that file is fetched.
+
+    Raises BadInput for a pipeline whose files name code, as far as they are on this disk.
+    """
+    class_name = index(path, hub)["_class_name"]
+    if class_name not in FAMILIES:
+        raise BadInput(f"{path} is a {class_name}; supported are {' and '.join(FAMILIES)}: use such a base model")
+    if exists(Path(path)) and Path(path).is_dir():
+        check_pipeline(Path(path))
+    return FAMILIES[class_name]
+
+
+def index(path: str, hub: dict) -> dict[str, object]:
+    """The model_index.json of a folder or hub id, whose parts are of known classes."""
+    index = Path(path, INDEX)
+    if not exists(index) or not index.is_file():
+        if exists(Path(path)) and Path(path).is_dir():
+            raise BadInput(f"{path} has no {INDEX}: name the folder of a whole diffusers pipeline")
+        index = Path(_index_from_hub(path, hub))
+    return read_index(path, index)
+
+
+def _index_from_hub(path: str, hub: dict) -> str:
+    try:
+        return hf_hub_download(path, INDEX, **hub)
+    except HFValidationError as error:
+        raise BadInput(f"{path} is no folder, file or hub id (owner/name): check the spelling") from error
+    except GatedRepoError as error:
+        raise BadInput(f"{path} is gated: accept https://huggingface.co/{path}, then hf auth login") from error
+    except RepositoryNotFoundError as error:
+        raise BadInput(f"{path} is no folder and no model on the hub: check the spelling, or hf auth login") from error
+    except RevisionNotFoundError as error:
+        raise BadInput(f"{path} has no revision {hub['revision']!r}: see its branches on the hub") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:  # before EntryNotFoundError, its parent
+        raise BadInput(f"{path} is no folder and the hub cannot be reached: name a downloaded folder") from error
+    except EntryNotFoundError as error:
+        raise BadInput(f"{path} has no model_index.json on the hub: name a whole diffusers pipeline") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        raise BadInput(f"{path} could not be fetched from the hub (status {status}): try again later") from error
+
+
+def kind_of_file(path: str) -> type[Family]:
+    """SD15 or SDXL, by the tensors named in the header of a .safetensors file."""
+    if not exists(Path(path)) or not Path(path).is_file():
+        raise BadInput(f"{path} is no file: check the path")
+    names, _ = header(path)
+    first_layer = "model.diffusion_model.input_blocks.0.0.weight"
+    with bad_input(f"{path} cannot be loaded", "copy it again"), safe_open(path, framework="pt") as file:
+        channels = file.get_slice(first_layer).get_shape()[1] if first_layer in names else None
+    refuse_edm(path, names)
+
+    def has(prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in names)
+
+    if any("lora" in name for name in names):
+        raise BadInput(f"{path} is a LoRA, not a model: name the base model, and this file as init_lora")
+    if channels not in (None, 4):
+        raise BadInput(f"{path} has a UNet of {channels} input channels, inpainting or editing: use its base model")
+    if channels and has("conditioner.embedders.0.transformer.") and has("conditioner.embedders.1.model."):
+        return SDXL
+    if channels and has("cond_stage_model."):
+        return SD15
+    raise BadInput(
+        f"{path} is not a whole Stable Diffusion 1.x, 2.x or SDXL base model (its first tensor is "
+        f"{min(names, default='missing')}): name such a file, or a diffusers folder"
+    )
+
+
+def header(path: str) -> tuple[list[str], dict[str, str]]:
+    """The names of the tensors in a .safetensors file, and its metadata."""
+    with bad_input(f"{path} cannot be loaded", "copy it again"), safe_open(path, framework="pt") as file:
+        return list(file.keys()), file.metadata() or {}
+
+
+def is_sd2(names: list[str]) -> bool:
+    return any(name.startswith("cond_stage_model.model.") for name in names)  # OpenCLIP
+
+
+def check_scheduler(path: str, hub: dict) -> dict:
+    """The config of the scheduler of a folder or hub id; empty where it cannot be read, of which loading says more.
+
+    Raises BadInput for a scheduler of another kind of training, before any weights are fetched or read.
+    """
+    try:
+        config = DDPMScheduler.load_config(path, subfolder="scheduler", **hub)
+    except (OSError, ValueError, RecursionError):  # the last: JSON that is nested too deeply
+        return {}
+    check_discrete(config)
+    return config
