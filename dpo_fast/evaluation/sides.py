@@ -142,8 +142,6 @@ def is_images(path: str) -> bool:
 
 def sides_of(config: EvaluateConfig) -> tuple[dict[str, ModelSource], tuple[Side, Side]]:
     """The models to generate from, with their settings filled in; and base and policy."""
-    pass
-    pass
 
     policy, baseline = config.policy, config.baseline
     if not (is_run(policy) or baseline not in (None, "base")):
@@ -174,7 +172,6 @@ def comparison_of(
     config: EvaluateConfig, run: TrainConfig | None, models: dict[str, ModelSource], sides: tuple[Side, Side]
 ) -> Comparison:
     """What the flags ask to be compared; what they leave out is as in the run's own evaluation."""
-    pass
     given = config.prompts
     if not given and run is not None and run.eval_prompts is not None:
         given = (str(run.eval_prompts),)
@@ -218,7 +215,6 @@ def reference_of(
     config: EvaluateConfig, run: TrainConfig | None, models: dict[str, ModelSource], sides: tuple[Side, Side]
 ) -> ModelSource:
     """What the implicit reward of the policy is measured against."""
-    pass
 
     base, policy = sides
     if policy.folder is not None:
