@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import fields
 from functools import partial
 from itertools import islice
@@ -293,7 +293,9 @@ def _load(
         worker_init_fn=partial(_start_worker, os.getpid(), budget),
     )
     try:
-        for batch in loader:
+        with _sigterm_blocked():
+            batches = iter(loader)  # starts the workers
+        for batch in batches:
             yield batch.unpacked() if isinstance(batch, _Packed) else batch
     except Exception as error:
         message = str(error)
@@ -343,14 +345,27 @@ def _to_tensors(value: Any) -> Any:
     return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
+@contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Block SIGTERM in this thread, and for good in the processes and threads that it starts in the block."""
+    if not hasattr(signal, "sigwaitinfo"):  # macOS: nothing in a worker would wait for it
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(trainer: int, budget: Budget, worker: int) -> None:
     # Ctrl-C and a cluster's signals reach every process of a run; the trainer answers them, and needs its workers until
-    # it has saved. It ends them itself, by a SIGTERM of its own.
+    # it has saved. It ends them itself, by a SIGTERM of its own. A worker has SIGTERM blocked from its start: libraries
+    # may have started threads in it by now, and any thread that does not block a signal may get it.
     for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         Thread(target=_end_by, args=(trainer,), daemon=True).start()
     torch.set_num_threads(1)
     share(budget)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import fields
@@ -207,8 +208,23 @@ def test_validation_covers_the_timesteps_evenly(dataset):
     assert_same(first, second)
 
 
-def test_workers_outlive_what_ends_the_trainer(dataset):
+THREADS: list[threading.Thread] = []  # started in every process that is forked while this holds `forking`
+forking: list[bool] = []
+
+
+def _start_thread() -> None:
+    if forking:
+        THREADS.append(threading.Thread(target=time.sleep, args=(60,), daemon=True))
+        THREADS[-1].start()
+
+
+os.register_at_fork(after_in_child=_start_thread)
+
+
+@pytest.mark.parametrize("threads", [False, True], ids=["alone", "beside a library's thread"])
+def test_workers_outlive_what_ends_the_trainer(dataset, monkeypatch, threads):
     """Ctrl-C and a cluster's SIGTERM go to every process of a run, and the trainer has a checkpoint to write first."""
+    monkeypatch.setattr(sys.modules[__name__], "forking", [True] * threads)
     order = train_stream(pair_ids=dataset.index.pair_id)
     before = set(torch.multiprocessing.active_children())
     loading = make_loader(dataset, order, 0, 40, num_workers=1)
