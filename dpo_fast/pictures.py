@@ -1,4 +1,4 @@
-"""Pictures: sheets of images with their captions, and PNG files that carry a checksum and what they are of."""
+"""Sheets of images with their captions, and PNG files that carry a checksum and descriptive texts."""
 
 import io
 import textwrap
@@ -17,24 +17,24 @@ MARGIN, CAPTION_LINES, FONT_SIZE = 8, 3, 14
 
 
 def to_picture(pixels: torch.Tensor) -> Image.Image:  # uint8 [3, H, W]
-    """The image as Pillow has it."""
+    """Convert pixels to a Pillow image."""
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def before_after(before: list[Image.Image], after: list[Image.Image], captions: list[str]) -> Image.Image:
-    """A picture with one column a prompt: the base's image above the policy's, the caption under both."""
+    """Draw one column per prompt: the base's image above the policy's, the caption under both."""
     return picture_grid({"before": before, "after": after}, captions)
 
 
 def picture_grid(
-    rows: Mapping[str, Sequence[Image.Image]],  # title -> an image a caption, all of one size
+    rows: Mapping[str, Sequence[Image.Image]],  # title -> one image per caption, all of one size
     captions: Sequence[str],
-    largest: int | None = None,  # pixels a cell at most; None: as large as the images
+    largest: int | None = None,  # side of a cell in pixels, at most; None: the images' width
 ) -> Image.Image:
-    """A picture with one column a caption, which stands under the images of all rows."""
+    """Draw one column per caption, with the caption under the images of all rows. Cells are at least 160 pixels."""
     width = next(iter(rows.values()))[0].width
     cell = max(min(width, largest or width), 160)
-    # A tiny image stays what it is, squares of one colour; blurred, it would look like a bad photograph.
+    # Keep the pixels of a tiny image visible as squares; blurred, it would look like a bad photograph.
     enlarge = Image.Resampling.NEAREST if width < cell / 2 else Image.Resampling.LANCZOS
     font = ImageFont.load_default(FONT_SIZE)
     label = FONT_SIZE + 6
@@ -50,7 +50,7 @@ def picture_grid(
             sheet.paste(images[column].resize((cell, cell), enlarge), (x, y + label))
         width = int(cell / (FONT_SIZE * 0.55))  # in characters
         lines = textwrap.wrap(printable(caption, keep="\t\n"), width, max_lines=CAPTION_LINES, placeholder=" ...")
-        panel = Image.new("RGB", (cell, CAPTION_LINES * (FONT_SIZE + 4)), "white")  # wide letters end at its edge
+        panel = Image.new("RGB", (cell, CAPTION_LINES * (FONT_SIZE + 4)), "white")  # clips wide letters at its edge
         ImageDraw.Draw(panel).multiline_text((0, 0), "\n".join(lines), fill="black", font=font)
         sheet.paste(panel, (x, bottom))
     return sheet

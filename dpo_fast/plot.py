@@ -1,4 +1,4 @@
-"""One kind of picture: a measure against a swept value, with intervals, a line a series. Drawn with Pillow."""
+"""Plot a measure against a swept value with Pillow, with intervals and one line per series."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dpo_fast.errors import printable
 
 WIDTH, HEIGHT = 960, 600
-LEFT, RIGHT, TOP, BOTTOM = 90, 30, 50, 80  # margins, pixels; names of several series make the one at the top wider
+LEFT, RIGHT, TOP, BOTTOM = 90, 30, 50, 80  # margins, pixels; the top one grows with the names of several series
 COLOURS = ("#1f5fa8", "#c8501e", "#2e8b57", "#8a3ea8", "#a88a1f", "#555555")
 FONT_SIZE = 16
 STEPS = (1, 2, 2.5, 5, 10)  # of a readable scale, times a power of ten
@@ -18,7 +18,7 @@ STEPS = (1, 2, 2.5, 5, 10)  # of a readable scale, times a power of ten
 class Point(NamedTuple):
     x: float
     y: float
-    low: float | None = None  # of the interval; None: there is none
+    low: float | None = None  # ends of the interval; None: no interval
     high: float | None = None
 
 
@@ -29,14 +29,14 @@ class Series(NamedTuple):
 
 def against(
     series: Sequence[Series],
-    ticks: Sequence[tuple[float, str]],  # of the horizontal axis: where, and what is written there
+    ticks: Sequence[tuple[float, str]],  # of the horizontal axis: position and label
     *,
     title: str,
     x_label: str,
-    log_x: bool = False,  # every x is then positive
-    even: float | None = None,  # a height to compare with, drawn as a thin line
+    log_x: bool = False,  # every x must then be positive
+    even: float | None = None,  # a y value to compare with, drawn as a thin line
 ) -> Image.Image:
-    """The picture. Series stand a few pixels beside each other, so that their intervals do not hide each other."""
+    """Draw the plot. Series are offset by a few pixels, so that their intervals do not hide each other."""
     points = [point for one in series for point in one.points]
     heights = [y for p in points for y in (p.y, p.low, p.high) if y is not None] + ([] if even is None else [even])
     low, high, step = _scale(min(heights), max(heights))
@@ -89,7 +89,7 @@ def against(
 
 
 def _scale(low: float, high: float) -> tuple[float, float, float]:
-    """Ends and step of a scale with about six readable lines that holds both."""
+    """Return low end, high end and step of a scale with about six readable lines that covers both values."""
     span = max(high - low, 1e-3 * max(abs(high), abs(low), 1e-6))
     power = 10.0 ** math.floor(math.log10(span / 5))
     step = next(s * power for s in STEPS if s * power >= span / 5 * 0.999)

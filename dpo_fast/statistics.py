@@ -1,4 +1,4 @@
-"""How sure a comparison is: paired win rates with ties, means, medians, exact tests, intervals over prompts."""
+"""How certain a comparison is: paired win rates with ties, means, medians, exact tests, intervals over prompts."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 RESAMPLES = 10_000
-CHUNK = 1 << 22  # numbers held at once while resampling
+CHUNK = 1 << 22  # elements held at once while resampling
 CONFIDENCE = 0.95
 
 
@@ -47,14 +47,14 @@ class Counts(NamedTuple):
 
 
 class Bootstrap:
-    """Intervals by resampling prompts (Efron and Tibshirani 1993): of means and medians expanded percentiles, of shares
-    as `share` says.
+    """Intervals by resampling prompts (Efron and Tibshirani 1993): expanded percentiles for means and medians, and for
+    shares the interval described at `share`.
 
-    Images of one prompt come and go together, since they are alike; where there is only one prompt its images are
-    resampled, and the interval says nothing of others. From a fixed seed, so that the same scores give the same
-    interval, and every value of one evaluation is resampled with the same prompts.
+    Images of one prompt are alike, so they are drawn together; if there is only one prompt, its images are resampled,
+    and the interval says nothing about other prompts. The seed is fixed, so that the same scores give the same
+    interval, and all values of one evaluation are resampled with the same prompts.
 
-    A prompt weighs as many images as it has. Where these numbers differ, the prompts are worth fewer: `effective`,
+    A prompt is weighted by its number of images. If these numbers differ, the prompts are worth fewer: `effective`,
     (sum of sizes)^2 / sum of squared sizes (Kish, Survey Sampling, 1965), which sets the degrees of freedom.
     """
 
@@ -69,28 +69,28 @@ class Bootstrap:
         self.effective = len(prompts) ** 2 / int(self.sizes.square().sum())  # prompts; = groups where sizes are equal
         self.freedom = max(1.0, self.effective - 1)  # degrees of freedom
         generator = torch.Generator().manual_seed(0)
-        # how often a resample holds each prompt: once on average, and above 255 with a chance of 1 in 256!
+        # how often each resample holds each prompt: once on average, and over 255 times with a chance below 1 / 256!
         self.counts = torch.zeros(resamples, self.groups, dtype=torch.uint8)
         one = torch.ones((), dtype=torch.uint8)
         for part in self.counts.split(max(1, CHUNK // self.groups)):
             part.scatter_add_(1, torch.randint(self.groups, part.shape, generator=generator), one.expand(part.shape))
 
     def mean(self, values: Tensor) -> Interval:  # [N]
-        """The mean of all rows."""
+        """The mean of all rows, with its interval."""
         return self._percentiles(values.double().mean().item(), self._means(values))
 
-    def share(self, looks: Tensor) -> Interval:  # [N] or, of several looks at each row, [N, looks]: 0, 1, and 1/2 a tie
-        """The mean of all looks, in Wilson's interval with the bootstrap's variance.
+    def share(self, looks: Tensor) -> Interval:  # [N], or [N, looks] with several looks per row: 0, 1, or 1/2 in a tie
+        """The mean of all looks, with Wilson's interval at the bootstrap's variance.
 
-        Korn and Graubard (Survey Methodology 24, 1998, 193): prompts whose images are alike, and ties, make the looks
-        worth other than as many independent ones, p (1 - p) / variance of p. Wilson's score interval (1927) is taken
-        at that number, with Student's t of one degree less than there are effective prompts in place of the normal
-        deviate. The variance is the bootstrap's over prompts, at least that of independent looks, and where prompts
-        have different numbers of images at least that of their design (`_of_design`); where no look differs from
-        another an effective prompt is worth one. Percentiles of the resampled share instead hold too few true shares
-        where these are near 0 or 1, or prompts are few, and are of no width where no prompt differs.
+        As in Korn and Graubard (Survey Methodology 24, 1998, 193), the looks are worth p (1 - p) / variance of p
+        independent ones, since there are ties and the images of a prompt are alike. Wilson's score interval (1927) is
+        taken at that number, with Student's t in place of the normal deviate; its degrees of freedom are the effective
+        prompts less one. The variance is the bootstrap's over prompts, but at least that of independent looks and, if
+        prompts have different numbers of images, at least that of their design (`_of_design`). If all looks are equal,
+        each effective prompt is worth one look. Percentiles of the resampled share would instead cover too few true
+        shares if these are near 0 or 1 or prompts are few, and would have no width if all prompts agree.
 
-        Where all are ties nothing is in doubt: exactly 0.5 [0.5, 0.5].
+        If all looks are ties, nothing is in doubt: exactly 0.5 [0.5, 0.5]. A single row gives [0, 1].
         """
         looks = looks.double()
         if bool((looks == 0.5).all()):
@@ -108,7 +108,7 @@ class Bootstrap:
         return Interval(share, max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half)))
 
     def median(self, values: Tensor) -> Interval:  # [N]
-        """The median of all rows; of an even number, halfway between the two in the middle."""
+        """The median of all rows, with its interval; for an even number, halfway between the two in the middle."""
         ordered, order = values.double().sort()
         group = self.group[order]
 
@@ -121,16 +121,19 @@ class Bootstrap:
         return self._percentiles(values.double().quantile(0.5).item(), self._each(medians, len(values)))
 
     def _percentiles(self, value: float, resampled: Tensor) -> Interval:  # fp64 [resamples]
-        """As far out as Student's t is wider than the normal deviate and n wider than n - 1 (Hesterberg, The American
-        Statistician 69, 2015, 371), n the effective prompts: plain percentiles hold too little where these are few."""
+        """Return the value with expanded percentiles (Hesterberg, The American Statistician 69, 2015, 371).
+
+        They lie further out as Student's t exceeds the normal deviate, and by sqrt(n / (n - 1)) for n effective
+        prompts: plain percentiles cover too little if these are few.
+        """
         if self.groups == 1:
             return Interval(value, resampled.min().item(), resampled.max().item())
         tail = 0.5 * math.erfc(students_t(self.freedom) * math.sqrt((self.freedom + 1) / self.freedom / 2))
         return Interval(value, *resampled.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist())
 
     def _of_design(self, rows: Tensor) -> float:  # fp64 [N]
-        """The variance of the mean where images of one prompt are correlated as these are; 0 where every prompt has as
-        many images, which the bootstrap judges as well.
+        """The variance of the mean, given how correlated the images of one prompt are; 0 if all prompts have equally
+        many images, where the bootstrap's variance is as good.
 
         variance / N^2 x sum of size (1 + (size - 1) correlation), correlation = 1 - the variance within prompts / that
         of all rows, in [0, 1] (Kish's design effect). The bootstrap's variance is far too small where the few prompts
@@ -155,17 +158,17 @@ class Bootstrap:
         return total[:, 0] / total[:, 1]
 
     def _each(self, of: Callable[[Tensor], Tensor], width: int) -> Tensor:
-        """`of` of all resamples, a few at a time: `width` numbers are held for each."""
+        """Apply `of` to all resamples, a few at a time: `width` elements are held for each."""
         return torch.cat([of(part) for part in self.counts.split(max(1, CHUNK // width))])
 
 
 def win_rate(
-    base: Tensor,  # scores [N] each, row by row a pair
+    base: Tensor,  # scores [N] each, one pair per row
     policy: Tensor,
     prompts: Sequence[str],
     bootstrap: Bootstrap | None = None,  # over these prompts; None: made here
 ) -> WinRate:
-    """Compare scores pair by pair, with the interval of `Bootstrap.share`. A model against itself has exactly 0.5
+    """Compare scores pair by pair, with the interval of `Bootstrap.share`. A model against itself gets exactly 0.5
     [0.5, 0.5]."""
     assert base.shape == policy.shape == (len(prompts),) and len(prompts) > 0
     rate = (bootstrap or Bootstrap(prompts)).share((policy > base).double() + 0.5 * (policy == base).double())
@@ -174,7 +177,7 @@ def win_rate(
 
 
 def by_prompt(base: Tensor, policy: Tensor, prompts: Sequence[str]) -> Counts:  # scores [N] each
-    """Prompts won, tied and lost: a prompt is won when more of its images are won than lost.
+    """Count prompts won, tied and lost: a prompt is won when more of its images are won than lost.
 
     Prompts are independent of each other, images of one prompt are not: these are the counts that the exact interval
     and the sign test may be applied to.
@@ -188,7 +191,7 @@ def by_prompt(base: Tensor, policy: Tensor, prompts: Sequence[str]) -> Counts:  
 
 
 def median_of_prompt(values: Tensor, prompts: Sequence[str]) -> Tensor:  # [N] -> fp64 [distinct prompts]
-    """The median over the images of each prompt, in the order in which the prompts first come."""
+    """The median over the images of each prompt, in the order in which the prompts first appear."""
     rows: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
         rows.setdefault(prompt, []).append(row)
@@ -196,9 +199,9 @@ def median_of_prompt(values: Tensor, prompts: Sequence[str]) -> Tensor:  # [N] -
 
 
 def binomial_interval(wins: int, trials: int) -> Interval:
-    """The exact 95% interval of a share (Clopper and Pearson 1934), of independent trials without ties.
+    """The exact 95% interval of a share (Clopper and Pearson 1934) of independent trials without ties.
 
-    It holds the true share in at least 95% of experiments, whatever the share is. Without any trial it is [0, 1].
+    It covers the true share in at least 95% of experiments, whatever the share is. With no trials it is [0, 1].
     """
     assert 0 <= wins <= trials
     if trials == 0:
@@ -208,7 +211,7 @@ def binomial_interval(wins: int, trials: int) -> Interval:
     ways = math.lgamma(trials + 1) - torch.lgamma(successes + 1) - torch.lgamma(trials - successes + 1)
 
     def share_with(chosen: slice, rising: bool) -> float:
-        """The p at which the numbers of successes in `chosen` have the probability `tail` together, by halving."""
+        """Find by bisection the p at which the numbers of successes in `chosen` have total probability `tail`."""
         low, high = 0.0, 1.0
         while (p := (low + high) / 2) not in (low, high):
             logs = ways + successes * math.log(p) + (trials - successes) * math.log1p(-p)
@@ -229,7 +232,7 @@ def sign_test(wins: int, losses: int) -> float:
     for k in range(min(wins, losses) + 1):
         total += ways
         ways = ways * (trials - k) // (k + 1)
-    return min(1.0, 2 * total / 2**trials)  # whole numbers until the division
+    return min(1.0, 2 * total / 2**trials)  # integers until the division
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -246,14 +249,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def students_t(freedom: float) -> float:
-    """Student's t that 95% of values are nearer to zero than; degrees of freedom: at least 1.
+    """The two-sided 95% quantile of Student's t, for `freedom` >= 1 degrees of freedom.
 
-    Between whole degrees linear in 1 / freedom, in which t is convex: never too small, and by less than 1% above 3.
+    Between integers it is linear in 1 / freedom, in which t is convex: never too small, and less than 1% too large for
+    more than 3 degrees.
     """
     below = math.floor(freedom)
     if below == freedom:
         return _students_t(below)
-    share = (1 / below - 1 / freedom) * below * (below + 1)  # of the way to the next
+    share = (1 / below - 1 / freedom) * below * (below + 1)  # of the way to the next integer
     return (1 - share) * _students_t(below) + share * _students_t(below + 1)
 
 
@@ -262,7 +266,7 @@ def _students_t(freedom: int) -> float:
     """The quantile for a whole number of degrees of freedom.
 
     The probability of |t| < sqrt(freedom) tan(angle) is a sum of sines and cosines (Abramowitz and Stegun 1964, 26.7.3
-    and 26.7.4); the angle is found by halving.
+    and 26.7.4); the angle is found by bisection.
     """
     odd = freedom % 2
     step = torch.tensor(range(1 + odd, freedom - 1, 2), dtype=torch.float64)

@@ -1,9 +1,9 @@
-"""Building the cache: every distinct image and caption of the pairs that are wanted is read and encoded once.
+"""Build the cache: read and encode every distinct image and caption of the needed pairs once.
 
-One pass over the rows in their order: threads read, hash and decode ahead, the VAE encodes, a writer appends. With
-several ranks each goes over the rows and encodes every world_size-th distinct item. What is there already is neither
-read nor encoded; a process killed at any moment loses the items it had in hand, and the next one ends with the same
-files as one that was never killed.
+A build makes one pass over the rows in order: threads read, hash and decode ahead, the VAE encodes, and a writer
+appends. With several ranks, each rank goes over all rows and encodes every world_size-th distinct item. Cached items
+are neither read nor encoded again. A process killed at any moment loses only the items it was working on, and the next
+build ends with the same files as one that was never killed.
 """
 
 import os
@@ -60,7 +60,7 @@ from dpo_fast.threads import ahead, groups
 T = TypeVar("T")
 
 PART_ROWS = 16384  # rows hashed between two writes of the manifest
-PROMPTS_A_CALL = 64  # captions a call of the text encoders on a GPU
+PROMPTS_A_CALL = 64  # captions per call of the text encoders on a GPU
 ROWS_AHEAD = 64  # read and hashed before they are needed
 
 
@@ -68,9 +68,9 @@ ROWS_AHEAD = 64  # read and hashed before they are needed
 class Counts:
     """What a build found and did, over all ranks."""
 
-    image_uses: int = 0  # two a pair
+    image_uses: int = 0  # two per pair
     images: int = 0  # distinct ones
-    images_encoded: int = 0  # records: with --hflip two an image
+    images_encoded: int = 0  # records: with --hflip two per image
     captions: int = 0
     prompts: int = 0  # distinct ones
     prompts_encoded: int = 0
@@ -87,7 +87,7 @@ class Cached(NamedTuple):
 class _Unit(NamedTuple):
     """A distinct image to encode, in the orientations that are missing."""
 
-    row: int  # where it was met first, and in which column
+    row: int  # the first row that has it, and the column
     column: str
     data: bytes | BadImage
     keys: list[tuple[bytes, bool]]  # (key of the record, mirrored)
@@ -99,7 +99,7 @@ def root_of(config: TrainConfig) -> Path:
 
 
 def manifest_of(config: TrainConfig, stamp: str) -> Manifest:
-    """What is known of the pairs that `config` names; `stamp` stands for the state of their files."""
+    """Load the manifest of the pairs that `config` names; `stamp` identifies the state of their files."""
     asked = [
         Path(config.dataset_name).name if stamp else config.dataset_name,
         config.dataset_config_name,
@@ -117,7 +117,7 @@ def manifest_of(config: TrainConfig, stamp: str) -> Manifest:
 
 
 def recipes(config: TrainConfig, family: Family) -> tuple[Recipe, Recipe]:
-    """How latents and text of this run are encoded."""
+    """The recipes of this run's latents and prompt embeddings."""
     facts = {"resolution": config.resolution, "images": RULE, **latents_recipe_facts(family)}
     latents = cache_recipe("latents", facts, (Field("latents", family.latent_shape(config.resolution)),))
     fields = tuple(Field(name, tuple(tensor.shape[1:])) for name, tensor in family.empty_prompt().items())
@@ -136,19 +136,20 @@ def fill(
     repair: bool = False,
     waiting: Callable[[str], None] | None = None,
 ) -> Cached:
-    """Encode what is missing of `wanted` and open the result. Every rank calls this.
+    """Encode the missing entries of `wanted` and open the complete cache. Every rank calls this.
 
-    `reopen` opens the stream that was not given, should its images be needed after all. `repair` encodes shards again
-    whose files do not fit their index; otherwise they are refused. `waiting` is told that another process builds, which
-    is waited for; without it that is refused. Raises BadInput for a cache that cannot be used or written, a disk that
-    is too small, too many bad images, and an image or a caption whose encoding is not finite.
+    `reopen` opens the stream if `source` is None but its images are needed after all. `repair` re-encodes shards whose
+    files do not match their index; without it they raise BadInput. If another process is building, `waiting` is called
+    with a message and this one waits; without `waiting`, BadInput is raised. Raises BadInput also for a cache that
+    cannot be used or written, a disk that is too small, too many bad images, and an image or a caption whose encoding
+    is not finite.
     """
     work = CacheBuild(config, ranks, source, manifest, wanted, family)
     if repair:
         ranks.on_main(lambda: [drop_damaged(work.root, recipe) for recipe in work.recipes])
     work.survey()
     if ranks.any(work.only_unread() and not os.access(work.root, os.W_OK)):
-        work.read_unread()  # the cache cannot be written, but it may hold all the same
+        work.read_unread()  # the cache is read-only, but may still hold everything
         work.survey()
     if not ranks.any(work.missing > 0):
         work.check_bad()
@@ -170,7 +171,7 @@ def fill(
 
         ranks.on_main(begin)
         stage_on_all_ranks(ranks, work.open_writers, work.root)
-        # Again: a shard may have been completed, or another builder may just have done it all.
+        # Survey again: a shard may have been completed, or another process may just have built everything.
         stage_on_all_ranks(ranks, lambda: work.survey(writing=True), work.root)
         ranks.on_main(work.check_space)
         stage_on_all_ranks(ranks, work.build, work.root)
@@ -183,7 +184,7 @@ def fill(
 
 
 class CacheBuild:
-    """One build, as one rank sees it."""
+    """One rank's view of a build."""
 
     def __init__(self, config, ranks: Ranks, source, manifest: Manifest, wanted: NeededRows, family: Family):
         self.config, self.ranks, self.family = config, ranks, family
@@ -197,24 +198,24 @@ class CacheBuild:
         # set by `find_stores`, `survey` and `open_writers`
         self.stores: list[Store] = []
         self.writers: list[Writer] = []
-        self.latents, self.text = set[bytes](), set[bytes]()  # keys of what is cached
+        self.latents, self.text = set[bytes](), set[bytes]()  # keys of the cached entries
         self.captions: dict[str, None] = {}
-        self.unread = 0  # rows whose images were never hashed; of a stream as many as there may be, at least one
-        self.missing = self.missing_latents = self.missing_prompts = 0  # items, at least
+        self.unread = 0  # rows whose images were never hashed; for a stream an estimate, at least 1
+        self.missing = self.missing_latents = self.missing_prompts = 0  # items; an unread row counts as one
 
     def find_stores(self) -> None:
         self.stores = [Store(self.root, recipe) for recipe in self.recipes]
 
     def opened(self) -> Cached:
-        """What the stores hold, for reading."""
+        """Mark the stores as used and return their items for reading."""
         for store in self.stores:
             store.touch()
         return Cached(*map(CachedItems, self.stores), self.counts)
 
     def survey(self, writing: bool = False) -> None:
-        """Find what is there, and what of the wanted is `missing` (items, at least).
+        """Find the cached entries, and count the wanted items that are `missing`; an unread row counts as one.
 
-        writing: unfinished shards count too, for every rank holds its own by now and has not gone on with it.
+        With `writing`, unfinished shards count too: by now every rank has opened its own, and none has added to it yet.
         """
         self.find_stores()
         self.latents, self.text = (
@@ -247,7 +248,7 @@ class CacheBuild:
         return self.wanted.rows is not None and all(map(len, self.stores)) and 0 < self.unread == self.missing
 
     def read_unread(self) -> None:
-        """Find the keys of rows that were never read, and note them in memory."""
+        """Hash the images of rows that were never read, and note their keys in memory."""
         rows = [row for row in self.wanted.rows if row not in self.manifest]
         with ThreadPoolExecutor(max(1, self.config.dataloader_num_workers)) as pool:
             plans = ((lambda row=row: (row, read_images(self.source, row)[0])) for row in rows)
@@ -255,9 +256,9 @@ class CacheBuild:
                 self.manifest.note(row, keys)
 
     def check_space(self) -> None:
-        """Raise BadInput where the disk cannot hold what is missing, if no image of an unread row recurs.
+        """Raise BadInput if the disk cannot hold the missing entries, assuming no image of an unread row repeats.
 
-        Captions of unread rows of a stream are not counted: most recur.
+        Captions of a stream's unread rows are not counted, because most repeat.
         """
         images, text = self.recipes
         unread = 2 * self.unread * len(self._orientations(b""))
@@ -277,7 +278,7 @@ class CacheBuild:
         self.writers = [Writer(self.root, recipe, self.ranks.rank) for recipe in self.recipes]
 
     def build(self) -> None:
-        """Encode what is missing, this rank's share."""
+        """Encode this rank's share of the missing items."""
         self.counts = Counts()
         with ThreadPoolExecutor(max(1, self.config.dataloader_num_workers)) as pool:
             try:
@@ -290,9 +291,10 @@ class CacheBuild:
                 raise
 
     def tidy(self) -> bool:
-        """Where nothing is missing: save what was found out and finish what killed builds left. True if there was any.
+        """Save new manifest entries and complete what killed builds left; for a cache that is missing nothing.
 
-        Where that cannot be written, or another process builds, it is done another time. The main rank calls this.
+        Returns whether any store had something to complete. A cache that cannot be written or that another process is
+        building is left for a later run. Only the main rank calls this.
         """
         self.manifest.touch()
         left = [tidy(self.root, recipe) for recipe in self.recipes]
@@ -310,7 +312,7 @@ class CacheBuild:
         return any(left)
 
     def finish(self) -> None:
-        """Write what was found out about the pairs (the main rank does)."""
+        """Note which pairs decode, and save the manifest (main rank only). Raises BadInput for too many bad images."""
         store = Store(self.root, self.recipes[0])
         faults = {
             key: meta["bad"]
@@ -326,7 +328,7 @@ class CacheBuild:
         self.check_bad()
 
     def check_bad(self) -> None:
-        """Raise BadInput where too many of the wanted images are known not to decode, whenever that was found out."""
+        """Raise BadInput if too many of the wanted images are known not to decode, from this or an earlier build."""
         known = known_rows(self.config, self.source, self.manifest, self.wanted)
         rows = (row.row for row in known if row is not None and row.caption is not None)
         self._refuse_too_many([bad for bad in map(self.manifest.bad, rows) if bad])
@@ -334,7 +336,7 @@ class CacheBuild:
     # ---- rows ----------------------------------------------------------------------------------------------------
 
     def _rows(self, pool: ThreadPoolExecutor) -> Iterator[Row]:
-        """The wanted rows in order; those with something missing have their bytes."""
+        """Yield the wanted rows in order, with their image bytes where a latent may be missing."""
         if self.wanted.rows is None:
             yield from self._stream_rows(pool)
             return
@@ -397,7 +399,7 @@ class CacheBuild:
                 bar.set_postfix(encoded=self.counts.images_encoded)
 
     def _units(self, rows: Iterator[Row], bar: tqdm) -> Iterator[_Unit]:
-        """This rank's share of the distinct images of which something is missing."""
+        """Yield this rank's share of the distinct images with missing records."""
         columns, seen = self.source.columns.images, set()
         for row in rows:
             self._note(row)
@@ -426,11 +428,11 @@ class CacheBuild:
             self.unsaved = 0
 
     def _orientations(self, image: ImageKey) -> list[tuple[bytes, bool]]:
-        """Keys of the records of an image, and whether they are of its mirror image."""
+        """The record keys of an image, each with whether it is for the mirror image."""
         return [(image, False), (mirrored(image), True)] if self.config.hflip else [(image, False)]
 
     def _decode(self, unit: _Unit) -> tuple[_Unit, torch.Tensor | None, Any]:
-        """A unit with its pixels uint8 [n,3,R,R] and (true height, true width, crop top, crop left); or its fault."""
+        """Decode to pixels uint8 [n,3,R,R] and [true height, true width, crop top, crop left], or None and error."""
         resolution = self.config.resolution
         try:
             image, (height, width) = scaled(unit.data, resolution)
@@ -452,7 +454,7 @@ class CacheBuild:
                 self.bad.append(BadRow(unit.row, unit.column, meta["bad"]))
                 self._refuse_too_many(self.bad)
             for key, _ in unit.keys:
-                if squares is None:  # holds the place: its pair is left out of training by its meta
+                if squares is None:  # a placeholder: the meta keeps its pair out of training
                     record = bytes(self.recipes[0].record_bytes)
                 else:
                     record = next(latents).tobytes()

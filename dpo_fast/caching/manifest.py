@@ -1,13 +1,14 @@
-"""What was once found out about the rows of a source, so that its images need not be read again.
+"""What is known about the rows of a source, so that its images need not be read again.
 
-    pairs-<hash>/manifest.json            the source in words, whether a stream was read to its end, the rows' file
-                 rows-<digest>.parquet    a line a known row: keys of its images, what is wrong with them; a stream's
-                                          caption and label too
-                 part-N-<digest>.parquet  the same while a build is running; merged into one at its end
+    pairs-<hash>/manifest.json            the source's description, identity and columns; whether a stream was read to
+                                          its end; the name of the rows file
+                 rows-<digest>.parquet    one line per known row: its images' keys, or what is wrong with them; for a
+                                          stream also its caption and label
+                 part-N-<digest>.parquet  the same, written while a build is running; merged into one file at its end
 
-<digest> is of the file's bytes. The hash is over how the source was asked for, over its files' names, sizes and
-times, and for a stream over STREAM_FORMAT. A data set that was copied or touched is read and hashed again; nothing is
-encoded again, for an entry's key depends on the image alone.
+<digest> hashes the file's bytes. <hash> covers how the source was requested, its files' names, sizes and modification
+times, and for a stream STREAM_FORMAT. A data set that was copied or touched is read and hashed again, but nothing is
+encoded again, because an entry's key depends only on the image.
 """
 
 import json
@@ -29,7 +30,7 @@ from dpo_fast.errors import BadInput, disk_error
 from dpo_fast.files import atomic_file, has_temporaries, is_inside, parse_json, read_bytes, remove_temporaries
 from dpo_fast.store import KEY_BYTES
 
-STREAM_FORMAT = 2  # of the labels that a stream's manifest holds: raise it when `Columns.label_of` changes
+STREAM_FORMAT = 2  # version of the labels in a stream's manifest: raise it when `Columns.label_of` changes
 
 _SCHEMA = pa.schema(
     [
@@ -38,25 +39,25 @@ _SCHEMA = pa.schema(
         ("key_1", pa.binary(KEY_BYTES)),
         ("fault_0", pa.string()),  # why there are no bytes to hash, as JSON of [column, reason]
         ("fault_1", pa.string()),
-        ("decoded", pa.bool_()),  # null: nobody tried
+        ("decoded", pa.bool_()),  # null: not tried
         ("bad_column", pa.string()),  # of the first image that did not decode
         ("bad_reason", pa.string()),
-        ("caption", pa.string()),  # JSON; null where the source tells
+        ("caption", pa.string()),  # JSON; null unless the source is a stream
         ("label", pa.string()),
     ]
 )
 
 
 class Manifest:
-    """The facts about one source's rows. An image is a key, or the BadImage that says why it has none."""
+    """What is known about one source's rows. An image is given as its key, or as the BadImage that says why not."""
 
     def __init__(self, folder: Path):
-        """Load what is in `folder`, which need not exist. Raises BadInput where it cannot be read."""
+        """Load `folder`, which need not exist. Raises BadInput for damaged files; disk errors pass through."""
         self.folder = folder
         self.reload()
 
     def reload(self) -> None:
-        """Take what is on disk in the place of what is known here."""
+        """Replace what is held in memory by what is on disk. Raises as `__init__` does."""
         folder = self.folder
         self.about: dict[str, Any] | None = None  # description, identity, columns, ended, rows (file); None: new
         self._rows: dict[int, dict[str, Any]] = {}  # as in the file, nulls left out
@@ -68,11 +69,11 @@ class Manifest:
             whole = sorted(folder.glob("rows-*.parquet"), key=lambda file: file.stat().st_mtime_ns)
             if self.about is not None and (kept := self.about.get("rows")) and not (folder / kept).is_file():
                 raise ValueError(f"{kept} is not there")
-            for file in [*whole, *parts]:  # of a row the latest counts
+            for file in [*whole, *parts]:  # the latest entry of a row wins
                 self._read(file)
         except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
             if disk_error(error) is not None:
-                raise  # no reason to delete it
+                raise  # a disk error is no reason to delete the folder
             raise BadInput(f"{folder} cannot be read ({error}): delete the folder, it is made again") from error
         self._parts, self._merged = len(parts), len(whole)
         self._files = _listing(folder)
@@ -86,38 +87,38 @@ class Manifest:
 
     @property
     def changed(self) -> bool:
-        """Whether something was found out that is in no file."""
+        """Whether there are entries that are not yet in any file."""
         return bool(self._new)
 
     @property
     def untidy(self) -> bool:
-        """Whether a killed process left parts that were not merged, an earlier file of rows, or temporary files."""
+        """Whether a killed process left unmerged parts, an older rows file, or temporary files."""
         return self._parts > 0 or self._merged > 1 or has_temporaries(self.folder)
 
     def images(self, row: int) -> Keys:
-        """The keys of a known row's images, or why there are none."""
+        """The keys of a row's images, or why there are none. Raises KeyError for an unknown row."""
         facts = self._rows[row]
         first, second = (facts.get(f"key_{side}") or _fault(facts[f"fault_{side}"]) for side in (0, 1))
         return first, second
 
     def decodes(self, row: int) -> bool | BadRow:
-        """Whether both images of a row decode; BadRow says why not. KeyError where nobody tried."""
+        """Whether both images of a row decode; a BadRow says why not. Raises KeyError if that was never tried."""
         if self._rows[row]["decoded"]:
             return True
         return self.bad(row)
 
     def bad(self, row: int) -> BadRow | None:
-        """Why an image of a known row does not decode, where that is known."""
+        """Why an image of a known row does not decode; None if both decode or that was never tried."""
         facts = self._rows[row]
         return BadRow(row, facts["bad_column"], facts["bad_reason"]) if facts.get("decoded") is False else None
 
     def note(self, row: int, images: Keys, text: tuple | None = None) -> None:
-        """Remember a row's keys (or why there are none), and of a stream (caption, label) as stored."""
+        """Remember a row's keys (or why there are none), and for a stream also its (caption, label) as stored."""
         self._rows[row] = _facts(images, text)
         self._new.append(row)
 
     def agrees(self, row: int, images: Keys, text: tuple | None = None) -> bool:
-        """Whether a known row still is what was noted."""
+        """Whether a known row still matches what was noted."""
         return all(self._rows[row].get(name) == value for name, value in _facts(images, text).items())
 
     def note_decoded(self, row: int, bad: BadRow | None) -> None:
@@ -132,20 +133,23 @@ class Manifest:
 
     @property
     def columns(self) -> Columns:
-        """The source's columns, once it is known what this is about."""
+        """The source's columns; available once `about` is set."""
         return _columns(self.about["columns"])
 
     def streamed_rows(self) -> Iterator[StreamedRow]:
-        """A stream's known rows, keys in the place of image bytes."""
+        """Yield the known rows of a stream, with keys instead of image bytes."""
         yield from map(self.streamed_row, range(len(self._rows)))
 
     def streamed_row(self, row: int) -> StreamedRow:
-        """A stream's known row, keys in the place of image bytes."""
+        """A known row of a stream, with keys instead of image bytes."""
         facts = self._rows[row]
         return StreamedRow(row, parse_json(facts["caption"]), parse_json(facts["label"]), self.images(row))
 
     def stream(self) -> StreamedSource:
-        """The stream again, as far as it is known, keys in the place of image bytes."""
+        """The stream as far as it is known, with keys instead of image bytes.
+
+        Reading past the last known row raises RuntimeError unless the stream was read to its end.
+        """
 
         def rows() -> Iterator[StreamedRow]:
             yield from self.streamed_rows()
@@ -155,9 +159,9 @@ class Manifest:
         return StreamedSource(self.about["description"], Identity(self.about["identity"], "", ""), self.columns, rows)
 
     def begin(self, source: Source | StreamedSource) -> None:
-        """Make the folder and say what it is about, before the first part.
+        """Clear temporary files, and write manifest.json if it is missing, before the first part.
 
-        What another process found out about the rows since they were loaded is taken over.
+        Rows that another process has saved since this manifest was loaded are merged in.
         """
         remove_temporaries(self.folder)
         if _listing(self.folder) != self._files:
@@ -175,13 +179,13 @@ class Manifest:
             self._write_about(about)
 
     def save_part(self) -> None:
-        """Write what was found out since the last time, so that a killed process need not find it out again."""
+        """Write the new entries as a part, so that a killed process need not read those rows again."""
         if self._new:
             self._write(f"part-{self._parts:05d}", sorted(set(self._new)))
             self._parts, self._new = self._parts + 1, []
 
     def save(self, ended: bool) -> None:
-        """Write all that is known as one file, the same however often the work was interrupted."""
+        """Write all known rows as one file, which is the same however often the work was interrupted."""
         written = self._write("rows", sorted(self._rows))
         self._write_about({**self.about, "ended": ended or self.about["ended"], "rows": written.name})
         for file in [*self.folder.glob("rows-*.parquet"), *self.folder.glob("part-*.parquet")]:
@@ -190,7 +194,7 @@ class Manifest:
         self._parts, self._merged, self._new = 0, 1, []
 
     def touch(self) -> None:
-        """Note that this was used, for `prune`; in a read-only cache nothing is noted."""
+        """Update the time of last use, for `prune`; a read-only cache is left as it is."""
         with suppress(OSError):
             os.utime(self.folder / "manifest.json")
 
@@ -222,7 +226,7 @@ def _columns(named: dict[str, Any]) -> Columns:
 
 
 def _checked(about: Any) -> dict[str, Any]:
-    """What manifest.json holds, as it is. Raises ValueError where that is something else."""
+    """Validate the contents of manifest.json and return them unchanged. Raises ValueError for anything else."""
     try:
         texts, columns, rows = (
             (about["description"], about["identity"]),
@@ -240,12 +244,12 @@ def _checked(about: Any) -> dict[str, Any]:
 
 
 def _listing(folder: Path) -> list[str]:
-    """The files with facts in a manifest's folder; their names carry digests of their contents."""
+    """The names of the parquet files in a manifest's folder, which carry digests of their contents."""
     return sorted(path.name for path in folder.glob("*.parquet"))
 
 
 class RememberedSource:
-    """A source with random access that asks the manifest before it reads an image, and tells it what it read."""
+    """A random-access source that consults the manifest before it reads an image, and notes there what it read."""
 
     def __init__(self, source: Source, manifest: Manifest):
         self._source, self.manifest = source, manifest
@@ -282,7 +286,7 @@ class RememberedSource:
             raise BadImage(SAME, self.columns.images[1])
 
     def image_keys(self, row: int) -> tuple[ImageKey, ImageKey]:
-        """The keys of both images. Raises BadImage where one is not there."""
+        """The keys of both images. Raises BadImage if one cannot be read."""
         if row not in self.manifest:
             self.manifest.note(row, read_images(self._source, row)[0])
         for image in (images := self.manifest.images(row)):
@@ -299,7 +303,7 @@ class RememberedSource:
 
 
 def read_images(source: Source, row: int) -> tuple[Keys, Encoded]:
-    """The keys of a row's images and their bytes; or the reason why there are none, in the place of either."""
+    """Read a row's images: their keys and their bytes, or the BadImage in place of each if they cannot be read."""
     try:
         images = source.image_bytes(row)
     except BadImage as error:
@@ -313,7 +317,7 @@ def keys_of(images: Encoded) -> Keys:
 
 
 def undecodable(row: int, images: Encoded, columns: Columns) -> BadRow | None:
-    """The first of a row's images that does not decode, in the row's order."""
+    """Return the first of a row's images that does not decode, in column order, or None."""
     for column, image in zip(columns.images, images, strict=True):
         try:
             if isinstance(image, BadImage):
@@ -342,5 +346,5 @@ def _fault(text: str) -> BadImage:
 
 
 def _as_no_text(value: Any) -> dict[str, str]:
-    """A stand-in in JSON for a caption that is no text, which no check takes for text."""
+    """A JSON stand-in for a value that JSON cannot hold; no check takes it for text."""
     return {"not JSON": repr(value)}

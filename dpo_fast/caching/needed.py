@@ -1,4 +1,4 @@
-"""Which rows a run needs, and what the manifest knows of them."""
+"""Which rows a run needs, and what the manifest knows about them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from dpo_fast.data.sources import BadRow, Source, StreamedRow
 
 @dataclass(frozen=True)
 class NeededRows:
-    """What a run needs of its pairs: these rows of a source, or the first usable pairs of a stream."""
+    """The pairs that a run needs: the given rows of a source, or the first usable pairs of a stream."""
 
     rows: list[int] | None = None  # ascending
     pairs: int | None = None
 
 
 class Row(NamedTuple):
-    """A row on its way; `images` are there where they had to be read."""
+    """A row being processed; `images` is set if they had to be read."""
 
     row: int
     keys: Keys
@@ -30,14 +30,14 @@ class Row(NamedTuple):
 
 
 def is_fully_known(config: TrainConfig, manifest: Manifest, wanted: NeededRows) -> bool:
-    """Whether the manifest knows all rows that are needed of a stream, which is then not read."""
+    """Whether the manifest knows every needed row of a stream, which then is not read."""
     return None not in known_rows(config, None, manifest, wanted)
 
 
 def known_rows(
     config: TrainConfig, source: Source | None, manifest: Manifest, wanted: NeededRows
 ) -> Iterator[Row | None]:
-    """The wanted rows with their keys; None for one that is not known, and once for the rest of a stream."""
+    """Yield the wanted rows with their keys; None for each unknown row, and once for the unknown rest of a stream."""
     if wanted.rows is not None:
         captions = source.captions()
         for row in wanted.rows:

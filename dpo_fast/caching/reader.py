@@ -1,4 +1,4 @@
-"""Batches from the cache: pairs by the keys of their images and captions, copied once, each record checked."""
+"""Make batches from the cache: each record is found by the key of its image or caption, checked, and copied once."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,14 +34,14 @@ class CachedItems:
         return self._store.folder
 
     def meta(self, keys: Sequence[bytes]) -> list:
-        """What was noted beside each record."""
+        """The meta stored with each record."""
         found = self._store.find(keys)
         return [self._store.meta(shard, row) for shard, row in zip(found.shard, found.row, strict=True)]
 
     def read(self, keys: Sequence[bytes | None]) -> dict[str, Tensor]:
-        """The records of `keys`, [n, ...] each; None gives zeros.
+        """Read the records of `keys`: a tensor [n, ...] per field of the recipe. A None key gives zeros.
 
-        Raises KeyError for a key that is not there and BadInput for a record that is damaged.
+        Raises KeyError for a missing key and BadInput for a damaged record.
         """
         out = {
             field.name: torch.empty((len(keys), *field.shape), dtype=getattr(torch, field.dtype))
@@ -65,9 +65,9 @@ class CachedItems:
 
 
 class CachedTransform:
-    """Does for cached pairs what `PairTransform` does for encoded ones; their images are keys.
+    """The counterpart of `PairTransform` for cached pairs, whose images are keys.
 
-    With the reference's `errors` at K draws, visit v of a pair uses draw v mod K, in everything that is drawn.
+    With the reference's `errors` at K draws, visit v of a pair uses draw v mod K for everything that is drawn.
     """
 
     in_threads = True
@@ -83,7 +83,7 @@ class CachedTransform:
         return self.draws.seed
 
     def batch(self, pair_id: Tensor, draw: Tensor, pairs: Sequence[EncodedPair]) -> Batch:
-        """A micro-batch. A pair with a bad image has zeros in its place, and weight 0."""
+        """Make a micro-batch, given ids and draws (int64 [B] both). A pair with a bad image gets zeros and weight 0."""
         if self.errors is not None:
             draw = draw % self.errors.draws
         drawn = self.draws.drawn(pair_id, draw)
@@ -115,7 +115,7 @@ class CachedTransform:
         )
 
     def _look_up(self, pair: EncodedPair, mirror: bool) -> tuple[list[bytes | None], list, str | None]:
-        """The keys of a pair's images, their sizes and crops, and what is wrong with the first bad one."""
+        """The keys of a pair's images, their sizes and crops, and the error of the first bad one, or None."""
         keys: list[bytes | None] = [None, None]
         conditions = []
         for side, image in enumerate(pair.images):

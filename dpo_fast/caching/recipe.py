@@ -1,4 +1,4 @@
-"""The stores of the cache: how their entries are named, and what to do about a damaged one."""
+"""The stores of the cache: how their entries are keyed, and what to do about a damaged one."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from dpo_fast.store import KEY_BYTES, Field, Recipe, Remedies
 
 
 def caption_key(caption: str) -> bytes:
-    """The key of a caption's prompt embeddings: KEY_BYTES."""
+    """The key of a caption's prompt embeddings, KEY_BYTES long."""
     return hashlib.blake2b(caption.encode(), digest_size=KEY_BYTES).digest()
 
 
@@ -21,7 +21,7 @@ def mirrored(key: ImageKey) -> ImageKey:
 
 
 def remedies(kind: str = "latents") -> Remedies:
-    """What the errors of the cache tell its user to do."""
+    """The remedies that the cache's error messages suggest."""
     command = "reference --draws K" if kind == "reference" else "build"
     return Remedies(
         flag="--latent_cache_dir",
@@ -39,7 +39,7 @@ def cache_recipe(kind: str, facts: dict[str, Any], fields: tuple[Field, ...]) ->
 
 
 def read_recipe(file: Path) -> Recipe:
-    """The recipe in a recipe.json of the cache. Raises OSError and, for what is no recipe, ValueError."""
+    """Read a recipe.json of the cache. Raises OSError, and ValueError for a file that is not a recipe."""
     recipe = Recipe.from_json(read_json(file))
     return cache_recipe(recipe.kind, recipe.facts, recipe.fields)
 

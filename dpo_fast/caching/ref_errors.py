@@ -1,8 +1,8 @@
-"""The reference's errors on disk: two fp32 numbers a pair and draw, in blocks of neighbouring rows of the source.
+"""The reference's errors on disk: two fp32 values per pair and draw, in blocks of neighbouring rows of the source.
 
 A record is a block of up to 256 rows at one draw: errors [256, 2], in the order of the source's two image columns, so
-that they stay right when labels change; rows that were not wanted are NaN. Its key is a hash of the draw and of every
-wanted row's id, images and caption. Changed data are therefore simply other entries, and more draws are more entries.
+that they stay valid when labels change; rows that were not wanted are NaN. Its key is a hash of the draw and of every
+wanted row's id, images and caption, so changed data or further draws simply add entries.
 """
 
 import json
@@ -25,12 +25,12 @@ FIELDS = (Field("errors", (BLOCK, 2), "float32"),)
 
 
 class ScoredPair(NamedTuple):
-    """A row of the source, as far as its errors depend on it."""
+    """The parts of a source row that its errors depend on."""
 
     row: int
     images: Keys
     caption: str
-    chosen: int  # which of the two is the chosen one now
+    chosen: int  # index of the image that is chosen now, 0 or 1
 
 
 class Unit(NamedTuple):
@@ -50,7 +50,7 @@ class ErrorBlocks:
         pair_of: Callable[[int], ScoredPair],
         draws: int,
         *,
-        by_chosen: bool = False,  # the errors depend on which image is the chosen one: real time ids of equal areas do
+        by_chosen: bool = False,  # errors depend on which image is chosen, as real time ids of equal areas do
     ):
         self.draws, self.pair_of = draws, pair_of
         self.rows: dict[int, list[int]] = {}
@@ -94,19 +94,19 @@ class RefErrors:
             store.record(shard, row)
             self._places[unit.block, unit.draw] = shard, row
         made = {json.dumps(store.meta(*place)): None for place in self._places.values()}
-        self.made_by: list[dict[str, str]] = [json.loads(text) for text in made]  # the numerics, without repetition
+        self.made_by: list[dict[str, str]] = [json.loads(text) for text in made]  # their distinct numerics
 
     @property
     def folder(self) -> Path:
         return self._store.folder
 
     def read(self, pair_id: Tensor, draw: Tensor, chosen: Sequence[int]) -> Tensor:
-        """fp32 [2B], chosen images first, of pairs int64 [B] at draws int64 [B]. Raises BadInput for a damaged one."""
+        """Read fp32 [2B], chosen images first, for pairs int64 [B] at draws int64 [B]. Raises BadInput for damage."""
         errors = np.empty((2, len(chosen)), np.float32)
         for i, (row, k, side) in enumerate(zip(pair_id.tolist(), draw.tolist(), chosen, strict=True)):
             record = self._store.record(*self._places[row // BLOCK, k]).view(np.float32).reshape(BLOCK, 2)
             errors[:, i] = record[row % BLOCK, [side, 1 - side]]
-        if not (errors >= 0).all() or np.isinf(errors).any():  # NaN is not at least 0 either
+        if not (errors >= 0).all() or np.isinf(errors).any():  # NaN fails >= 0 too
             row = int(pair_id[int(np.argmin(((errors >= 0) & np.isfinite(errors)).all(0)))])
             raise Damaged(
                 f"{self.folder} holds an impossible error (negative or not finite) for row {row}: delete the folder,"

@@ -1,8 +1,9 @@
-"""Scoring pairs with the reference: its errors are computed once, kept in the cache, and checked at every start.
+"""Score pairs with the reference: its errors are computed once, cached, and checked at every start.
 
-A loss needs of the reference two numbers a pair and draw. They are computed here without gradients, in batches larger
-than training's, each rank its share of the records (`dpo_fast.caching.ref_errors`). What is there already is not
-computed; a process killed at any moment loses the record it had in hand, and the next one ends with the same files.
+A loss needs two values per pair and draw from the reference. They are computed here without gradients and in batches
+larger than training's; each rank computes its share of the records (`dpo_fast.caching.ref_errors`). Cached records are
+not recomputed. A process killed at any moment loses only the record it was working on, and the next one ends with the
+same files.
 """
 
 import logging
@@ -41,9 +42,9 @@ from dpo_fast.store import Store, Writer, begin_folder, drop_damaged, finish_orp
 from dpo_fast.threads import ahead
 
 SCORING_BATCHES = 4  # training batches scored at once: without a backward pass activations are not kept
-SAMPLE = 64  # pairs at a draw that are scored again at every start
-MOST_ABOVE_FLOOR = 4  # times: more than rounding explains
-LEAST_FLOOR = 8 * 2.0**-23  # of the error: rounding of fp32, where two batch shapes happen to agree
+SAMPLE = 64  # (pair, draw) combinations that are scored again at every start
+MOST_ABOVE_FLOOR = 4  # times the noise floor: rounding does not explain more
+LEAST_FLOOR = 8 * 2.0**-23  # relative to the error: fp32 rounding, in case two batch shapes happen to agree
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +53,12 @@ PairsOf = tuple[list[int], Callable[[int], ScoredPair]]  # ascending rows, and t
 
 @dataclass(frozen=True)
 class ReferenceErrors:
-    """The errors of a run's pairs, all there."""
+    """The complete reference errors of a run's pairs."""
 
     errors: RefErrors
     pair_draws: int  # pairs times draws
     scored_now: int  # of them, over all ranks
-    seconds: float  # that took
+    seconds: float  # spent on scoring, on this rank
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,11 @@ class StartCheck:
     """How far the policy at step 0 is from the cached errors, as root mean squares of margins."""
 
     initial_margin_rms: float
-    noise_floor: float  # of the same pairs, between two batch shapes
+    noise_floor: float  # between two batch shapes of the same pairs; at least fp32 rounding
 
 
 def pairs_of_table(source: RememberedSource, index: PairIndex, rows: Sequence[int]) -> PairsOf:
-    """Some pairs of an index, by ascending rows."""
+    """The pairs of an index at `rows`, which are ascending."""
     position = {row: i for i, row in enumerate(index.pair_id.tolist())}
 
     def pair_of(row: int) -> ScoredPair:
@@ -96,10 +97,10 @@ def pairs_of_stream(config: TrainConfig, manifest: Manifest, wanted: NeededRows)
 
 
 class Scoring:
-    """The errors of some pairs under one recipe. Every rank makes one and calls its methods together.
+    """Computes the errors of some pairs under one recipe. Every rank makes one, and all call its methods together.
 
-    `model` is what `models.reference_recipe_facts` gave before adapters were added; the family's UNet holds the
-    reference's weights: no step has been taken yet.
+    `model` is what `models.reference_recipe_facts` returned before adapters were added. The family's UNet still holds
+    the reference's weights, since no step has been taken yet.
     """
 
     def __init__(
@@ -131,8 +132,8 @@ class Scoring:
         self.root = root_of(config)
         self.numerics = _numerics(config, ranks.device)
         self.scored_now, self.seconds = 0, 0.0
-        self.writer: Writer | None = None  # from `_open_writer` on
-        self.mine: list[Unit] = []  # this rank's share of what is missing
+        self.writer: Writer | None = None  # set by `_open_writer`
+        self.mine: list[Unit] = []  # this rank's share of the missing records
 
     @property
     def batch_size(self) -> int:
@@ -140,11 +141,11 @@ class Scoring:
         return min(BLOCK, SCORING_BATCHES * self.config.train_batch_size)
 
     def fill(self, *, repair: bool = False, waiting: Callable[[str], None] | None = None) -> ReferenceErrors:
-        """Compute what is missing and open the result.
+        """Compute the missing errors and open the result.
 
-        `repair` computes shards again whose files do not fit their index; otherwise they are refused. `waiting` is told
-        that another process computes them, which is waited for; without it that is refused. Raises BadInput for a cache
-        that cannot be used or written, and for errors that are not finite.
+        `repair` recomputes shards whose files do not match their index; without it they raise BadInput. If another
+        process is computing them, `waiting` is called with a message and this one waits; without `waiting`, BadInput
+        is raised. Raises BadInput also for a cache that cannot be used or written, and for errors that are not finite.
         """
         if repair:
             self.ranks.on_main(lambda: drop_damaged(self.root, self.recipe))
@@ -166,10 +167,10 @@ class Scoring:
         return ReferenceErrors(RefErrors(store, self.blocks), len(self.blocks), now, self.seconds)
 
     def check_start(self, scored: ReferenceErrors) -> StartCheck:
-        """Score a random sample again with the policy as it is now and compare.
+        """Score a random sample again with the current policy and compare it with the cached errors.
 
-        Raises BadInput where it differs by more than rounding does. The floor is measured on the same sample, scored at
-        two batch shapes.
+        Raises BadInput if they differ by more than rounding explains. The noise floor is measured on the same sample,
+        scored at two batch shapes.
         """
 
         def check() -> StartCheck:
@@ -199,7 +200,7 @@ class Scoring:
     # ---- stages --------------------------------------------------------------------------------------------------
 
     def _missing(self, there: set[bytes]) -> list[tuple[int, Unit]]:
-        """Missing records, with their index."""
+        """The missing records, each with its index."""
         return [(number, unit) for number, unit in enumerate(self.blocks.units) if unit.key not in there]
 
     def _begin(self, held: ExitStack, waiting: Callable[[str], None] | None) -> None:
@@ -212,7 +213,7 @@ class Scoring:
         self.writer = Writer(self.root, self.recipe, self.ranks.rank)
 
     def _look_again(self) -> None:
-        """This rank's share of what is missing now: a shard may have been completed, unfinished ones count too."""
+        """Set this rank's share of what is still missing: a shard may have been completed; unfinished ones count."""
         there = Store(self.root, self.recipe).keys() | log_keys(self.root / self.recipe.folder_name)
         size, rank = self.ranks.world_size, self.ranks.rank
         self.mine = [unit for number, unit in self._missing(there) if number % size == rank]
@@ -228,7 +229,7 @@ class Scoring:
         self.scored_now, self.seconds = total, time.perf_counter() - started
 
     def _records(self, units: list[Unit], bar: tqdm) -> Iterator[tuple[Unit, np.ndarray]]:
-        """Each unit's errors, float32 [BLOCK, 2]."""
+        """Yield each unit with its errors, float32 [BLOCK, 2]."""
 
         def plans() -> Iterator[Callable[[], tuple[Unit, list[int], Batch]]]:
             for unit in units:
@@ -249,7 +250,7 @@ class Scoring:
                     record = np.full((BLOCK, 2), np.nan, np.float32)
 
     def _batch(self, asked: Sequence[tuple[int, int]]) -> Batch:
-        """The pairs of some (row, draw)."""
+        """Load a batch of pairs, given as (row, draw)."""
         rows, draws = zip(*asked, strict=True)
         pairs = [self.blocks.pair_of(row) for row in rows]
         encoded = [EncodedPair(chosen_first(p.images, p.chosen), p.caption, 1.0, p.chosen) for p in pairs]
@@ -258,7 +259,7 @@ class Scoring:
 
     @torch.no_grad()
     def _errors(self, batch: Batch, rows: Sequence[int]) -> np.ndarray:
-        """float32 [n, 2], in the order of the source's columns."""
+        """A batch's errors, float32 [n, 2], in the order of the source's columns. Raises BadInput for NaN or inf."""
         batch = batch.to(self.ranks.device, non_blocking=True)
         conditioning = conditioning_of(self.family, batch, batch.conditioning)
         with dispatch.backend(self.config.backend) if self.config.backend != "auto" else nullcontext():
@@ -295,14 +296,14 @@ class Scoring:
         return StartCheck(_margin_rms(shapes[0] - there, self.config.beta_dpo), max(floor, least))
 
     def _tell_of_other_facts(self, missing: set[bytes]) -> None:
-        """Say in a line what differs, where these pairs were scored under other facts."""
+        """Log in one line what differs, if these pairs were scored under another recipe."""
         nearest = None
         for file in self.root.glob("reference-*/recipe.json"):
             try:
                 recipe = read_recipe(file)
                 if recipe.folder_name == self.recipe.folder_name or not missing & Store(self.root, recipe).keys():
                     continue
-            except (OSError, ValueError):  # BadInput too: what is not usable is no help
+            except (OSError, ValueError):  # includes BadInput: an unusable store is no help
                 continue
             differences = recipe.differences(self.recipe.as_json())
             if nearest is None or len(differences) < len(nearest[1]):
@@ -316,13 +317,13 @@ class Scoring:
 
 
 def _margin_rms(difference: np.ndarray, beta: float) -> float:  # float32 [n, 2]
-    """What a difference of errors makes of the margins."""
+    """The rms difference of margins that a difference of errors causes."""
     margins = beta / 2 * (difference[:, 0].astype(np.float64) - difference[:, 1])
     return math.sqrt(float(np.square(margins).mean()))
 
 
 def _numerics(config: TrainConfig, device: torch.device) -> dict[str, str]:
-    """What changes the rounding of errors and not their meaning."""
+    """The settings that change the rounding of errors but not their meaning."""
     kernels = dispatch.module_for("pair_errors", config.backend, torch.zeros(1, device=device)).__name__
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -341,7 +342,7 @@ def _differences(before: dict[str, str], now: dict[str, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class AllReferenceErrors:
-    """The reference's errors of the pairs that are trained on and of those held out."""
+    """The reference's errors for the training pairs and for the held-out pairs."""
 
     train: ReferenceErrors
     validation: ReferenceErrors | None

@@ -1,4 +1,4 @@
-"""Stages of work on a cache folder that all ranks do together, and the errors of its disk."""
+"""Stages of work on a cache folder that all ranks perform together, and the folder's disk errors."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from dpo_fast.store import not_writable
 
 
 def stage_on_all_ranks(ranks: Ranks, stage: Callable[[], None], root: Path) -> None:
-    """Run a stage of the build on every rank; a problem of one ends it on all."""
+    """Run a stage on every rank; if it fails on one rank, it fails on all. Disk errors are raised as BadInput."""
 
     def run() -> None:
         with disk_errors_as_bad_input(root):
@@ -22,7 +22,7 @@ def stage_on_all_ranks(ranks: Ranks, stage: Callable[[], None], root: Path) -> N
 
 @contextmanager
 def disk_errors_as_bad_input(root: Path) -> Iterator[None]:
-    """A disk that is full, failing or cannot be written, as BadInput."""
+    """Raise BadInput for the errors of a disk that is full, failing or not writable."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Looking after a cache folder: what it holds, whether it is whole, and what may go."""
+"""Maintain a cache folder: list what it holds, verify it, and delete what is no longer needed."""
 
 import time
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
 
 @dataclass
 class Entry:
-    """One folder of a cache: the entries of a recipe, or what is known of a data set's images."""
+    """One folder of a cache: the entries of a recipe, or the manifest of a data set."""
 
     folder: Path
     about: str  # one line
@@ -28,7 +28,7 @@ class Entry:
 
 
 def entries(root: Path) -> list[Entry]:
-    """Every folder of the cache at `root`, the one used last first. Raises BadInput where there is none."""
+    """List the folders of the cache at `root`, most recently used first. Raises BadInput if there is no such cache."""
     if not root.is_dir():
         raise BadInput(f"there is no cache folder {root}: name it with --latent_cache_dir")
     found = []
@@ -47,9 +47,9 @@ def entries(root: Path) -> list[Entry]:
 
 
 def verify(root: Path, *, remove: bool = False) -> Iterator[tuple[Path, str | None]]:
-    """Read everything and compare it with its checksums: (path, None), or a damaged file's path and what is wrong.
+    """Check every file against its checksums; yield (path, None), or a damaged file's path and what is wrong.
 
-    With `remove` what is damaged is deleted, so that the next build makes it again; BadInput where one is at work.
+    With `remove`, damaged files are deleted, so that the next build recreates them; raises BadInput if one is running.
     """
     for entry in entries(root):
         with locked(entry.folder, remedies()) if remove else nullcontext():
@@ -77,7 +77,8 @@ def verify(root: Path, *, remove: bool = False) -> Iterator[tuple[Path, str | No
 
 
 def to_prune(found: list[Entry], *, unused_days: float | None, names: list[str], max_gib: float | None) -> list[Entry]:
-    """Which folders to delete: those named, those not used for so long, and then the longest unused beyond a size."""
+    """Choose the folders to delete: those in `names`, those unused for longer than `unused_days`, and then the least
+    recently used ones until the rest is at most `max_gib`. Raises BadInput for an unknown name."""
     unknown = set(names) - {entry.folder.name for entry in found}
     if unknown:
         raise BadInput(f"--name {' '.join(sorted(unknown))}: no such folder; `info` lists those there are")
@@ -96,10 +97,10 @@ def to_prune(found: list[Entry], *, unused_days: float | None, names: list[str],
 
 
 def delete(entry: Entry) -> None:
-    """Delete one folder. Raises BadInput where it is being built."""
+    """Delete one folder. Raises BadInput if it is being built."""
     with locked(entry.folder, remedies()):
         going = rename_away(entry.folder)
-    remove_folder(going)  # once it is released: NFS deletes no folder with an open file
+    remove_folder(going)  # after its lock is released: NFS cannot delete a folder with an open file
 
 
 def _shard_fault(path: Path, recipe: Recipe) -> str | None:
@@ -122,7 +123,7 @@ def _manifest_fault(folder: Path) -> str | None:
 
 
 def _about_recipe(file: Path) -> tuple[str, int]:
-    """A recipe in words, and the number of its entries; what cannot be read is for `verify` to find."""
+    """Describe a recipe and count its entries; finding what is unreadable is left to `verify`."""
     try:
         facts = read_json(file)["facts"]
         items = sum(len(read_json(path)["keys"]) for path in shard_indices(file.parent))

@@ -1,8 +1,7 @@
-"""One pair to tensors, and several to a micro-batch.
+"""Turn one pair into tensors, and several into a micro-batch.
 
-Everything random about a pair (timestep, flip, crop, caption dropout) is drawn here, once a pair and never once an
-image, as a pure function of (seed, pair id, draw): see `dpo_fast.draws`. The noise is drawn where it is used, by
-`noise_pair`.
+Everything random about a pair (timestep, flip, crop, caption dropout) is drawn here, once per pair and never per image,
+as a pure function of (seed, pair id, draw): see `dpo_fast.draws`. The noise is drawn where it is used, by `noise_pair`.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ class EncodedPair(NamedTuple):
     images: Encoded | Keys  # chosen first
     caption: str
     label: float
-    chosen: int = 0  # which of the source's two images the chosen one is
+    chosen: int = 0  # index of the chosen image in the source's order
 
 
 class PairItem(NamedTuple):
@@ -46,7 +45,7 @@ class PairItem(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What is drawn for B pairs, as lists."""
+    """The random draws for B pairs, as lists."""
 
     timesteps: list[int]
     dropped: list[bool]
@@ -68,7 +67,7 @@ class PairTransform:
     # SDXL's micro-conditioning. fixed: (R, R, 0, 0, R, R); real: the smaller image's true size and crop
     time_ids: str = "fixed"
 
-    in_threads: ClassVar[bool] = False  # batches are made in processes of their own
+    in_threads: ClassVar[bool] = False  # batches are made in worker processes
 
     def __post_init__(self) -> None:
         assert self.timesteps.dtype == torch.int64 and len(self.timesteps) > 0
@@ -80,7 +79,7 @@ class PairTransform:
             raise BadInput(f"time_ids ({self.time_ids!r}) must be fixed or real")
 
     def drawn(self, pair_id: Tensor, draw: Tensor) -> Drawn:
-        """The draws of pairs, given their ids and draws (int64 [B] both)."""
+        """Draw what is random about pairs, given their ids and draw indices (int64 [B] both)."""
         n = len(pair_id)
         return Drawn(
             draws.timesteps(self.seed, pair_id, draw, self.timesteps, grid=self.grid).tolist(),
@@ -90,11 +89,11 @@ class PairTransform:
         )
 
     def batch(self, pair_id: Tensor, draw: Tensor, pairs: Sequence[EncodedPair]) -> "Batch":
-        """A micro-batch of decoded pairs."""
+        """Decode pairs into a micro-batch, given their ids and draw indices (int64 [B] both)."""
         return collate(self(pair_id, draw, pairs))
 
     def __call__(self, pair_id: Tensor, draw: Tensor, pairs: Sequence[EncodedPair]) -> list[PairItem]:
-        """Decode pairs, given their ids and draws (int64 [B] both). A bad image leaves its pair with weight 0."""
+        """Decode pairs, given their ids and draw indices (int64 [B] both). A bad image gives its pair weight 0."""
         drawn = self.drawn(pair_id, draw)
         items = []
         for i, pair in enumerate(pairs):
@@ -141,10 +140,10 @@ class PairTransform:
         return torch.stack(squares), self.time_ids_of(conditions)
 
     def time_ids_of(self, conditions: Sequence[tuple[int, int, int, int]]) -> tuple[float, ...]:
-        """A pair's time ids, from true height, true width, crop top and crop left of both images."""
+        """A pair's time ids, from (true height, true width, crop top, crop left) of each image."""
         if self.time_ids == "fixed":
             return self.fixed_time_ids
-        smaller = min(conditions, key=lambda condition: condition[0] * condition[1])  # equal: the chosen image
+        smaller = min(conditions, key=lambda condition: condition[0] * condition[1])  # of equal areas, the chosen image
         return (*smaller, self.resolution, self.resolution)
 
     @property
@@ -153,9 +152,9 @@ class PairTransform:
 
 
 class PairDataset(torch.utils.data.Dataset):
-    """Pairs of an index by (position, draw). A bad image never raises: its pair has weight 0 and is reported.
+    """The pairs of an index by (position, draw). A bad image never raises: its pair gets weight 0 and is reported.
 
-    `images` gives `transform` what it takes of a row: `load_images`, or `load_keys` where it reads from the cache.
+    `images` loads what `transform` needs from a row: `load_images`, or `load_keys` if it reads from the cache.
     """
 
     def __init__(
@@ -174,11 +173,11 @@ class PairDataset(torch.utils.data.Dataset):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[PairItem]:
-        """One micro-batch (the loader calls this), so that its draws are made together."""
+        """Load one micro-batch at a time, so that its draws are made together. The loader calls this."""
         return self.transform(*self._drawn_of(keys))
 
     def batch(self, keys: Sequence[tuple[int, int]]) -> "Batch":
-        """The same as one batch."""
+        """Load one micro-batch as a `Batch`."""
         return self.transform.batch(*self._drawn_of(keys))
 
     def _drawn_of(self, keys: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, list[EncodedPair]]:
@@ -194,13 +193,14 @@ class PairDataset(torch.utils.data.Dataset):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A micro-batch of B pairs. Tensors of images are [2B, ...]: the B chosen ones, then the B rejected ones.
+    """A micro-batch of B pairs. Image tensors are [2B, ...]: the B chosen ones, then the B rejected ones.
 
-    Images and captions come as they are, or from the cache as the model sees them.
+    Images come as `pixels`, or from the cache as `latents`; captions come as text, and from the cache
+    as `conditioning` too.
     """
 
     pixels: Tensor | None  # uint8 [2B, 3, R, R]
-    captions: list[str]  # B, also where dropped
+    captions: list[str]  # B, including dropped ones
     dropped: Tensor  # bool [B]: train without the caption
     pair_id: Tensor  # int64 [B]
     draw: Tensor  # int64 [B]: how many times the pair was visited before
@@ -211,7 +211,7 @@ class Batch:
     bad: list[tuple[int, str]]  # (row, reason) of the pairs with weight 0
     latents: Tensor | None = None  # from the cache: fp16 [2B, C, h, w]
     conditioning: dict[str, Tensor] | None = None  # from the cache: fp16 [B, ...] each
-    ref_errors: Tensor | None = None  # from the cache, where the reference's errors are: fp32 [2B]
+    ref_errors: Tensor | None = None  # from the cache, if it holds the reference's errors: fp32 [2B]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with its tensors on `device`."""

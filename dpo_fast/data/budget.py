@@ -1,4 +1,4 @@
-"""How much memory decoding may take at once: a semaphore that every decoder takes its share of before it starts."""
+"""Limit the memory that decoding takes at once: every decoder acquires its share of a semaphore before it starts."""
 
 import ctypes
 import threading
@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-IN_FLIGHT = 1 << 30  # bytes of the peaks of all images that are being decoded at once
-UNIT = 1 << 22  # bytes: what is counted by
-LARGE = 1 << 26  # bytes from which on freed memory is given back
+IN_FLIGHT = 1 << 30  # bytes: the sum of the peaks of all images being decoded at once
+UNIT = 1 << 22  # bytes per unit of the semaphore
+LARGE = 1 << 26  # bytes: from this size on, freed memory is returned to the system
 
 
 def _trimming() -> Any:
-    """glibc's malloc_trim; elsewhere something that does nothing.
+    """Return glibc's malloc_trim, or a function that does nothing on other systems.
 
-    PIL's blocks are too small for glibc to give back by itself: what each thread has freed stays with that thread.
+    PIL's blocks are too small for glibc to return to the system by itself: memory that a thread frees stays with it.
     """
     try:
         return ctypes.CDLL(None).malloc_trim
@@ -26,14 +26,14 @@ _trim = _trimming()
 
 
 class Budget:
-    """Shares of `IN_FLIGHT`, given in the order in which they are asked for, to threads or to processes.
+    """Shares of `IN_FLIGHT`, granted to threads or processes in the order in which they ask.
 
-    A process that is killed keeps its share: a loader makes a budget for its own workers, and ends with them.
+    A killed process never releases its share, so a loader makes a budget for its own workers, which ends with them.
     """
 
     def __init__(self, semaphore: Any, lock: Any) -> None:
         self._free = semaphore
-        self._turn = lock  # one at a time gathers: two that had half of what they need would wait for each other
+        self._turn = lock  # one acquires at a time: two that each had half of what they need would deadlock
 
     @classmethod
     def of_threads(cls) -> "Budget":
@@ -41,12 +41,12 @@ class Budget:
 
     @classmethod
     def of_processes(cls, context: Any) -> "Budget":
-        """context: of multiprocessing, that starts the processes which are given the budget."""
+        """Make a budget for processes that `context`, of multiprocessing, starts."""
         return cls(context.Semaphore(IN_FLIGHT // UNIT), context.Lock())
 
     @contextmanager
     def held(self, size: int) -> Iterator[None]:
-        """A share of `size` bytes, at most IN_FLIGHT, for the block."""
+        """Hold a share of `size` bytes, at most IN_FLIGHT, during the `with` block."""
         assert size <= IN_FLIGHT
         units = -(-size // UNIT)
         taken = 0

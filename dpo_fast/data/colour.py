@@ -1,9 +1,9 @@
-"""Embedded colour profiles: converts pixels to sRGB, which models are trained on and displays expect.
+"""Convert pixels with an embedded colour profile to sRGB, which models are trained on and displays expect.
 
-A profile is applied by LittleCMS, relative colorimetric with black point compensation, where it is of the image's own
-colour space: RGB (palettes too), grey or CMYK. As in browsers, a profile that cannot be read or is of another colour
-space is ignored, and an image without one is taken for sRGB. A profile that is sRGB, up to rounding, changes no pixel.
-PNG's gAMA and cHRM chunks are not applied.
+A profile is applied by LittleCMS, relative colorimetric with black point compensation, if it is for the image's own
+colour space: RGB (palettes too), grey or CMYK. As in browsers, a profile that cannot be read or is for another colour
+space is ignored, and an image without one is assumed to be sRGB. A profile that is sRGB up to rounding changes no
+pixel. PNG's gAMA and cHRM chunks are not applied.
 """
 
 import io
@@ -12,22 +12,23 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
-LARGEST = 4 << 20  # bytes of a profile; those of presses have up to about three million
-TOLERANCE = 2  # of 255: the tables of the sRGB profiles in use differ by so much from each other
+LARGEST = 4 << 20  # bytes of a profile; those of printing presses reach about three million
+TOLERANCE = 2  # of 255: the tables of common sRGB profiles differ by up to this much
 
-# The colour spaces of profiles: PIL's mode of what they are applied to.
+# The colour space of a profile -> the PIL mode of the images that it applies to.
 _SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """An image of mode RGB, L or CMYK in sRGB: of mode RGB if its ICC `profile` was applied, else as it is."""
+    """Convert an image of mode RGB, L or CMYK to sRGB: to mode RGB if its ICC `profile` applies, else unchanged."""
     transform = _transform(profile, image.mode) if profile else None
     return image if transform is None else transform.apply(image)
 
 
 @lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From `profile` to sRGB; None: leave the pixels. Any thread may use it: LittleCMS keeps nothing between calls."""
+    """The transform from `profile` to sRGB, or None to leave the pixels unchanged. It keeps no state between calls, so
+    any thread may use it."""
     flags = ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.NOCACHE
     intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
     try:
@@ -46,7 +47,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def _samples(mode: str) -> Image.Image:
-    """Every grey, and for RGB a lattice of 16^3 colours too."""
+    """An image of every grey level, and for RGB also of a lattice of 16^3 colours."""
     grey = np.arange(256, dtype=np.uint8)
     if mode == "L":
         return Image.fromarray(grey[None])

@@ -11,11 +11,11 @@ LAYOUTS = (
     "Pick-a-Pic (jpg_0, jpg_1, label_0, caption), preference (prompt, chosen, rejected with images), "
     "or a folder with JSONL (prompt, chosen, rejected with file paths)"
 )
-NO_LABEL = "none"  # the label_column that says: the first image column is always the better one
-# In the place of a label, JSON and like no label:
-UNLABELLED = {"has_label": False}  # nobody gave one; with another value, that is no answer
-DISAGREE = "labels"  # the key of a row's two labels that do not go together
-ROUNDING = 1e-3  # of the sum of two soft labels, which may be kept in half precision
+NO_LABEL = "none"  # a label_column: the first image column is always the better one
+# Stand-ins for a label, in JSON and unlike any label:
+UNLABELLED = {"has_label": False}  # nobody gave one; with another value, has_label is invalid
+DISAGREE = "labels"  # the key of a row's two labels that contradict each other
+ROUNDING = 1e-3  # tolerance of the sum of two soft labels, which may be stored in half precision
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,19 @@ class Columns:
     label: str | None
     caption: str
     second_label: str | None = None  # Pick-a-Pic's label_1, that of the second image
-    has_label: str | None = None  # Pick-a-Pic's: False where people gave none, whatever the others say
+    has_label: str | None = None  # Pick-a-Pic's: False where people gave no label, whatever the label columns say
     names: tuple[str, str] | None = None  # Pick-a-Pic's image_0_uid and image_1_uid
 
     @property
     def of_label(self) -> tuple[str, ...]:
-        """The columns that a row's label follows from."""
+        """The columns that a row's label depends on."""
         return tuple(c for c in (self.label, self.second_label, self.has_label) if c is not None)
 
     def label_of(self, row: Mapping[str, Any]) -> Any:
-        """How probably the first image of a row is the better one, as stored; 0.5 where both labels are the same.
+        """The probability that the first image of a row is the better one, as stored; 0.5 if both labels are equal.
 
-        UNLABELLED where people gave no label. {"has_label": value} where that is neither a boolean, 0, 1 nor null, and
-        {DISAGREE: [first, second]} where the two labels are numbers that neither sum to 1 nor are equal.
+        UNLABELLED if people gave no label; {"has_label": value} if that value is not a boolean, 0, 1 or null; and
+        {DISAGREE: [first, second]} if the two labels are numbers that neither sum to 1 nor are equal.
         """
         if self.label is None:
             return 1.0
@@ -59,7 +59,7 @@ class Columns:
 
 
 class WantedColumns(NamedTuple):
-    """The column names a user gave, None for those to be found."""
+    """The column names that a user gave; None for those to find."""
 
     images: Sequence[str] | None
     label: str | None

@@ -1,4 +1,4 @@
-"""Images in files, decoded when they are asked for."""
+"""Images in files, decoded on access."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +14,11 @@ from dpo_fast.data.images import BadImage, decode
 from dpo_fast.errors import BadInput
 from dpo_fast.files import read_bytes
 
-THREADS = 4  # that read and decode
+THREADS = 4  # for reading and decoding
 
 
 class Files:
-    """Images that are read when asked for: uint8 [3,H,W], upright and over white. Raises BadInput where one cannot."""
+    """Images read on access: uint8 [3,H,W], upright and over white. Raises BadInput for one that cannot be read."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
@@ -30,7 +30,7 @@ class Files:
         path = self.paths[row]
         try:
             data = read_bytes(path)
-            if png_is_whole(data) is False:  # one that dpo_fast wrote
+            if png_is_whole(data) is False:  # dpo_fast wrote it, and it has changed since
                 raise BadImage("is damaged (its bytes do not agree with its checksum)")
             pixels = np.array(decode(data))
         except (OSError, BadImage) as error:
@@ -38,7 +38,7 @@ class Files:
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
     def check(self, title: str) -> None:
-        """Open every image once, with a progress bar. Raises BadInput for the first that does not open."""
+        """Decode every image once, with a progress bar. Raises BadInput for the first that cannot be read."""
         distinct = Files(list(dict.fromkeys(self.paths)))
         with ThreadPoolExecutor(THREADS) as pool:
             for _ in tqdm(pool.map(distinct._open, range(len(distinct))), title, len(distinct), unit=" images"):

@@ -1,4 +1,4 @@
-"""Which rows of a source train, which validate, and which are left out, counted and reported."""
+"""Decide which rows of a source are for training, for validation, or left out; count and report the latter."""
 
 import hashlib
 import json
@@ -27,14 +27,14 @@ T = TypeVar("T")
 
 
 class SaysNothing(Enum):
-    """Why a row without a fault is left out."""
+    """Why a row without an error is left out."""
 
     TIE = "tie"
     UNLABELLED = "no label"
 
 
 class Usable(NamedTuple):
-    """What a row says."""
+    """What a usable row says."""
 
     chosen: int  # which image is chosen, 0 or 1
     label: float  # how probably it is the better one, in [0.5, 1]
@@ -70,9 +70,9 @@ class PairSets:
     shared_with_validation: int  # training pairs left out because validation has one of their images
     bad: list[BadRow]
     unlabelled: int = 0  # nobody gave a label
-    # Known where the images have names, or are hashed because validation is asked for; else None.
-    contradicted: int | None = None  # rows left out: as many others say the opposite of the same images and caption
-    duplicates: int | None = None  # rows that say what an earlier one says; each is a vote, and trained on
+    # Known if the images have names, or are hashed because validation was requested; else None.
+    contradicted: int | None = None  # rows left out because as many say the opposite of the same images and caption
+    duplicates: int | None = None  # rows that repeat an earlier one; each is a vote, and trained on
 
     @property
     def bad_rows(self) -> int:
@@ -80,7 +80,7 @@ class PairSets:
 
     @property
     def left_out(self) -> str:
-        """In words: what was dropped, and what recurs."""
+        """Describe in words what was dropped and what repeats."""
         parts = [f"{self.ties_dropped} ties dropped"]
         parts += [f"{self.unlabelled} without a label dropped"] if self.unlabelled else []
         parts += [f"{self.contradicted} dropped because as many rows say the opposite"] if self.contradicted else []
@@ -105,16 +105,17 @@ def build_index(
     """Sort a source's rows into training, validation and left out.
 
     Ties are dropped and counted, or kept with `soft_labels` (which allows any label in [0, 1]). Rows that Pick-a-Pic
-    marks as unlabelled are dropped and counted, and so are votes that contradict each other, where images can be told
-    apart (see `votes`; with soft labels they stay). `for_scorers` keeps them all: what people said does not matter.
+    marks as unlabelled are dropped and counted, and so are votes that contradict each other, if images can be
+    identified (see `votes`; with soft labels they stay). `for_scorers` keeps them all, since people's labels do not
+    matter then.
 
     Rows without a caption, a label or an image file are bad rows; so are those whose two labels do not sum to 1, those
     with the same image twice, where that is known, and those of `check_pairs` evenly spaced pairs whose images do not
     decode or are the same. Bad rows are listed in `report_path`. A share of the captions goes to validation, picked by
     a hash of (seed, caption); training pairs that share an image with validation are left out.
 
-    Raises BadInput for labels that are no labels, for a set in which nothing is left to train on, and when bad rows are
-    more than `max_bad_fraction` of the rows looked at.
+    Raises BadInput for invalid labels, for a set with nothing left to train on, and when bad rows are more than
+    `max_bad_fraction` of the rows examined.
     """
     if not 0 <= max_bad_fraction <= 1:
         raise BadInput(f"max_bad_fraction ({max_bad_fraction}) must be from 0 to 1")
@@ -172,7 +173,7 @@ def build_index(
 
 
 def judge_streamed(row: StreamedRow, columns: Columns, soft_labels: bool) -> Usable | SaysNothing | BadRow:
-    """As `read_row`, and a row is bad where an image is missing or both are the same (bytes, or keys)."""
+    """Like `read_row`, but a row is also bad if an image is missing or both are the same (by bytes or keys)."""
     verdict = read_row(row.row, row.caption, row.label, columns, soft_labels)
     if not isinstance(verdict, Usable):
         return verdict
@@ -185,9 +186,9 @@ def judge_streamed(row: StreamedRow, columns: Columns, soft_labels: bool) -> Usa
 def read_row(
     row: int, caption: Any, label: Any, columns: Columns, soft_labels: bool, keep_unlabelled: bool = False
 ) -> Usable | SaysNothing | BadRow:
-    """Which image of a row is chosen, by its label and caption; or why it is left out.
+    """Decide from a row's label and caption which image is chosen, or why the row is left out.
 
-    Raises BadInput where the label is not one at all, for then the column means something else.
+    Raises BadInput for a value that cannot be a label, because then the column means something else.
     """
     if label == UNLABELLED:
         if not keep_unlabelled:
@@ -227,7 +228,7 @@ def read_row(
 
 
 def write_report(path: Path, bad: Iterable[BadRow]) -> None:
-    """The bad rows as JSON lines of row, column and reason; an empty file says that there were none."""
+    """Write the bad rows as JSON lines of row, column and reason; an empty file means that there were none."""
     write_text(path, "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in bad))
 
 
@@ -261,8 +262,10 @@ def nothing_to_train_on(description: str, rows: int, ties: int, unlabelled: int 
 def _read_rows(
     source: Source, soft_labels: bool, keep_unlabelled: bool, progress: bool
 ) -> tuple[PairIndex, int, int, list[BadRow]]:
-    """Judge every row by its caption, label and files, without reading an image: the index, the numbers of ties and of
-    unlabelled rows, the bad rows."""
+    """Judge every row by its caption, label and files, without reading an image.
+
+    Returns the index, the number of ties, the number of unlabelled rows, and the bad rows.
+    """
     unusable = {bad.row: bad for bad in source.missing_images(progress)}
     pair_id, chosen, label, captions = [], [], [], []
     nothing = dict.fromkeys(SaysNothing, 0)
@@ -290,10 +293,10 @@ def _read_rows(
 def _find_recurring(
     source: Source, index: PairIndex, hashes: dict[int, tuple[bytes, bytes]] | None, progress: bool
 ) -> tuple[list[BadRow], list[BadRow] | None, int | None]:
-    """Pairs of one image twice, pairs that contradict as many others, and the number of duplicates.
+    """Find pairs with the same image twice, pairs that contradict as many others, and the number of duplicates.
 
-    Images are told apart by `hashes` of their bytes; else by the names that the source has for them, and what would be
-    left out is then hashed: names may be wrong. The last two are None where neither is known.
+    Images are identified by `hashes` of their bytes, else by the source's names for them; since names may be wrong,
+    pairs are then hashed before they are left out. The last two results are None if neither is known.
     """
     names = None if hashes is not None else source.image_names()
     if hashes is None and names is None:
@@ -336,7 +339,7 @@ def _each_pair(
     failed: list[BadRow] = []
     bar = tqdm(total=len(rows), desc=title, unit=" pairs", disable=not progress)
     with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for some in rows.split(256):  # a few at a time: Ctrl-C waits for what is handed to the pool
+        for some in rows.split(256):  # a few at a time: Ctrl-C waits for what was submitted to the pool
             for row, result in zip(some.tolist(), pool.map(one, some.tolist()), strict=True):
                 if isinstance(result, BadRow):
                     failed.append(result)
@@ -351,7 +354,7 @@ def _without(index: PairIndex, bad: list[BadRow]) -> PairIndex:
 
 
 def _is_utf8(text: str) -> bool:
-    """False for half a surrogate pair, which JSON lets through and no tokenizer takes."""
+    """False for text with half a surrogate pair, which JSON allows and no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -360,16 +363,19 @@ def _is_utf8(text: str) -> bool:
 
 
 def _caption_key(caption: str) -> str:
-    """Captions that differ only in case, spacing or Unicode composition are one prompt.
+    """The key of a caption, shared by captions that differ only in case, spacing or Unicode composition.
 
-    The key is in NFC. Normalising leaves ASCII captions as they are, so their split does not depend on it.
+    The key is in NFC. Normalising does not change ASCII captions, so their split does not depend on it.
     """
     folded = unicodedata.normalize("NFD", caption).casefold()  # composed letters do not always fold as their parts do
     return " ".join(unicodedata.normalize("NFC", folded).split())
 
 
 def _validation_captions(captions: list[str], fraction: float, seed: int) -> set[str]:
-    """The share of the distinct captions whose hash falls below `fraction`; at least one, and never all."""
+    """Pick the distinct captions whose hash falls below `fraction`: at least one, never all.
+
+    Raises BadInput if there are fewer than two distinct captions.
+    """
 
     def place(caption: str) -> float:
         digest = hashlib.blake2b(f"{seed}\0{caption}".encode(), digest_size=8).digest()

@@ -3,7 +3,7 @@
 Three layouts are understood:
 
     Pick-a-Pic   jpg_0, jpg_1, label_0 (1: jpg_0 is better, 0: jpg_1 is, 0.5: a tie), caption
-    preference   prompt, chosen, rejected; the two hold images
+    preference   prompt, chosen, rejected; the last two hold images
     JSONL        a folder with SPLIT.jsonl of {"prompt": ..., "chosen": path, "rejected": path}, paths relative to it
 
 `image_columns`, `label_column` and `caption_column` name other columns in any of them.
@@ -44,19 +44,19 @@ class PairsOptions(Protocol):
 
 @dataclass(frozen=True)
 class PairsSource:
-    """Which preference pairs, and how they are read."""
+    """Which preference pairs to read, and how."""
 
-    name: str | Path  # a hub id, a .parquet / .arrow / .jsonl file, a folder of one of these, or one of save_to_disk
+    name: str | Path  # a hub id, a .parquet / .arrow / .jsonl file, a folder of such files, or a save_to_disk folder
     config_name: str | None = None  # of a hub data set
-    split: str | None = None  # None: train (which a single file is, whatever its name), else the only one
-    image_columns: tuple[str, str] | None = None  # the first being the image that the label is about
-    label_column: str | None = None  # with other image columns this is needed, "none" where the first is always better
+    split: str | None = None  # None: train (a single file always is), else the only one
+    image_columns: tuple[str, str] | None = None  # the label is about the first
+    label_column: str | None = None  # default: label_0, but "none" (the first is better) for chosen, rejected
     caption_column: str | None = None
-    streaming: bool = False  # read in order without a download beforehand
+    streaming: bool = False  # read in order, without downloading everything first
     revision: str | None = None
     cache_dir: str | Path | None = None
     token: str | None = None
-    max_rows: int | None = None  # the first rows only
+    max_rows: int | None = None  # use only the first rows
 
     @classmethod
     def of(cls, options: PairsOptions, *, max_rows: int | None, streaming: bool = False) -> "PairsSource":
@@ -78,7 +78,7 @@ class PairsSource:
 def open_source(source: PairsSource) -> "Source | StreamedSource":
     """Open the pairs; with `streaming` the result is a `StreamedSource`.
 
-    Raises BadInput for what cannot be found, opened or understood.
+    Raises BadInput for a data set that cannot be found, opened or understood.
     """
     max_rows, streaming, cache_dir, split = source.max_rows, source.streaming, source.cache_dir, source.split
     if max_rows is not None and max_rows < 1:
@@ -105,7 +105,7 @@ def open_source(source: PairsSource) -> "Source | StreamedSource":
         name = str(source.name)
         with as_bad_input(f"data set {name!r}"):
             root = _cache_root(cache_dir)
-            # The split is settled first: loading without one would download them all.
+            # Choose the split first: loading without one would download them all.
             hub = {"revision": source.revision, "token": source.token}
             split = _pick_split(split, datasets.get_dataset_split_names(name, source.config_name, **hub), name)
             kept = root if cache_dir is not None else None
@@ -122,9 +122,9 @@ def open_source(source: PairsSource) -> "Source | StreamedSource":
 
 
 def stream_columns(path: Path, columns: list[str], *, split: str | None = None) -> datasets.IterableDataset:
-    """Some columns of a set of parquet or Arrow files on this disk, row by row; the others are not read.
+    """Stream the rows of a local set of parquet or Arrow files; of parquet files only `columns` are read.
 
-    Raises BadInput for what cannot be opened and a split that it does not have.
+    Raises BadInput for files that cannot be opened and for a split that does not exist.
     """
     shards, root = _local_splits(path)
     split = _pick_split(split, list(shards), path.name)
@@ -134,17 +134,17 @@ def stream_columns(path: Path, columns: list[str], *, split: str | None = None) 
 
 
 def split_names(path: Path) -> list[str]:
-    """The splits of a set on this disk. Raises BadInput for what holds none."""
+    """The split names of a local data set. Raises BadInput for a path that holds none."""
     return list(_local_splits(path)[0])
 
 
 def is_local(name_or_path: str | Path) -> bool:
-    """Whether a name means something on this disk, there or not, and no hub id."""
+    """Whether a name is a local path, existing or not, rather than a hub id."""
     return exists(user_path(name_or_path)) or _looks_local(str(name_or_path))
 
 
 def _local_splits(path: Path) -> tuple[dict[str, list[Path]], Path | None]:
-    """Split name -> its files (a save_to_disk folder counts as one file); and the images' root folder for JSONL."""
+    """Map split names to files (a save_to_disk folder counts as one); for JSONL also return the images' root folder."""
     if path.resolve() == Path(path.resolve().anchor):
         raise BadInput(f"data set {str(path)!r} is the root of the file system: name the folder of the data set")
     if path.is_file():
@@ -196,7 +196,7 @@ def _pick_split(wanted: str | None, splits: list[str], name: str) -> str:
 def _load_local(
     files: list[Path], streaming: bool, cache_dir: str | Path | None, columns: list[str] | None = None
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """The rows of files of one kind; `columns`: only these, where it streams."""
+    """Load the rows of files of one kind; of parquet files only `columns`, if given."""
     with as_bad_input(f"data set {str(files[0])!r}"), _quiet(files):
         root = _cache_root(cache_dir)
         if files[0].is_dir():
@@ -205,7 +205,7 @@ def _load_local(
             table = datasets.load_from_disk(_literal(files[0], root))
             return table.to_iterable_dataset() if streaming else table
         kind = files[0].suffix[1:]  # "parquet" and "arrow" are also the loaders' names
-        if kind == "parquet":  # the loader stumbles over files without a row
+        if kind == "parquet":  # the loader fails on files without rows
             filled = [file for file in files if pq.read_metadata(os.path.abspath(file)).num_rows]
             if not filled:
                 raise BadInput(f"data set {str(files[0])!r} is empty: it has no rows")
@@ -224,14 +224,14 @@ def _load_local(
 
 
 def _check_saved(folder: Path) -> None:
-    """Raise ValueError where the state.json of a folder of save_to_disk names files that are not in it."""
+    """Raise ValueError if the state.json of a save_to_disk folder names files outside it."""
     files = read_json(folder / "state.json")["_data_files"]
     if not all(is_inside(file["filename"]) for file in files):
         raise ValueError("state.json names files outside the folder")
 
 
 def _cache_root(cache_dir: str | Path | None) -> str:
-    """The folder where `datasets` keeps what it makes. Raises BadInput for a name under which it would mix up sets."""
+    """The folder where `datasets` keeps its copies. Raises BadInput for a path with `::`, which it would misread."""
     root = _absolute(datasets.config.HF_DATASETS_CACHE if cache_dir is None else cache_dir)
     if "::" in root:
         raise BadInput(
@@ -242,12 +242,12 @@ def _cache_root(cache_dir: str | Path | None) -> str:
 
 
 def _literal(file: Path, root: str) -> str:
-    """A path by which `datasets` opens `file` and nothing else.
+    """Return a path by which `datasets` opens exactly `file`.
 
-    It takes a relative `a:b` for a URL, `::` for a chain of file systems, and `$x` for a variable of the environment.
+    `datasets` takes a relative `a:b` for a URL, `::` for a chain of file systems, and `$x` for an environment variable.
     A file with `::` or `$` in its path gets a link beside the Arrow copies under `root`. The link is named by a hash of
-    the file's path, size and time of change, so that one copy is made of one state of the file. Raises BadInput where
-    `root` has a `$` too.
+    the file's path, size and modification time, so that each state of the file gets one copy. Raises BadInput if a link
+    is needed and `root` has a `$` too.
     """
     name = _absolute(file)
     if "::" not in name and "$" not in name:
@@ -269,14 +269,14 @@ def _literal(file: Path, root: str) -> str:
 
 
 def _absolute(name: str | Path) -> str:
-    """A name as it is, or the absolute path where a relative one could be taken for a URL or a home folder, or needs a
+    """Return a name unchanged, or its absolute path if the name could be taken for a URL or a home folder, or needs a
     link (see `_literal`)."""
     return os.path.abspath(user_path(name)) if re.search(r"^~|[:$]", str(name)) else str(name)
 
 
 @contextmanager
 def _quiet(files: list[Path]) -> Iterator[None]:
-    """No bars of `datasets` for what takes seconds: they tell nothing and hide our own."""
+    """Hide the progress bars of `datasets` for work of a few seconds: they say nothing and hide our own."""
     small = sum(file.stat().st_size for file in files) < 1 << 30
     if not small or datasets.are_progress_bars_disabled():
         yield

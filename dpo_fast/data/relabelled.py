@@ -1,4 +1,4 @@
-"""The checksums in a parquet file of `python -m dpo_fast.relabel`, compared by whoever trains on it."""
+"""Check a parquet file of `python -m dpo_fast.relabel` against its checksums, before training on it."""
 
 import hashlib
 import os
@@ -19,14 +19,14 @@ _AGAIN = "the command that made it, with --overwrite, writes it again from the s
 
 
 class LabelDigest:
-    """A digest of captions, labels and scores, whatever the row groups."""
+    """A digest of captions, labels and scores, independent of row groups."""
 
     def __init__(self) -> None:
         self._whole = hashlib.blake2b(digest_size=16)
 
     def update(self, row: Sequence[object]) -> None:
-        """Add the values of a row's columns, all but the images."""
-        plain = [float(value) if isinstance(value, float) else value for value in row]  # NumPy's say what they are
+        """Add the values of a row's columns, except the images."""
+        plain = [float(value) if isinstance(value, float) else value for value in row]  # NumPy's repr names the type
         self._whole.update(repr(plain).encode(errors="replace"))
 
     def hexdigest(self) -> str:
@@ -34,9 +34,9 @@ class LabelDigest:
 
 
 def check_labels(path: Path) -> None:
-    """Raise Damaged where the captions, labels or scores of a relabelled file are not those that were written.
+    """Raise Damaged if the captions, labels or scores of a relabelled file have changed since they were written.
 
-    The images, which are most of the file, are not read. Any other parquet file passes.
+    The images, which are most of the file, are not read. Any other parquet file passes if its metadata can be read.
     """
     regular_file(path)
     try:
@@ -64,7 +64,7 @@ def check_labels(path: Path) -> None:
 
 
 def check_all(path: Path) -> None:
-    """The same with every page of the file, images too."""
+    """Raise Damaged like `check_labels`, and also if any page of the file is damaged, images included."""
     check_labels(path)
     try:
         with pq.ParquetFile(os.path.abspath(path), page_checksum_verification=True) as file:

@@ -1,4 +1,4 @@
-"""What a source of preference pairs answers, whatever it is kept in. Nothing here decodes an image."""
+"""Sources of preference pairs, whatever they are stored in. Images are decoded only by `check_images`."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ from dpo_fast.files import file_name, parse_json, read_bytes
 
 
 class BadRow(NamedTuple):
-    """A row that cannot be trained on: its index in the source, the column at fault, and why."""
+    """A row that cannot be trained on: its index in the source, the column responsible, and the reason."""
 
     row: int
     column: str
@@ -30,7 +30,7 @@ class BadRow(NamedTuple):
 
 
 class StreamedRow(NamedTuple):
-    """One row of a stream; its images are encoded, or, where the cache knows the stream, by their keys."""
+    """One row of a stream; its images are encoded, or given as keys if the cache knows the stream."""
 
     row: int
     caption: Any
@@ -40,15 +40,15 @@ class StreamedRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Identity:
-    """What a source is, for whatever is kept of it. Each field is equal for what that use takes to be the same."""
+    """Identifies a source. Each field serves one use: sources in which it is equal count as the same for that use."""
 
     rows: str  # set, split, columns and number of rows: what must stay the same for a run to be resumed
-    images: str  # what its images and captions are from, whatever the labels and however many of the rows are read
-    stamp: str  # names, sizes and times of change of its files; "" for a set on the hub, which is named by `rows` alone
+    images: str  # where its images and captions come from, whatever the labels and the number of rows read
+    stamp: str  # names, sizes and modification times of its files; "" for a stream from the hub
 
 
 class Source(Protocol):
-    """Rows of preference pairs with random access. A row number never changes: it is the pair's id."""
+    """Preference pairs with random access. A pair's row index is its id and never changes."""
 
     description: str  # one line for the log
     columns: Columns
@@ -56,37 +56,37 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def captions(self) -> list[Any]:
-        """One a row, as stored: text, or whatever stands there instead."""
+        """One per row, as stored: text, or whatever the column holds instead."""
 
     def labels(self) -> list[Any]:
-        """One a row, as `Columns.label_of` has it: how probably image 0 is the better one."""
+        """One per row, from `Columns.label_of`: the probability that image 0 is the better one."""
 
     def image_names(self) -> list[tuple[str, str] | None] | None:
-        """One a row: names that are equal where images are, as far as known without reading one. None: not known."""
+        """One per row: names that are equal for equal images, as far as known without reading any. None: not known."""
 
     def image_bytes(self, row: int) -> tuple[bytes, bytes]:
-        """The two encoded images. Raises BadImage, naming the column, where one is not there."""
+        """The two encoded images. Raises BadImage, naming the column, if one is not available."""
 
     def check_images(self, row: int) -> None:
-        """Raise BadImage, naming the column, where an image of the row is not there, does not decode, or is the same as
-        the other one."""
+        """Raise BadImage, naming the column, if an image of the row is not available, does not decode, or is the same
+        as the other one."""
 
     def image_keys(self, row: int) -> tuple[ImageKey, ImageKey]:
-        """The key of each image. Raises BadImage, naming the column, where one is not there."""
+        """The key of each image. Raises BadImage, naming the column, if one is not available."""
 
     def missing_images(self, progress: bool = False) -> list[BadRow]:
         """Rows whose images are files that cannot be used, found without reading them."""
 
     @property
     def identity(self) -> Identity:
-        """As it was when this was first asked for."""
+        """The source's identity, computed once on first access."""
 
     def row_stamp(self, row: int) -> str:
-        """While this and `identity.images` are the same, the row's images are taken to be the same."""
+        """A stamp of the row's images: while this and `identity.images` are equal, they count as unchanged."""
 
 
 class _Encoded:
-    """What follows from having the images' bytes."""
+    """Methods that need only the images' bytes."""
 
     def check_images(self, row: int) -> None:
         images = self.image_bytes(row)
@@ -141,24 +141,24 @@ class TableSource(_Encoded):
         return first, second
 
     def missing_images(self, progress: bool = False) -> list[BadRow]:
-        return []  # embedded: a null shows when the row is read
+        return []  # embedded: a null is found when its row is read
 
     @cached_property
     def identity(self) -> Identity:
         files = [file["filename"] for file in self._table.cache_files]
-        stamp = stamp_of(files) if files else self._table._fingerprint  # in memory: a name of its contents
+        stamp = stamp_of(files) if files else self._table._fingerprint  # in memory: it identifies the contents
         images = f"{_images(self._name, self._split, self.columns)} {stamp}"
         return Identity(_rows(self._name, self._split, self.columns, len(self)), images, stamp)
 
     def row_stamp(self, row: int) -> str:
-        return ""  # `identity.images` has the files that hold all rows
+        return ""  # `identity.images` covers the files that hold all rows
 
     def _column(self, name: str) -> list[Any]:
         return self._table.select_columns([name])[:][name]  # only this column's buffers are touched
 
 
 class JsonlSource(_Encoded):
-    """Lines of JSON naming image files beside them. A path may not lead out of the folder, by `..` or by a link.
+    """Lines of JSON that name image files in their folder. A path may not lead out of it, by `..` or by a link.
 
     In a snapshot of the hub's cache every file is a link into the repository's folder `blobs`, which is allowed.
     """
@@ -215,7 +215,7 @@ class JsonlSource(_Encoded):
         return stamp_of(self._root / _stored(path) for path in self._paths[row] if isinstance(path, str))
 
     def _resolve(self, row: int, side: int) -> Path:
-        """The file behind a path, by its true name, if that is a file inside the folder."""
+        """The real path of an image file. Raises BadImage unless it is an existing file inside the folder."""
         given, column = self._paths[row][side], self.columns.images[side]
         if not isinstance(given, str) or not given:
             raise BadImage(f"is not a file path ({given!r:.200})", column)
@@ -254,7 +254,7 @@ class StreamedSource:
         self.description = description
         self.identity = replace(identity, rows=f"{identity.rows} streamed")
         self.columns = columns
-        self.length = length  # as far as it is known beforehand: for estimates only
+        self.length = length  # if known beforehand; for estimates only
         self._rows = rows
 
     @classmethod
@@ -267,7 +267,10 @@ class StreamedSource:
         max_rows: int | None,
         files: Sequence[Path] = (),
     ) -> "StreamedSource":
-        """Stream a `datasets.IterableDataset`; `files` are its files on this disk."""
+        """Stream a `datasets.IterableDataset`; `files` are its local files. Raises BadInput if it cannot be opened.
+
+        `rows` raises BadInput for a damaged file, and Unresponsive if the stream breaks off.
+        """
         length = _length(table, split, files)
         with as_bad_input(f"data set {name!r}"):
             names = table.column_names or list(next(iter(table.take(1)), {}))
@@ -282,7 +285,7 @@ class StreamedSource:
             while True:
                 try:
                     record = next(records, None)
-                except Exception as error:  # the network and the file formats raise what they like
+                except Exception as error:  # the network and the file formats raise errors of any type
                     broken = f"data set {name!r}: the stream broke off after {row} rows ({one_line(error)}); "
                     if files and disk_error(error) is None:
                         raise BadInput(f"{broken}a file of it is damaged: copy it again") from error
@@ -310,7 +313,7 @@ class StreamedSource:
                 images = _or_reason(source.image_bytes, row)
                 yield StreamedRow(row, caption, label, images if isinstance(images, tuple) else (images, images))
 
-        # What is remembered of a stream has its captions and labels too.
+        # The manifest of a stream holds its captions and labels too.
         text = hashlib.blake2b(repr((source.captions(), source.labels())).encode(errors="replace"), digest_size=8)
         identity = replace(source.identity, stamp=source.identity.stamp + text.hexdigest())
         return cls(source.description, identity, source.columns, rows, len(source))
@@ -321,7 +324,7 @@ class StreamedSource:
 
 
 def _stored(path: str) -> str:
-    """The path of an image as the system has it; as it is written where it can be none."""
+    """The path of an image as Python passes it to the system; unchanged if it is not a valid path."""
     try:
         return file_name(path)
     except ValueError:
@@ -350,8 +353,8 @@ def _read_jsonl(file: Path) -> list[dict[str, Any]]:
 
 
 def _blobs_of(root: Path) -> Path | None:
-    """The folder of the files' contents, where `root` is in a snapshot of the hub's cache:
-    datasets--owner--name/snapshots/<commit>."""
+    """The folder of the files' contents if `root` is in a snapshot of the hub's cache
+    (datasets--owner--name/snapshots/<commit>), else None."""
     for snapshots in root.parents:
         if snapshots.name == "snapshots" and re.match(r"(datasets|models|spaces)--", snapshots.parent.name):
             return snapshots.parent / "blobs"
@@ -359,7 +362,7 @@ def _blobs_of(root: Path) -> Path | None:
 
 
 def _raw_images(table, columns: Columns, name: str):
-    """Keep the pair's columns only, images undecoded; refuse columns that cannot hold images."""
+    """Keep only the pair's columns, images undecoded. Raises BadInput for columns that cannot hold images."""
     table = table.select_columns([*columns.images, *columns.of_label, columns.caption, *(columns.names or ())])
     for column in columns.images:
         feature = (table.features or {}).get(column)
@@ -376,7 +379,7 @@ def _raw_images(table, columns: Columns, name: str):
 
 
 def _embedded(value: Any, column: str) -> bytes:
-    """The encoded bytes in a cell: bytes themselves, or an Image's {"bytes", "path"}."""
+    """The encoded bytes in a cell, which holds bytes or an Image's {"bytes", "path"}. Raises BadImage for others."""
     path = None
     if isinstance(value, dict):
         value, path = value.get("bytes"), value.get("path")
@@ -396,7 +399,7 @@ def _or_reason(function, *arguments):
 
 
 def _length(table: datasets.IterableDataset, split: str, files: Sequence[Path]) -> int | None:
-    """The number of rows of a stream, where it is written somewhere."""
+    """The number of rows of a stream, if its files or its description give it."""
     if files and all(file.suffix == ".parquet" for file in files):
         return sum(pq.read_metadata(os.path.abspath(file)).num_rows for file in files)
     known = (table.info.splits or {}).get(split)
@@ -404,7 +407,7 @@ def _length(table: datasets.IterableDataset, split: str, files: Sequence[Path]) 
 
 
 def stamp_of(files: Iterable[str | Path]) -> str:
-    """A hash of the files' names, sizes and times of change; of a file that cannot be looked at, its name."""
+    """A hash of the files' names, sizes and modification times; a file that cannot be accessed counts by its name."""
     digest = hashlib.blake2b(digest_size=8)
     for file in files:
         try:
@@ -423,7 +426,7 @@ def _describe(name: str, split: str, columns: Columns, rows: int | None) -> str:
 
 
 def _rows(name: str, split: str, columns: Columns, rows: int | None) -> str:
-    # A path's last name only: moving a data set, or naming it from another folder, is no other data set.
+    # Only a path's last part: a data set stays the same if it is moved, or named from another folder.
     return f"{name} split={split} rows={rows} columns={','.join(columns.images)},{columns.label},{columns.caption}"
 
 
@@ -433,11 +436,11 @@ def _images(name: str, split: str, columns: Columns) -> str:
 
 @contextmanager
 def as_bad_input(what: str) -> Iterator[None]:
-    """Whatever `datasets` says of something it cannot open becomes one line, naming the cause behind its wrappers."""
+    """Turn whatever `datasets` raises on opening `what` into a one-line BadInput that names the underlying cause."""
     try:
         yield
     except BadInput:
         raise
-    except Exception as error:  # the network and the file formats raise what they like
+    except Exception as error:  # the network and the file formats raise errors of any type
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         raise BadInput(f"{what} cannot be opened: {one_line(cause or error)}") from error

@@ -1,1 +1,1 @@
-"""Whether the alignment worked: the same prompts and seeds through base and policy, scored, compared, shown."""
+"""Evaluate an alignment: generate the same prompts and seeds with base and policy, score, compare and show them."""

@@ -1,4 +1,4 @@
-"""A finished run against its base: the same prompts and seeds through both, judged, and kept in the run's folder."""
+"""Compare a finished run with its base on the same prompts and seeds, and keep the results in the run's folder."""
 
 from datetime import date
 from pathlib import Path
@@ -25,14 +25,14 @@ from dpo_fast.pictures import before_after, save_png, to_picture
 from dpo_fast.scorers import Scorer, check_names, load_scorer, provenance
 
 COLUMNS = 8  # of samples.png
-SEED_STRIDE = 1_000_003  # so that the images of neighbouring seeds of a run start from other noise
+SEED_STRIDE = 1_000_003  # so that runs with neighbouring seeds start their images from different noise
 
 
 class Evaluation:
-    """What `--eval_scorers` asks for, checked before any training: scorers, their files and the prompts.
+    """The evaluation that `--eval_scorers` asks for; its scorers, their files and the prompts are checked up front.
 
-    Every scorer is opened here on the main rank's CPU and let go again, so that an unavailable one is reported at once
-    and training has the GPU to itself. Raises BadInput, on every rank.
+    Every scorer is loaded on the main rank's CPU and released again, so that an unavailable one is reported before
+    training, which then has the GPU to itself. Raises BadInput, on every rank, for unusable scorers or prompts.
     """
 
     def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
@@ -48,10 +48,10 @@ class Evaluation:
         ranks.on_main(check)
 
     def compare(self, config: TrainConfig, ranks: Ranks) -> Findings | None:
-        """Judge what the run of `config` (resolved) exported, from its folder as a user would load it.
+        """Compare the run of `config` (resolved) with its base, loading the exported result as a user would.
 
-        Every rank generates its share. The main rank gets the findings, and writes samples.png, scores.parquet and
-        report.html into the folder.
+        Every rank generates its share. The main rank returns the findings, the others None; it also writes samples.png,
+        scores.parquet and report.html into the run's folder.
         """
         seeds = [(config.seed * SEED_STRIDE + k) % 2**63 for k in range(len(self.prompts))]
         source, models = base_of(config), OneAtATime(ranks.device)
@@ -85,7 +85,7 @@ class Evaluation:
         seeds: list[int],
         title: str,
     ) -> Tensor:
-        """All images uint8 [N,3,H,W] on the main rank."""
+        """Generate this rank's share; return all images, uint8 [N,3,H,W], on the main rank."""
         family, mine = models.open(source), slice(ranks.rank, None, ranks.world_size)
         images = sample(
             family,
@@ -103,14 +103,14 @@ class Evaluation:
         return whole
 
     def _score(self, scorer: Scorer, base: Tensor, policy: Tensor, batch_size: int) -> tuple[Tensor, ...]:
-        """fp64 [N] each."""
+        """Return the scores of base and policy, fp64 [N] each."""
         parts = [slice(k, k + batch_size) for k in range(0, len(self.prompts), batch_size)]
         return tuple(
             torch.cat([scorer.score(images[part], self.prompts[part]) for part in parts]) for images in (base, policy)
         )
 
     def _show(self, base: Tensor, policy: Tensor, path: Path) -> None:
-        """Some prompts, evenly spread, their first images, whatever these are like: the base's over the policy's."""
+        """Save the first images of some evenly spread prompts, not selected by score: the base's above the policy's."""
         distinct = list(dict.fromkeys(self.prompts))
         shown = distinct[:: max(1, len(distinct) // COLUMNS)][:COLUMNS]
         rows = [self.prompts.index(prompt) for prompt in shown]
@@ -131,7 +131,7 @@ def _scorer(name: str, config: TrainConfig, device: torch.device) -> Scorer:
 
 
 def _files(config: TrainConfig) -> dict[str, object]:
-    """Where the scorers' files are."""
+    """The keyword arguments that say where the scorers' files are."""
     return {"where": config.scorer_models and user_path(config.scorer_models), "cache_dir": config.cache_dir}
 
 

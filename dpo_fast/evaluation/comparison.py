@@ -1,8 +1,8 @@
-"""A policy against a baseline, from prompts to the page: generate, pair up, score, judge, write.
+"""Compare a policy with a baseline, from prompts to the report: generate, pair up, score, judge, write.
 
 OUT/evaluation.json   what is compared
-OUT/images/           what was generated (`generation`)
-OUT/scores/           what was scored (`scorers.kept_scores`)
+OUT/images/           generated images (`generation`)
+OUT/scores/           scores of single images (`scorers.kept_scores`)
 OUT/scores.parquet    OUT/summary.json    OUT/report.html
 """
 
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 
 RECORD, SUMMARY, SCORES, REPORT = "evaluation.json", "summary.json", "scores.parquet", "report.html"
 SHOWN = ("family", "weights", "sampler", "steps", "guidance", "resolution", "layout", "strength", "dtype", "versions")
-# where these differ, more than weights is compared
+# if these differ, the comparison is not of weights alone
 SAMPLING = ("family", "sampler", "steps", "guidance", "resolution", "layout", "strength")
 
 
 def prepare(comparison: Comparison, out: Path, ranks: Ranks) -> tuple[Comparison, ImagePairs]:
-    """The pairs that will be judged, before anything is generated, and the comparison with only their prompts.
+    """Return the comparison restricted to prompts that have pairs, and those pairs, before generating anything.
 
-    Raises BadInput, on every rank, for what would be refused later: a scorer that is not available or cannot judge the
-    prompts, a folder without an image of them, an image that does not open.
+    Raises BadInput, on every rank, for whatever would be refused later: a scorer that is not available or cannot judge
+    the prompts, a folder without an image of any prompt, an image that does not open.
     """
 
     def work() -> tuple[Comparison, ImagePairs]:
@@ -66,7 +66,7 @@ def prepare(comparison: Comparison, out: Path, ranks: Ranks) -> tuple[Comparison
 def compare(
     comparison: Comparison, pairs: ImagePairs, out: Path, ranks: Ranks, batch_size: int
 ) -> tuple[Findings, Scored] | None:
-    """Generate and score what is missing, and judge. The main rank gets the findings."""
+    """Generate and score what is missing, then judge. The main rank returns findings and scores, the others None."""
     if comparison.wanted.models:
         generate_images(comparison.wanted, out / "images", ranks)
     number, both = len(pairs.prompts), Files([*pairs.base.paths, *pairs.policy.paths])
@@ -111,7 +111,7 @@ def compare(
 def write(
     out: Path, findings: Findings, scored: Scored, pairs: ImagePairs, implicit: "ImplicitAccuracy | None" = None
 ) -> None:
-    """The results, each file at once or not at all."""
+    """Write scores.parquet, report.html and summary.json, each atomically."""
     write_scores(out / SCORES, scored)
     write_text(out / REPORT, page(findings, scored, pairs.base, pairs.policy, implicit=implicit))
     summary = findings.for_summary()
@@ -141,7 +141,7 @@ def _pairs(comparison: Comparison, out: Path) -> ImagePairs:
 
 
 def _settings(comparison: Comparison, pairs: ImagePairs, device: torch.device) -> tuple[dict[str, str], list[str]]:
-    """How the images were made, as their files say it, and a remark where that differs in more than weights."""
+    """Return how the images were made, by their PNG texts, and remarks if that is unknown or differs between sides."""
     texts = [_texts(files.paths[0]) for files in (pairs.base, pairs.policy)]
     settings = {"Seeds": ", ".join(map(str, dict.fromkeys(pairs.seeds)))} if not comparison.all_images else {}
     for name in SHOWN:
@@ -163,7 +163,7 @@ def _dtype(device: torch.device) -> str:
 
 
 def _texts(file: Path) -> dict[str, str]:
-    """What dpo_fast.generate notes in an image; of other images nothing."""
+    """The settings that dpo_fast.generate noted in an image; empty for any other image."""
     with open(file, "rb") as opened:
         found = texts_of(opened)
     return {name: found[name] for name in SHOWN if isinstance(found.get(name), str)} if "noise_seed" in found else {}

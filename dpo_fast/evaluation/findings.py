@@ -1,4 +1,4 @@
-"""What an evaluation found, as a record: for summary.json, for the terminal, and for the page."""
+"""The findings of an evaluation, for summary.json, the terminal and the report page."""
 
 import math
 import textwrap
@@ -23,23 +23,23 @@ from dpo_fast.statistics import (
     win_rate,
 )
 
-FEW = 20  # prompts: below, intervals are rough
-UNEVEN = 0.75  # effective prompts a prompt: below, it is said
-WIDTH = 110  # columns of the terminal that notes are broken to
+FEW = 20  # prompts: with fewer, intervals are rough
+UNEVEN = 0.75  # effective prompts per prompt: below this, a note says so
+WIDTH = 110  # columns that notes and tables are wrapped to in the terminal
 
 
 @dataclass(frozen=True)
 class About:
-    """What was compared, in the words of the caller."""
+    """What was compared, as the caller describes it."""
 
     base: str
     policy: str
     prompt_set: str
     date: str
     settings: dict[str, str]  # sampler, steps, guidance, versions ...: name -> value, in this order
-    remarks: list[str] = field(default_factory=list)  # on what was compared, a line each, to be told with the notes
-    trained_towards_the_first: bool = False  # the policy comes from this base, and the first scorer from its labels
-    models: dict[str, dict[str, str]] = field(default_factory=dict)  # base, policy -> its files -> their revisions
+    remarks: list[str] = field(default_factory=list)  # on what was compared, one line each, shown with the notes
+    trained_towards_the_first: bool = False  # the policy was trained from this base, towards the first scorer
+    models: dict[str, dict[str, str]] = field(default_factory=dict)  # base, policy -> path or repository -> revision
     scorers: dict[str, dict[str, object]] = field(default_factory=dict)  # `scorers.provenance` of each
 
 
@@ -50,13 +50,13 @@ class Verdict:
     scorer: str
     category: str | None  # None: all
     prompts: int  # distinct
-    compared: int  # pairs of images, or prompts where the medians of their images are compared
-    effective_prompts: float  # how many prompts with as many images each tell as much of the win rate
+    compared: int  # pairs of images; prompts if the medians of their images are compared
+    effective_prompts: float  # number of equally sized prompts that say as much about the win rate
     win_rate: WinRate  # of `compared`
-    won: Counts  # prompts
-    exact: Interval  # share of won prompts among those that are no ties, Clopper-Pearson
-    p: float  # two-sided sign test of the same
-    p_holm: float  # corrected for all scorers; within categories for all scorers and categories
+    won: Counts  # prompts won, tied and lost
+    exact: Interval  # share of won prompts among those not tied, Clopper-Pearson
+    p: float  # two-sided sign test of the same prompts
+    p_holm: float  # Holm-corrected for all scorers; by category, for all scorers and categories
     base_median: Interval
     policy_median: Interval
     base_mean: Interval
@@ -70,11 +70,11 @@ class Verdict:
 
     @property
     def decided(self) -> bool:
-        """Whether the interval leaves out one half."""
+        """Whether the interval excludes 0.5."""
         return not self.interval.low <= 0.5 <= self.interval.high
 
     def for_summary(self) -> dict[str, object]:
-        """As JSON has it; `base` and `policy` are the means, as at the end of a training run."""
+        """Return JSON-ready values; `base` and `policy` are the means, as at the end of a training run."""
         found = {key: value._asdict() if hasattr(value, "_asdict") else value for key, value in vars(self).items()}
         found |= {"name": found.pop("scorer"), "base": self.base_mean.value, "policy": self.policy_mean.value}
         if self.category is None:
@@ -84,14 +84,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Findings:
-    """All of it. `overall` is in the order in which the scorers were given: the first is the one that leads."""
+    """All findings of an evaluation. `overall` is in the order in which the scorers were given: the first one leads."""
 
     about: About
     overall: list[Verdict]
     by_category: list[Verdict]  # category by category, each in the order of the scorers; empty without categories
     signals: list[Signal]
-    images: int  # pairs of them
-    medians_compared: bool  # of the images of a prompt, in place of image by image
+    images: int  # pairs of images
+    medians_compared: bool  # medians of each prompt's images, rather than image by image
     resamples: int
 
     @property
@@ -102,7 +102,7 @@ class Findings:
         return [verdict for verdict in self.by_category if verdict.category == category]
 
     def notes(self) -> list[str]:
-        """How to read the numbers, a line each."""
+        """How to read the numbers, one line each."""
         what, how = ("medians of a prompt's images", "median") if self.medians_compared else ("images", "majority")
         lines = [
             f"win rate: share of {what} won by the policy, ties half; intervals: bootstrap over prompts"
@@ -129,7 +129,7 @@ class Findings:
         return lines + self.about.remarks
 
     def warnings(self) -> list[str]:
-        """Signs that the policy was spoilt rather than aligned, a line each."""
+        """Signs that the policy was degraded rather than aligned, one line each."""
         first, trained, found = self.overall[0], self.about.trained_towards_the_first, []
         for v in self.overall:
             if v.interval.high >= 0.5:
@@ -155,7 +155,7 @@ class Findings:
         }
 
     def numbers(self) -> dict[str, object]:
-        """What of it a training run adds to its summary.json, where the same keys mean the same."""
+        """The values that a training run also adds to its own summary.json, under the same keys."""
         first = self.overall[0]
         diversity = next((s for s in self.signals if s.name == "diversity"), None)
         return {
@@ -178,7 +178,7 @@ class Findings:
         }
 
     def __str__(self) -> str:
-        """For the terminal; the exact intervals and the medians are in the page and in summary.json."""
+        """Text for the terminal; the exact intervals and the medians are on the page and in summary.json."""
         about, first = self.about, self.overall[0]
         parts = [
             f"{printable(about.policy)} against {printable(about.base)}\n{printable(about.prompt_set)}:"
@@ -200,7 +200,7 @@ class Findings:
         return "\n\n".join(parts)
 
     def _category_tables(self) -> list[str]:
-        """Win rates by category: as many scorers beside each other as WIDTH has room for, the others below."""
+        """Win rates by category: as many scorers side by side as fit into WIDTH, the others below."""
         named = {c: [c, str(self.of(c)[0].prompts)] for c in self.categories}
 
         def table(scorers: range) -> str:
@@ -221,7 +221,7 @@ def judge(
     signals: list[Signal],
     about: About,
     *,
-    compare_medians: bool = False,  # of the images of each prompt (the published way with several), not image by image
+    compare_medians: bool = False,  # of each prompt's images (the published way with several), not image by image
     resamples: int = RESAMPLES,
 ) -> Findings:
     """Compare all scores, overall and by category."""
@@ -282,7 +282,7 @@ def _corrected(verdicts: list[Verdict]) -> list[Verdict]:
 
 
 def decimals(*values: float, digits: int = 4) -> int:
-    """How many decimals show `digits` digits of the largest of the values, so that all may be written alike."""
+    """Return how many decimals (0 to 9) show the largest of the values to `digits` significant digits."""
     largest = max(map(abs, values))
     return min(max(digits - 1 - math.floor(math.log10(largest)), 0), 9) if largest > 0 else digits - 1
 
@@ -311,7 +311,7 @@ def p_value(p: float) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """As one reads it: 1 prompt, 2 prompts."""
+    """Return the number with its noun: 1 prompt, 2 prompts."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
@@ -320,7 +320,7 @@ def _width(text: str) -> int:
 
 
 def _columns(head: list[str], rows: list[list[str]]) -> str:
-    """A plain table: the first column to the left, all others to the right, two blanks between."""
+    """Format a plain table: first column left-aligned, the others right-aligned, two spaces between."""
     head, *rows = ([printable(cell) for cell in row] for row in (head, *rows))
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     lines = []

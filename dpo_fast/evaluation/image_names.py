@@ -1,7 +1,7 @@
-"""Prompts as names of files, and back: which image of a folder is of which prompt.
+"""Turn prompts into file names, and find the prompt that each image of a folder belongs to.
 
-The same letters may be composed (NFC, as most people type them) or decomposed (NFD, as a Mac's disk and its archives
-have them): texts are compared in composed form. Not in a compatibility form (NFKC), in which "x\u00b2" is "x2".
+The same letters may be composed (NFC, as most people type them) or decomposed (NFD, as macOS disks and archives store
+them): texts are compared in composed form. The compatibility form NFKC is avoided, since it turns "x\u00b2" into "x2".
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from dpo_fast.data.images import texts_of
 from dpo_fast.errors import BadInput
 
 LONGEST_NAME = 80  # characters of a prompt in a file's name
-LEAST_CUT = 40  # characters from which on the start of a prompt may stand for it: many tools cut names
+LEAST_CUT = 40  # characters: a name at least this long may be only the start of a prompt, as many tools cut names
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff")
 
 
@@ -23,30 +23,30 @@ class PromptImage(NamedTuple):
     """An image of a prompt."""
 
     file: Path
-    seed: int | None = None  # which of the prompt's noises it comes from; None: not known
+    seed: int | None = None  # seed of its initial noise; None: not known
 
 
 class Found(NamedTuple):
-    """What a folder holds of some prompts."""
+    """The images that a folder holds of some prompts."""
 
-    images: dict[str, list[PromptImage]]  # prompt -> its images, by their numbers; prompts without any left out
-    unused: int  # images of no prompt
+    images: dict[str, list[PromptImage]]  # prompt -> its images, in order of their numbers; only prompts that have any
+    unused: int  # images that belong to none of the prompts
 
 
 def composed(text: str) -> str:
-    """The text in Unicode's form NFC."""
+    """Return the text in Unicode form NFC."""
     return unicodedata.normalize("NFC", text)
 
 
 def plain(text: str) -> str:
-    """Letters and digits of any script, composed, in lower case, with one dash for whatever stands between them."""
+    """Return the letters and digits (any script), composed, in lower case, with one dash for anything between them."""
     return re.sub(r"[\W_]+", "-", composed(text).lower()).strip("-")
 
 
 def file_stem(prompt: str) -> str:
-    """The prompt as the start of a file's name: its words in plain letters, and a digest where these are not all.
+    """Return the start of a prompt's file name: its words in a-z and 0-9, plus a digest if they are not all of it.
 
-    Of the text as it is: composed and decomposed, a prompt has two names, both of which `images_of` knows.
+    The text is not normalised first: composed and decomposed, a prompt has two names, and `images_of` knows both.
     """
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:LONGEST_NAME].strip("-")
     if words.replace("-", " ") == prompt:
@@ -55,19 +55,19 @@ def file_stem(prompt: str) -> str:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All images in a folder and the folders in it, by name."""
+    """Return all image files in a folder and its subfolders, by name, without hidden ones."""
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_FILES and _is_shown(file, folder))
 
 
 def images_of(folder: Path, prompts: Sequence[str]) -> Found:
-    """The images of a folder by their prompts.
+    """Find the images of each prompt in a folder.
 
-    An image is of the prompt that its PNG text `prompt` is; else, where its name is only a number, of the one that its
-    folder's name is (`a red fox/0002.png`); else of the one that its name is, or the name without a number at its end
-    (`a red fox-2.png`, `A red fox (2).jpg`). Only letters and digits are compared; a name of LEAST_CUT
-    characters or more may be only the start of the prompt. What dpo_fast.generate wrote tells its seed. Of prompts that
-    differ only in how their letters are composed, an image is of the one that its text is, else of the composed one or
-    the first. Raises BadInput where that leaves several prompts.
+    An image belongs to the prompt in its PNG text `prompt`; else, if its name is only a number, to the prompt that its
+    folder is named after (`a red fox/0002.png`); else to the prompt that it is named after, with or without a number at
+    the end (`a red fox-2.png`, `A red fox (2).jpg`). Only letters and digits are compared; a name of LEAST_CUT
+    characters or more may be only the start of the prompt. The seed is known for images that dpo_fast.generate wrote.
+    Among prompts that differ only in how their letters are composed, an image belongs to the one that equals its text,
+    else to the composed one or the first. Raises BadInput if a name fits several prompts.
     """
     texts_of = {prompt: prompt for prompt in prompts}  # a text -> its prompt
     for prompt in prompts:
@@ -103,19 +103,19 @@ def _is_shown(file: Path, folder: Path) -> bool:
 
 
 def _without_number(stem: str) -> tuple[str, int]:
-    """`a fox-2`, `a fox (2)`, `a fox_#2` or `2` -> what stands before the number, and the number (0: none)."""
+    """Split `a fox-2`, `a fox (2)`, `a fox_#2` or `2` into the part before the number, and the number (0: none)."""
     match = re.fullmatch(r"(.*?)[\s_\-#(\[]*(\d{1,18})[)\]]?", stem)
     return (match[1].rstrip(" _-#(["), int(match[2])) if match else (stem, 0)
 
 
 def _texts_in(file: Path) -> dict[str, str]:
-    """The texts of a PNG, which other tools fill with what they like."""
+    """The texts of a PNG, which other tools may have filled with anything; empty for other files."""
     if file.suffix.lower() != ".png":
         return {}
     try:
         with open(file, "rb") as opened:
             return texts_of(opened)
-    except Exception:  # a broken file raises nearly anything; whoever reads its pixels says what is wrong
+    except Exception:  # a broken file raises nearly anything; reading its pixels reports what is wrong
         return {}
 
 

@@ -1,11 +1,11 @@
 """How well a policy ranks people's choices by itself: the accuracy of its implicit reward on held-out pairs.
 
-A model trained by Diffusion-DPO is a reward model (arXiv 2311.12908): of a pair at one noise and timestep
+A model trained by Diffusion-DPO is a reward model (arXiv 2311.12908): for a pair at one noise and timestep
 
     margin = -(beta/2) error_delta,    error_delta = (e_w - eref_w) - (e_l - eref_l)
 
-and a pair is ranked rightly where its mean margin over several draws is positive. Nothing is generated: an image and a
-caption are encoded once, and each draw is one forward pass of either model.
+and a pair is ranked correctly if its mean margin over several draws is positive. Nothing is generated: images and
+captions are encoded once, and each draw is one forward pass of each model.
 """
 
 from dataclasses import dataclass, field, replace
@@ -30,20 +30,20 @@ from dpo_fast.models.source import ModelSource
 from dpo_fast.parallel import Ranks
 from dpo_fast.statistics import Bootstrap, Interval
 
-QUARTERS = 4  # noise levels, where timesteps are not a grid of few
+QUARTERS = 4  # noise levels, unless the timesteps are a small grid
 
 
 @dataclass(frozen=True, eq=False)
 class ImplicitRewards:
-    """What policy and reference made of n pairs, in the order of the source, at the same draws of each."""
+    """Policy minus reference errors on n pairs, in the order of the source; both models get the same draws."""
 
     pair_id: Tensor  # int64 [n]: row in the source
     captions: list[str]  # n
     timesteps: Tensor  # int64 [n, draws]
     chosen_delta: Tensor  # fp64 [n, draws]: policy minus reference error, of the chosen image
-    rejected_delta: Tensor  # the same of the rejected one
+    rejected_delta: Tensor  # fp64 [n, draws]: likewise, of the rejected image
     levels: list[tuple[int, int]]  # first and last timestep of each noise level
-    beta: float | None  # of the policy's training; None: not known
+    beta: float | None  # that the policy was trained with; None: not known
     bad: list[BadRow]  # pairs left out of the n: an image does not decode, or both are the same
 
     @property
@@ -56,10 +56,10 @@ def implicit_rewards(
     policy: ModelSource,
     reference: ModelSource,
     source: Source,
-    index: PairIndex,  # without ties, as `build_index` gives it unless it is asked for soft labels
+    index: PairIndex,  # without ties, as `build_index` returns it unless asked for soft labels
     ranks: Ranks,
     *,
-    draws: int,  # of noise and timestep, for each pair: 0 to draws - 1
+    draws: int,  # of noise and timestep per pair, numbered 0 to draws - 1
     seed: int,
     batch_size: int,  # pairs
     num_workers: int,
@@ -67,17 +67,17 @@ def implicit_rewards(
     max_bad_fraction: float,
     time_ids: str = "fixed",  # SDXL's, as in training: "fixed" or "real"
     min_timestep: int = 0,  # draw none below this one, as in training
-    max_timestep: int | None = None,  # none from this one on; None: no limit
+    max_timestep: int | None = None,  # nor this one or any above; None: no limit
 ) -> ImplicitRewards | None:
-    """Measure the pairs of `index`, every rank its share; the main rank gets the result, the others None.
+    """Measure the pairs of `index`, every rank its share; the main rank returns the result, the others None.
 
-    Images are cut as held-out pairs are in training: the centre, no flips, no dropped captions. Diffusion-DPO trains
-    the UNet alone, so the VAE, the text encoders and the schedule are the reference's for both; resolution, precision,
-    attention and zero_terminal_snr, which a run says of itself, are the policy's for both. A LoRA on the reference is
-    loaded with it and switched off for it.
+    Images are cropped like held-out pairs in training: the centre, no flips, no dropped captions. Diffusion-DPO trains
+    only the UNet, so both models use the reference's VAE, text encoders and schedule; both use the policy's resolution,
+    precision, attention and zero_terminal_snr, which a run records. A policy that is a LoRA on the reference is loaded
+    once, and its LoRA is switched off for the reference.
 
-    Raises BadInput, on every rank, for models that do not go together, where more than `max_bad_fraction` of the pairs
-    do not decode, and for errors that are not finite.
+    Raises BadInput, on every rank, for models that do not go together, if more than `max_bad_fraction` of the pairs do
+    not decode, if no pair can be measured, and for errors that are not finite.
     """
     assert draws >= 1 and batch_size >= 1 and len(index) > 0
     assert bool((index.label > 0.5).all()), "a tie has no better image"
@@ -95,7 +95,7 @@ def implicit_rewards(
         loader = validation_loader(
             PairDataset(source, index, transform),
             batch_size=batch_size,
-            draws=1,  # the first; the others differ in noise and timestep only
+            draws=1,  # only the first; the others differ just in noise and timestep
             rank=ranks.rank,
             world_size=ranks.world_size,
             num_workers=num_workers,
@@ -107,7 +107,7 @@ def implicit_rewards(
                 measured.add(batch, *models.measure(batch, transform, draws))
                 if len(faulty(measured.bad)) > max_bad_fraction * len(index):
                     raise too_many_bad(faulty(measured.bad), len(index), max_bad_fraction, None)
-                bar.update(min(ranks.world_size * batch_size, len(index) - bar.n))  # the others keep pace
+                bar.update(min(ranks.world_size * batch_size, len(index) - bar.n))  # other ranks keep pace
         return measured, noise_levels(allowed, grid=models.family.timestep_grid)
 
     measured, levels = ranks.on_all(work)
@@ -140,8 +140,11 @@ def implicit_rewards(
 
 
 def noise_levels(timesteps: Tensor, *, grid: bool) -> list[tuple[int, int]]:
-    """First and last timestep of each noise level: quarters of those allowed (int64 [n], ascending); of a grid, or of
-    no more than four, each by itself."""
+    """Return the first and last timestep of each noise level.
+
+    Levels are quarters of the allowed `timesteps` (int64 [n], ascending); on a grid, or with at most four timesteps,
+    each timestep is a level.
+    """
     n = len(timesteps)
     parts = n if grid else min(n, QUARTERS)
     edges = [n * k // parts for k in range(parts + 1)]
@@ -152,23 +155,23 @@ def noise_levels(timesteps: Tensor, *, grid: bool) -> list[tuple[int, int]]:
 
 
 class _Share:
-    """A share with an interval, of which one half is chance."""
+    """A share with its interval, where 0.5 is chance."""
 
     interval: Interval
 
     @property
     def decided(self) -> bool:
-        """Whether the interval leaves out one half."""
+        """Whether the interval excludes 0.5."""
         return not self.interval.low <= 0.5 <= self.interval.high
 
 
 @dataclass(frozen=True)
 class LevelAccuracy(_Share):
-    """The accuracy at one noise level, by the mean margin of a pair's draws there."""
+    """The accuracy at one noise level, by the mean margin of a pair's draws at that level."""
 
     first: int  # timestep
     last: int
-    pairs: int  # that have a draw there
+    pairs: int  # with a draw at this level
     interval: Interval
 
     @property
@@ -182,21 +185,21 @@ class ImplicitAccuracy(_Share):
     bootstrap over captions (`Bootstrap.share`)."""
 
     interval: Interval  # by a pair's mean margin over its draws
-    one_draw: Interval  # by the margin of one draw, the mean over draws: what training logs as implicit_accuracy
-    levels: list[LevelAccuracy]  # those that a draw fell into
-    margin: Interval | None  # the mean of all; None: beta is not known
+    one_draw: Interval  # by the margin of one draw, averaged over draws; training logs it as implicit_accuracy
+    levels: list[LevelAccuracy]  # those with at least one draw
+    margin: Interval | None  # the mean over pairs; None: beta is not known
     chosen_delta: Interval  # mean policy minus reference error of the chosen images; below 0 the policy is better
-    rejected_delta: Interval  # of the rejected images
+    rejected_delta: Interval  # likewise, of the rejected images
     beta: float | None
     pairs: int
     captions: int  # distinct
     draws: int
     ties: int  # pairs whose mean margin is exactly 0
     bad: int  # pairs left out: an image does not decode, or both are the same
-    files: dict[str, dict[str, str]] = field(default_factory=dict)  # reference, policy, pairs -> place -> its revision
+    files: dict[str, dict[str, str]] = field(default_factory=dict)  # reference, policy, pairs -> path -> its revision
 
     def for_summary(self) -> dict[str, object]:
-        """As JSON has it."""
+        """Return JSON-ready values."""
         return {
             **_with_interval("implicit_accuracy", self.interval),
             **_with_interval("implicit_accuracy_one_draw", self.one_draw),
@@ -242,7 +245,7 @@ class ImplicitAccuracy(_Share):
 
 
 def accuracy(rewards: ImplicitRewards) -> ImplicitAccuracy:
-    """The accuracy of the rewards, over all draws, at one, and by noise level."""
+    """Compute the accuracy of the rewards over all draws, at one draw, and by noise level."""
     captions, delta = rewards.captions, rewards.error_delta
     bootstrap = Bootstrap(captions)
     levels = []
@@ -276,7 +279,7 @@ def accuracy(rewards: ImplicitRewards) -> ImplicitAccuracy:
 
 
 def _right(delta: Tensor) -> Tensor:
-    """1 where the chosen image has the higher reward, 1/2 in a tie, else 0: fp64."""
+    """Return fp64 of the same shape: 1 where the chosen image has the higher reward, 1/2 in a tie, else 0."""
     return (delta < 0).double() + 0.5 * (delta == 0).double()
 
 
@@ -293,7 +296,7 @@ def _short(of: Interval) -> str:
 
 @dataclass
 class _Measured:
-    """What one rank has measured, batch by batch."""
+    """The measurements of one rank, batch by batch."""
 
     pair_id: list[Tensor]  # int64 [B]
     timesteps: list[Tensor]  # int64 [B, draws]
@@ -309,7 +312,7 @@ class _Measured:
 
 
 class _Models:
-    """Policy and reference on one device: both UNets, and the rest of the reference."""
+    """Policy and reference on one device: both UNets, and the reference's other components."""
 
     def __init__(self, policy: ModelSource, reference: ModelSource, device: torch.device) -> None:
         reference = replace(
@@ -328,7 +331,7 @@ class _Models:
         else:
             other = OneAtATime(device).open(policy)
             predicts, self.policy_unet = other.schedule.prediction_type, other.unet
-            del other  # the rest of it is not needed
+            del other  # its other components are not needed
             self.family = OneAtATime(device).open(reference)
             self.reference = FrozenUNet(self.family, self.family.unet)
             if self.family.schedule.prediction_type != predicts:
@@ -339,7 +342,7 @@ class _Models:
 
     @torch.no_grad()
     def measure(self, batch: Batch, transform: PairTransform, draws: int) -> tuple[Tensor, Tensor]:
-        """Timesteps int64 [B, draws] and policy minus reference errors fp64 [B, draws, 2], on the CPU."""
+        """Return timesteps int64 [B, draws] and policy minus reference errors fp64 [B, draws, 2], on the CPU."""
         family = self.family
         drawn = [
             timesteps(
@@ -388,7 +391,7 @@ class _Models:
 
 
 def _check_fit(policy: ModelSource, reference: ModelSource) -> None:
-    """Refuse, from the models' configurations alone, UNets that cannot be given the same inputs."""
+    """Raise BadInput, by the models' configurations alone, for UNets that cannot take the same inputs."""
     against = f"{reference}, which the policy {policy} is measured against,"
     kinds = [family_of(source) for source in (policy, reference)]
     if kinds[0] is not kinds[1]:

@@ -1,4 +1,4 @@
-"""Images of two sides set against each other: row by row a pair of one prompt, from wherever the images come."""
+"""Pair up the images of two sides, row by row of the same prompt, wherever the images come from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ UNCATEGORISED = "no category"
 
 @dataclass(frozen=True)
 class ImagePairs:
-    """Rows of one prompt and seed each, and the file of either side."""
+    """Pairs of images: each row has one prompt, one seed and one file per side."""
 
     prompts: list[str]
     seeds: list[int]
     categories: list[str] | None  # None: no prompt has one
     base: Files
     policy: Files
-    remarks: list[str]  # on what was left out or used twice, a line each
+    remarks: list[str]  # on what was left out or used twice, one line each
 
 
 class _Row(NamedTuple):
@@ -32,15 +32,15 @@ class _Row(NamedTuple):
 
 def pair_up(
     prompts: Sequence[Prompt],
-    seeds: Sequence[int] | None,  # of a prompt's images, in this order; None: as many as the side with fewer has
+    seeds: Sequence[int] | None,  # of a prompt's images, in order; None: as many as the side with fewer has
     base: Mapping[str, Sequence[PromptImage]],  # prompt -> its images
     policy: Mapping[str, Sequence[PromptImage]],
     names: tuple[str, str],  # of base and policy, for the remarks
 ) -> ImagePairs:
-    """Images of one seed stand against each other where both sides know theirs; the others as they come.
+    """Pair images of the same seed where both sides know theirs, and the other images in order.
 
-    With seeds a side that has fewer images starts again. A prompt that recurs counts once. Raises BadInput where no
-    prompt has images of both sides.
+    With `seeds`, a side that has fewer images reuses them in turn. A repeated prompt counts once. Raises BadInput if no
+    prompt has images on both sides.
     """
     first: dict[str, Prompt] = {}
     for prompt in prompts:
@@ -73,7 +73,7 @@ def pair_up(
 
 
 def _rows(seeds: Sequence[int] | None, base: Sequence[PromptImage], policy: Sequence[PromptImage]) -> list[_Row]:
-    """The pairs of one prompt."""
+    """Return the pairs of one prompt."""
     sides = (base, policy)
     if seeds is None:
         common = {image.seed for image in base} & {image.seed for image in policy} - {None}

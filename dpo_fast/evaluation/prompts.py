@@ -2,13 +2,13 @@
 
     partiprompts         the 1,632 PartiPrompts, category and challenge (hub: nateraw/parti-prompts)
     hps                  HPSv2's benchmark, 4 x 800, category = style (hub: zhwang/HPDv2)
-    pickapic-validation  the validation prompts of Pick-a-Pic v2 (hub: yuvalkirstain/pickapic_v2): of the split
-                         validation_unique, one of each of 500 prompts, or where there is none the distinct captions
-                         of the split validation
-    shapes               the captions of the built-in world that no pair has
+    pickapic-validation  the validation prompts of Pick-a-Pic v2 (hub: yuvalkirstain/pickapic_v2): the 500 distinct
+                         prompts of the split validation_unique or, in its absence, the distinct captions of the split
+                         validation
+    shapes               the captions of the built-in shapes world that occur in no pair
 
-NAME=PATH reads a set from your own copy, in the files the hub has; pickapic-validation=OWNER/NAME from another
-repository of the hub, such as yuvalkirstain/pickapic_v1 or a copy without images.
+NAME=PATH reads a set from your own copy, with the same files as on the hub; pickapic-validation=OWNER/NAME reads
+another repository on the hub, such as yuvalkirstain/pickapic_v1 or a copy without images.
 """
 
 import csv
@@ -22,10 +22,10 @@ from dpo_fast.evaluation.image_names import composed
 from dpo_fast.files import read_json, regular_file, user_path
 
 PICKAPIC = "yuvalkirstain/pickapic_v2"
-PICKAPIC_SPLITS = ("validation_unique", "validation")  # the first that there is
+PICKAPIC_SPLITS = ("validation_unique", "validation")  # the first one present is read
 HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
 
-# Prompts about people, where a set does not say which these are: one of these words, whole.
+# In a set that does not label prompts about people, these are the prompts with one of these as a full word.
 PEOPLE_WORDS = frozenset(
     "adult adults baby babies boy boys bride brother brothers child children couple crowd daughter face family father"
     " fathers friends gentleman gentlemen girl girls grandfather grandmother groom guy guys human humans husband kid"
@@ -35,16 +35,16 @@ PEOPLE_WORDS = frozenset(
 
 
 class Prompt(NamedTuple):
-    """One prompt, where it is from, and what its set says of it."""
+    """One prompt, its source, and how its set labels it."""
 
     text: str
-    source: str  # the set's or the file's name; "text" for one that was given as it stands
+    source: str  # the set's or the file's name; "text" for one given literally
     category: str | None = None
     challenge: str | None = None
 
 
 class Where(NamedTuple):
-    """How the hub is asked."""
+    """Options for reading from the hub."""
 
     cache_dir: str | None = None
     token: str | None = None
@@ -54,13 +54,14 @@ def read_prompts(
     given: Sequence[str],  # a text of several words, a file, a set, NAME=PATH
     *,
     people: bool = False,
-    most: int | None = None,  # so many of them, evenly spread over the list; None: all
+    most: int | None = None,  # keep this many, evenly spread over the list; None: all
     where: Where | None = None,
 ) -> list[Prompt]:
-    """The prompts in the order given, those of a set in its own.
+    """Return the prompts in the order given, those of a set in the set's own order.
 
-    people: keep only those about people: the category People where a set has it, else a word of PEOPLE_WORDS.
-    Raises BadInput, in one line, for what is not known, cannot be read, or leaves no prompt.
+    people: keep only prompts about people: those of the category People if a set has it, else those with a word of
+    PEOPLE_WORDS. Raises BadInput, in one line, for a set or file that is unknown or unreadable, and if no prompt is
+    left.
     """
     if not given:
         raise BadInput(f"no prompt is named: give --prompts a text, a file (one a line), or a set ({', '.join(SETS)})")
@@ -76,7 +77,7 @@ def read_prompts(
 
 
 def read_lines(path: Path, flag: str) -> list[str]:
-    """A text file's lines, blank ones left out. Raises BadInput, naming the flag, where there are none."""
+    """Return a text file's non-blank lines. Raises BadInput, naming the flag, if it is unreadable or has none."""
     try:
         lines = [line.strip() for line in regular_file(path, flag).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -126,7 +127,7 @@ def _partiprompts(copy: Path | None, where: Where) -> list[Prompt]:
 
 
 def _parti_table(path: Path, source: str, given: str | None = None) -> list[Prompt]:
-    """The columns Prompt, Category and, where there is one, Challenge. A quotation mark is a letter like any other."""
+    """Read the columns Prompt, Category and, if present, Challenge. Quotation marks have no special meaning."""
     try:
         with regular_file(path, "--prompts").open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -147,7 +148,7 @@ def _parti_table(path: Path, source: str, given: str | None = None) -> list[Prom
 
 
 def _hps(copy: Path | None, where: Where) -> list[Prompt]:
-    """A JSON list of prompts a style, in the folder `benchmark` of the hub's set."""
+    """Read one JSON list of prompts per style, on the hub in the folder `benchmark`."""
     prompts = []
     for style in HPS_STYLES:
         if copy is None:
@@ -169,10 +170,10 @@ def _hps(copy: Path | None, where: Where) -> list[Prompt]:
 
 
 def _pickapic(copy: Path | None, where: Where) -> list[Prompt]:
-    """The distinct texts of the column `caption` of the first of PICKAPIC_SPLITS; no image is fetched.
+    """Read the distinct texts of the column `caption` in the first split of PICKAPIC_SPLITS; no image is fetched.
 
-    copy: a folder, a parquet file (all of it) or a repository of the hub. Where the split is not validation_unique, or
-    the repository not PICKAPIC, the prompts' source says so.
+    copy: a folder, a parquet file (read completely) or a repository on the hub. The prompts' source names the split if
+    it is `validation`, and the repository if one is given.
     """
     import datasets
 
@@ -191,13 +192,13 @@ def _pickapic(copy: Path | None, where: Where) -> list[Prompt]:
         else:
             options = {"cache_dir": where.cache_dir, "token": where.token}
             splits = datasets.load_dataset(name, streaming=True, columns=columns, **options)
-        # a single file is the set, whatever split it is of
+        # a single file is the complete set, whatever split it comes from
         split = "train" if local and copy.is_file() else next((s for s in PICKAPIC_SPLITS if s in splits), None)
         rows = () if split is None else stream_columns(copy, columns, split=split) if local else splits[split]
         captions = [row["caption"] for row in rows]
         if not all(text is None or isinstance(text, str) for text in captions):
             raise ValueError("its column caption holds no texts")
-    except Exception as error:  # the network and the file formats raise what they like
+    except Exception as error:  # network and file-format libraries raise nearly anything
         raise _unreachable("pickapic-validation", error) from error
     if split is None:
         raise BadInput(
@@ -208,7 +209,7 @@ def _pickapic(copy: Path | None, where: Where) -> list[Prompt]:
     if not texts:
         raise BadInput(f"--prompts pickapic-validation: the column caption of {name} is empty; copy it again")
     source = "pickapic-validation" if split != PICKAPIC_SPLITS[1] else f"pickapic-validation (split {split})"
-    if copy is not None and not local:  # another repository of the hub
+    if copy is not None and not local:  # another repository on the hub
         source = f"{source} of {name}"
     return [Prompt(text, source) for text in texts]
 
@@ -235,7 +236,7 @@ def _from_hub(name: str, repository: str, file: str, where: Where) -> Path:
         return Path(
             hf_hub_download(repository, file, repo_type="dataset", cache_dir=where.cache_dir, token=where.token)
         )
-    except Exception as error:  # the HTTP library under the hub's client raises its own
+    except Exception as error:  # the HTTP library under the hub's client raises its own errors
         raise _unreachable(name, error) from error
 
 

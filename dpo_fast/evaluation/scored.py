@@ -12,15 +12,15 @@ from torch import Tensor
 from dpo_fast.errors import BadInput
 from dpo_fast.files import atomic_file
 
-COLUMNS = ("pair", "prompt", "category", "seed", "model")  # beside them one for each scorer
+COLUMNS = ("pair", "prompt", "category", "seed", "model")  # followed by one for each scorer
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores of base and policy, row by row a pair: one prompt, one seed, an image of each.
+    """Scores of base and policy, one pair per row: one prompt, one seed, an image of each model.
 
-    Raises BadInput for a score that is not finite, which no comparison could count, and for a scorer named as a column
-    of the table.
+    Raises BadInput for a score that is not finite, which no comparison could count, and for a scorer named like a
+    column of the table.
     """
 
     prompts: list[str]
@@ -55,8 +55,11 @@ class Scored:
 
 
 def write_scores(path: Path, scored: Scored) -> None:
-    """Write a row for each prompt, seed and model, atomically: pair (number of the row), prompt, category (null where
-    there is none), seed, model (base or policy), and a column of doubles for each scorer."""
+    """Write one row per pair and model, atomically.
+
+    Columns: pair (row number, int64), prompt, category (null if there is none), seed (int64), model (base or policy),
+    and one of doubles for each scorer.
+    """
     number = len(scored.prompts)
     columns = {
         "pair": pa.array([*range(number)] * 2, pa.int64()),

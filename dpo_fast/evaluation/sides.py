@@ -26,7 +26,7 @@ from dpo_fast.training.run_folder import check_result
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two that are compared: a model whose images are generated, or a folder of images."""
+    """One side of a comparison: a model whose images are generated, or a folder of images."""
 
     name: str
     folder: Path | None = None  # None: generated
@@ -34,12 +34,12 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared, by what."""
+    """What is compared, and by which scorers."""
 
     base: Side
     policy: Side
-    wanted: ImageRequest  # prompts, seeds, and the models that are to be generated from
-    all_images: bool  # of two folders: as many as both have of a prompt; else as many as there are seeds
+    wanted: ImageRequest  # prompts, seeds, and the models to generate with
+    all_images: bool  # two folders: as many images of a prompt as both have; else one per seed
     prompt_set: str  # in words
     scorers: Sequence[str]
     scoring: Mapping[str, object]  # keywords of load_scorer: where its files are
@@ -52,7 +52,7 @@ def is_run(path: str) -> bool:
 
 
 def read_run(folder: str) -> TrainConfig:
-    """The configuration of a finished run. Raises BadInput where there is no result yet, and where it is damaged."""
+    """Return the configuration of a finished run. Raises BadInput if its result is missing or damaged."""
     check_result(Path(folder))
     config, _ = parse(["--config", str(Path(folder, "config.yaml"))])
     result = Path(folder, WEIGHT_NAME if config.tuning == "lora" else "model_index.json")
@@ -68,12 +68,13 @@ def model_sources(
     turbo: bool = False,
     **overriding: object,
 ) -> dict[str, ModelSource]:
-    """Name -> model, settled: the baseline, where there is one, and then the policy.
+    """Return name -> model with its settings filled in: the baseline, if there is one, and then the policy.
 
     policy: a run's folder, or a pipeline (folder, hub id, .safetensors). baseline: the same, or `base` (what the run
-    started from), or `none`; None: base for a run, else none. turbo: pipelines named here are SDXL-Turbo (a
-    run knows). overriding: fields of ModelSource, for both models; None: as the run has it, or the model's usual.
-    A baseline of the policy's family is sampled as the policy is, and both compute in one dtype (fp16 without a run).
+    started from), or `none`; None: base for a run, else none. turbo: pipelines named here are SDXL-Turbo (a run records
+    it itself). overriding: fields of ModelSource, for both models; None: the run's value, or the model's default.
+    A baseline of the policy's family is sampled like the policy, and both compute in one dtype (fp16 without a run).
+    Raises BadInput for the baseline `base` of a policy that is not a run.
     """
     config = read_run(policy) if is_run(policy) else None
     given = {name: value for name, value in overriding.items() if value is not None}
@@ -104,7 +105,7 @@ def model_sources(
 
 
 def models_of(config: GenerateConfig, policy: str, baseline: str | None) -> dict[str, ModelSource]:
-    """`model_sources` with the flags of generation."""
+    """Call `model_sources` with the flags of generation."""
     return model_sources(
         policy,
         baseline,
@@ -119,18 +120,18 @@ def models_of(config: GenerateConfig, policy: str, baseline: str | None) -> dict
 
 
 def _tidy(path: str) -> str:
-    """A folder by one name, however it was written; a hub id as it is."""
+    """Normalise the path of an existing file or folder; return a hub id unchanged."""
     return os.path.normpath(path) if exists(Path(path)) else path
 
 
 def _folder_name(path: str) -> str:
-    """The last part of a path or hub id, in letters that every disk takes."""
+    """The last part of a path or hub id, in characters that every file system accepts."""
     last = Path(path).resolve().name if exists(Path(path)) else path.rsplit("/", 1)[-1]
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in last.removesuffix(".safetensors")) or "model"
 
 
 def is_images(path: str) -> bool:
-    """Whether `path` is a folder of images, and neither run nor pipeline. Raises BadInput where it has several."""
+    """Whether `path` is a folder of images, not a run or pipeline. Raises BadInput if several models share it."""
     folder = user_path(path)
     others = ("config.yaml", "model_index.json")
     if not exists(folder) or not folder.is_dir() or any((folder / name).is_file() for name in others):
@@ -141,7 +142,7 @@ def is_images(path: str) -> bool:
 
 
 def sides_of(config: EvaluateConfig) -> tuple[dict[str, ModelSource], tuple[Side, Side]]:
-    """The models to generate from, with their settings filled in; and base and policy."""
+    """Return the models to generate with, settled, and (base, policy). Raises BadInput if the baseline is not known."""
 
     policy, baseline = config.policy, config.baseline
     if not (is_run(policy) or baseline not in (None, "base")):
@@ -171,7 +172,7 @@ def sides_of(config: EvaluateConfig) -> tuple[dict[str, ModelSource], tuple[Side
 def comparison_of(
     config: EvaluateConfig, run: TrainConfig | None, models: dict[str, ModelSource], sides: tuple[Side, Side]
 ) -> Comparison:
-    """What the flags ask to be compared; what they leave out is as in the run's own evaluation."""
+    """Build the comparison that the flags ask for; what they leave out is as in the run's own evaluation."""
     given = config.prompts
     if not given and run is not None and run.eval_prompts is not None:
         given = (str(run.eval_prompts),)
@@ -214,7 +215,7 @@ def _in_words(config: EvaluateConfig, prompts: list[Prompt]) -> str:
 def reference_of(
     config: EvaluateConfig, run: TrainConfig | None, models: dict[str, ModelSource], sides: tuple[Side, Side]
 ) -> ModelSource:
-    """What the implicit reward of the policy is measured against."""
+    """The model that the policy's implicit reward is measured against. Raises BadInput if there is none."""
 
     base, policy = sides
     if policy.folder is not None:
@@ -239,7 +240,7 @@ def settings_of(
     models: dict[str, ModelSource],
     comparison: Comparison | None,
 ) -> dict[str, object]:
-    """What identifies an evaluation's folder."""
+    """The settings that identify an evaluation's folder."""
     settings: dict[str, object] = {
         title: {"name": side.name, "of": str(models[side.name] if side.folder is None else side.folder)}
         for title, side in zip(("baseline", "policy"), sides, strict=True)

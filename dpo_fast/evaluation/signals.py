@@ -1,4 +1,4 @@
-"""Signs of over-optimisation that need no scorer: what became of colours, edges, variety, and how far images moved."""
+"""Signs of over-optimisation that need no scorer: changes in colour, edges and variety, and how far images moved."""
 
 import os
 from collections.abc import Hashable, Sequence
@@ -15,15 +15,15 @@ from tqdm import tqdm
 from dpo_fast.statistics import Bootstrap, Interval
 from dpo_fast.threads import ahead
 
-THREADS = min(8, os.cpu_count() or 1)  # a prompt's images each
+THREADS = min(8, os.cpu_count() or 1)  # each measures one prompt's images
 CELLS = 8  # a coarse picture has 8 x 8 cells
 LUMA = (299, 587, 114)  # thousandths, ITU-R BT.601
-SUSPECT = {"saturation": 1.25, "sharpness": 1.5}  # times the base's: above, it is said
-LESS_DIVERSE = 0.8  # of the base's diversity: below, it is said
+SUSPECT = {"saturation": 1.25, "sharpness": 1.5}  # times the base's: above this, a warning
+LESS_DIVERSE = 0.8  # of the base's diversity: below this, a warning
 
 
 class Images(Protocol):
-    """One image a row, uint8 [3, H, W] on the CPU: a tensor [N, 3, H, W], or something that reads files when asked."""
+    """One image per row, uint8 [3, H, W] on the CPU: a tensor [N, 3, H, W], or an object that reads files on demand."""
 
     def __getitem__(self, row: int, /) -> Tensor: ...
 
@@ -34,12 +34,12 @@ class Signal:
 
     name: str
     meaning: str  # what is measured, and its unit
-    base: float | None  # None: the measure is of policy against base
+    base: float | None  # None: the measure itself compares policy and base
     policy: float
     difference: Interval  # policy minus base; of a distance: the distance itself
 
     def warning(self) -> str | None:
-        """One line where the change is large and no accident."""
+        """Return a one-line warning if the change is suspiciously large, else None."""
         if not self.base:
             return None
         ratio = self.policy / self.base
@@ -50,12 +50,12 @@ class Signal:
         return None
 
 
-# Pixels are whole numbers, and so is luma in thousandths: fp32 holds them, sums of a few, and sums of a column of up to
-# 65,793 pixels exactly. Ratios and squares are rounded; the many of them are summed in fp64, or row by row before.
+# Pixels, and luma in thousandths, are integers: fp32 holds them, sums of a few, and sums over a column of up to 65,793
+# pixels exactly. Ratios and squares are rounded; long sums of them are taken in fp64, or row by row first.
 
 
 def saturation(image: Tensor) -> float:  # uint8 [3,H,W]
-    """The mean saturation of HSV, (largest - smallest) / largest channel: 0 grey, 1 pure colours; black counts 0."""
+    """The mean saturation of HSV, (largest - smallest) / largest channel: 0 grey, 1 pure colour; black counts as 0."""
     red, green, blue = image
     highest = red.maximum(green).maximum(blue)
     lowest = red.minimum(green).minimum(blue)
@@ -74,24 +74,24 @@ def sharpness(image: Tensor) -> float:  # uint8 [3,H,W], at least 3 x 3
 
 
 def distance(base: Tensor, policy: Tensor) -> float:  # uint8 [3,H,W] each, of one size
-    """The root mean square distance of pixels in [0, 1]."""
+    """The root mean square distance of two images' pixels, scaled to [0, 1]."""
     apart = (base.maximum(policy) - base.minimum(policy)).float()
     return (apart.square_().sum(2).sum(dtype=torch.float64) / apart.numel()).sqrt().item() / 255
 
 
 def coarse_distance(base: Tensor, policy: Tensor) -> float:  # uint8 [3,H,W] each, of any sizes
-    """The same of the pictures averaged down to 8 x 8 cells: composition and colour without detail."""
+    """The same distance after averaging down to 8 x 8 cells: composition and colour without detail."""
     return (_coarse(policy) - _coarse(base)).square().mean().sqrt().item() / 255
 
 
 def diversity(images: Sequence[Tensor]) -> float:  # uint8 [3,H,W] each, of one size, at least two
-    """The distance of two of the images, the mean over every two."""
+    """The mean `distance` over all pairs of the images."""
     apart = [distance(*two) for two in combinations(images, 2)]
     return sum(apart) / len(apart)
 
 
 def _coarse(image: Tensor) -> Tensor:  # uint8 [3,H,W] -> fp64 [3, 8, 8], in levels of 255
-    """Means over cells that share a line of pixels where 8 does not divide the size, as in adaptive_avg_pool2d."""
+    """Average over cells; they share a line of pixels where 8 does not divide the size, as in adaptive_avg_pool2d."""
     high, wide = _cells(image.shape[1]), _cells(image.shape[2])
     sums = (high @ image.float()).double() @ wide.double().T
     return sums / (high.sum(1)[:, None] * wide.sum(1))
@@ -108,14 +108,14 @@ def measure(
     policy: Images,
     prompts: Sequence[str],
     show: bool = False,  # a progress bar
-    sources: tuple[Sequence[Hashable], Sequence[Hashable]] | None = None,  # of base and policy; None: no row repeats
+    sources: tuple[Sequence[Hashable], Sequence[Hashable]] | None = None,  # of base and policy; None: no image recurs
 ) -> list[Signal]:
-    """All signals of images that are row by row a pair; the images of a few prompts are held at a time.
+    """Measure all signals of images paired row by row, holding the images of only a few prompts at a time.
 
-    sources: what each row's image is, such as its file. Rows of a prompt with the same one are one image used again,
-    of which diversity knows nothing: it is over the others, and over the prompts of which both sides have two. Images
-    that only look the same are two. Left out: diversity where no prompt has two images, the distance of pixels where
-    images of a pair differ in size.
+    sources: an identifier of each row's image, such as its file. Rows of a prompt with the same identifier are one
+    image used again, which diversity counts once; images that merely look the same count as two. Diversity covers the
+    prompts of which both sides have at least two images, all of one size on each side, and is left out if there are
+    none; the distance of pixels is left out if the images of any pair differ in size.
     """
     rows: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
@@ -147,7 +147,7 @@ def measure(
 class _Measured(NamedTuple):
     """The signals of one prompt's images."""
 
-    of_image: dict[str, list[tuple[float, float] | float | None]]  # an image each: base and policy, or between them
+    of_image: dict[str, list[tuple[float, float] | float | None]]  # per pair: (base, policy), or their distance
     diversity: tuple[float, float] | None
 
 
@@ -161,7 +161,7 @@ def _of_prompt(
         "sharpness": [(sharpness(before), sharpness(after)) for before, after in pairs],
         "coarse distance": [coarse_distance(before, after) for before, after in pairs],
         "distance": [
-            distance(before, after) if before.shape == after.shape else None  # pixels that do not meet
+            distance(before, after) if before.shape == after.shape else None  # pixels do not correspond
             for before, after in pairs
         ],
     }

@@ -1,4 +1,4 @@
-"""The records of a store, found by their keys and checked when they are read."""
+"""Find the records of a store by key, and check them when they are read."""
 
 import os
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from dpo_fast.store.shards import Shard, check_recipe, read_shard, shard_indices
 
 
 class Found(NamedTuple):
-    """Where the records of some keys are; -1 where there is none."""
+    """The shard and row of the record of each key; -1 for a key without a record."""
 
     shard: np.ndarray  # int64 [n]
     row: np.ndarray  # int64 [n]
 
 
 class Store:
-    """The entries of one recipe that are on disk now. Raises BadInput for a folder that is not what it says."""
+    """The records of one recipe on disk now. Raises BadInput for the folder of another recipe or a damaged shard."""
 
     def __init__(self, root: Path, recipe: Recipe):
         self.folder, self.recipe = Path(root) / recipe.folder_name, recipe
@@ -43,13 +43,13 @@ class Store:
         return len(self._heads)
 
     def find(self, keys: Sequence[bytes]) -> Found:
-        """Where the records of `keys` are."""
+        """Locate the records of `keys`, each KEY_BYTES long."""
         wanted = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
         heads = _heads(wanted)
         shard, row = np.full(len(wanted), -1), np.full(len(wanted), -1)
         first, last = np.searchsorted(self._heads, heads), np.searchsorted(self._heads, heads, "right")
         for i in range(len(wanted)):
-            for place in range(first[i], last[i]):  # more than one only where 64 bits of two keys agree
+            for place in range(first[i], last[i]):  # more than one only if the first 64 bits of two keys agree
                 if (self._keys[place] == wanted[i]).all():
                     shard[i], row[i] = self._shard[place], self._row[place]
         return Found(shard, row)
@@ -59,7 +59,7 @@ class Store:
         return {key for shard in self.shards for key in shard.keys}
 
     def record(self, shard: int, row: int) -> np.ndarray:
-        """A record, uint8 [record_bytes], checked. Raises Damaged."""
+        """Return a record, uint8 [record_bytes]. Raises Damaged if its checksum differs."""
         held = self.shards[shard]
         record = held.records[row]
         if xxhash.xxh3_64_intdigest(record) != held.checksums[row]:
@@ -73,12 +73,12 @@ class Store:
         return self.shards[shard].meta[row]
 
     def touch(self) -> None:
-        """Note that the entries were used, for `prune`; in a read-only cache nothing is noted."""
+        """Update the time of last use, for `prune`; a read-only cache is left as it is."""
         path = self.folder / "recipe.json"
         with suppress(OSError):
             if path.exists():
                 os.utime(path)
-            elif self.shards:  # `verify --remove` took it
+            elif self.shards:  # `verify --remove` deleted it
                 write_json(path, self.recipe.as_json())
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-KEY_BYTES = 16  # of a key: a hash of what the record was computed from
-FORMAT = 1  # of shards and indices on disk
+KEY_BYTES = 16  # length of a key: a hash of what the record was computed from
+FORMAT = 1  # version of the shards and indices on disk
 DTYPES = ("float16", "float32", "float64")
 
 
@@ -28,13 +28,13 @@ class Field:
 
 @dataclass(frozen=True)
 class Remedies:
-    """What the errors of a store tell its user to do."""
+    """The remedies that a store's error messages suggest."""
 
     flag: str = "--output_dir"  # names the folder of stores
     name: str = "the folder"  # what that folder is called
-    unwritable: str = "name another --output_dir"  # where it cannot be written
-    damaged: str = "delete the shard, and the same command makes it again"  # about one record; {root} is the folder
-    lost: str = "the same command makes it again"  # about a shard that had to be given up
+    unwritable: str = "name another --output_dir"  # for a folder that cannot be written
+    damaged: str = "delete the shard, and the same command makes it again"  # for a damaged record; {root} is the folder
+    lost: str = "the same command makes it again"  # for a shard that cannot be used
 
 
 DEFAULT_REMEDIES = Remedies()
@@ -62,13 +62,13 @@ class Recipe:
         return f"{self.kind}-{self.digest}"
 
     def as_json(self) -> dict[str, Any]:
-        """What recipe.json holds."""
+        """The contents of recipe.json."""
         fields = [{"name": f.name, "shape": list(f.shape), "dtype": f.dtype} for f in self.fields]
         return {"format": FORMAT, "kind": self.kind, "facts": self.facts, "fields": fields}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> "Recipe":
-        """Raises ValueError for what is not a recipe of this format."""
+        """Parse the contents of a recipe.json. Raises ValueError unless they are a recipe of this format."""
         try:
             if value["format"] != FORMAT:
                 raise ValueError(f"it has format {value['format']!r:.50}, this version reads {FORMAT}")
@@ -88,7 +88,7 @@ class Recipe:
             raise ValueError(f"it is not a recipe ({type(error).__name__}: {error})") from error
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """What another recipe.json has otherwise, as `name: here -> there`."""
+        """List how another recipe.json differs from this, as `name: here -> there`."""
         here, there = _flat(self.as_json()), _flat(other)
         names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
         return [f"{name}: {here.get(name)} -> {there.get(name)}" for name in names]

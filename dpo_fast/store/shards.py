@@ -1,4 +1,4 @@
-"""The files of a store: complete shards, the log of the one being written, and who may write."""
+"""The files of a store: complete shards, the log of the one being written, and the lock for writing."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ class Shard:
     path: Path  # of the .bin
     key_bytes: np.ndarray  # uint8 [n, KEY_BYTES]
     checksums: np.ndarray  # uint64 [n], xxh3_64 of each record
-    meta: list[Any]  # of each record: a flat list, a dict, or None where there is nothing to say
+    meta: list[Any]  # of each record: a flat list, a dict, or None
     sha256: str
     records: np.ndarray  # uint8 [n, record_bytes]
 
@@ -54,16 +54,17 @@ def shard_indices(folder: Path) -> list[Path]:
 
 
 def read_shard(path: Path, recipe: Recipe) -> Shard:
-    """The shard whose index is `path`: its index checked, its size checked.
+    """Open the shard whose index is `path`, after checking the index and the size of the .bin.
 
-    Raises Damaged, and OSError where the disk does not give the files: that is no reason to delete them.
+    Raises Damaged if either is wrong, BadInput for a shard of another recipe, and OSError if the disk cannot read the
+    files, which is no reason to delete them.
     """
     bin_path = path.with_suffix(".bin")
     try:
         body = parse_signed(read_bytes(path))
         keys = np.frombuffer(bytes.fromhex("".join(body["keys"])), np.uint8).reshape(-1, KEY_BYTES)
         checksums = np.array([int(checksum, 16) for checksum in body["checksums"]], np.uint64)
-        shared: dict[tuple, list] = {}  # sizes recur: one list of each, or millions of records take much memory
+        shared: dict[tuple, list] = {}  # sizes repeat: share their lists, or millions of them take much memory
         meta = [shared.setdefault(tuple(m), m) if isinstance(m, list) else m for m in body["meta"]]
         sha256, of = body["sha256"], (body["recipe"], body["record_bytes"])
         if not len(keys) == len(checksums) == len(meta):
@@ -86,22 +87,22 @@ def read_shard(path: Path, recipe: Recipe) -> Shard:
 
 
 def damaged_records(shard: Shard) -> list[int]:
-    """The rows whose records do not have the checksums of the index."""
+    """The rows whose records do not match their checksums in the index."""
     pairs = enumerate(zip(shard.records, shard.checksums, strict=True))
     return [row for row, (record, checksum) in pairs if xxhash.xxh3_64_intdigest(record) != checksum]
 
 
 def remove_shard(path: Path) -> None:
-    """Delete a shard by its index's path; the index first, so that no index stands without its records."""
+    """Delete the shard whose index is `path`; the index goes first, so that none is left without its records."""
     path.unlink(missing_ok=True)
     path.with_suffix(".bin").unlink(missing_ok=True)
 
 
 def drop_damaged(root: Path, recipe: Recipe, *, every_record: bool = False) -> None:
-    """Delete the shards whose files do not fit their index, so that their records are computed again; log each.
+    """Delete and log the shards whose files do not match their index, so that their records are recomputed.
 
-    With `every_record` the records are read too, and compared with their checksums. Raises BadInput where there are
-    damaged shards and another process writes, or the folder cannot be written.
+    With `every_record`, every record is also compared with its checksum. If there are damaged shards, raises BadInput
+    when another process is writing or the folder cannot be written.
     """
     folder, damaged = Path(root) / recipe.folder_name, []
     for path in shard_indices(folder):
@@ -119,7 +120,7 @@ def drop_damaged(root: Path, recipe: Recipe, *, every_record: bool = False) -> N
 
 
 def check_recipe(folder: Path, recipe: Recipe) -> None:
-    """Raise BadInput where the folder's recipe.json is there and is another one."""
+    """Raise BadInput if the folder has a recipe.json that cannot be parsed or is of another recipe."""
     path = folder / "recipe.json"
     if not path.exists():
         return
@@ -141,8 +142,8 @@ def locked(
 ) -> Iterator[None]:
     """Hold `folder` for writing.
 
-    Where another process has it: BadInput that names the holder, or, with `waiting`, which is told of it once, its end
-    is waited for.
+    If another process holds it, raises BadInput naming the holder; with `waiting`, calls that once with a message and
+    waits instead. Raises BadInput also if the folder cannot be written.
     """
     otherwise = f"wait until it is done (a second process would do the same work), or name another {remedies.flag}"
     try:
@@ -154,20 +155,20 @@ def locked(
 
 
 def not_writable(folder: Path, error: OSError, remedies: Remedies) -> BadInput:
-    """A disk's error at the folder of a store as BadInput, with what to do about it."""
+    """The BadInput for a disk error at a store's folder, with its remedy."""
     if error.errno in DISK_ERRORS and error.errno not in FORBIDDEN:
         return BadInput(f"{remedies.name} {folder} cannot be written ({error.strerror}): {remedy(error)}")
     return BadInput(f"{remedies.name} {folder} cannot be written ({error.strerror or error}): {remedies.unwritable}")
 
 
 def log_line(key: bytes, checksum: int, meta: Any) -> bytes:
-    """A line of the log, with a digest of its own."""
+    """A line of the log, ending with its own digest."""
     entry = [key.hex(), f"{checksum:016x}", meta]
     return json.dumps([*entry, digest(json.dumps(entry).encode())]).encode() + b"\n"
 
 
 def log_entry(line: bytes) -> tuple[bytes, int, Any] | None:
-    """What `log_line` was given; None where the line was cut off or has changed."""
+    """Parse a line of the log; None if it was cut off or has changed."""
     try:
         key, checksum, meta, _ = parse_json(line)
         entry = bytes.fromhex(key), int(checksum, 16), meta

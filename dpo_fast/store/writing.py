@@ -1,4 +1,4 @@
-"""Appending records to a store, and going on where a killed process was."""
+"""Append records to a store, resuming where a killed process stopped."""
 
 import os
 from contextlib import suppress
@@ -13,14 +13,14 @@ from dpo_fast.files import flush, has_temporaries, naming, read_bytes, regular_f
 from dpo_fast.store.recipe import Recipe
 from dpo_fast.store.shards import check_recipe, drop_damaged, locked, log_entry, log_line, not_writable, shard_files
 
-SHARD_BYTES = 256 << 20  # a full shard's records, about
+SHARD_BYTES = 256 << 20  # of a full shard's records, approximately
 
 
 class Writer:
-    """Appends records for one rank; going on where an earlier process was. `pending` are the keys it found there.
+    """Appends records for one rank, resuming an unfinished shard, whose keys `pending` holds.
 
-    `capacity` records fill a shard, by default as many as SHARD_BYTES hold. Leave the `with` block when all is written:
-    that completes the last, short shard. After an error the unfinished shard stays for the next process.
+    A shard holds `capacity` records, by default as many as fit in SHARD_BYTES. Leaving the `with` block completes the
+    last, shorter shard. After an error the unfinished shard is kept for the next process.
     """
 
     def __init__(self, root: Path, recipe: Recipe, rank: int, capacity: int | None = None):
@@ -31,7 +31,7 @@ class Writer:
         self._part: BinaryIO | None = None
         self._log: BinaryIO | None = None
         for number in self._unfinished():
-            if self._entries:  # two of them: shards were deleted in between
+            if self._entries:  # a second one: shards were deleted in between
                 self._complete()
             self._number = number
             self._resume()
@@ -52,7 +52,7 @@ class Writer:
             self._log.close()
 
     def add(self, key: bytes, record: bytes | memoryview, meta: Any = None) -> None:
-        """Append one record. Raises OSError (a full disk, for one); what was added before is safe."""
+        """Append one record. Raises OSError, for instance for a full disk; records added before are safe."""
         assert len(record) == self.recipe.record_bytes, (len(record), self.recipe.record_bytes)
         if self._part is None:
             self._part, self._log = open(self._path("part"), "wb", 0), open(self._path("log"), "wb", 0)
@@ -68,7 +68,7 @@ class Writer:
         return self.folder / f"shard-{self.rank}-{self._number:05d}.{suffix}"
 
     def _numbers(self, *kinds: str) -> set[int]:
-        """The numbers of this rank's files of these kinds."""
+        """The numbers of this rank's shards that have a file of one of these kinds."""
         return {number for rank, number, kind in shard_files(self.folder) if rank == self.rank and kind in kinds}
 
     def _free_number(self) -> int:
@@ -76,14 +76,14 @@ class Writer:
         return next(number for number in range(len(taken) + 1) if number not in taken)
 
     def _unfinished(self) -> list[int]:
-        """The shards that a killed process left without their index, ascending."""
+        """The numbers of the shards that a killed process left without an index, ascending."""
         done = self._numbers("json")
-        for number in self._numbers("log") & done:  # done, but for this
+        for number in self._numbers("log") & done:  # complete except for this
             (self.folder / f"shard-{self.rank}-{number:05d}.log").unlink()
         return sorted(self._numbers("bin", "part", "log") - done)
 
     def _resume(self) -> None:
-        """Take up an unfinished shard: whole records in the order of the log, nothing behind them."""
+        """Resume an unfinished shard: keep its complete records in log order, and cut off what follows them."""
         part, log = self._path("part"), self._path("log")
         if self._path("bin").exists():  # killed between the rename and the JSON
             self._path("bin").rename(part)
@@ -128,9 +128,9 @@ class Writer:
 
 
 def begin_folder(root: Path, recipe: Recipe) -> None:
-    """Make the recipe's folder, with recipe.json (it may be missing: shards and the folder's name tell of it too).
+    """Make the recipe's folder, and its recipe.json if that is missing (shards and the folder's name identify it too).
 
-    Raises BadInput where it holds another recipe, or cannot be made.
+    Raises BadInput if the folder holds another recipe or cannot be written.
     """
     folder = Path(root) / recipe.folder_name
     try:
@@ -144,7 +144,7 @@ def begin_folder(root: Path, recipe: Recipe) -> None:
 
 
 def finish_orphans(root: Path, recipe: Recipe, ranks: int) -> None:
-    """Complete the unfinished shards of ranks from `ranks` on: an earlier build had more processes."""
+    """Complete the unfinished shards of ranks >= `ranks`, left by a build that had more processes."""
     folder = Path(root) / recipe.folder_name
     for rank in sorted({rank for rank, _, kind in shard_files(folder) if kind in ("part", "log") and rank >= ranks}):
         with Writer(root, recipe, rank):
@@ -152,9 +152,9 @@ def finish_orphans(root: Path, recipe: Recipe, ranks: int) -> None:
 
 
 def mend(root: Path, recipe: Recipe) -> None:
-    """Make the recipe's folder, take up what killed processes left, and delete damaged shards, whose records are lost.
+    """Make the recipe's folder, complete what killed processes left, and delete damaged shards with all their records.
 
-    Every record is read: for stores of small records, which nobody else writes now.
+    This reads every record, so it is meant for stores of small records, while no other process is writing them.
     """
     begin_folder(root, recipe)
     finish_orphans(root, recipe, 0)
@@ -162,9 +162,9 @@ def mend(root: Path, recipe: Recipe) -> None:
 
 
 def tidy(root: Path, recipe: Recipe) -> bool:
-    """Complete the unfinished shards of killed processes and clear away what else they left. True if there was any.
+    """Complete the unfinished shards of killed processes and delete their temporary files. True if there were any.
 
-    In a folder that another process builds, or that cannot be written, everything stays as it is.
+    A folder that another process is building, or that cannot be written, is left as it is.
     """
     folder = Path(root) / recipe.folder_name
     unfinished = any(kind in ("part", "log") for _, _, kind in shard_files(folder))
@@ -177,17 +177,17 @@ def tidy(root: Path, recipe: Recipe) -> bool:
 
 
 def log_keys(folder: Path) -> set[bytes]:
-    """The keys of the records in unfinished shards, after their writers took them up."""
+    """The keys of the records in unfinished shards, once their writers have resumed them."""
     keys = set()
     for rank, number, kind in shard_files(folder):
-        if kind == "log" and (path := folder / f"shard-{rank}-{number:05d}.log").exists():  # not a link to nowhere
+        if kind == "log" and (path := folder / f"shard-{rank}-{number:05d}.log").exists():  # not a dangling link
             lines = read_bytes(path).splitlines(keepends=True)
             keys |= {entry[0] for entry in map(log_entry, lines) if entry is not None}
     return keys
 
 
 def _write(file: BinaryIO, data: bytes | memoryview) -> None:
-    """Write all of `data`; an unbuffered file may take only a part at a time."""
+    """Write all of `data`; an unbuffered file may accept only a part at a time."""
     view = memoryview(data)
     while len(view):
         view = view[file.write(view) :]

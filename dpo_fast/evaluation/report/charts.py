@@ -1,4 +1,4 @@
-"""Win rates as bars with intervals: inline SVG in HTML lists, lengths in percent, so that they fit any width."""
+"""Win rates as bars with intervals: inline SVG in HTML lists, with lengths in percent so that they fit any width."""
 
 from collections.abc import Sequence
 from html import escape
@@ -18,20 +18,20 @@ AXIS = (
 
 
 class Shown(Protocol):
-    """A share that one half is the middle of."""
+    """A share with its interval, centred on 0.5."""
 
     @property
     def interval(self) -> Interval: ...
 
     @property
-    def decided(self) -> bool: ...  # whether the interval leaves out one half
+    def decided(self) -> bool: ...  # whether the interval excludes 0.5
 
 
 def bars(
-    rows: Sequence[tuple[str, str, Shown]],  # name and what stands beneath it, both plain text; the share
-    measure: str = "win rate",  # what is shared, as it is read out
+    rows: Sequence[tuple[str, str, Shown]],  # name and the line beneath it, both plain text; the share
+    measure: str = "win rate",  # what the share is, for screen readers
 ) -> str:
-    """A bar from one half to each share, its interval over it."""
+    """Return HTML with a bar from 0.5 to each share, overlaid with its interval."""
     items = "".join(_item(*row, measure) for row in rows)
     lines = "".join(f'<line x1="{x:.0%}" x2="{x:.0%}" y1="0" y2="5"/>' for x, _, _ in AXIS)
     texts = "".join(f'<text x="{x:.0%}" y="19" text-anchor="{anchor}">{text}</text>' for x, text, anchor in AXIS)

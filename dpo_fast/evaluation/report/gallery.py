@@ -1,4 +1,4 @@
-"""Which pairs of images a page shows, and how small they are made."""
+"""Choose the pairs of images that a page shows, and shrink them to fit."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ from torch import Tensor
 from dpo_fast.evaluation.scored import Scored
 from dpo_fast.evaluation.signals import Images
 
-DEEP = 8  # pairs of a list over all prompts
+DEEP = 8  # pairs in a list over all prompts
 DEEP_IN_CATEGORY = 4
 QUALITY = 82  # of WebP
 LOSSLESS = 64  # pixels: images no larger are kept as they are
@@ -22,7 +22,7 @@ SMALLEST = 96  # pixels: thumbnails are not made smaller than this
 
 
 class Role(NamedTuple):
-    """Why a pair is shown: one of the best or worst of a scorer, or drawn at random; of all or of a category."""
+    """Why a pair is shown: among the best or worst by a scorer, or drawn at random, of all pairs or of one category."""
 
     kind: str  # best, worst, random
     scorer: str | None  # None: random
@@ -31,17 +31,17 @@ class Role(NamedTuple):
 
 @dataclass
 class Shown:
-    """A row of the scores, and its place (from 0) in each list that it belongs to."""
+    """A row of the scores, and its position (from 0) in each list that it belongs to."""
 
     row: int
     roles: dict[Role, int] = field(default_factory=dict)
 
 
 def choose(scored: Scored, max_pairs: int, seed: int = 0) -> list[Shown]:
-    """At most `max_pairs` pairs, and the lists that each belongs to, in the order of the lists.
+    """Choose at most `max_pairs` pairs, with the lists that each belongs to, in the order of the lists.
 
-    Of each scorer the best (the largest gain of the policy over the base) and the worst, and some drawn at random with
-    `seed`; then the same of each category, as far as there is room. A prompt comes once in a list.
+    The lists are the best (largest gain of the policy over the base) and the worst pairs by each scorer, and pairs
+    drawn at random with `seed`; then the same for each category, as far as there is room. A list has a prompt once.
     """
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(scored.prompts), generator=generator).tolist()
@@ -59,7 +59,7 @@ def choose(scored: Scored, max_pairs: int, seed: int = 0) -> list[Shown]:
             inside = [row for row in rows if category is None or scored.categories[row] == category]
             lists.append((Role(kind, scorer, category), _one_a_prompt(inside, scored.prompts)))
     shown: dict[int, Shown] = {}
-    full: set[Role] = set()  # no later pair of a list is shown where an earlier one is not
+    full: set[Role] = set()  # once a pair of a list finds no room, none after it in that list is shown
     for role, place, row in _in_turn(lists):
         if role not in full and (row in shown or len(shown) < max_pairs):
             shown.setdefault(row, Shown(row)).roles[role] = place
@@ -72,8 +72,11 @@ def choose(scored: Scored, max_pairs: int, seed: int = 0) -> list[Shown]:
 
 
 def _in_turn(lists: list[tuple[Role, list[int]]]) -> Iterator[tuple[Role, int, int]]:
-    """Role, place and row: the first of every list, then the second ...; half of what is wanted over all prompts, half
-    of that of the categories, and then the other halves."""
+    """Yield role, position and row: the first of every list, then the second, and so on.
+
+    The first half of the lists over all prompts comes first, then the first half of those by category, then the second
+    halves.
+    """
     everywhere = [one for one in lists if one[0].category is None], DEEP
     inside = [one for one in lists if one[0].category is not None], DEEP_IN_CATEGORY
     for half in (0, 1):
@@ -92,7 +95,7 @@ def _one_a_prompt(rows: Sequence[int], prompts: Sequence[str]) -> list[int]:
 
 
 class Thumbnail(NamedTuple):
-    uri: str  # data:
+    uri: str  # a data: URI
     width: int  # pixels
     height: int
 
@@ -100,9 +103,9 @@ class Thumbnail(NamedTuple):
 def thumbnails(
     base: Images, policy: Images, rows: Sequence[int], *, size: int, max_bytes: int
 ) -> tuple[dict[int, tuple[Thumbnail, Thumbnail]], int]:
-    """Both images of each row, and the longest side they have, in pixels.
+    """Return both images of each row as thumbnails, and the longest side among them in pixels.
 
-    At most `size`, and less where all together would take more than `max_bytes` in the page.
+    Sides are at most `size`, and less if the thumbnails would take more than `max_bytes` of the page in total.
     """
     while True:
         made = {row: (_thumbnail(base[row], size), _thumbnail(policy[row], size)) for row in rows}

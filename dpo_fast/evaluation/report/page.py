@@ -1,4 +1,4 @@
-"""One self-contained HTML page of an evaluation: charts, tables and pairs of images; nothing is loaded from outside."""
+"""A self-contained HTML page for an evaluation: charts, tables and pairs of images; nothing is loaded from outside."""
 
 import base64
 import hashlib
@@ -25,13 +25,13 @@ def page(
     base: Images,
     policy: Images,
     *,
-    implicit: ImplicitAccuracy | None = None,  # where it was measured
+    implicit: ImplicitAccuracy | None = None,  # None: not measured
     max_pairs: int = 96,
-    thumbnail: int = 448,  # longest side of an image, pixels; smaller where the page would pass `max_bytes`
+    thumbnail: int = 448,  # longest side of an image, pixels; smaller if all would exceed `max_bytes`
     max_bytes: int = MAX_BYTES,
     seed: int = 0,  # of the pairs drawn at random
 ) -> str:
-    """The page as text, to be written as UTF-8. `findings` are those of `scored`, whose rows the images are."""
+    """Return the page as text, to be written as UTF-8. `findings` are of `scored`; the images are in its row order."""
     shown = choose(scored, max_pairs, seed)
     images, size = thumbnails(base, policy, [one.row for one in shown], size=thumbnail, max_bytes=max_bytes)
     style, script = (_beside(name) for name in ("page.css", "page.js"))
@@ -85,7 +85,7 @@ def _head(findings: Findings) -> str:
 
 
 def _provenance(about: About) -> dict[str, str]:
-    """Which revisions of models and scorers were used, a row each."""
+    """The revisions of the models and scorers used, one row each."""
     rows = {f"Files, {title}": _revisions(files) for title, files in about.models.items()}
     for name, of in about.scorers.items():
         others = (f"{key} {value}" for key, value in of.items() if key != "revisions")
@@ -153,7 +153,7 @@ def _signals(signals: list[Signal]) -> str:
 
 
 def _implicit(found: ImplicitAccuracy) -> str:
-    """How well the policy ranks people's choices by itself."""
+    """Render how well the policy ranks people's choices by itself."""
     levels = [(level.name, counted(level.pairs, "pair"), level) for level in found.levels]
     chart = bars([("all draws", f"the mean margin of {found.draws}", found), *levels], "accuracy")
     rows = [
@@ -201,7 +201,7 @@ def _pairs(
 
 
 def _toolbar(scorers: list[str], categories: list[str]) -> str:
-    """Shown where the script runs, which alone can answer it."""
+    """Render the toolbar, hidden until the script that serves it runs."""
     of_scorer = "".join(f'<option value="{k}">{_text(name)}</option>' for k, name in enumerate(scorers))
     of_category = "".join(f'<option value="{k}">{_text(name)}</option>' for k, name in enumerate(categories))
 
@@ -231,7 +231,7 @@ def _toolbar(scorers: list[str], categories: list[str]) -> str:
 def _card(
     one: Shown, scored: Scored, both: tuple[Thumbnail, Thumbnail], scorers: list[str], categories: list[str]
 ) -> str:
-    def key(role: Role) -> str:  # as page.js asks for it
+    def key(role: Role) -> str:  # as page.js looks it up
         scorer = "" if role.scorer is None else scorers.index(role.scorer)
         category = "" if role.category is None else categories.index(role.category)
         return f"{role.kind}.{scorer}.{category}"
@@ -268,7 +268,7 @@ def _section(title: str, content: str, name: str = "") -> str:
 
 
 def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:  # rows: HTML; the first cell names the row
-    """On a narrow screen a row becomes a block, and each cell says what it is."""
+    """Render a table. On a narrow screen each row becomes a block, and each cell shows its column's name."""
     top = "".join(f'<th scope="col">{_text(name)}</th>' for name in head)
     body = "".join(
         f'<tr><th scope="row">{row[0]}</th>'
@@ -288,7 +288,7 @@ def _minus(numbers: str) -> str:
 
 
 def _text(outside: str) -> str:
-    """Text from outside as HTML has it: escaped, without characters that HTML forbids."""
+    """Escape text from outside for HTML, with characters that HTML forbids replaced by U+FFFD."""
     return escape(re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", outside))
 
 
