@@ -1,14 +1,15 @@
-"""Builds the extension dpo_fast._native; everything else about the package is in pyproject.toml.
+"""Build the extension dpo_fast._native; everything else about the package is in pyproject.toml.
 
-C++ always, CUDA too where nvcc is found: in CUDA_HOME, CUDA_PATH, the PATH, /usr/local/cuda* or packages of pip
-(nvidia-cuda-nvcc and nvidia-cuda-cccl). Needs neither PyTorch nor its headers. Where CUDA is left out, the build says
-why in a line (pip install -v shows it), which the extension keeps for `python -m dpo_fast.env`.
+C++ is always built, CUDA too where nvcc is found: in CUDA_HOME, CUDA_PATH, the PATH, /usr/local/cuda* or pip packages
+(nvidia-cuda-nvcc and nvidia-cuda-cccl). Neither PyTorch nor its headers are needed. Where CUDA is left out, the build
+says why in one line (shown by pip install -v), and the extension keeps that line for `python -m dpo_fast.env`.
 
-    DPO_FAST_BUILD       auto (default): what fails to compile is left out, and said; cpu; cuda: both; none
-    DPO_FAST_CUDA_ARCHS  compute capabilities, as 80,90; default: the visible GPU's, else of ARCHS what nvcc knows
-    DPO_FAST_DEBUG       1: no optimisation, symbols, line numbers in GPU code
+    DPO_FAST_BUILD       auto (default): leave out and report what fails to compile; cpu; cuda: both; none
+    DPO_FAST_CUDA_ARCHS  compute capabilities, such as 80,90; default: the visible GPU's, else those of ARCHS that
+                         nvcc knows
+    DPO_FAST_DEBUG       1: no optimisation, with symbols and line numbers in GPU code
 
-Objects stay under build/ and are compiled again when a source, a header or the command has changed.
+Objects stay under build/ and are recompiled when a source, a header or the command has changed.
 """
 
 import os
@@ -34,8 +35,8 @@ CPP_SOURCES = [BINDINGS, *sorted(CSRC.glob("cpu/*.cpp"))]
 CUDA_SOURCES = sorted(CSRC.glob("cuda/*.cu"))
 NO_CUDA = CSRC / "cuda" / "absent.cpp"
 ARCHS = ("80", "86", "89", "90", "100", "120")
-SYSTEM = Path("/usr/local")  # where CUDA's own installers put it
-PACKAGES = "pip install nvidia-cuda-nvcc nvidia-cuda-cccl"  # what they require comes along
+SYSTEM = Path("/usr/local")  # where CUDA's own installers put toolkits
+PACKAGES = "pip install nvidia-cuda-nvcc nvidia-cuda-cccl"  # pip adds their dependencies
 
 MODE = os.environ.get("DPO_FAST_BUILD") or "auto"
 OBJECTS = Path("build") / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"  # pip's own is temporary
@@ -61,10 +62,10 @@ def numbers_in(path: Path) -> list[int]:
 
 
 def pip_folders() -> list[Path]:
-    """nvidia/*/bin in the environments at hand: nvidia-cuda-nvcc of CUDA 13 is in nvidia/cu13.
+    """Return nvidia/*/bin of all environments in reach; nvidia-cuda-nvcc of CUDA 13 is in nvidia/cu13.
 
-    An isolated build cannot import the user's packages, but their files are there: pip runs it with the prefix of the
-    user's environment; uv and `build` in an environment of their own, with the user's on the PATH where it is active.
+    An isolated build cannot import the user's packages but can find their files: pip runs it with the prefix of the
+    user's environment, uv and `build` in an environment of their own, with the user's on the PATH if it is active.
     """
     active = [Path(folder).parent for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
     prefixes = [
@@ -80,7 +81,7 @@ def pip_folders() -> list[Path]:
 
 
 def nvcc_places() -> dict[str, list[Path]]:
-    """The places where nvcc is looked for, in order, and their folders."""
+    """Return the locations searched for nvcc, in order, each with its folders."""
     named = {
         f"{name} ({home})": [Path(home) / "bin"]
         for name in ("CUDA_HOME", "CUDA_PATH")
@@ -96,7 +97,7 @@ def nvcc_places() -> dict[str, list[Path]]:
 
 
 def find_nvcc() -> str | None:
-    """The first nvcc. A CUDA_HOME or CUDA_PATH without one is named and passed over."""
+    """Return the path of the first nvcc, or None. A CUDA_HOME or CUDA_PATH without one is reported and skipped."""
     for place, folders in nvcc_places().items():
         if nvcc := shutil.which("nvcc", path=os.pathsep.join(map(str, folders))):
             return nvcc
@@ -106,10 +107,10 @@ def find_nvcc() -> str | None:
 
 
 def toolkit_flags(nvcc: str) -> tuple[list[str], list[str]]:
-    """What nvcc has to be told of the folders of a package of pip, to compile and to link: of a toolkit it knows them.
+    """Return the compile and link flags that tell nvcc the folders of a pip package; a full toolkit needs none.
 
-    Packages of pip have lib and no lib64, which the nvcc of 13.0 and 13.1 looks into; and a part may lie in a folder
-    of its own beside the others (nvidia/cuda_runtime).
+    Pip packages have lib but no lib64, where the nvcc of 13.0 and 13.1 looks, and a component may be in a folder of
+    its own beside the others (nvidia/cuda_runtime).
     """
     own = Path(nvcc).resolve().parents[1]
     if own.parent.name != "nvidia":
@@ -121,7 +122,7 @@ def toolkit_flags(nvcc: str) -> tuple[list[str], list[str]]:
 
 
 def words_of(*command: str) -> list[str]:
-    """The words that a command prints; none where it cannot run."""
+    """Return the words that a command prints; none if it cannot run or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     except (OSError, subprocess.CalledProcessError):
@@ -129,7 +130,10 @@ def words_of(*command: str) -> list[str]:
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """Compute capabilities to compile for, as 80 or 90a, the lowest first."""
+    """Return the compute capabilities to compile for, such as 80 or 90a, lowest first.
+
+    Raises CompileError for a malformed DPO_FAST_CUDA_ARCHS, or if nvcc knows none of ARCHS.
+    """
     if asked := os.environ.get("DPO_FAST_CUDA_ARCHS"):
         archs = asked.replace(".", "").replace(",", " ").split()
         for arch in archs:
@@ -150,27 +154,27 @@ def arch_key(arch: str) -> tuple[int, str]:
 
 
 def ptx_arch(archs: list[str]) -> str:
-    """The one whose PTX goes in too: the highest, of those that later GPUs run (90a's runs on 9.0 alone)."""
+    """Return the architecture whose PTX is included: the highest that later GPUs run too (90a runs only on 9.0)."""
     return ([arch for arch in archs if arch.isdigit()] or archs)[-1]
 
 
 def arch_flags(archs: list[str]) -> list[str]:
-    """Code for each architecture, and PTX of one for those to come."""
+    """Return the flags for native code for each architecture, and PTX for future ones."""
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     ptx = ptx_arch(archs)
     return [*flags, f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
 
 
 def literal(name: str, text: str) -> str:
-    """A -D that defines a C string."""
+    """Return the -D flag that defines a C string."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'-D{name}="{escaped}"'
 
 
 def first_error(error: CompileError) -> str:
-    """The line of a failed command's output that says most: the first with the word error, else the first."""
+    """Return the most telling line of a failed command: the first with the word error, else the first."""
     first, *output = filter(None, map(str.strip, str(error).splitlines()))
-    if not output:  # no command ran, or it said nothing
+    if not output:  # no command ran, or it printed nothing
         return first
     return next((line for line in output if "error" in line.lower()), output[0])
 
@@ -188,11 +192,11 @@ def run(command: list[str]) -> None:
 
 
 class BuildNative(build_ext):
-    """Compiles and links by commands of its own: setuptools knows neither nvcc nor parallel or incremental builds."""
+    """Compile and link by our own commands: setuptools supports neither nvcc nor parallel or incremental builds."""
 
     def run(self) -> None:
         if self.inplace or self.editable_mode:
-            for stale in Path("dpo_fast").glob("_native*.so"):  # or an older build would be imported if this one fails
+            for stale in Path("dpo_fast").glob("_native*.so"):  # else, if this build fails, an older one is imported
                 stale.unlink()
         super().run()
 
@@ -218,10 +222,10 @@ class BuildNative(build_ext):
         self.build(ext, None, reason)
 
     def build(self, ext: Extension, nvcc: str | None, left_out: str = "") -> None:
-        """Compile and link. left_out: why there is no nvcc."""
+        """Compile and link. nvcc: None to build without CUDA; left_out: the reason why."""
         import pybind11
 
-        version = f"-DPYBIND11_USED={pybind11.__version__}"  # its folder is another in each isolated build
+        version = f"-DPYBIND11_USED={pybind11.__version__}"  # its folder differs in each isolated build
         compiler = os.environ.get("CXX") or "c++"
         includes = [version, f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         commands = {source: [compiler, *CPP_FLAGS, *includes] for source in CPP_SOURCES}
@@ -247,7 +251,7 @@ class BuildNative(build_ext):
         run([*link, *map(str, objects), "-o", str(target)])
 
     def compile(self, source: Path, command: list[str]) -> Path:
-        """The object of a source, compiled unless it is newer than everything it comes from."""
+        """Return the object of a source, compiled unless it is up to date with its inputs and the command."""
         made = OBJECTS / source.with_suffix(source.suffix + ".o")
         command = [*command, "-c", str(source), "-o", str(made)]
         identity = shlex.join(word for word in command if not word.startswith("-I"))
@@ -270,6 +274,6 @@ if __name__ == "__main__":
         sources=[str(path) for path in (*CPP_SOURCES, NO_CUDA)],
         depends=[str(path) for path in (*HEADERS, *CUDA_SOURCES)],
         language="c++",
-        optional=MODE == "auto",  # setuptools then says why it failed, and goes on
+        optional=MODE == "auto",  # setuptools then reports a failure and goes on
     )
     setup(ext_modules=[] if MODE == "none" else [native], cmdclass={"build_ext": BuildNative})

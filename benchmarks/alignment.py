@@ -27,7 +27,7 @@ from dpo_fast.presets import PRESETS
 PAIRS = Path(str(PRESETS["shapes"]["dataset_name"]))
 VARIANTS = {
     "default": "",
-    "swapped": "--image_columns jpg_1 jpg_0",  # the label's order is that of the columns: the loser wins
+    "swapped": "--image_columns jpg_1 jpg_0",  # labels follow the columns' order, so the loser wins
     "random": "--dataset_name {random} --label_column label_random",
     "sft": "--objective sft",
     "ipo": "--objective ipo",
@@ -37,7 +37,7 @@ VARIANTS = {
     "bf16": "--mixed_precision bf16",
     "fp16": "--mixed_precision fp16",
     "appeal": "--preference appeal",
-    **{f"cached{k}": f"--cached_reference {k}" for k in (1, 2, 4, 8)},  # draws a pair; beside default, run online
+    **{f"cached{k}": f"--cached_reference {k}" for k in (1, 2, 4, 8)},  # draws per pair; the default runs online
 }
 
 
@@ -73,13 +73,16 @@ def main() -> None:
 
 
 def train(variant: str, seed: int, root: Path, more: list[str], jobs: int) -> dict[str, object]:
-    """One run's summary.json, with the command's whole wall time."""
+    """Run one variant, unless it is finished; return its summary.json with the command's wall time in seconds."""
     flags = VARIANTS[variant].format(random=random_labels(root, seed)).split()
     return finished(root / f"{variant}-{seed}", [*more, *flags, "--seed", str(seed)], jobs)
 
 
 def finished(folder: Path, flags: list[str], jobs: int) -> dict[str, object]:
-    """The summary.json of a run of the built-in world, with the command's whole wall time."""
+    """Run the built-in world in `folder`, unless it is finished; return its summary.json with the wall time in seconds.
+
+    Raises SystemExit if the command fails.
+    """
     if not (folder / "wall.json").exists():
         command = [sys.executable, "-m", "dpo_fast.train", "--preset", "shapes", *flags, "--output_dir", folder]
         threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
@@ -94,7 +97,7 @@ def finished(folder: Path, flags: list[str], jobs: int) -> dict[str, object]:
 
 
 def random_labels(root: Path, seed: int) -> Path:
-    """The built-in pairs with a coin's labels."""
+    """Return the path of the built-in pairs with coin-flip labels in column label_random."""
     path = root / f"random-{seed}.parquet"
     if not path.exists():
         table = pq.read_table(PAIRS)
@@ -117,7 +120,7 @@ def line(variant: str, seed: str, summary: dict) -> str:
 
 
 def pooled(summaries: list[dict]) -> str:
-    """Mean win rate over runs, its interval from those of the runs (independent seeds: variances add)."""
+    """Format the mean win rate of runs, with an interval from those of the runs (independent seeds: variances add)."""
     rate = sum(s["win_rate"] for s in summaries) / len(summaries)
     halves = [(s["win_rate_ci95"][1] - s["win_rate_ci95"][0]) / 2 for s in summaries]
     half = sum(h * h for h in halves) ** 0.5 / len(summaries)

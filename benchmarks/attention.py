@@ -82,12 +82,12 @@ def main() -> None:
 
 
 def measure(shape: tuple[int, int, int, int], pairs: int, dtype: torch.dtype, device: str) -> list[dict]:
-    """The rows of one shape, one a kernel that takes it."""
+    """Measure one shape; return a row for each kernel that supports it."""
     heads, queries, keys, size = shape
     generator = torch.Generator().manual_seed(0)
     query, key, value, grad = (
         torch.randn(2 * pairs, length, heads, size, generator=generator).to(device, dtype).transpose(1, 2)
-        for length in (queries, keys, keys, queries)  # in memory as the projections of a UNet give them
+        for length in (queries, keys, keys, queries)  # in the memory layout of a UNet's projections
     )
     inputs = tuple(tensor.detach().requires_grad_() for tensor in (query, key, value))
     truth = outputs(tuple(tensor[:1].detach().double().requires_grad_() for tensor in inputs), grad[:1].double(), None)
@@ -118,16 +118,16 @@ def attend(inputs: tuple[Tensor, ...], kernel: SDPBackend | None) -> Tensor:
 
 
 def outputs(inputs: tuple[Tensor, ...], grad: Tensor, kernel: SDPBackend | None) -> tuple[Tensor, ...]:
-    """The output and the three gradients."""
+    """Return the output and the gradients of query, key and value."""
     result = attend(inputs, kernel)
     return result, *torch.autograd.grad(result, inputs, grad)
 
 
 def takes(kernel: SDPBackend | None, inputs: tuple[Tensor, ...]) -> bool:
-    """Whether the kernel can be had for these tensors."""
+    """Whether the kernel supports these tensors."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it says at length why not
+            warnings.simplefilter("ignore")  # PyTorch explains at length why not
             outputs(tuple(tensor[:1].detach().requires_grad_() for tensor in inputs), inputs[0][:1].detach(), kernel)
     except RuntimeError:
         return False

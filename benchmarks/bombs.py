@@ -26,9 +26,9 @@ from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 SIDE = 9459  # its square is just within PIL's limit
-LIMIT = 10 << 30  # bytes of a process
+LIMIT = 10 << 30  # bytes per process
 
-# Runs in the tree under test: imports nothing that the older one lacks.
+# Runs in the tree under test, so it imports nothing that an older tree is missing.
 CHILD = """
 import json, resource, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -57,12 +57,12 @@ print(json.dumps(dict(mib=(after - memory) / 1024, cpu=seconds - cpu, wall=time.
 
 
 def segment(code: int, body: bytes) -> bytes:
-    """A marker segment of a JPEG."""
+    """Return a marker segment of a JPEG."""
     return struct.pack(">BBH", 0xFF, code, 2 + len(body)) + body
 
 
 def jpeg(scans: int = 1, progressive: bool = True, padding: int = 0, extra: bytes = b"", side: int = SIDE) -> bytes:
-    """A JPEG that has headers only: its coefficients are missing, and libjpeg takes them for zero."""
+    """Return a JPEG with headers only: libjpeg takes the missing coefficients as zero."""
     table = segment(0xDB, b"\0" + bytes([1] * 64))
     huffman = b"".join(segment(0xC4, bytes([kind << 4, 1, *[0] * 15, 0])) for kind in (0, 1))
     parts = b"".join(bytes([k, 0x11, 0]) for k in (1, 2, 3))
@@ -79,18 +79,18 @@ def saved(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def chunk(name: bytes, body: bytes) -> bytes:
-    """A chunk of a PNG."""
+    """Return a chunk of a PNG."""
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
 def png(*more: bytes) -> bytes:
-    """A PNG of 16 x 16 pixels with further chunks behind its header."""
+    """Return a PNG of 16 x 16 pixels with extra chunks after its header."""
     whole = saved(Image.new("RGB", (16, 16)), "PNG")
     return whole[:33] + b"".join(more) + whole[33:]
 
 
 def tiff(pages: int = 1, tile: int = 0, shared: int = 0) -> bytes:
-    """A TIFF of 16 x 16 pixels: of many pages, in one tile that is much larger, or with tags that share values."""
+    """Return a TIFF of 16 x 16 pixels: with many pages, with one much larger tile, or with tags that share a value."""
     pixels = zlib.compress(bytes(tile * tile), 9) if tile else bytes(256)
     start = 8 + len(pixels) + len(pixels) % 2
     tags = [(256, 16), (257, 16), (258, 8), (259, 8 if tile else 1), (262, 1)]
@@ -107,7 +107,7 @@ def tiff(pages: int = 1, tile: int = 0, shared: int = 0) -> bytes:
 
 
 def exif_pieces() -> bytes:
-    """A JPEG whose EXIF comes in a hundred thousand pieces."""
+    """Return a JPEG whose EXIF is split into a hundred thousand segments."""
     return jpeg(side=16, extra=segment(0xE1, b"Exif\0\0" + bytes(30)) * 100_000)
 
 
@@ -118,7 +118,7 @@ def gif_comments() -> bytes:
 
 
 def jpeg_2000_tiles() -> bytes:
-    """A JPEG 2000 of 65,025 tiles of one pixel."""
+    """Return a JPEG 2000 of 65,025 tiles of one pixel each."""
     whole = bytearray(saved(Image.new("RGB", (255, 255)), "JPEG2000", no_jp2=True))
     at = whole.index(b"\xff\x51")
     struct.pack_into(">II", whole, at + 6 + 16, 1, 1)  # the tiles' size
@@ -126,14 +126,14 @@ def jpeg_2000_tiles() -> bytes:
 
 
 def avif_lie(side: int = SIDE - 1) -> bytes:
-    """An AVIF whose container says 8 x 8 pixels, and its frame many more."""
+    """Return an AVIF whose container declares 8 x 8 pixels but whose frame has many more."""
     whole = saved(Image.new("RGB", (side, side)), "AVIF", speed=10)
     at = whole.index(b"ispe")
     return whole[: at + 8] + struct.pack(">II", 8, 8) + whole[at + 16 :]
 
 
 def shared_exif(kind: str) -> bytes:
-    """EXIF of four thousand tags that share 60 KB of values."""
+    """Return an image with 64 KB of EXIF: four thousand tags that share one value of 16,000 bytes."""
     entries = b"".join(struct.pack("<HHII", k + 1, 7, 16_000, 48_100) for k in range(4000))
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 4000) + entries
     exif = exif.ljust(48_106, b"\0") + bytes(16_000)
@@ -183,7 +183,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 
 
 def photograph(width: int = 3000, height: int = 2000) -> Image.Image:
-    """Smooth colours with edges and some noise."""
+    """Return an image of smooth colours with some noise."""
     random = np.random.default_rng(0)
     small = Image.fromarray(random.integers(0, 256, (12, 18, 3), dtype=np.uint8)).resize((width, height), 3)
     noise = random.normal(0, 4, (height, width, 3))
@@ -191,7 +191,7 @@ def photograph(width: int = 3000, height: int = 2000) -> Image.Image:
 
 
 def honest() -> dict[str, bytes]:
-    """Images of six million pixels that are what they say."""
+    """Return ordinary images of six million pixels, encoded, by format."""
     image = photograph()
     alpha = image.convert("RGBA")
     alpha.putalpha(image.convert("L"))
@@ -229,7 +229,7 @@ def _one_strip(height: int) -> ImageFileDirectory_v2:
 
 
 def measure(data: bytes, tree: Path, threads: int = 8) -> dict:
-    """What decoding in so many threads took: MiB, CPU and wall seconds, and what came of it."""
+    """Decode `data` in `threads` threads at once; return peak MiB, CPU and wall seconds, and the outcomes."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()

@@ -46,7 +46,7 @@ BATCH, ROUNDS = 8, 5
 
 @dataclass(frozen=True)
 class Shape:
-    """Records of a real model."""
+    """The record layout of a real model."""
 
     name: str
     latents: tuple[Field, ...]
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def build_rows(folder: Path) -> list[dict]:
-    """Whole builds through the command; the second finds everything there."""
+    """Time complete builds through the command, each run twice: the second finds everything cached."""
     print(f"\n{'build':34}{'images/s':>10}{'prompts/s':>11}{'again, s':>10}")
     rows = []
     for name, make, resolution in (("sd15", pipelines.make_sd15, 512), ("sdxl", pipelines.make_sdxl, 1024)):
@@ -120,7 +120,7 @@ def build_rows(folder: Path) -> list[dict]:
 
 
 def door(argv: list[str]) -> float:
-    """Seconds that a command takes in this process."""
+    """Run the cache command in this process; return the seconds it took."""
     started = time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()) as said:
         status = cache.main(argv)
@@ -129,7 +129,7 @@ def door(argv: list[str]) -> float:
 
 
 class Keys:
-    """A source whose images are cached: keys in the place of bytes."""
+    """A source whose images are all cached: it has keys instead of bytes."""
 
     def __init__(self, n: int):
         self._keys = [(image_key(b"%d w" % i), image_key(b"%d l" % i)) for i in range(n)]
@@ -139,7 +139,7 @@ class Keys:
 
 
 def read_row(shape: Shape, n: int, folder: Path) -> dict:
-    """Pairs a second of the training loader, against a plain read of as many bytes."""
+    """Measure the pairs per second of the training loader, against a plain read of as many bytes."""
     recipes = (Recipe("latents", {"of": shape.name}, shape.latents), Recipe("text", {"of": shape.name}, shape.text))
     source, prompts = Keys(n), [f"caption {i}" for i in range(max(1, n * PROMPTS // PAIRS))]
     images = [key for row in range(n) for key in source.image_keys(row)]
@@ -178,7 +178,7 @@ def read_row(shape: Shape, n: int, folder: Path) -> dict:
         return total / (time.perf_counter() - started)
 
     pass_over(0), plain()
-    rounds = [(pass_over(steps * (i + 1)), plain()) for i in range(ROUNDS)]  # they take turns: noise disturbs both
+    rounds = [(pass_over(steps * (i + 1)), plain()) for i in range(ROUNDS)]  # alternating: noise disturbs both
     pairs = sorted(r[0] for r in rounds)[ROUNDS // 2]
     bandwidth = sorted(r[1] for r in rounds)[ROUNDS // 2]
     row = {
@@ -204,7 +204,7 @@ def read_row(shape: Shape, n: int, folder: Path) -> dict:
 
 
 def hash_rate() -> float:
-    """Bytes a second of naming images (one thread), in images of 170 KB."""
+    """Measure the bytes per second of hashing images of 170 KB on one thread."""
     data = os.urandom(170_000)
     started = time.perf_counter()
     for _ in range(500):
@@ -213,7 +213,7 @@ def hash_rate() -> float:
 
 
 def predict(shape: Shape, read: dict, hashing: float) -> dict:
-    """What Pick-a-Pic v2 takes at this model's record sizes."""
+    """Predict what Pick-a-Pic v2 takes at this model's record sizes; hashing: bytes per second."""
     text = PROMPTS * shape.prompt_bytes
     disk = {name: (images * shape.image_bytes + text) / 1e9 for name, images in IMAGES.items()}
     row = {

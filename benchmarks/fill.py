@@ -46,9 +46,9 @@ def main() -> int:
 
 
 def sources_of(root: Path, file: Path | None = None) -> Sources:
-    """The committed results and a GPU's report: `file`, or the newest of the committed ones.
+    """Return the committed results and a GPU's report: `file`, or the newest committed one.
 
-    Raises ValueError for a file that is no report of a GPU.
+    Raises ValueError for a file that cannot be read or is not a GPU's report.
     """
     folder = root / "benchmarks" / "results"
     reports = {path: _report(path) for path in (sorted(folder.glob("*.json")) if file is None else [file])}
@@ -60,7 +60,7 @@ def sources_of(root: Path, file: Path | None = None) -> Sources:
 
 
 def _report(path: Path) -> dict | None:
-    """The report in a file; None where it is another file, or a report of stand-ins on a CPU."""
+    """Return the report in a file; None if it is other JSON, or a report of the stand-ins on a CPU."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -71,7 +71,10 @@ def _report(path: Path) -> dict | None:
 
 
 def fill(root: Path, sources: Sources, *, write: bool) -> list[str]:
-    """Render every table of the documents; the names of those that change. Raises ValueError for an unknown table."""
+    """Render every table of the documents; return the names of those that change.
+
+    Raises ValueError for an unknown table, a missing table, or markers without their partner.
+    """
     changed, seen = [], set()
     for document in DOCUMENTS:
         path = root / document
@@ -98,7 +101,7 @@ def fill(root: Path, sources: Sources, *, write: bool) -> list[str]:
 
 
 def doubtful(root: Path) -> list[str]:
-    """Lines outside the tables that say that something was not measured."""
+    """Return the lines outside the tables that say something was not measured."""
     lines = []
     for document in DOCUMENTS:
         text = (root / document).read_text(encoding="utf-8")

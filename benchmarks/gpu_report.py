@@ -38,8 +38,8 @@ from dpo_fast.env import PACKAGES, version_of
 from dpo_fast.files import write_json
 
 ROOT = Path(__file__).parents[1]
-LEAST_SECONDS = 5.0  # a stage that may take less is not begun: Python and PyTorch hardly start in it
-LOG_LINES = 60  # of each stage, kept in the JSON
+LEAST_SECONDS = 5.0  # a stage with less time is not started: PyTorch barely loads in that time
+LOG_LINES = 60  # kept in the JSON for each stage
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -53,12 +53,12 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Gpu:
-    """What nvidia-smi says of the first GPU; without one the processor."""
+    """What nvidia-smi reports about the first GPU; for --device cpu, the processor."""
 
     name: str
     driver: str | None = None
     memory: str | None = None
-    clock: str | None = None  # the highest of the SMs
+    clock: str | None = None  # the SMs' highest
     architecture: str | None = None  # compute capability, such as 90
 
 
@@ -94,7 +94,7 @@ def main() -> int:
 
 
 class Report:
-    """The JSON file of a report, as complete as it is so far."""
+    """The JSON file of a report, with everything known so far."""
 
     def __init__(self, out: Path, gpu: Gpu, device: str, commit: str | None = None, write: bool = False) -> None:
         out.mkdir(parents=True, exist_ok=True)
@@ -115,11 +115,11 @@ class Report:
             "command": shlex.join(["python", "benchmarks/gpu_report.py", *map(_shown, sys.argv[1:])]),
             "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
         }
-        self.records: dict[str, dict] = {}  # of the stages of this run
-        self.earlier = self._earlier()  # of stages that were run before on this GPU, of the same commit
+        self.records: dict[str, dict] = {}  # the stages of this run
+        self.earlier = self._earlier()  # stages that ran earlier on this GPU at this commit
 
     def make(self, chosen: list[Stage], work: Path, seconds: float) -> int:
-        """Run the stages within `seconds`; the exit status."""
+        """Run the stages within `seconds`; return the exit status."""
         began = time.monotonic()
         self.value["limit_seconds"] = seconds
         self.log.write_text("", encoding="utf-8")
@@ -176,7 +176,7 @@ class Report:
             raise
         finally:
             log = self.log.read_bytes()[before:].decode("utf-8", "replace")
-            lines = [line.rsplit("\r", 1)[-1] for line in log.rstrip("\n").split("\n")]  # of a progress bar the last
+            lines = [line.rsplit("\r", 1)[-1] for line in log.rstrip("\n").split("\n")]  # a progress bar's last state
             record["log"] = [_shown(line) for line in lines[-LOG_LINES:]]
             try:
                 record["results"] = stage.read(file, log)
@@ -192,7 +192,7 @@ class Report:
             write_json(file, _plain(self.value | {"stages": self.records | self.earlier | new}))
 
     def _earlier(self) -> dict[str, dict]:
-        """The stages in a file that this report will replace, if they are of the same GPU and commit."""
+        """Return the stages in a file that this report will replace, if GPU, commit and device are the same."""
         for file in self.files:
             try:
                 value = json.loads(file.read_text(encoding="utf-8"))
@@ -205,7 +205,7 @@ class Report:
 
 
 def first_gpu() -> Gpu:
-    """The GPU that the stages run on."""
+    """Return the GPU that the stages run on; only the name "unknown gpu" if nvidia-smi cannot tell."""
     fields = ("name", "driver_version", "memory.total", "clocks.max.sm", "compute_cap")
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
@@ -217,7 +217,7 @@ def first_gpu() -> Gpu:
 
 
 def commit_of(given: str | None) -> dict[str, object]:
-    """The commit of this tree, and whether anything in it is changed."""
+    """Return the commit of this tree, and whether any tracked file is changed."""
 
     def git(*words: str) -> str | None:
         try:
@@ -238,13 +238,13 @@ def _with_environment(stage: Stage) -> Stage:
 
 
 def _shown(word: str) -> str:
-    """A word of a command or log without the paths of this machine."""
+    """Return a word of a command or log without the paths of this machine."""
     word = word.replace(sys.executable, "python").replace(str(ROOT), ".")
     return word.replace(tempfile.gettempdir(), "TMP")
 
 
 def _plain(value: object) -> object:
-    """`value` for the file: without paths of this machine, and without numbers that are not finite."""
+    """Return `value` as it goes into the file: without this machine's paths, and None for non-finite numbers."""
     if isinstance(value, dict):
         return {name: _plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

@@ -20,14 +20,14 @@ from dpo_fast.statistics import Bootstrap
 PROMPTS = (10, 20, 40, 51, 80, 300)
 RATES = (0.5, 0.7, 0.8, 0.9, 0.95)
 MOST_TIES = 0.3
-WORLDS = (  # images a prompt, with ties, correlation of two images of a prompt
+WORLDS = (  # images per prompt, with ties, correlation of two images of a prompt
     (1, False, 0.0),
     (1, True, 0.0),
     (3, False, 0.5),
     (3, True, 0.5),
     (3, False, 0.1),
 )
-UNEVEN: dict[str, Callable[[int], list[int]]] = {  # prompts -> images of each
+UNEVEN: dict[str, Callable[[int], list[int]]] = {  # number of prompts -> images of each
     "1, 2, 20 in turn": lambda prompts: [(1, 2, 20)[k % 3] for k in range(prompts)],
     "1 to 8 in turn": lambda prompts: [1 + k % 8 for k in range(prompts)],
     "20 of each tenth, else 1": lambda prompts: [20 if k % 10 == 0 else 1 for k in range(prompts)],
@@ -38,7 +38,7 @@ ALIKE = (0.1, 0.5, 0.9)  # correlation of two images of a prompt
 
 
 def exact(prompts: int, rate: float, bootstrap: Bootstrap) -> float:
-    """Coverage of one image a prompt, none a tie."""
+    """Return the exact coverage with one image per prompt and no ties."""
     held = 0.0
     for won in range(prompts + 1):
         of = bootstrap.share((torch.arange(prompts) < won).double())
@@ -50,7 +50,7 @@ def exact(prompts: int, rate: float, bootstrap: Bootstrap) -> float:
 def outcomes(
     sets: int, images: Sequence[int], rate: float, tied: float, alike: float, generator: torch.Generator
 ) -> Tensor:
-    """fp64 [sets, sum of images]: 1 won, 1/2 tied, 0 lost. images: of each prompt."""
+    """Draw outcomes, fp64 [sets, sum of images]: 1 won, 1/2 tied, 0 lost. images: the number for each prompt."""
     latent = scores(sets, images, alike, generator)
     loss = 1 - rate - tied / 2
     lost, less = (torch.special.ndtri(torch.tensor(edge, dtype=torch.float64)) for edge in (loss, loss + tied))
@@ -58,7 +58,7 @@ def outcomes(
 
 
 def scores(sets: int, images: Sequence[int], alike: float, generator: torch.Generator) -> Tensor:
-    """fp64 [sets, sum of images], standard normal."""
+    """Draw standard normal scores, fp64 [sets, sum of images], that correlate within a prompt by `alike`."""
     of_prompt = torch.randn(sets, len(images), generator=generator, dtype=torch.float64)
     of_image = torch.randn(sets, sum(images), generator=generator, dtype=torch.float64)
     of_prompt = of_prompt.repeat_interleave(torch.tensor(images), 1)
@@ -73,7 +73,7 @@ def held(outcomes: Tensor, rate: float, bootstrap: Bootstrap) -> float:
 def normal_held(
     sets: int, images: Sequence[int], alike: float, resamples: int, generator: torch.Generator
 ) -> tuple[float, float]:
-    """Coverage of the mean and of the median of normal scores."""
+    """Return the coverage of the mean and of the median of normal scores."""
     bootstrap, held = Bootstrap(names(images), resamples), [0, 0]
     for of_set in scores(sets, images, alike, generator):
         for place, of in enumerate((bootstrap.mean(of_set), bootstrap.median(of_set))):
@@ -82,12 +82,12 @@ def normal_held(
 
 
 def names(images: Sequence[int]) -> list[str]:
-    """The prompt of each image."""
+    """Return the prompt of each image."""
     return [str(prompt) for prompt, number in enumerate(images) for _ in range(number)]
 
 
 def even(sets: int, resamples: int, generator: torch.Generator) -> None:
-    """The table of prompts with as many images each."""
+    """Print the table of prompts with equal numbers of images."""
     print("prompts" + "".join(f"{rate:8}" for rate in RATES))
     for images, ties, alike in WORLDS:
         print(f"{images} of a prompt, correlation {alike}, {'with' if ties else 'no'} ties")
@@ -109,7 +109,7 @@ def even(sets: int, resamples: int, generator: torch.Generator) -> None:
 
 
 def uneven(sets: int, resamples: int, generator: torch.Generator) -> None:
-    """The table of prompts with different numbers of images."""
+    """Print the table of prompts with different numbers of images."""
     head = "".join(f"{rate:8}" for rate in RATES) + "    mean  median"
     for name, design in UNEVEN.items():
         for alike in ALIKE:

@@ -28,7 +28,7 @@ from dpo_fast.kernels import dispatch, reference
 from tests.kernels.cases import STEP_CASES, Case, loss_inputs, noise_inputs
 
 ROUNDS, MIN_SECONDS = 7, 0.05
-WRONG = 0.05  # relative error: a wrong result has no speed (Inductor's C++ gets wrapping int64 products wrong)
+WRONG = 0.05  # relative error above which a row is left out (Inductor's C++ gets wrapping int64 products wrong)
 
 
 def main() -> None:
@@ -69,8 +69,8 @@ def main() -> None:
 
 
 def measure(case: Case, device: str, copy: float, compiled: bool) -> list[dict]:
-    """All rows of one case."""
-    torch._dynamo.reset()  # every case compiles anew: static shapes, none left out for having seen too many
+    """Measure one case; return its rows."""
+    torch._dynamo.reset()  # compile each case afresh with static shapes, never past the recompile limit
     rows = []
     for op, (calls, truth, size) in operations(case, device, compiled).items():
         times = interleaved({name: call for name, call in calls.items()}, device)
@@ -93,7 +93,7 @@ def measure(case: Case, device: str, copy: float, compiled: bool) -> list[dict]:
 
 
 def operations(case: Case, device: str, compiled: bool) -> dict[str, tuple[dict[str, Callable], tuple, int]]:
-    """op -> (implementation -> call, float64 truth of its outputs, bytes it has to move)."""
+    """Map each op to (implementation -> call, float64 truth of its outputs, bytes it has to move)."""
     noise, loss = vars(noise_inputs(case, 0, device)), vars(loss_inputs(case, 0, device))
     noise_arguments = (*noise.values(), "epsilon", case.policy)
     loss_arguments = tuple(loss.values())
@@ -129,7 +129,7 @@ def operations(case: Case, device: str, compiled: bool) -> dict[str, tuple[dict[
         calls["dpo_loss"][name] = lambda f=dpo_loss: f(*plain)
         calls["dpo_loss backward"][name] = differentiate(dpo_loss)
     for name, reason in dispatch.usable_backends(device).items():
-        if reason or name == "reference":  # the reference is `eager`
+        if reason or name == "reference":  # the reference is the row `eager`
             continue
         noise_module = dispatch.module_for("noise_pair", name, latents)
         loss_module = dispatch.module_for("dpo_loss", name, policy)
@@ -144,7 +144,7 @@ def doubled(arguments: tuple) -> tuple:
 
 
 def error(outputs: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
-    """The largest error of any output, relative to that output's largest value."""
+    """Return the largest error of any output, relative to that output's largest value."""
     return max(
         ((got.double() - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()
         for got, want in zip(outputs, truth, strict=True)
@@ -152,7 +152,7 @@ def error(outputs: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
 
 
 def interleaved(calls: dict[str, Callable], device: str) -> dict[str, float]:
-    """Median seconds a call; the implementations take turns, so that a noisy machine disturbs them alike."""
+    """Return median seconds per call; the implementations take turns, so that a noisy machine disturbs them alike."""
     counts = {}
     for name, call in calls.items():
         call()
@@ -174,7 +174,7 @@ def seconds(call: Callable, count: int, device: str) -> float:
 
 
 class _Operators(TorchDispatchMode):
-    """Counts what is dispatched, views left out: they launch nothing."""
+    """Count the dispatched operators, except views, which launch nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class _Operators(TorchDispatchMode):
 
 
 def launches(call: Callable, device: str) -> int:
-    """Kernels that a call launches (GPU), or operators that it dispatches (CPU)."""
+    """Count the kernels that a call launches (GPU), or the operators that it dispatches (CPU)."""
     if device == "cuda":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             call()
@@ -201,7 +201,7 @@ def launches(call: Callable, device: str) -> int:
 
 
 def copy_bandwidth(device: str) -> float:
-    """GB/s, read and written, of copying 256 MiB."""
+    """Return the GB/s, reads plus writes, of copying 256 MiB."""
     source = torch.ones(1 << 26, device=device)
     target = torch.empty_like(source)
     best = min(seconds(lambda: target.copy_(source), 1, device) for _ in range(10))

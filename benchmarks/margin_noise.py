@@ -56,16 +56,16 @@ def main() -> None:
 
 @torch.no_grad()
 def measure(trainer: Trainer, changes: list[float], pairs: int, precision: str) -> list[dict]:
-    """A row for each change of the weights."""
+    """Measure one precision; return a row for each change of the weights."""
     batches = list(first(trainer, pairs))
-    base = copy.deepcopy(trainer.unet).float()  # the masters are not rounded: take their values
+    base = copy.deepcopy(trainer.unet).float()  # use the masters' values, which are not rounded
     for weight, master in zip(base.parameters(), trainer.masters.masters, strict=True):
         weight.copy_(master)
     rows = []
     for change in changes:
         policy = changed(base, change)
         for weight, new in zip(trainer.unet.parameters(), policy.parameters(), strict=True):
-            weight.copy_(new)  # rounded to the compute dtype, as the optimizer does it
+            weight.copy_(new)  # rounded to the compute dtype, as the optimizer does
         policy.double()
         truth_reference = copy.deepcopy(base).double()
         margins, truths = [], []
@@ -97,7 +97,7 @@ def first(trainer: Trainer, pairs: int) -> Iterator[Batch]:
 
 
 def changed(base: nn.Module, change: float) -> nn.Module:
-    """A copy of the module with every weight multiplied by 1 + change x normal noise."""
+    """Return a copy of the module with every weight multiplied by 1 + change x normal noise."""
     generator = torch.Generator().manual_seed(1)
     policy = copy.deepcopy(base)
     for weight in policy.parameters():
@@ -106,7 +106,7 @@ def changed(base: nn.Module, change: float) -> nn.Module:
 
 
 def exact(trainer: Trainer, policy: nn.Module, ref: nn.Module, latents: Tensor, conditioning, batch: Batch) -> Tensor:
-    """The margins [B] in float64, on the same draws."""
+    """Return the margins, float64 [B], on the same draws."""
     schedule = trainer.family.schedule
     noisy, target = reference.noise_pair(
         latents.double(),

@@ -13,7 +13,10 @@ from pathlib import Path
 
 
 def compare(one: Path, other: Path) -> list[dict[str, float]]:
-    """Each logged step that both runs have: losses, margins, their rms, and the difference as a share of it."""
+    """Return a row for each step that both runs logged: losses, margins, their rms, and the difference relative to it.
+
+    Raises SystemExit if the runs have no logged step in common.
+    """
     runs = [_lines(folder) for folder in (one, other)]
     steps = sorted(runs[0].keys() & runs[1].keys())
     if not steps:
@@ -36,7 +39,7 @@ def compare(one: Path, other: Path) -> list[dict[str, float]]:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows for a terminal, and the largest difference."""
+    """Format the rows for a terminal, with the largest difference."""
     lines = [f"{'step':>6}{'loss':>12}{'':>12}{'margin':>12}{'':>12}{'margin rms':>12}{'difference / rms':>18}"]
     for row in rows:
         (a, b), (m, n) = row["loss"], row["margin"]

@@ -42,12 +42,12 @@ RANK = 8
 SEED = 0
 SETTLED = "dpo_fast: output:"  # the last line that training prints before its first step
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
-# of rounding: the difference between two programs of the same base weights is one sample of it
+# allowed rounding: the difference between two programs with the same base weights is one sample of it
 DIFFERENCE_FACTOR, SMALLEST_DIFFERENCE = 2.0, 2.0**-8
 
 
 class Sample(NamedTuple):
-    """Memory of a process at a moment, in GiB."""
+    """Memory of a process at one moment, in GiB."""
 
     at: float  # time.perf_counter()
     peak_resident: float  # since the process began
@@ -56,15 +56,15 @@ class Sample(NamedTuple):
 
 @dataclass
 class Phase:
-    """What one process took. Memory in GiB."""
+    """The measurements of one process; memory in GiB."""
 
     name: str
     command: str
     seconds: float = 0.0
     status: int = 0
-    peak_resident: float = 0.0  # the kernel's own peak, VmHWM: complete up to the last sample
+    peak_resident: float = 0.0  # the kernel's own peak, VmHWM, at the last sample
     peak_anonymous: float = 0.0  # sampled, as are the rest
-    loading_resident: float | None = None  # of a training: the peaks before its first step ...
+    loading_resident: float | None = None  # training only: the peaks before the first step ...
     loading_anonymous: float | None = None
     held: float | None = None  # ... anonymous memory when the first step begins
     step_anonymous: float | None = None  # ... and the peak from there on
@@ -72,7 +72,7 @@ class Phase:
 
 
 def main() -> int:
-    """Rehearse one model and print the tables; the exit status."""
+    """Rehearse one model and print the tables; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, choices=list(MODELS))
     parser.add_argument("--resolution", type=int, help="pixels; left out: sd15 512, sdxl 512, tiny 64")
@@ -112,7 +112,7 @@ def main() -> int:
 
 
 def rehearse(folder: Path, case: str, resolution: int, stored: str, more: list[str]) -> dict:
-    """All phases in `folder`, printed as they end; the numbers and checks, as far as they came."""
+    """Run all phases in `folder`, printing each as it ends; return the numbers and checks up to the first failure."""
     run, phases, checks, summaries, read = folder / "run", {}, {}, {}, None
     commands = commands_of(folder, case, resolution, stored, more)
     print(f"{'phase':12}{'seconds':>9}{'resident':>10}{'anonymous':>11}  GiB at the peak", flush=True)
@@ -126,7 +126,7 @@ def rehearse(folder: Path, case: str, resolution: int, stored: str, more: list[s
             break
         if name in ("train", "resume"):
             summaries[name] = json.loads((run / "summary.json").read_text())
-            del summaries[name]["revisions"]  # of files that lie in this run's own folder
+            del summaries[name]["revisions"]  # of files in this run's own folder
         if name == "diffusers":
             read = json.loads((folder / "read.json").read_text())
     checks |= checks_of(summaries, read)
@@ -155,7 +155,7 @@ def rehearse(folder: Path, case: str, resolution: int, stored: str, more: list[s
 
 
 def commands_of(folder: Path, case: str, resolution: int, stored: str, more: list[str]) -> dict[str, list[str]]:
-    """The phases in their order."""
+    """Return the command of each phase, in order."""
     parts = [sys.executable, "-m", "benchmarks.rehearsal_parts"]
     settings = [*flags(folder, resolution), *more]
     train, two = [sys.executable, "-m", "dpo_fast.train", *settings], ["--max_train_steps", "2"]
@@ -172,7 +172,7 @@ def commands_of(folder: Path, case: str, resolution: int, stored: str, more: lis
 
 
 def flags(folder: Path, resolution: int) -> list[str]:
-    """Flags of the training, but for its number of steps."""
+    """Return the flags of the training, except its number of steps."""
     values = {
         "pretrained_model_name_or_path": folder / "model",
         "dataset_name": folder / "pairs.parquet",
@@ -193,7 +193,7 @@ def flags(folder: Path, resolution: int) -> list[str]:
 
 
 def checks_of(summaries: dict[str, dict], read: dict[str, float] | None) -> dict[str, bool]:
-    """What must hold of the summaries of the first and the resumed training, and of what diffusers read back."""
+    """Check the summaries of the first and the resumed training, and what diffusers read back."""
     checks = {}
     if "train" in summaries:
         first = summaries["train"]
@@ -256,7 +256,7 @@ def measured(name: str, command: list[str], folder: Path) -> Phase:
 
 
 def memory_of(pid: int) -> Sample | None:
-    """The memory of a process now; None when it has ended."""
+    """Return the memory of a process now; None when it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -266,7 +266,7 @@ def memory_of(pid: int) -> Sample | None:
 
 
 def dry_run(output: list[str]) -> dict[str, float]:
-    """The GiB that `--dry-run` printed, by its names, and the TFLOP of a step."""
+    """Return the GiB that `--dry-run` printed, by name, and the TFLOP per step."""
     units = {"MiB": 1 / 1024, "GiB": 1.0}
     lines = [re.match(r"memory +([\d.]+) ([MG]iB)  (.*)$", line) for line in output]
     predicted = {line[3]: float(line[1]) * units[line[2]] for line in lines if line}
@@ -275,11 +275,11 @@ def dry_run(output: list[str]) -> dict[str, float]:
 
 
 def compared(phases: dict[str, Phase], predicted: dict[str, float], folder: Path) -> dict[str, dict[str, float]]:
-    """The training's memory beside what is expected, printed; GiB.
+    """Print and return the training's memory beside what is expected, in GiB.
 
-    `--dry-run` counts tensors, as a GPU's allocator does. A process has its libraries beside them, while it loads the
-    VAE in fp32 and the text encoders, which leave once everything is cached, and what glibc keeps of freed blocks (with
-    MALLOC_MMAP_THRESHOLD_=1048576 in the environment, little).
+    `--dry-run` counts tensors, as a GPU's allocator does. A process also has its libraries; while it loads, the VAE in
+    fp32 and the text encoders, which are dropped once everything is cached; and the freed blocks that glibc keeps (few
+    with MALLOC_MMAP_THRESHOLD_=1048576 in the environment).
     """
     libraries = phases["imports"].peak_anonymous
     activations = next((size for name, size in predicted.items() if name.startswith("activations")), 0.0)
@@ -305,7 +305,7 @@ def compared(phases: dict[str, Phase], predicted: dict[str, float], folder: Path
 
 
 def _as_loaded(component: Path, dtype: str) -> float:
-    """GiB of a component's weights in `dtype`."""
+    """Return the GiB of a component's weights in `dtype`."""
     width = {"bf16": 2, "fp32": 4}[dtype]
     total = 0
     for path in component.glob("*.safetensors"):

@@ -1,8 +1,8 @@
-"""The phases of the rehearsal that no command of the package is: each `python -m benchmarks.rehearsal_parts PART ...`.
+"""The phases of the rehearsal that are not commands of the package: `python -m benchmarks.rehearsal_parts PART ...`.
 
 make FOLDER CASE RESOLUTION DTYPE    a pipeline with random weights and two pairs
-policy FOLDER RESOLUTION             the prediction of base and policy, by our code from the checkpoint
-read FOLDER                          the same by diffusers alone from the exported LoRA; compares the two
+policy FOLDER RESOLUTION             the predictions of base and policy, by our code from the checkpoint
+read FOLDER                          the same by diffusers alone, from the exported LoRA; compares the two
 """
 
 import json
@@ -72,8 +72,8 @@ def policy(folder: Path, resolution: int) -> None:
 def read(folder: Path) -> None:
     """Write FOLDER/read.json: how far diffusers' predictions from the exported files are from ours.
 
-    Differences are rms of the difference over rms of ours. rounding: of the base's predictions, two programs of the
-    same weights; difference: of the policy's; effect: of the policy from the base, both by diffusers.
+    Differences are rms(a - b) / rms(b). rounding: diffusers' base prediction against ours, by the same weights;
+    difference: diffusers' policy prediction against ours; effect: diffusers' policy prediction against its base one.
     """
     ours = load_file(folder / "policy.safetensors")
     pipeline = DiffusionPipeline.from_pretrained(folder / "model", **{DTYPE_ARGUMENT: torch.bfloat16})
@@ -95,7 +95,7 @@ def read(folder: Path) -> None:
 
 
 def _predict(unet: UNet2DConditionModel, ours: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The prediction [2,C,h,w] for the input that ours saw."""
+    """Return the prediction [2,C,h,w] for the input that our code used."""
     both = {name: torch.cat((tensor, tensor)) for name, tensor in ours.items()}
     added = None
     if "time_ids" in ours:

@@ -16,7 +16,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the runs are those of the alignment benchmark
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the alignment benchmark runs the training
 
 from benchmarks.alignment import PAIRS, finished, pooled
 from dpo_fast.files import write_json
@@ -57,7 +57,10 @@ def main() -> None:
 
 
 def relabelled(scorer: str, fraction: float, root: Path) -> tuple[Path, dict]:
-    """The built-in pairs as a scorer labels them, and the counts; scored once for all fractions."""
+    """Label the built-in pairs by a scorer; return the file and the counts. Scores are shared by all fractions.
+
+    Raises SystemExit if the command fails.
+    """
     path = root / f"{scorer}-{fraction:g}.parquet"
     command = [
         sys.executable,
@@ -76,7 +79,7 @@ def relabelled(scorer: str, fraction: float, root: Path) -> tuple[Path, dict]:
 
 
 def line(scorer: str, fraction: float, report: dict, summaries: list[dict]) -> str:
-    """A row of the table: pooled win rates by every scorer, and the means of the one that labelled."""
+    """Format a row of the table: pooled win rates by every scorer, and the mean scores by the one that labelled."""
     rates = []
     for name in SCORERS:
         found = [summary["scores"][name]["win_rate"] for summary in summaries]

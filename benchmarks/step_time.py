@@ -112,7 +112,7 @@ def main() -> int:
 
 
 def default_cases(device: str, dtype: str) -> tuple[list[str], dict[str, str]]:
-    """The cases that are measured where none is named, and why others are left out."""
+    """Return the cases to measure when none is named, and why others are left out."""
     if device == "cpu":
         return [name for name, case in CASES.items() if case.mini], {}
     free, _ = torch.cuda.mem_get_info()
@@ -121,7 +121,7 @@ def default_cases(device: str, dtype: str) -> tuple[list[str], dict[str, str]]:
 
 
 class Book:
-    """All that a run of this command has measured so far, kept in its JSON file."""
+    """Everything that this run has measured so far, kept in its JSON file."""
 
     def __init__(self, path: Path | None, *, single: bool, left_out: dict[str, str]) -> None:
         self.path, self.single, self.left_out = path, single, left_out
@@ -129,7 +129,7 @@ class Book:
         self.failed: dict[str, str] = {}
 
     def note(self, result: report.Result) -> None:
-        """A case as far as it is measured."""
+        """Record a case as far as it is measured."""
         self.results[result.case] = result
         self._write()
 
@@ -148,7 +148,10 @@ class Book:
 
 
 def measured_case(case: Case, arguments: argparse.Namespace, note: Callable[[report.Result], None]) -> report.Result:
-    """Everything of one case. `note` gets what is known after every provider. Raises Failed."""
+    """Measure one case; `note` gets the result so far after every provider.
+
+    Raises Failed if a provider's process fails.
+    """
     names = arguments.providers or list(FOR_TUNING[case.tuning])
     settings = Settings(
         case.name,
@@ -166,7 +169,7 @@ def measured_case(case: Case, arguments: argparse.Namespace, note: Callable[[rep
 def run(
     folder: Path, settings: Settings, names: list[str], steps: int, note: Callable[[report.Result], None]
 ) -> report.Result:
-    """Prepare, find the truth, then measure every provider."""
+    """Prepare the work, compute the fp32 truth, then measure every provider."""
     case = CASES[settings.case]
     ask_once("truth", folder, "prepare", settings)
     needed = counts.known(case.name)
@@ -201,7 +204,7 @@ def run(
 
 
 def together(folder: Path, names: list[str], steps: int) -> Iterator[tuple[str, dict]]:
-    """Every provider's name and measurements, a step of each in turn."""
+    """Yield every provider's name and measurements; they take turns, one step at a time."""
     workers: dict[str, Worker] = {}
     measured: dict[str, dict] = {}
     try:
@@ -220,7 +223,7 @@ def together(folder: Path, names: list[str], steps: int) -> Iterator[tuple[str, 
 
 
 def one_by_one(folder: Path, names: list[str], steps: int) -> Iterator[tuple[str, dict]]:
-    """Every provider's name and measurements, each alone on the device."""
+    """Yield every provider's name and measurements; each runs alone on the device."""
     for name in names:
         worker = Worker(name, folder)
         try:
@@ -232,7 +235,7 @@ def one_by_one(folder: Path, names: list[str], steps: int) -> Iterator[tuple[str
 
 
 def begin(worker: Worker) -> dict:
-    """Open a provider, prove its work and warm it up."""
+    """Open a provider, run its proof and warm it up; return what that measured."""
     say(f"{worker.name}: opening, six steps for the proof, {WARM_UP} more to warm up")
     opening = worker.ask("open")
     proof, seconds = worker.ask("prove")
@@ -242,7 +245,7 @@ def begin(worker: Worker) -> dict:
 
 
 def end(worker: Worker, timed: list[tuple[float, float]]) -> dict:
-    """What the timed steps took, and one more under the profiler."""
+    """Return what the timed steps took, and the profile of one more step."""
     seconds, waited = zip(*timed, strict=True)
     peak = worker.ask("peak_memory")
     return {
@@ -254,7 +257,7 @@ def end(worker: Worker, timed: list[tuple[float, float]]) -> dict:
 
 
 def ask_once(name: str, folder: Path, method: str, *arguments: object, **options: object) -> object:
-    """One answer from a process that ends after it."""
+    """Return one answer from a process that is closed afterwards."""
     worker = Worker(name, folder, **options)
     try:
         if method != "prepare":
@@ -265,12 +268,12 @@ def ask_once(name: str, folder: Path, method: str, *arguments: object, **options
 
 
 def optimizer_of(provider: str, case: Case) -> str:
-    """What a provider updates with: the peers keep their script's."""
+    """Return the optimizer of a provider: a peer keeps its script's."""
     return "adafactor" if provider == "peer-salesforce" and case.model.family == "sdxl" else "adamw"
 
 
 def executed(provider: str, case: Case, needed: dict) -> float:
-    """FLOPs a pair that a provider really computes: encoders in the step, forwards done again."""
+    """Return the FLOPs per pair that a provider really executes, encoders and recomputed forwards included."""
     flops = needed["flops"]
     if provider == "ours-cached":
         flops -= needed["ref_flops"]

@@ -1,4 +1,4 @@
-"""The tables of README and docs, each from the results it shows. A cell without a result says `not measured`."""
+"""The tables of README and docs, rendered from results. A cell without a result says `not measured`."""
 
 import json
 import textwrap
@@ -17,7 +17,7 @@ REPORT = "python benchmarks/gpu_report.py OUT"
 
 @dataclass(frozen=True)
 class Sources:
-    """Where results are: the committed ones in a folder, and the report of a GPU if there is one."""
+    """The results to show: the committed ones in a folder, and a GPU's report if there is one."""
 
     folder: Path
     report: dict | None = None
@@ -27,15 +27,15 @@ class Sources:
         return json.loads((self.folder / name).read_text(encoding="utf-8"))
 
     def stage(self, name: str) -> dict:
-        """The record of a stage of the GPU's report; empty without one."""
+        """Return the record of a stage in the GPU's report; empty if there is none."""
         return self.report["stages"].get(name, {}) if self.report else {}
 
     def results(self, name: str) -> dict:
-        """What a stage measured, as far as it came."""
+        """Return what a stage measured, as far as it got."""
         return self.stage(name).get("results") or {}
 
     def origin(self, *names: str) -> str:
-        """The sentence under a table of the GPU's: commands, hardware, versions."""
+        """Return the sentence under a GPU table: command, hardware, versions, commit."""
         ran = [name for name in names if self.results(name)]
         if not ran:
             return wrapped(f"To be measured by `{REPORT}`.")
@@ -55,7 +55,7 @@ def wrapped(text: str) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Markdown."""
+    """Format a table as Markdown."""
     head = list(head)
     return "\n".join([_row(head), "|---" * len(head) + "|", *(_row(list(row)) for row in rows)])
 
@@ -71,7 +71,7 @@ WRONG = "wrong values"
 
 
 def _kernel_rows(results: dict, columns: tuple[str, ...], absent: str, digits: int) -> Iterable[list[str]]:
-    """A row for each shape and op, ms with `digits` decimals; `absent` stands where the benchmark has no row."""
+    """Yield a row for each shape and op, in ms with `digits` decimals; `absent` fills cells without a result."""
     cells = {(row["case"], row["op"], row["implementation"]): row for row in results.get("rows", [])}
     wrong = {(row["case"], row["op"], row["implementation"]) for row in results.get("wrong", [])}
     for case, shape in SHAPES.items():
@@ -109,7 +109,7 @@ def _spread(row: dict | None) -> str:
 
 
 def _times(rows: dict[str, dict], one: str, *others: str) -> str:
-    """How many times as fast `one` is as each of the others."""
+    """Format how many times as fast `one` is as each of the others."""
     ratios = [
         f"{rows[other]['ms_a_pair']['median'] / rows[one]['ms_a_pair']['median']:.2f} times"
         for other in others
@@ -178,7 +178,7 @@ def counts(sources: Sources) -> str:
 
 
 def lora_launches(sources: Sources) -> str:
-    """A sentence: what leaving out the adapters of the reference saves."""
+    """Return a sentence on what running the reference without adapters saves."""
     count = sources.json("counts.json")["cases"]["sdxl-1024-lora"]
     saved = count["forward_launches"] - count["ref_launches"]
     return wrapped(
@@ -201,7 +201,7 @@ def cached_cpu(sources: Sources) -> str:
     return table(("ms a pair, two CPU cores, fp32", "online", "cached", "faster", "FLOPs"), lines)
 
 
-# ---- what else a GPU's report has ----------------------------------------------------------------------------------
+# ---- the rest of a GPU's report ------------------------------------------------------------------------------------
 
 
 def _tests(results: dict) -> str:
@@ -210,7 +210,7 @@ def _tests(results: dict) -> str:
 
 
 def _check(record: dict, words: Callable[[dict], str]) -> str:
-    """The result of a stage, and how it ended where that is not well."""
+    """Format the result of a stage, with its status unless that is ok."""
     if not record or record["status"] in ("missing", "not reached"):
         return NOT_MEASURED
     text = words(record["results"]) if record.get("results") else "no result"

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # compilers are then children of this process
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # so that compilers are children of this process
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def unet(arguments: argparse.Namespace) -> nn.Module:
-    """The UNet, every parameter random and of a size that keeps activations near one."""
+    """Build the UNet, every parameter random at a scale that keeps activations near one."""
     config = dict(MODELS[arguments.model])
     widths = tuple(arguments.width * factor for factor in config.pop("block_out_channels"))
     torch.manual_seed(0)
@@ -136,7 +136,7 @@ def compiled(made: nn.Module, blocks: set[str], options: dict[str, object]) -> n
 
 
 def inputs(made: nn.Module, arguments: argparse.Namespace) -> tuple[tuple, dict]:
-    """Two images, their timesteps and conditioning."""
+    """Return the inputs for two images: latents and timesteps, and the conditioning."""
     size, dtype, device = arguments.size, DTYPES[arguments.dtype], arguments.device
     noisy = torch.randn(2, 4, size, size).to(device, dtype)
     more = {"encoder_hidden_states": torch.randn(2, 77, 128).to(device, dtype), "return_dict": False}
@@ -169,7 +169,7 @@ def with_both(made: nn.Module, given: tuple[tuple, dict]) -> None:
 
 
 def kept(made: nn.Module, given: tuple[tuple, dict]) -> int:
-    """Bytes of activations that a forward pass keeps."""
+    """Return the bytes of activations that a forward pass keeps for the backward."""
     weights = {parameter.untyped_storage()._cdata for parameter in made.parameters()}
     found: dict[int, int] = {}
 
@@ -186,7 +186,7 @@ def kept(made: nn.Module, given: tuple[tuple, dict]) -> int:
 
 
 def clock(work: Callable, device: str) -> float:
-    """Seconds: of the processor on a CPU, of the wall on a GPU."""
+    """Return the seconds that `work` takes: processor time on a CPU, wall time on a GPU."""
     now = time.perf_counter if device == "cuda" else processor_time
     started = now()
     work()
@@ -196,7 +196,7 @@ def clock(work: Callable, device: str) -> float:
 
 
 def processor_time() -> float:
-    """Seconds of this process and of the compilers that it has called."""
+    """Return the CPU seconds of this process and of the compilers it has called."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 

@@ -1,10 +1,10 @@
-// The arithmetic of every op, for CPU and GPU alike: what the tests prove on a CPU is what a GPU computes.
+// The arithmetic of every op, shared by CPU and GPU, so that what the tests prove on a CPU holds on a GPU too.
 //
-// Both compilers are told not to contract a * b + c, so that additions, products, quotients and square roots round the
-// same way everywhere, and call a mathematical library for nothing but the reported loss: noise and gradients have the same
-// bits on every CPU and GPU. Code is free of branches and table look-ups where a CPU compiler should make vector
-// instructions of it. dpo_fast/kernels/triton/arithmetic.py does the same operations in the same order, by the same
-// constants (dpo_fast/kernels/constants.py); tests hold both.
+// Both compilers are told not to contract a * b + c, so additions, products, quotients and square roots round the same
+// way everywhere, and only the reported loss calls a math library: noise and gradients have the same bits on every CPU
+// and GPU. Code that a CPU compiler should vectorize is free of branches and table look-ups.
+// dpo_fast/kernels/triton/arithmetic.py does the same operations in the same order with the same constants
+// (dpo_fast/kernels/constants.py); tests check both.
 #pragma once
 
 #include <cmath>
@@ -29,7 +29,7 @@ DPO_FAST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b;
 
 DPO_FAST_INLINE int64_t bytes_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-// The elements from `offset` on.
+// The array that starts at element `offset` of x.
 DPO_FAST_INLINE ConstArray at(ConstArray x, int64_t offset) {
   return {static_cast<const char*>(x.data) + offset * bytes_of(x.dtype), x.dtype};
 }
@@ -58,7 +58,7 @@ DPO_FAST_INLINE float float_of(uint32_t bits) {
 #endif
 }
 
-// ---- half precision: exact to float32, to nearest even from it ---------------------------------------------------
+// ---- half precision: exact to float32, rounded to nearest even from float32 --------------------------------------
 
 DPO_FAST_INLINE float from_bfloat16(uint16_t half) { return float_of(static_cast<uint32_t>(half) << 16); }
 
@@ -73,10 +73,10 @@ DPO_FAST_INLINE float from_float16(uint16_t half) {
   return __half2float(__ushort_as_half(half));
 #else
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
-  const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fffu) << 13;  // float32's mantissa and a small exponent
+  const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fffu) << 13;  // float32's layout, float16's exponent bias
   const uint32_t normal = magnitude + ((127u - 15u) << 23);
   const uint32_t infinite = magnitude | 0x7f800000u;
-  // a number with exponent bits 113 and this mantissa, less the implicit one: exact, and a subnormal is never read
+  // the value with exponent bits 113 and this mantissa, minus its implicit leading 1: exact, reads no subnormal
   const uint32_t subnormal = bits_of(float_of(magnitude + (113u << 23)) - float_of(113u << 23));
   const uint32_t finite = magnitude < (1u << 23) ? subnormal : normal;
   return float_of(sign | (magnitude >= (31u << 23) ? infinite : finite));
@@ -89,9 +89,9 @@ DPO_FAST_INLINE uint16_t to_float16(float x) {
 #else
   const uint32_t sign = (bits_of(x) >> 16) & 0x8000u;
   const uint32_t magnitude = bits_of(x) & 0x7fffffffu;
-  // the carry of the rounding may pass into the exponent, up to infinity: that is right
+  // rounding may carry into the exponent, even up to infinity, which is correct
   const uint32_t normal = (magnitude - ((127u - 15u) << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // 0.5 has an ulp of 2^-24, float16's smallest subnormal: the addition rounds to it
+  // 0.5 has an ulp of 2^-24, float16's smallest subnormal, so the addition rounds to a multiple of it
   const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
   const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
@@ -131,12 +131,12 @@ DPO_FAST_INLINE Words philox(Words counter, uint32_t key0, uint32_t key1) {
   return {{c0, c1, c2, c3}};
 }
 
-// -2 ln(u), u = (n + 1) * 2^-24 of a word's upper 24 bits n; relative error below 2^-22
+// -2 ln(u) for u = (n + 1) * 2^-24, n the word's upper 24 bits; relative error below 2^-22
 DPO_FAST_INLINE float minus_two_log(uint32_t word) {
   const uint32_t u = bits_of(static_cast<float>(static_cast<int32_t>((word >> 8) + 1u)) * 0x1p-24f);
   const int32_t exponent = static_cast<int32_t>(u - 0x3f3504f3u) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
   const float f = float_of(u - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
-  // ln(1 + f) = f + f^2 q(f), q by a Chebyshev fit
+  // ln(1 + f) = f + f^2 q(f), q a Chebyshev fit
   const float q = polynomial(
       f, -0.07866667956113815f, 0.12821748852729797f, -0.131016343832016f, 0.1418900042772293f, -0.1662759929895401f,
       0.2000196874141693f, -0.2500077188014984f, 0.33333322405815125f, -0.4999999701976776f);
@@ -185,7 +185,7 @@ DPO_FAST_INLINE Normals box_muller(Words words) {
   return normals;
 }
 
-// The four normals of one block of a pair's noise; stream 0 is the noise (dpo_fast/draws.py has the others).
+// The four normals of one block of a pair's noise, which is stream 0; dpo_fast/draws.py defines the other streams.
 DPO_FAST_INLINE Normals noise_block(uint64_t seed, uint64_t pair_id, uint64_t draw, uint32_t block) {
   const Words counter = {
       {block, static_cast<uint32_t>(pair_id), static_cast<uint32_t>(pair_id >> 32), static_cast<uint32_t>(draw)}};
@@ -200,7 +200,7 @@ DPO_FAST_INLINE float velocity_of(float x0, float noise, float signal, float sig
 
 // ---- errors, margin, loss ----------------------------------------------------------------------------------------
 
-// What one number adds to its image's three sums.
+// Adds the terms of one element to its image's three sums.
 DPO_FAST_INLINE void add_terms(float p, float r, float t, float& policy, float& ref, float& delta) {
   const float policy_residual = p - t, ref_residual = r - t;
   policy += policy_residual * policy_residual;
@@ -216,7 +216,7 @@ struct ImageErrors {
   float policy, ref, delta;
 };
 
-// A division in float64 is a subroutine on a GPU: the host gives 1/n and 1/B.
+// Float64 division is a subroutine on a GPU, so the host passes 1/n and 1/B.
 DPO_FAST_INLINE double one_over(int64_t count) { return 1.0 / static_cast<double>(count); }
 
 DPO_FAST_INLINE ImageErrors image_errors(const PairErrors& op, double mean, int64_t image, ImageSums sums) {
@@ -226,18 +226,18 @@ DPO_FAST_INLINE ImageErrors image_errors(const PairErrors& op, double mean, int6
   return {policy, ref, policy - ref};
 }
 
-// -(beta/2) (delta_w - delta_l); this order of the subtraction gives +0.0 for equal differences
+// -(beta/2) (delta_w - delta_l); subtracting in this order gives +0.0 for equal deltas
 DPO_FAST_INLINE float pair_margin(float delta_w, float delta_l, double beta) {
   return static_cast<float>(beta / 2) * (delta_l - delta_w);
 }
 
-// -logsigmoid(x), within 4 units in the last place of float64 of the exact value: the one place where a library decides,
-// and a CPU's and a GPU's differ. It reaches the reported loss alone, of which no gradient is taken.
+// -logsigmoid(x), within 4 float64 ulps of the exact value. Only here is a math library called, and its results differ
+// between CPU and GPU. That affects only the reported loss: gradients are computed from the margin.
 DPO_FAST_INLINE double softplus_of_minus(double x) { return (x < 0 ? -x : 0.0) + log1p(exp(x < 0 ? x : -x)); }
 
-// weight * -[y logsigmoid(margin) + (1-y) logsigmoid(-margin)]. The loss before its weight is rounded to float32, so
-// that up to 2^29 like it add up in float64 without a rounding: B equal losses have exactly that mean, in any order.
-// Where two libraries round to different float32, the mean of the pairs differs by at most one unit in its last place.
+// weight * -[y logsigmoid(margin) + (1-y) logsigmoid(-margin)]. The unweighted loss is rounded to float32, so up
+// to 2^29 equal losses add up exactly in float64: their mean is exactly that loss, in any order. Where two libraries
+// round to different float32 values, the mean over the pairs differs by at most one ulp.
 DPO_FAST_INLINE double pair_loss(const DPOLoss& op, int64_t pair, float margin) {
   double loss = softplus_of_minus(margin);
   if (op.label) loss = op.label[pair] * loss + (1.0 - op.label[pair]) * softplus_of_minus(-static_cast<double>(margin));
@@ -245,21 +245,21 @@ DPO_FAST_INLINE double pair_loss(const DPOLoss& op, int64_t pair, float margin) 
   return op.weight ? op.weight[pair] * loss : loss;
 }
 
-// e^x within one unit in the last place of float32 (0.95 by a sweep), subnormal results too; infinity from 88.7229 on
+// e^x to within one float32 ulp (0.95 in a sweep), including subnormal results; infinity from 88.7229 on
 DPO_FAST_INLINE float exponential(float x) {
-  // beyond these e^x is infinity and 0; a nan passes, whose n below is any integer
+  // beyond these bounds e^x is infinity or 0; a nan passes through, with an arbitrary integer n below
   const float inside = x > 89.0f ? 89.0f : x < -104.0f ? -104.0f : x;
   // x = n ln 2 + r: adding 1.5 * 2^23 rounds to an integer and leaves it in the lower bits
   const float shifted = inside * 1.4426950216293335f + 12582912.0f;
   const float n = shifted - 12582912.0f;
   // ln 2 in two parts: 16 bits, whose product with n is exact, and the rest
   const float r = (inside - n * 0.693145751953125f) - n * 1.428606765330187e-06f;
-  // e^r = 1 + r + r^2 q(r), q by a Chebyshev fit of degree 5; relative error below 2^-30
+  // e^r = 1 + r + r^2 q(r), q a Chebyshev fit of degree 5; relative error below 2^-30
   const float q = polynomial(
       r, 0.0001989098236663267f, 0.0013933642767369747f, 0.00833331048488617f, 0.04166646674275398f,
       0.1666666716337204f, 0.5f);
   const float exp_r = 1.0f + (r + r * r * q);
-  // 2^n by two factors, since n lies in [-150, 128]: only the second product can round, underflow or overflow
+  // 2^n as two factors, since n lies in [-150, 128]: only the second product can round, underflow or overflow
   const uint32_t exponent = bits_of(shifted) - bits_of(12582912.0f);
   const uint32_t half = static_cast<uint32_t>(static_cast<int32_t>(exponent) >> 1);
   return exp_r * float_of((half + 127u) << 23) * float_of((exponent - half + 127u) << 23);
@@ -270,12 +270,12 @@ DPO_FAST_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x));
 // d loss / d prediction = grad_error * two_over(n) * (prediction - target)
 DPO_FAST_INLINE float two_over(int64_t elements) { return static_cast<float>(2.0 / static_cast<double>(elements)); }
 
-// The part of d loss / d error that all pairs share: (1/B) (beta/2).
+// The factor of d loss / d error that all pairs share: (1/B) (beta/2).
 DPO_FAST_INLINE float error_scale(const DPOLossGrad& op) {
   return static_cast<float>(op.beta / 2 / static_cast<double>(op.errors.pairs));
 }
 
-// d loss / d error of an image: weight * scale * [y sigmoid(-margin) - (1-y) sigmoid(margin)]; its negative if rejected
+// d loss / d error of an image: weight * scale * [y sigmoid(-margin) - (1-y) sigmoid(margin)]; negated if rejected
 DPO_FAST_INLINE float grad_error_of(const DPOLossGrad& op, float scale, int64_t image) {
   const int64_t pair = image < op.errors.pairs ? image : image - op.errors.pairs;
   float descent = sigmoid(-op.margin[pair]);  // not 1 - sigmoid(margin), which is 0 from margin 17 on

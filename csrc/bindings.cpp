@@ -1,11 +1,11 @@
-// The extension dpo_fast._native: addresses and numbers in, results in place. dpo_fast/kernels/native.py is its only
-// caller and has checked every shape, dtype and device; 0 is the address of what is not given.
+// The extension dpo_fast._native, which takes addresses and numbers and writes results in place. Its only caller,
+// dpo_fast/kernels/native.py, has checked every shape, dtype and device; address 0 stands for an absent array.
 #include <pybind11/pybind11.h>
 
 #include "arithmetic.h"
 #include "ops.h"
 
-#ifndef DPO_FAST_CUBINS  // setup.py defines both where there are CUDA kernels
+#ifndef DPO_FAST_CUBINS  // setup.py defines both when it builds CUDA kernels
 #define DPO_FAST_CUBINS ""
 #define DPO_FAST_PTX ""
 #endif
@@ -22,7 +22,7 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-struct Array {  // of a dtype that is known at run time
+struct Array {  // its dtype is known only at run time
   Address address;
   int dtype;
   operator ConstArray() const { return {pointer<const void>(address), dtype}; }
@@ -30,9 +30,9 @@ struct Array {  // of a dtype that is known at run time
 };
 
 struct Place {
-  int device;      // a CUDA device's ordinal, or -1: the CPU
-  Address stream;  // of CUDA
-  int threads;     // of the CPU
+  int device;      // CUDA device ordinal, or -1 for the CPU
+  Address stream;  // CUDA only
+  int threads;     // CPU only
 };
 
 template <typename Op>
@@ -94,13 +94,13 @@ int64_t pair_sums_floats(const Place& place, int64_t images, int64_t elements) {
   return (place.device < 0 ? cpu::pair_sums_floats : cuda::pair_sums_floats)(images, elements);
 }
 
-// The generator alone, for the published test vectors.
+// Only the Philox generator, to check against the published test vectors.
 py::tuple philox_words(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t key0, uint32_t key1) {
   const Words words = philox({{c0, c1, c2, c3}}, key0, key1);
   return py::make_tuple(words.w[0], words.w[1], words.w[2], words.w[3]);
 }
 
-// The exponential function alone, on float32 [count].
+// Only the exponential function, on float32 [count].
 void exponentials(Address x, Address y, int64_t count) {
   for (int64_t i = 0; i < count; ++i) pointer<float>(y)[i] = exponential(pointer<const float>(x)[i]);
 }
@@ -110,7 +110,7 @@ void exponentials(Address x, Address y, int64_t count) {
 
 PYBIND11_MODULE(_native, module) {
   using namespace dpo_fast;
-  const py::module_local local;  // so that one process can hold two builds
+  const py::module_local local;  // so that one process can load two builds
   py::class_<Array>(module, "Array", local).def(py::init<Address, int>(), py::arg("address"), py::arg("dtype"));
   py::class_<Place>(module, "Place", local)
       .def(py::init<int, Address, int>(), py::arg("device"), py::arg("stream"), py::arg("threads"));
@@ -137,8 +137,8 @@ PYBIND11_MODULE(_native, module) {
       py::arg("margin"), py::arg("label"), py::arg("weight"), py::arg("beta"));
   module.def("pair_sums_floats", &dpo_fast::pair_sums_floats, py::arg("place"), py::arg("images"), py::arg("elements"));
   module.def("cuda_fault", &cuda::fault, py::arg("device"));
-  module.attr("cuda_cubins") = DPO_FAST_CUBINS;  // compute capabilities with code of their own: "80,90a"; "": no CUDA
-  module.attr("cuda_ptx") = DPO_FAST_PTX;        // the one whose PTX is in too: "90"
+  module.attr("cuda_cubins") = DPO_FAST_CUBINS;  // compute capabilities with native code, "80,90a"; "" without CUDA
+  module.attr("cuda_ptx") = DPO_FAST_PTX;        // the one whose PTX is included, "90"
   module.def(
       "philox", &philox_words, "For tests: the generator's four words of a counter's four and a key's two.");
   module.def(

@@ -1,12 +1,12 @@
-// The table of contents: every op of the extension, with the shapes and dtypes of what its addresses point to.
+// Every op of the extension, with the shapes and dtypes behind its pointers.
 //
-// B pairs of images of n = C * H * W elements, chosen images first. All arrays are dense; images are rows of n elements
-// in one memory order, contiguous or channels_last, that all arrays of a call share. dpo_fast/kernels/reference.py
-// specifies the values, dpo_fast/kernels/native.py checks the arguments.
+// A call has B pairs of images of n = C * H * W elements, chosen images first. All arrays are dense; an image is a row
+// of n elements, contiguous or channels_last, in the same memory order in all arrays of a call.
+// dpo_fast/kernels/reference.py specifies the values, dpo_fast/kernels/native.py checks the arguments.
 //
 // cpu:: uses up to `threads` OpenMP threads; the results do not depend on their number. cuda:: launches on a stream of
-// a device, which is made current for the call alone; it allocates nothing, waits for nothing and throws
-// std::runtime_error when a launch is refused.
+// a device, which is made current only for the call; it allocates nothing, never synchronizes and throws
+// std::runtime_error when a launch fails.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ namespace dpo_fast {
 
 enum DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-struct ConstArray {  // of a dtype that is known at run time
+struct ConstArray {  // its dtype is known only at run time
   const void* data;
   int dtype;
 };
@@ -34,7 +34,7 @@ struct NoisePair {
   const int64_t* draw;    // [B]
   uint64_t seed;
   MutableArray noisy;     // [2B, C, H, W]
-  float* target;          // [B, C, H, W], the noise; with velocity [2B, C, H, W], signal * noise - sigma * latents
+  float* target;          // the noise, [B, C, H, W]; with velocity, signal * noise - sigma * latents, [2B, C, H, W]
   int64_t pairs;          // B
   int64_t channels;       // C
   int64_t pixels;         // H * W
@@ -104,7 +104,7 @@ void pair_errors(const PairErrors& op, Stream where);            // 2 launches
 void pair_errors_grad(const PairErrorsGrad& op, Stream where);   // 1 launch
 void dpo_loss(const DPOLoss& op, Stream where);                  // 2 launches
 void dpo_loss_grad(const DPOLossGrad& op, Stream where);         // 1 launch
-std::string fault(int device);  // loads all kernels into the device; why they cannot run there, or ""
+std::string fault(int device);  // loads all kernels onto the device; returns why they cannot run, or ""
 }  // namespace cuda
 
 }  // namespace dpo_fast

@@ -1,9 +1,9 @@
-"""The forward pass: from a batch to the predictions of policy and reference, the same for training, for held-out pairs,
-for the reference's errors and for implicit rewards.
+"""The forward pass from a batch to the predictions of policy and reference, shared by training, held-out pairs, the
+reference's errors and implicit rewards.
 
-A reference is called once a micro-batch, before the policy, and gives what the pair kernels take as `ref`: predictions
-[2B,C,h,w] in the compute dtype, or errors [2B] in fp32, or None. It is the same module class, dtype and weights as the
-policy at step 0, which makes the first margin exactly zero.
+A reference is called once per micro-batch, before the policy, and returns what the pair kernels take as `ref`:
+predictions [2B,C,h,w] in the compute dtype, errors [2B] in fp32, or None. It has the same module class, dtype and
+weights as the policy at step 0, so the first margin is exactly zero.
 """
 
 import copy
@@ -20,7 +20,7 @@ from dpo_fast.models.lora import AdapterSwitch
 
 
 class Reference(Protocol):
-    """What stands for the reference model."""
+    """What provides the reference model's predictions or errors."""
 
     def __call__(
         self,
@@ -31,7 +31,7 @@ class Reference(Protocol):
 
 
 class AdapterOff:
-    """LoRA: the policy itself without its adapters. Costs no memory."""
+    """LoRA: the policy itself without its adapters, which costs no memory."""
 
     def __init__(self, family: Family) -> None:
         self.family, self.unet = family, family.unet
@@ -44,7 +44,7 @@ class AdapterOff:
 
 
 class FrozenUNet:
-    """A UNet beside the policy's, never trained."""
+    """A UNet separate from the policy's, never trained."""
 
     def __init__(self, family: Family, unet: nn.Module) -> None:
         self.family, self.unet = family, unet
@@ -55,10 +55,10 @@ class FrozenUNet:
 
 
 class FrozenCopy(FrozenUNet):
-    """Full fine-tuning: a copy of the UNet as it is now; compiled as `mode` says.
+    """Full fine-tuning: a copy of the UNet with its present weights, compiled according to `mode`.
 
-    Its parameters keep their requires_grad, though nothing here is differentiated: torch's matmul folds a batch into
-    one product or not depending on it, and the two round differently.
+    Its parameters keep their requires_grad, though nothing here is differentiated: whether torch's matmul folds a batch
+    into one product depends on it, and the two ways round differently.
     """
 
     def __init__(self, family: Family, mode: str = "off") -> None:
@@ -67,21 +67,21 @@ class FrozenCopy(FrozenUNet):
 
 
 class CachedErrors:
-    """Errors that were computed beforehand, which a batch brings along: no model, no forward pass."""
+    """Precomputed reference errors, which come with the batch: no model, no forward pass."""
 
     def __call__(self, batch: Batch, noisy_latents: Tensor, conditioning: Conditioning) -> Tensor | None:
         return batch.ref_errors
 
 
 class NoReference:
-    """Objectives that need none (sft, mapo)."""
+    """For objectives that need no reference (sft, mapo)."""
 
     def __call__(self, batch: Batch, noisy_latents: Tensor, conditioning: Conditioning) -> None:
         return None
 
 
 class Predictions(NamedTuple):
-    """What an objective compares."""
+    """The tensors that an objective compares."""
 
     policy: Tensor  # [2B,C,h,w], compute dtype
     ref: Tensor | None  # predictions [2B,C,h,w] in the compute dtype, or errors fp32 [2B]; None: no reference
@@ -94,19 +94,19 @@ def predict(
     reference: Reference,
     batch: Batch,
     latents: Tensor,  # fp16 [2B,C,h,w]
-    conditioning: Conditioning,  # of `conditioning_of`
+    conditioning: Conditioning,  # from `conditioning_of`
     seed: int,
 ) -> Predictions:
     """Noise both images of each pair with one draw, then run the reference and the policy on the same inputs."""
     noisy, target = add_noise(family, latents, batch, seed)
-    ref = reference(batch, noisy, conditioning)  # first: it leaves nothing behind for the backward pass
+    ref = reference(batch, noisy, conditioning)  # first: it keeps nothing for the backward pass
     return Predictions(family.denoise(unet, noisy, batch.timesteps, conditioning), ref, target)
 
 
 def conditioning_of(family: Family, batch: Batch, encoded: Conditioning) -> Conditioning:
-    """What a batch's pairs are conditioned on, [B,...] each, from their `encoded` captions.
+    """Return the conditioning of a batch's pairs, [B,...] each, from their `encoded` captions.
 
-    A dropped caption is the model's empty prompt; SDXL's time ids join.
+    Dropped captions are replaced by the model's empty prompt; for SDXL, time ids are added.
     """
     conditioning = dict(encoded)
     for name, empty in family.empty_prompt().items():
@@ -118,13 +118,13 @@ def conditioning_of(family: Family, batch: Batch, encoded: Conditioning) -> Cond
 
 
 def add_noise(family: Family, latents: Tensor, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
-    """Noisy latents [2B,C,h,w] in the compute dtype and the fp32 target, of fp16 latents [2B,C,h,w].
+    """Return the noisy latents [2B,C,h,w] in the compute dtype and the fp32 target, for fp16 latents [2B,C,h,w].
 
-    The noise is drawn by (seed, pair id, draw).
+    The noise is a function of (seed, pair id, draw), the same for both images of a pair.
     """
     schedule = family.schedule
     return noise_pair(
-        latents.contiguous(memory_format=torch.channels_last),  # as the UNet's weights; the values are the same
+        latents.contiguous(memory_format=torch.channels_last),  # like the UNet's weights; values do not change
         schedule.sqrt_alpha_bar[batch.timesteps],
         schedule.sqrt_one_minus_alpha_bar[batch.timesteps],
         seed,

@@ -1,7 +1,7 @@
 """The noise schedule in float64 and the timesteps worth training on.
 
-diffusers keeps its schedules in float32 and casts them to the dtype of the latents in `add_noise`; a half precision
-schedule is a different one. Here the cumulative product and the rescaling are float64, and what the kernels read is
+diffusers keeps its schedules in float32 and casts them to the dtype of the latents in `add_noise`; in half precision
+that is a different schedule. Here the cumulative product and the rescaling are float64, and what the kernels read is
 rounded to float32 once.
 """
 
@@ -50,10 +50,10 @@ def noise_schedule(
     turbo: bool,
     prediction_type: str | None = None,  # None: as the config says
 ) -> NoiseSchedule:
-    """The schedule a model was trained with, from the config of any of diffusers' schedulers that has betas.
+    """Return the schedule that a model was trained with, from the config of any diffusers scheduler that has betas.
 
-    Raises BadInput for a config of another kind of training (`check_discrete`), a beta_schedule diffusers does not
-    know, a prediction type other than epsilon and v_prediction, and a zero_terminal_snr other than the three.
+    Raises BadInput for a config of another kind of training (`check_discrete`), a beta_schedule that diffusers does not
+    know, a prediction type other than epsilon and v_prediction, and any other zero_terminal_snr.
     """
     check_discrete(scheduler_config)
     prediction_type = prediction_type or scheduler_config.get("prediction_type", "epsilon")
@@ -73,11 +73,11 @@ def noise_schedule(
 
 
 def check_discrete(scheduler_config: Mapping) -> None:
-    """Raise BadInput for a scheduler of models that are not trained at the discrete noise levels of betas.
+    """Raise BadInput for a scheduler of models that are not trained at discrete noise levels given by betas.
 
     Those are EDM (Playground v2.5; CosXL, whose Euler scheduler has continuous timesteps), flow matching, and
-    CogVideoX's shifted signal-to-noise ratio. What else a config may hold (spacing, Karras sigmas and their ends, the
-    last sigma, clipping, the solver's order) chooses how a trained model is sampled.
+    CogVideoX's shifted signal-to-noise ratio. Everything else in a config (spacing, Karras sigmas and their ends, the
+    last sigma, clipping, the solver's order) only affects how a trained model is sampled.
     """
     if not isinstance(scheduler_config, Mapping):
         raise BadInput(f"the scheduler config is no object but a {type(scheduler_config).__name__}: copy it again")
@@ -97,16 +97,16 @@ def check_discrete(scheduler_config: Mapping) -> None:
 
 
 def turbo_grid(num_train_timesteps: int, steps: int = 4) -> list[int]:
-    """The timesteps SDXL-Turbo was distilled on: the ends of `steps` equal parts, 249 499 749 999 of a thousand."""
+    """Return the timesteps SDXL-Turbo was distilled on, the ends of `steps` equal parts: 249, 499, 749, 999 of 1000."""
     return [num_train_timesteps * k // steps - 1 for k in range(1, steps + 1)]
 
 
 def usable_timesteps(schedule: NoiseSchedule, grid: Sequence[int] | None) -> Tensor:
-    """The timesteps that carry a gradient, int64 [n] ascending on the CPU: all, or those of the grid.
+    """Return the timesteps that have a gradient, int64 [n] ascending on the CPU: all of them, or those of the grid.
 
-    Where abar is 0 both noisy images of a pair are the noise alone. Under epsilon prediction target and prediction are
-    then the same for both, and margin and gradient 0: those timesteps are left out. Under v_prediction the targets
-    differ and they stay.
+    At abar = 0 both noisy images of a pair are pure noise. Under epsilon prediction they then have the same target and
+    prediction, and margin and gradient are 0, so those timesteps are left out. Under v_prediction the targets differ,
+    so they stay.
     """
     abar = schedule.alphas_cumprod.cpu()
     timesteps = torch.arange(abar.numel()) if grid is None else torch.tensor(sorted(set(grid)), dtype=torch.int64)
@@ -116,7 +116,7 @@ def usable_timesteps(schedule: NoiseSchedule, grid: Sequence[int] | None) -> Ten
 
 
 def _betas(scheduler_config: Mapping) -> Tensor:
-    """float32 [T], as diffusers computes them: the very numbers the model was trained with."""
+    """Return the betas, float32 [T], as diffusers computes them: exactly the values the model was trained with."""
     settings = {key: scheduler_config[key] for key in _BETA_SETTINGS if key in scheduler_config}
     try:
         return DDPMScheduler(**settings).betas
@@ -125,7 +125,7 @@ def _betas(scheduler_config: Mapping) -> Tensor:
 
 
 def _zero_terminal_snr(abar: Tensor) -> Tensor:
-    """Shift and scale sqrt(abar) so that the first stays and the last is 0, exactly: arXiv 2305.08891, algorithm 1."""
+    """Shift and scale sqrt(abar) so that the first stays and the last is exactly 0 (arXiv 2305.08891, algorithm 1)."""
     root = abar.sqrt()
     first, last = root[0], root[-1]
     return ((root - last) * (first / (first - last))).square()

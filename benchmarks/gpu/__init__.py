@@ -1,1 +1,1 @@
-"""The parts of `benchmarks/gpu_report.py`: its stages, how one is run, and what is read from its output."""
+"""The parts of `benchmarks/gpu_report.py`: its stages, how one runs, and how its output is read."""

@@ -1,4 +1,4 @@
-"""A pytest plugin that writes what each test did to a file as it happens, so that a run that is killed leaves it too.
+"""A pytest plugin that writes test outcomes to a file as they happen, so that a killed run leaves them too.
 
 python -m pytest -p benchmarks.gpu.outcomes --outcomes FILE ...
 """
@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--outcomes")
-    if path is not None and not hasattr(config, "workerinput"):  # of pytest-xdist the process that collects results
+    if path is not None and not hasattr(config, "workerinput"):  # with pytest-xdist only the main process
         config.pluginmanager.register(_Writer(path))
 
 
@@ -45,7 +45,7 @@ class _Writer:
 
 
 def summary(path: Path) -> dict[str, object]:
-    """Counts of tests, the message of each that failed, and the tests that began and did not end."""
+    """Return counts of passed, failed and skipped tests, each failure's message, and the tests that never ended."""
     results: dict[str, str] = {}
     failures: dict[str, str] = {}
     started, ended = [], set()

@@ -1,6 +1,6 @@
-"""Running a stage: its commands one after the other in a process group of their own, killed when the time is up.
+"""Run a stage: its commands one after the other, each in its own process group, killed when time is up.
 
-Linux only: what a stage leaves running is looked for in /proc.
+Linux only: processes that a stage leaves running are found through /proc.
 """
 
 import os
@@ -14,18 +14,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_MARK = "DPO_FAST_REPORT_STAGE"  # in the environment of all processes of a stage, those that left its group included
+_MARK = "DPO_FAST_REPORT_STAGE"  # set in the environment of all processes of a stage, even those outside its group
 _KILL_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of the report. Commands may have `{file}`, the JSON file that they write."""
+    """One part of the report. In its commands, `{file}` stands for the JSON file that they write."""
 
     name: str
     commands: tuple[tuple[str, ...], ...]  # one after the other, up to the first that fails
-    share: float  # of the time that is left: the most it may take
-    read: Callable[[Path, str], object]  # results from its JSON file, which may be absent or partial, and its log
+    share: float  # the largest fraction of the remaining time it may take
+    read: Callable[[Path, str], object]  # its results, from its JSON file (maybe absent or partial) and log
     environment: dict[str, str] = field(default_factory=dict)
     missing: str | None = None  # why it cannot run on this machine
 
@@ -40,14 +40,14 @@ class Outcome:
 
 
 def command_lines(stage: Stage, file: Path) -> list[list[str]]:
-    """The commands of a stage with the place of its JSON file."""
+    """Return the commands of a stage with the path of its JSON file filled in."""
     return [[word.replace("{file}", str(file)) for word in command] for command in stage.commands]
 
 
 def run(stage: Stage, file: Path, log: Path, seconds: float, folder: Path) -> Outcome:
     """Run the commands of a stage in `folder` for at most `seconds`; their output is appended to `log`.
 
-    Nothing of the stage runs when this returns or raises.
+    No process of the stage is left running when this returns or raises.
     """
     started = time.monotonic()
     mark = uuid.uuid4().hex
@@ -81,7 +81,7 @@ def run(stage: Stage, file: Path, log: Path, seconds: float, folder: Path) -> Ou
 
 
 def _end(process: subprocess.Popen, mark: str) -> None:
-    """Kill what is left of the process, its group and whatever else has the mark, and wait until it is gone."""
+    """Kill the process, its group and every other process with the mark; wait up to 5 s until they are gone."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     deadline = time.monotonic() + _KILL_SECONDS
@@ -96,11 +96,11 @@ def _end(process: subprocess.Popen, mark: str) -> None:
 
 
 def _marked(mark: str) -> list[int]:
-    """Ids of the living processes whose environment has the mark."""
+    """Return the ids of the live processes whose environment has the mark."""
     wanted, pids = f"{_MARK}={mark}".encode(), []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            with suppress(OSError):  # it ended, or is another user's; of a zombie the environment is empty
+            with suppress(OSError):  # it ended or is another user's; a zombie's environment is empty
                 if wanted in (entry / "environ").read_bytes().split(b"\0"):
                     pids.append(int(entry.name))
     return pids

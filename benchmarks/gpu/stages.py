@@ -1,4 +1,4 @@
-"""What a report consists of, most valuable first; on a CPU the same lines on small stand-ins."""
+"""The stages of a report, most valuable first; on a CPU the same stages run on small stand-ins."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ MARGIN_STEPS = {"cuda": 200, "cpu": 20}
 
 
 def stages(device: str, work: Path, architecture: str | None) -> list[Stage]:
-    """All stages in their order. device: cuda, or cpu for the stand-ins; architecture: of the GPU, such as 90."""
+    """Return all stages in order. device: cuda, or cpu for the stand-ins; architecture: the GPU's, such as 90."""
     first, *later = CASES
     memcheck, *checks = SANITIZERS
     return [
@@ -38,7 +38,7 @@ def stages(device: str, work: Path, architecture: str | None) -> list[Stage]:
 
 def _build(device: str, architecture: str | None) -> Stage:
     environment = {"DPO_FAST_BUILD": device}
-    if device == "cuda" and architecture:  # for this GPU alone: the others take minutes
+    if device == "cuda" and architecture:  # only for this GPU: the others take minutes to compile
         environment["DPO_FAST_CUDA_ARCHS"] = architecture
     command = (PYTHON, "setup.py", "build_ext", "--inplace")
     return Stage("build", (command,), 0.3, reading.nothing, environment)
@@ -83,7 +83,7 @@ def _sanitizer(device: str, tool: str) -> Stage:
         ((program or "compute-sanitizer", *options, *_pytest("-n", "0", *what, *chosen)),),
         SANITIZERS[tool],
         reading.sanitizer,
-        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # each tensor an allocation of its own, whose ends are watched
+        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # one allocation per tensor, so that its bounds are checked
         None if program else "compute-sanitizer is not installed: memory accesses were not checked",
     )
 
@@ -103,14 +103,14 @@ def _ceilings(device: str) -> Stage:
 def _step(device: str, case: str) -> Stage:
     name, small = case, ()
     if device == "cpu":
-        providers = () if case == "sd15-512-lora" else ("--providers", "ours")  # all of the quickest case
+        providers = () if case == "sd15-512-lora" else ("--providers", "ours")  # all providers in the quickest case
         name, small = f"mini-{case}", ("--steps", "1", "--eager", *providers)
     words = ("--device", device, "--case", name, "--profile", "--json", "{file}", *small)
     return Stage(f"step {name}", ((PYTHON, "benchmarks/step_time.py", *words),), 0.6, reading.json_file)
 
 
 def _margins(device: str, work: Path) -> Stage:
-    """The built-in model trained on the GPU, its margins against those of the same run on the CPU."""
+    """Train the built-in model on the GPU and on the CPU, and compare the margins of the two runs."""
 
     def train(place: str) -> tuple[str, ...]:
         flags = {

@@ -1,16 +1,16 @@
 """The cases of the step benchmark: the public models' architectures, and the same at a tenth of the width.
 
-Of the `mini-` cases the UNet has a tenth of the channels of the public one and the same layers; resolution, VAE and
-text widths are chosen so that a pair's FLOPs keep the proportions of the real case (`PROPORTION_TOLERANCE`, counted in
-tests/benchmarks). What cannot shrink by ten: heads keep about their size (there are fewer of them), norm groups keep
-about their number of channels, prompts keep their 77 tokens and a vocabulary is small.
+In the `mini-` cases the UNet has a tenth of the channels of the public one and the same layers; resolution, VAE and
+text widths are chosen so that a pair's FLOPs keep the proportions of the real case (within `PROPORTION_TOLERANCE`,
+checked in tests/benchmarks). Not everything shrinks by ten: heads keep about their size (there are fewer of them), norm
+groups keep about their number of channels, prompts keep their 77 tokens, and the vocabulary is small.
 """
 
 from dataclasses import dataclass
 
-PROPORTION_TOLERANCE = 0.3  # of FLOPs VAE : UNet and text : UNet, mini against real
+PROPORTION_TOLERANCE = 0.3  # of the FLOP ratios VAE : UNet and text : UNet, mini against real
 TOKENS = 77
-RANK = 8  # of the LoRA cases, on to_q, to_k, to_v, to_out.0: the public script's
+RANK = 8  # of the LoRA cases, on to_q, to_k, to_v, to_out.0, as in the public script
 
 _SCHEDULE = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
@@ -34,8 +34,8 @@ class Case:
     resolution: int  # pixels
     tuning: str  # lora or full
     turbo: bool
-    pairs: int  # an optimizer step, of every provider
-    batch_size: int  # pairs a forward pass, of ours and tuned
+    pairs: int  # per optimizer step, for every provider
+    batch_size: int  # pairs per forward pass, for ours and tuned
     learning_rate: float  # large: after five updates the margins must show what was trained on
 
     @property
@@ -131,7 +131,7 @@ def _mini_sdxl(side: int) -> Model:
 
 
 def _with_minis(*cases: Case) -> dict[str, Case]:
-    # A tenth of the width has the proportion of attention at a tenth of the pixels: a side 3.2 times shorter.
+    # At a tenth of the width, attention keeps its share of the FLOPs at a tenth of the pixels: sides 3.2 times shorter.
     minis = {1024: 320, 512: 160}
     table = {}
     for case in cases:
@@ -157,5 +157,5 @@ CASES = _with_minis(
 
 
 def scheduler_config(case: Case) -> dict:
-    """Of the noise schedule, which all three models share; users of Turbo rescale it to zero terminal SNR."""
+    """Return the noise schedule, which all three models share; for Turbo, callers rescale it to zero terminal SNR."""
     return dict(_SCHEDULE, steps_offset=1, prediction_type="epsilon")

@@ -18,7 +18,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def matmul_ceiling(device: str, dtype: torch.dtype) -> float:
-    """TFLOP/s of the best of several square products."""
+    """Return the TFLOP/s of the best of several square matrix products."""
     best = 0.0
     for side in _SIDES[device]:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -28,7 +28,7 @@ def matmul_ceiling(device: str, dtype: torch.dtype) -> float:
             best = max(best, 2 * side**3 / _seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device) / 1e12)
         del a, b, out
     if device == "cuda":
-        torch.cuda.empty_cache()  # the providers' processes need it
+        torch.cuda.empty_cache()  # the providers' processes need the memory
     return best
 
 
@@ -48,7 +48,7 @@ def _seconds(call, device: str, count: int = 3) -> float:
 
 
 def copy_ceiling(device: str) -> float:
-    """GB/s, read and written, of copying 256 MiB."""
+    """Return the GB/s, reads plus writes, of copying 256 MiB."""
     source = torch.randn(1 << 26, device=device)
     target = torch.empty_like(source)
     best = min(_seconds(lambda: target.copy_(source), device) for _ in range(10))

@@ -57,7 +57,7 @@ aten = torch.ops.aten
 
 @dataclass
 class StepCounts:
-    """Of one optimizer step over one pair."""
+    """The counts of one optimizer step over one pair."""
 
     flops: int
     ref_flops: int  # of them: the reference's forward
@@ -72,10 +72,10 @@ class StepCounts:
 
 @dataclass
 class EncoderCounts:
-    """FLOPs of what is encoded once with a cache, and at every visit without."""
+    """FLOPs of the encoders, which run once with a cache and at every visit without one."""
 
-    vae: int  # an image
-    text: int  # a prompt, all encoders
+    vae: int  # per image
+    text: int  # per prompt, all encoders
 
 
 def _attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
@@ -86,7 +86,7 @@ def _attention_backward_flops(grad, query, key, value, *args, out_shape=None, **
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
-# PyTorch has formulas of its own for the GPU's attention kernels only.
+# PyTorch itself has formulas only for the GPU's attention kernels.
 _CPU_ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
@@ -94,12 +94,12 @@ _CPU_ATTENTION = {
 
 
 def flop_counter() -> FlopCounterMode:
-    """A counter that knows the CPU's attention too."""
+    """Return a FLOP counter that knows the CPU's attention too."""
     return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators that do something, and the bytes they read and write."""
+    """Count the operators that do work, and the bytes they read and write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ _NO_LAUNCH = {
 
 
 class Saved:
-    """Bytes that autograd keeps, each storage once, those of `weights` left out."""
+    """Count the bytes that autograd keeps, each storage once, those of `weights` left out."""
 
     def __init__(self, weights: set[int]) -> None:
         self.weights, self.kept = weights, {}
@@ -138,7 +138,7 @@ class Saved:
         return sum(tensor.untyped_storage().nbytes() for tensor in self.kept.values())
 
     def hooks(self):
-        """A context in which what is saved is noted."""
+        """Return a context manager that notes what autograd saves."""
 
         def note(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()._cdata
@@ -151,13 +151,13 @@ class Saved:
 
 @contextmanager
 def fake_tensors() -> Iterator[FakeTensorMode]:
-    """Within the block tensors have sizes and no values; they may meet real ones, such as a noise schedule."""
+    """Give tensors in the block sizes but no values; they may mix with real ones, such as a noise schedule."""
     with (
         FakeTensorMode(allow_non_fake_inputs=True) as mode,
         patch.object(torch.nn.Module, "_apply", _convert),
-        # PyTorch goes through lists tensor by tensor where it does not know their type
+        # PyTorch goes through lists tensor by tensor if it does not know their type
         patch.object(_foreach_utils, "_foreach_supported_types", [torch.Tensor, torch.nn.Parameter, FakeTensor]),
-        # PyTorch's own copies the storage of a fake parameter, which is not there
+        # PyTorch's own copies the storage, which a fake parameter does not have
         patch.object(FakeTensor, "__deepcopy__", _copied, create=True),
     ):
         yield mode
@@ -174,7 +174,7 @@ def _copied(tensor: FakeTensor, memo: dict) -> Tensor:
 
 @torch.no_grad()
 def _convert(module: torch.nn.Module, function, recurse: bool = True) -> torch.nn.Module:
-    """What Module.to, .half and their like do, by replacing parameters: fake ones cannot be changed in place."""
+    """Do what Module.to, .half and the like do by replacing parameters: fake ones cannot be changed in place."""
     for child in module.children() if recurse else ():
         _convert(child, function)
     for name, parameter in module._parameters.items():
@@ -198,7 +198,7 @@ def count_step(case: Case, step: int = 2) -> StepCounts:
         spent: Counter[tuple[str, str]] = Counter()
 
         def counted(name: str, function):
-            """`function`, with the FLOPs and launches that it adds."""
+            """Wrap `function` so that `spent` gets the FLOPs and launches it adds."""
 
             def call(*arguments, **keywords):
                 before = flops.get_total_flops(), operators.launches
@@ -229,7 +229,7 @@ def count_step(case: Case, step: int = 2) -> StepCounts:
 
 
 def count_encoders(case: Case) -> EncoderCounts:
-    """FLOPs of one image and of one prompt."""
+    """Count the FLOPs of encoding one image and one prompt."""
     with fake_tensors(), torch.no_grad():
         vae = AutoencoderKL(**case.model.vae)
         with flop_counter() as images:
@@ -247,7 +247,7 @@ def _text_encoders(case: Case) -> list[torch.nn.Module]:
 
 
 def _trainer(case: Case) -> Trainer:
-    """Our trainer with fake weights and an endless stream of one fake pair."""
+    """Return our trainer with fake weights and an endless stream of one fake pair."""
     flags = {
         "pretrained_model_name_or_path": "none is read",
         "dataset_name": "none is read",
@@ -281,7 +281,7 @@ def _trainer(case: Case) -> Trainer:
     else:
         kind = Turbo if case.turbo else SDXL
         pipeline = StableDiffusionXLPipeline(**parts, text_encoder_2=None, tokenizer_2=None, add_watermarker=False)
-    with unset_fake_temporarily():  # the noise schedule is looked at
+    with unset_fake_temporarily():  # the noise schedule needs values
         family = kind(pipeline, dtype=torch.bfloat16, device=torch.device("cpu"))
     width, pooled = case.model.unet["cross_attention_dim"], case.model.text[-1]["projection_dim"]
     conditioning = {"prompt_embeds": torch.zeros(1, TOKENS, width, dtype=torch.float16)}
@@ -311,18 +311,18 @@ def _trainer(case: Case) -> Trainer:
 
 
 def known(name: str) -> dict[str, int]:
-    """The committed counts of a case."""
+    """Return the committed counts of a case."""
     return json.loads(FILE.read_text())["cases"][name]
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries whose operators are counted; builds of one version count alike."""
+    """Return the versions of the libraries whose operators are counted; all builds of a version count alike."""
     names = ("torch", "diffusers", "peft", "transformers")
     return {name: importlib.metadata.version(name).split("+")[0] for name in names}
 
 
 def known_versions() -> dict[str, str]:
-    """Those that the committed counts were made with."""
+    """Return the versions that the committed counts were made with."""
     return json.loads(FILE.read_text())["versions"]
 
 

@@ -1,7 +1,7 @@
-"""Which cases a GPU has the memory for, by the prediction that `--dry-run` prints.
+"""Predict which cases a GPU has the memory for, as `--dry-run` does.
 
-Of a case two programs count: ours, and the fp32 truth, which takes one pair a forward pass with checkpointing but
-holds every weight in fp32 and its reference always as a UNet of its own.
+A case needs the larger of two programs: ours, and the fp32 truth, which takes one pair per forward pass with
+checkpointing but holds every weight in fp32 and always has a separate UNet as its reference.
 """
 
 from benchmarks.step.cases import CASES, RANK, Case
@@ -12,14 +12,14 @@ DEFAULT = ("sdxl-1024-lora", "turbo-512-lora", "sdxl-1024-full", "turbo-512-full
 
 
 def needed_bytes(case: Case, dtype: str, batch_size: int) -> float:
-    """Predicted bytes of device memory for a step of `case`; dtype fp32, fp16 or bf16, batch_size in pairs."""
+    """Predict the bytes of device memory for a step of `case`; dtype fp32, fp16 or bf16, batch_size in pairs."""
     ours, _ = _held(case, dtype, batch_size, "none")
     truth, weights = _held(case, "fp32", 1, "full")
     return max(ours, truth + weights * (case.tuning == "lora"))
 
 
 def _held(case: Case, dtype: str, batch_size: int, checkpointing: str) -> tuple[float, float]:
-    """Bytes in all, and of the UNet's weights."""
+    """Predict the bytes in total, and those of the UNet's weights."""
     flags = {
         "pretrained_model_name_or_path": "none is read",
         "dataset_name": "none is read",
@@ -37,7 +37,7 @@ def _held(case: Case, dtype: str, batch_size: int, checkpointing: str) -> tuple[
 
 
 def fitting(free: float, dtype: str) -> tuple[list[str], dict[str, str]]:
-    """Of the default cases, those that fit into `free` bytes, and for each other one why it is left out."""
+    """Return the default cases that fit into `free` bytes, and why each of the others is left out."""
     chosen, left_out = [], {}
     for name in DEFAULT:
         needed = needed_bytes(CASES[name], dtype, CASES[name].batch_size)

@@ -15,7 +15,7 @@ from dpo_fast.training.trainer import Trainer
 
 
 def flags(folder: Path, name: str, *, compiled: bool, cached_reference: bool = False) -> list[str]:
-    """The command line of the run; with `cached_reference` every visit of a pair is a draw of its own."""
+    """Return the run's command line; with `cached_reference` every visit of a pair has its own draw."""
     settings = Settings.read(folder)
     case = CASES[settings.case]
     values = {
@@ -43,7 +43,7 @@ def flags(folder: Path, name: str, *, compiled: bool, cached_reference: bool = F
 
 
 def opened(folder: Path, argv: list[str]) -> Run:
-    """The run as the command line `argv` opens it."""
+    """Open the run of the command line `argv`."""
     config, _ = parse(argv)
     device = torch.device(Settings.read(folder).device)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
@@ -51,7 +51,7 @@ def opened(folder: Path, argv: list[str]) -> Run:
 
 
 class Ours:
-    """`Trainer.train_step`, nothing added while it is timed."""
+    """`Trainer.train_step`, with nothing added while it is timed."""
 
     cached_reference = False
 
@@ -70,7 +70,7 @@ class Ours:
         self.trainer.train_step()
 
     def observed_step(self) -> Seen:
-        """A step, and what it computed."""
+        """Run a step and return what it computed."""
         terms = []
         loss = self.trainer.loss
 
@@ -87,7 +87,7 @@ class Ours:
 
 
 class OursCached(Ours):
-    """The same without a reference, its errors having been computed while opening."""
+    """The same without a reference model, whose errors are computed while opening."""
 
     cached_reference = True
 

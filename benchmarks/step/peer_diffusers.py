@@ -1,8 +1,8 @@
-"""What diffusers' train_diffusion_dpo.py and train_diffusion_dpo_sdxl.py do in each step, in our own plain words.
+"""What diffusers' train_diffusion_dpo.py and train_diffusion_dpo_sdxl.py do in each step, in our own plain code.
 
 LoRA through peft on a frozen half-precision UNet under autocast, gradient checkpointing, JPEGs decoded in the training
-process (dataloader_num_workers is 0 by default), the VAE in fp32 (SDXL) and the text encoders in the step, the
-reference by switching the adapters off after the policy's forward, unfused AdamW, four numbers read back a step.
+process (dataloader_num_workers is 0 by default), the VAE (in fp32 for SDXL) and the text encoders run in the step, the
+reference by switching the adapters off after the policy's forward, unfused AdamW, four values read back per step.
 """
 
 import time
@@ -28,14 +28,14 @@ class PeerDiffusers(Plain):
         self.optimizer = torch.optim.AdamW(self.trained, lr=self.settings.learning_rate, weight_decay=WEIGHT_DECAY)
 
     def _batch(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Pixels [P,6,R,R], chosen and rejected on the channels, and tokens."""
+        """Return pixels [P,6,R,R], chosen and rejected joined along the channels, and tokens, int64 [P,77] each."""
         rows = self.work.step(self.index)["rows"].tolist()
         pairs = [torch.cat([decoded(image, self.case.resolution) for image in self.work.images(row)]) for row in rows]
         return torch.stack(pairs), tokenized(self.tokenizers_, [self.work.caption(row) for row in rows])
 
     @torch.no_grad()
     def _encode(self, pixels: torch.Tensor, tokens: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Latents and embeddings as the script makes them, at every step anew."""
+        """Return latents, noise and embeddings as the script makes them, recomputed at every step."""
         images = torch.cat(pixels.to(self.device, self.vae_.dtype).chunk(2, dim=1))
         latents = torch.cat([self.vae_.encode(part).latent_dist.sample() for part in images.split(VAE_BATCH)])
         latents = (latents * self.vae_.config.scaling_factor).to(self.dtype)
@@ -47,7 +47,7 @@ class PeerDiffusers(Plain):
         pixels, tokens = self._batch()
         self.waited += time.perf_counter() - started
         self.encoded = self._encode(pixels, tokens)
-        given = self.injected()  # in the place of what was just encoded and drawn: every provider's loss is the same
+        given = self.injected()  # replaces what was just encoded and drawn: every provider's loss is the same
         noisy, target = self.noisy(given, self.dtype)
         policy_error = errors(self.predict(self.unet_, noisy, given), target)
         self.unet_.disable_adapters()

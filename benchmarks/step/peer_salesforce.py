@@ -1,8 +1,8 @@
-"""What Salesforce's train.py (the paper's authors) does in each step, in our own plain words.
+"""What Salesforce's train.py (the paper's authors) does in each step, in our own plain code.
 
-Full fine-tuning of an fp32 UNet under autocast, one pair a forward pass with accumulation, VAE and text encoders in the
-step in the compute dtype, JPEGs decoded by loader workers, a second UNet as the reference, five numbers read back a
-pair. For SDXL: reference, VAE and text encoders offloaded to the host (on a GPU), gradient checkpointing, Adafactor
+Full fine-tuning of an fp32 UNet under autocast, one pair per forward pass with accumulation, VAE and text encoders run
+in the step in the compute dtype, JPEGs decoded by loader workers, a second UNet as the reference, five values read back
+per pair. For SDXL: reference, VAE and text encoders offloaded to the host (on a GPU), gradient checkpointing, Adafactor
 without relative steps. For SD1.5, as its launcher has it: nothing offloaded or checkpointed, unfused AdamW.
 """
 
@@ -18,7 +18,7 @@ from transformers.optimization import Adafactor
 from benchmarks.step.plain import MAX_GRAD_NORM, WEIGHT_DECAY, Plain, Seen, dpo, embedded, errors, tokenized
 from benchmarks.step.work import Work, decoded
 
-WORKERS = 16  # of the launchers; no more than there are cores
+WORKERS = 16  # as in the launchers, but at most one per core
 
 
 class _Pairs(Dataset):
@@ -65,7 +65,7 @@ class PeerSalesforce(Plain):
 
     @torch.no_grad()
     def _encode(self, pixels: torch.Tensor, tokens: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Latents and embeddings as the script makes them, at every step anew."""
+        """Return latents, noise and embeddings as the script makes them, recomputed at every step."""
         images = torch.cat(pixels.to(self.device).chunk(2, dim=1)).to(self.dtype)
         latents = self.vae_.encode(images).latent_dist.sample() * self.vae_.config.scaling_factor
         noise = torch.randn_like(latents).chunk(2)[0].repeat(2, 1, 1, 1)
@@ -78,7 +78,7 @@ class PeerSalesforce(Plain):
             pixels, tokens = next(self.batches)
             self.waited += time.perf_counter() - started
             self.encoded = self._encode(pixels, tokens)
-            given = self.injected(slice(pair, pair + 1))  # in the place of what was just encoded and drawn
+            given = self.injected(slice(pair, pair + 1))  # replaces what was just encoded and drawn
             noisy, target = self.noisy(given, self.dtype)
             policy_error = errors(self.predict(self.unet_, noisy, given), target)
             with torch.no_grad():

@@ -26,14 +26,14 @@ WEIGHT_DECAY = 1e-2
 class Seen:
     """What an optimizer step over P pairs computed."""
 
-    policy_error: Tensor  # [2P], chosen first: mean squared error of an image
+    policy_error: Tensor  # [2P], chosen first: mean squared error of each image
     ref_error: Tensor  # [2P]
     margin: Tensor  # [P]
     grad_norm: Tensor  # [], before clipping
 
     @staticmethod
     def joined(parts: "list[Seen]") -> "Seen":
-        """Of a step's micro-batches, in their order."""
+        """Join what a step's micro-batches computed, in their order."""
 
         def images(name: str) -> Tensor:
             return torch.cat([getattr(part, name).detach().float().chunk(2)[side] for side in (0, 1) for part in parts])
@@ -43,7 +43,7 @@ class Seen:
 
 
 class Plain:
-    """A provider's models and data. Subclasses give `step`, which sets `seen`."""
+    """A provider's models and data. Subclasses define `step`, which sets `seen`."""
 
     def __init__(self, folder: Path) -> None:
         self.settings = Settings.read(folder)
@@ -53,8 +53,8 @@ class Plain:
         self.index = 0  # the step whose data comes next
         self.waited = 0.0  # seconds spent waiting for data
         self.seen: Seen | None = None
-        # Two details of the public scripts are left out, for they change the result and not the time: the reference's
-        # error is not reduced in half precision, and the loss scale does not begin where it overflows.
+        # Two details of the public scripts are left out because they change the result but not the time: the
+        # reference's error is not reduced in half precision, and the loss scale does not start where it overflows.
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**8, enabled=self.dtype == torch.float16)
         self.scheduler = DDPMScheduler(
             **{name: value for name, value in scheduler_config(self.case).items() if name != "steps_offset"},
@@ -62,17 +62,17 @@ class Plain:
         )
 
     def observed_step(self) -> Seen:
-        """A step, and what it computed."""
+        """Run a step and return what it computed."""
         self.step()
         return self.seen
 
     def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
-        """The UNet on the device, in training mode."""
+        """Return the UNet on the device, in training mode."""
         path = self.folder / "model" / "unet"
         return UNet2DConditionModel.from_pretrained(path).to(self.device, dtype).train()
 
     def add_lora(self, unet: UNet2DConditionModel) -> list[torch.nn.Parameter]:
-        """peft's adapters with the run's first weights, in fp32; the parameters to train."""
+        """Add peft's adapters with the run's initial weights, in fp32; return the parameters to train."""
         unet.requires_grad_(False)
         unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=LORA_TARGETS))
         trained = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
@@ -97,13 +97,13 @@ class Plain:
         return [CLIPTokenizer.from_pretrained(self.folder / "model" / f"tokenizer{suffix}") for suffix in suffixes]
 
     def autocast(self):
-        """What accelerate wraps a prepared model's forward in."""
+        """Return the context in which accelerate runs a prepared model's forward."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
     def injected(self, pairs: slice = slice(None)) -> dict[str, Tensor]:
-        """The current step's tensors on the device, those of pairs cut to `pairs`; images still chosen first."""
+        """Return the current step's tensors on the device, cut to `pairs`; chosen images still come first."""
         step = self.work.step(self.index)
         chosen, rejected = step["latents"].chunk(2)
         parts = {name: tensor[pairs] for name, tensor in step.items() if name != "latents"}
@@ -111,7 +111,7 @@ class Plain:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in parts.items()}
 
     def predict(self, unet: torch.nn.Module, noisy: Tensor, given: dict[str, Tensor]) -> Tensor:
-        """The UNet's prediction for both images of the pairs."""
+        """Return the UNet's prediction for both images of the pairs, fp32 [2P,4,h,w]."""
         added = None
         if "time_ids" in given:
             added = {
@@ -124,18 +124,18 @@ class Plain:
         return prediction.float()
 
     def noisy(self, given: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Noised latents in `dtype` and the target, one for both images."""
+        """Return the noised latents and the target, both [2P,4,h,w] in `dtype`; a pair's images share the target."""
         noise = given["noise"].repeat(2, 1, 1, 1).to(dtype)
         return self.scheduler.add_noise(given["latents"].to(dtype), noise, given["timesteps"].repeat(2)), noise
 
 
 def errors(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each image, fp32."""
+    """Return the mean squared error of each image, fp32 [2P]."""
     return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 
 
 def dpo(policy_error: Tensor, ref_error: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss [] and margin [P] of Diffusion-DPO (arXiv 2311.12908 eq. 14)."""
+    """Return the loss [] and margin [P] of Diffusion-DPO (arXiv 2311.12908 eq. 14)."""
     delta = policy_error - ref_error
     chosen, rejected = delta.chunk(2)
     margin = -0.5 * BETA * (chosen - rejected)
@@ -143,13 +143,13 @@ def dpo(policy_error: Tensor, ref_error: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def embedded(encoders: list[torch.nn.Module], tokens: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    """What the text encoders give: prompt_embeds [N,77,D], and for SDXL pooled [N,D2]."""
+    """Return what the text encoders give: prompt_embeds [N,77,D], and for SDXL pooled [N,D2]."""
     tokens = [ids.to(device) for ids in tokens]
     return sdxl_prompt(encoders, tokens) if len(tokens) == 2 else (encoders[0](tokens[0])[0],)
 
 
 def sdxl_prompt(encoders: list[torch.nn.Module], tokens: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """prompt_embeds [N,77,D] and pooled [N,D2] of SDXL's two encoders."""
+    """Return prompt_embeds [N,77,D] and pooled [N,D2] of SDXL's two encoders."""
     hidden = []
     for encoder, ids in zip(encoders, tokens, strict=True):
         out = encoder(ids, output_hidden_states=True)
@@ -158,7 +158,7 @@ def sdxl_prompt(encoders: list[torch.nn.Module], tokens: list[Tensor]) -> tuple[
 
 
 def tokenized(tokenizers: list[CLIPTokenizer], captions: list[str]) -> list[Tensor]:
-    """int64 [N,77] for each tokenizer."""
+    """Return token ids, int64 [N,77], for each tokenizer."""
     return [
         t(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
         for t in tokenizers

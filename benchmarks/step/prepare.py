@@ -1,7 +1,7 @@
-"""Writes what the providers of a run share: random weights, JPEGs, and the draws of our own training stream.
+"""Write what the providers of a run share: random weights, JPEGs, and the draws of our own training stream.
 
 The peers get the latents, embeddings, noise and timesteps that ours trains on as plain tensors, so that every provider
-computes the same loss; what a public script encodes in its step it still encodes, and pays for.
+computes the same loss; what a public script encodes in its step, it still encodes, and is timed for.
 """
 
 import io
@@ -55,7 +55,7 @@ def prepare(folder: Path, settings: Settings) -> None:
 
 
 def _step(run, batches) -> dict[str, torch.Tensor]:
-    """One step's tensors out of its micro-batches."""
+    """Return one step's tensors, joined from its micro-batches."""
     latents = torch.cat([b.latents.chunk(2)[side] for side in (0, 1) for b in batches])
     parts = {
         "latents": latents,
@@ -67,7 +67,7 @@ def _step(run, batches) -> dict[str, torch.Tensor]:
     if run.family.needs_time_ids:
         parts["time_ids"] = torch.cat([b.time_ids for b in batches])
     schedule = run.family.schedule
-    parts["noise"] = noise_pair(  # of an epsilon target: the noise itself
+    parts["noise"] = noise_pair(  # an epsilon target is the noise itself
         latents,
         schedule.sqrt_alpha_bar[parts["timesteps"]],
         schedule.sqrt_one_minus_alpha_bar[parts["timesteps"]],
@@ -90,10 +90,10 @@ def save_pipeline(
     vae_dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> None:
-    """Write a pipeline of the model's architecture; every parameter random, norms included, drawn on the device.
+    """Write a pipeline of the model's architecture with every parameter random, norms included, drawn on `device`.
 
     Each parameter is drawn in fp32 and rounded into a module that holds `dtype` from the beginning, so the largest
-    model takes its size in `dtype` and one tensor more.
+    model takes its size in `dtype` plus one tensor.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -136,7 +136,7 @@ def save_pipeline(
 
 @torch.no_grad()
 def randomise(module: nn.Module, generator: torch.Generator) -> None:
-    """Every parameter random, at a scale that keeps activations near one."""
+    """Set every parameter to random values at a scale that keeps activations near one."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
@@ -149,7 +149,7 @@ def randomise(module: nn.Module, generator: torch.Generator) -> None:
 
 
 def write_pairs(path: Path, count: int, side: int) -> None:
-    """Pick-a-Pic's columns with `count` rows of random JPEGs of `side` pixels."""
+    """Write a Parquet file with Pick-a-Pic's columns: `count` rows of random JPEGs of `side` pixels."""
     random = np.random.default_rng(0)
 
     def picture() -> bytes:

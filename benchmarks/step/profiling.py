@@ -1,4 +1,4 @@
-"""One step through torch.profiler: launches, host waits, and time by class of operator."""
+"""Profile one step with torch.profiler: launches, host waits, and time by class of operator."""
 
 import re
 import time
@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 CLASSES = ("conv", "linear", "attention", "norm", "elementwise", "optimizer", "copies", "host")
 _RANGE = "the step"
 
-# The first pattern that is found decides. Names are of PyTorch operators, cuDNN, cuBLAS, Inductor and Triton kernels.
+# The first pattern that matches decides. Names are of PyTorch operators and cuDNN, cuBLAS, Inductor and Triton kernels.
 _PATTERNS = (
     ("optimizer", r"fused_adam|multi_tensor_apply"),
     ("attention", r"scaled_dot_product|flash|fmha|attention|softmax"),
@@ -35,17 +35,17 @@ _WAITS = re.compile(r"cuda(Stream|Device|Event)Synchronize|aten::_local_scalar_d
 
 @dataclass
 class Profile:
-    """Of one step."""
+    """The profile of one step."""
 
     seconds: float
     launches: int  # kernels on a GPU; operators and compiled kernels on a CPU
-    host_syncs: int  # times the host waited for the device; on a CPU: would have
+    host_syncs: int  # times the host waited for the device; on a CPU, would have
     classes: dict[str, float] = field(default_factory=dict)  # seconds
     top: list[tuple[str, str, float, int]] = field(default_factory=list)  # name, class, seconds, calls
 
 
 def classify(name: str) -> str:
-    """The class of an operator or kernel by its name; compiled kernels by the first thing that is fused in them."""
+    """Return the class of an operator or kernel by its name, which for a compiled kernel lists what is fused in it."""
     for kind, pattern in _PATTERNS:
         if re.search(pattern, name):
             return kind
@@ -53,7 +53,7 @@ def classify(name: str) -> str:
 
 
 def profiled(step, device: str) -> Profile:
-    """Run `step` once under the profiler."""
+    """Run `step` once under the profiler. device: cpu or cuda."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     with profile(activities=activities) as recorded:
         with record_function(_RANGE):
@@ -91,10 +91,10 @@ def profiled(step, device: str) -> Profile:
         elif event.name.startswith(("aten::", "mkldnn::", "dpo_fast::", "onednn::")) or "_fused_" in event.name:
             result.launches += _launches(event)
             kind = "optimizer" if optimizer else classify(event.name)
-            if kind != "elementwise" or not _NOT_WORK.match(event.name):  # views and the like are the host's time
+            if kind != "elementwise" or not _NOT_WORK.match(event.name):  # views and the like count as host
                 add(event.name, kind, event.self_cpu_time_total / 1e6)
     if device == "cuda":
-        result.host_syncs -= 1  # our own, above
+        result.host_syncs -= 1  # our own synchronize above
     result.classes["host"] = max(0.0, seconds - sum(result.classes.values()))
     ranked = sorted(totals.items(), key=lambda entry: -entry[1][0])[:15]
     result.top = [(name, kind, spent, int(calls)) for (name, kind), (spent, calls) in ranked]
@@ -111,7 +111,7 @@ def _launches(event) -> bool:
 
 def _in_optimizer(event) -> bool:
     while event is not None:
-        if event.name.startswith(("Optimizer.step", "aten::_foreach_")):  # lists of tensors: clipping, masters
+        if event.name.startswith(("Optimizer.step", "aten::_foreach_")):  # foreach operators: clipping, masters
             return True
         event = event.cpu_parent
     return False

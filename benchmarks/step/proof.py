@@ -1,4 +1,4 @@
-"""Equal work: what a row computed, against the fp32 truth."""
+"""Prove equal work: compare what a row computed with the fp32 truth."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from benchmarks.step.plain import Seen
 from benchmarks.step.work import PROOF_STEPS
 
-MARGIN = 0.1  # the margins at the sixth step are larger than this (rms): its loss depends on the updates before
+MARGIN = 0.1  # least rms margin at the sixth step: then its loss depends on the updates before
 
 
 @dataclass(frozen=True)
 class Noise:
-    """How far rounding alone may carry a row from the truth."""
+    """How far rounding alone may move a row from the truth."""
 
     error: float  # relative, of an image's mean squared error
     norm: float  # relative, of the gradient norm
@@ -30,7 +30,7 @@ NOISE = {
 
 @dataclass
 class Proof:
-    """Numbers of a row, as plain lists."""
+    """What a row computed, as plain lists."""
 
     policy_error: list[float]  # [2P] at the first step
     ref_error: list[float]  # [2P]
@@ -50,7 +50,7 @@ class Proof:
 
 
 def prove(provider) -> Proof:
-    """Run a fresh provider's first six steps."""
+    """Run a fresh provider's first six steps and return what they computed."""
     first = provider.observed_step()
     first = Seen(first.policy_error.clone(), first.ref_error.clone(), first.margin, first.grad_norm.clone())
     for _ in range(PROOF_STEPS - 2):
@@ -59,7 +59,7 @@ def prove(provider) -> Proof:
 
 
 def problems(row: Proof, truth: Proof, dtype: str) -> list[str]:
-    """What in a row is not the work of the truth: a line each, with both numbers and what was allowed."""
+    """Return where a row deviates from the truth: a line each, with both values and what was allowed."""
     noise, found = NOISE[dtype], []
 
     def relative(name: str, got: list[float], want: list[float], allowed: float, scale: float | None = None) -> None:
@@ -87,7 +87,7 @@ def problems(row: Proof, truth: Proof, dtype: str) -> list[str]:
 
 
 def weakness(truth: Proof) -> str | None:
-    """Why the truth proves nothing, if it does not."""
+    """Return why the truth proves nothing; None if it does prove something."""
     rms = _rms(truth.margin)
     if rms > MARGIN:
         return None

@@ -1,4 +1,4 @@
-"""Rows to a table, a JSON object and a picture."""
+"""Render rows as a table, a JSON object and a picture."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -16,20 +16,20 @@ class Row:
     """A provider's measurements."""
 
     provider: str
-    pairs: int  # a step
+    pairs: int  # per step
     seconds: list[float]  # of each timed step
-    waited: list[float]  # of them: waiting for data
-    flops: float  # executed a pair
+    waited: list[float]  # the part of each spent waiting for data
+    flops: float  # executed per pair
     peak_memory: int  # bytes
     proof: Proof
     profile: Profile
-    opening: float  # seconds to open, and for the first six steps with what they compile
-    warm_up: float
-    problems: list[str]  # of the proof
+    opening: float  # seconds to open
+    warm_up: float  # seconds of the first six steps, compilation included
+    problems: list[str]  # found by the proof
 
     @property
     def ms(self) -> tuple[float, float, float]:
-        """Milliseconds a pair: median, least, most."""
+        """Milliseconds per pair: median, least, most."""
         each = [1e3 * s / self.pairs for s in self.seconds]
         return median(each), min(each), max(each)
 
@@ -39,18 +39,18 @@ class Row:
 
     @property
     def tflops(self) -> float:
-        """TFLOP/s."""
+        """TFLOP/s at the median time."""
         return self.flops / self.ms[0] / 1e9
 
     @property
     def data_wait(self) -> float:
-        """Fraction of the time."""
+        """The fraction of the time spent waiting for data."""
         return sum(self.waited) / sum(self.seconds)
 
 
 @dataclass
 class Result:
-    """A run."""
+    """The measurements of one case."""
 
     case: str
     machine: str
@@ -59,24 +59,24 @@ class Result:
     dtype: str
     batch_size: int
     ceiling: float  # TFLOP/s
-    needed_flops: float  # a pair: policy forward and backward, reference forward
+    needed_flops: float  # per pair: policy forward and backward, reference forward
     truth: dict[str, Proof]  # by optimizer
     rows: list[Row]
     unmeasured: list[str] = field(default_factory=list)  # providers still to come
 
     @property
     def floor_ms(self) -> float:
-        """Milliseconds a pair if the needed FLOPs ran at the ceiling."""
+        """Milliseconds per pair if the needed FLOPs ran at the ceiling."""
         return self.needed_flops / self.ceiling / 1e9
 
 
 def ratio(one: Row, other: Row) -> float:
-    """How many times as fast `one` is as `other`."""
+    """Return how many times as fast `one` is as `other`."""
     return other.ms[0] / one.ms[0]
 
 
 def table(result: Result) -> str:
-    """The run for a terminal."""
+    """Format a result for a terminal."""
     lines = [
         f"{result.case}, {result.dtype}, {result.rows[0].pairs} pairs a step ({result.batch_size} a forward pass)",
         f"{result.machine}; " + ", ".join(f"{name} {version}" for name, version in result.versions.items()),
@@ -118,7 +118,7 @@ def _proof_line(name: str, proof: Proof, verdict: str) -> str:
 
 
 def profile_table(result: Result) -> str:
-    """Milliseconds a pair by class, and the operators that take most."""
+    """Format the milliseconds per pair by class, and the operators that take most time."""
     lines = [f"{'ms a pair':16}" + "".join(f"{name:>13}" for name in CLASSES)]
     for row in result.rows:
         each = (1e3 * row.profile.classes[name] / row.pairs for name in CLASSES)
@@ -131,7 +131,7 @@ def profile_table(result: Result) -> str:
 
 
 def as_json(result: Result) -> dict:
-    """Everything that was measured and what follows from it, as plain values."""
+    """Return everything that was measured and what follows from it, as plain values."""
     value = asdict(result)
     value["floor_ms"] = result.floor_ms
     value["truth"] = {name: asdict(proof) | {"loss": proof.loss} for name, proof in result.truth.items()}
@@ -147,7 +147,7 @@ def as_json(result: Result) -> dict:
 
 
 def _finite(value: object) -> object:
-    """`value` with None for every number that is not finite, which JSON does not know."""
+    """Return `value` with None for non-finite numbers, which JSON does not have."""
     if isinstance(value, dict):
         return {name: _finite(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -156,7 +156,7 @@ def _finite(value: object) -> object:
 
 
 def plot(results: list[Result], path: Path) -> None:
-    """The pictures of the cases, one below the other, to a PNG."""
+    """Write the pictures of the cases, one below the other, to a PNG."""
     pictures = [picture(result) for result in results]
     sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
     top = 0
@@ -167,7 +167,7 @@ def plot(results: list[Result], path: Path) -> None:
 
 
 def picture(result: Result) -> Image.Image:
-    """Bars of milliseconds a pair with the spread, and the floor as a line."""
+    """Draw bars of milliseconds per pair with their spread, and the floor as a line."""
     width, left, bar, gap, top = 1000, 190, 44, 26, 90
     height = top + len(result.rows) * (bar + gap) + 60
     image = Image.new("RGB", (width, height), "white")

@@ -1,6 +1,6 @@
-"""The fp32 truth that every row is held against: the same loss, eager, without autocast, adapters or reference tricks.
+"""The fp32 truth that every row is compared with: the same loss, eager, without autocast, its reference a second UNet.
 
-Not timed. One pair a forward pass, and checkpointed, so that the largest case fits.
+Not timed. It takes one pair per forward pass, with checkpointing, so that the largest case fits.
 """
 
 from pathlib import Path

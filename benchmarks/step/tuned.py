@@ -72,7 +72,7 @@ class Tuned(Plain):
 
 
 def _fastest_first(case, dtype: torch.dtype) -> list[SDPBackend]:
-    """The attention backends of a GPU by the time of the case's largest self-attention, forward and backward."""
+    """Return the GPU's attention backends, fastest first on the case's largest self-attention, forward and backward."""
     width, heads = case.model.unet["block_out_channels"], case.model.unet["attention_head_dim"]
     level = next(i for i, kind in enumerate(case.model.unet["down_block_types"]) if "CrossAttn" in kind)
     heads = heads if isinstance(heads, int) else heads[level]

@@ -1,4 +1,4 @@
-"""What every provider of a run works on: the same weights, images, latents, embeddings, noise and timesteps.
+"""The work that all providers of a run share: the same weights, images, latents, embeddings, noise and timesteps.
 
 `prepare.py` writes it to a folder; here it is read back as plain tensors.
 """
@@ -21,15 +21,15 @@ BETA = 5000.0
 
 @dataclass(frozen=True)
 class Settings:
-    """How all providers of a run compute."""
+    """The settings that all providers of a run share."""
 
     case: str
     device: str  # cpu or cuda
     dtype: str  # fp32, fp16 or bf16
-    batch_size: int  # pairs a forward pass, of ours and tuned
-    steps: int  # optimizer steps that there is data for
+    batch_size: int  # pairs per forward pass, for ours and tuned
+    steps: int  # optimizer steps with data prepared
     learning_rate: float
-    compiled: bool = True  # the UNet's blocks, of ours and tuned
+    compiled: bool = True  # whether ours and tuned compile the UNet's blocks
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -44,7 +44,7 @@ class Settings:
 
 
 class Work:
-    """The pairs of a run. Tensors of one step; those of pairs are [2P,...], chosen first."""
+    """The pairs of a run: the tensors of each step, and the encoded images and captions."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -53,12 +53,13 @@ class Work:
         self.table = pq.read_table(folder / "pairs.parquet").to_pydict()
 
     def step(self, index: int) -> dict[str, Tensor]:
-        """latents fp16 [2P,4,h,w], noise fp32 [P,4,h,w], timesteps int64 [P], rows int64 [P], prompt_embeds fp16
-        [P,77,D], and for SDXL pooled_prompt_embeds fp16 [P,D], time_ids fp32 [P,6]."""
+        """Return one step's tensors: latents fp16 [2P,4,h,w] (chosen first), noise fp32 [P,4,h,w], timesteps int64 [P],
+        rows int64 [P], prompt_embeds fp16 [P,77,D], and for SDXL pooled_prompt_embeds fp16 [P,D], time_ids fp32 [P,6].
+        """
         return {name: tensor[index] for name, tensor in self.tensors.items()}
 
     def images(self, row: int) -> tuple[bytes, bytes]:
-        """The encoded images of a row, chosen first."""
+        """Return the encoded images of a row, chosen first."""
         first, second = self.table["jpg_0"][row], self.table["jpg_1"][row]
         return (first, second) if self.table["label_0"][row] == 1 else (second, first)
 
@@ -67,7 +68,7 @@ class Work:
 
 
 def decoded(encoded: bytes, resolution: int) -> Tensor:
-    """A JPEG as the public scripts' transforms give it: short side resized, centre crop, fp32 [3,R,R] in [-1, 1]."""
+    """Decode a JPEG as the public scripts do: short side resized, centre crop, fp32 [3,R,R] in [-1, 1]."""
     image = Image.open(io.BytesIO(encoded)).convert("RGB")
     scale = resolution / min(image.size)
     if scale != 1:

@@ -1,4 +1,4 @@
-"""One provider in a process of its own, so that its peak memory, threads and compiled code are its alone."""
+"""Run one provider in a process of its own, so that its peak memory, threads and compiled code are its own."""
 
 import gc
 import importlib
@@ -31,7 +31,7 @@ class Failed(Exception):
 
 
 class Worker:
-    """The near end: `ask` runs a method of `_Server` over there and returns its result."""
+    """The parent's side: `ask` runs a method of `_Server` in the provider's process and returns its result."""
 
     def __init__(self, name: str, folder: Path, **options: object) -> None:
         # forked from a process that has imported everything and computed nothing
@@ -44,7 +44,10 @@ class Worker:
         far.close()
 
     def ask(self, method: str, *arguments: object) -> object:
-        """Raises Failed with the traceback of what went wrong over there."""
+        """Run `method` in the provider's process and return its result.
+
+        Raises Failed with that process's traceback, or with its exit status if it has ended.
+        """
         try:
             self.pipe.send((method, arguments))
             kind, value = self.pipe.recv()
@@ -56,7 +59,7 @@ class Worker:
         return value
 
     def close(self) -> None:
-        """End the process."""
+        """End the process; kill it if it takes longer than 30 s."""
         self.pipe.close()
         self.process.join(30)
         if self.process.is_alive():
@@ -77,7 +80,7 @@ def _serve(pipe, name: str, folder: Path, options: dict) -> None:
 
 
 class _Server:
-    """The far end."""
+    """The provider's side, in its process."""
 
     def __init__(self, name: str, folder: Path, options: dict) -> None:
         self.name, self.folder, self.options = name, folder, options
@@ -85,23 +88,23 @@ class _Server:
         self.provider = None
 
     def prepare(self, settings: Settings) -> None:
-        """Write what the providers share."""
+        """Write what the providers of the run share."""
         from benchmarks.step.prepare import prepare
 
         prepare(self.folder, settings)
 
     def open(self) -> float:
-        """Make the provider; seconds it took."""
+        """Create the provider; return the seconds it took."""
         started = time.perf_counter()
         if self.device == "cpu":
-            # compiled kernels then have names in a profile; it costs them about a microsecond
+            # names compiled kernels in a profile, at about a microsecond each
             torch._inductor.config.cpp.enable_kernel_profile = True
         module, kind = PROVIDERS[self.name]
         self.provider = getattr(importlib.import_module(f"benchmarks.step.{module}"), kind)(self.folder, **self.options)
         return time.perf_counter() - started
 
     def prove(self):
-        """The first six steps: what they computed, and the seconds they took (compilation included)."""
+        """Run the first six steps; return what they computed, and the seconds they took (compilation included)."""
         started = time.perf_counter()
         proof = prove(self.provider)
         return proof, time.perf_counter() - started
@@ -111,17 +114,17 @@ class _Server:
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident set starts anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
 
     def peak_memory(self) -> int:
-        """Bytes: the allocator's on a GPU; on a CPU the process's, Python and libraries included."""
+        """Return the peak bytes: the allocator's on a GPU; the process's on a CPU, Python and libraries included."""
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated()
         status = Path("/proc/self/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
     def steps(self, count: int) -> list[tuple[float, float]]:
-        """Seconds of each of `count` steps, and of it what was spent waiting for data."""
+        """Run `count` steps; return the seconds of each, and the part of them spent waiting for data."""
         waits = [self.provider.waited]
         if self.device == "cpu":
             times = []
@@ -143,5 +146,5 @@ class _Server:
         return [(t, b - a) for t, a, b in zip(times, waits, waits[1:], strict=False)]
 
     def profile(self):
-        """A step through torch.profiler."""
+        """Profile one step with torch.profiler."""
         return profiled(self.provider.step, self.device)

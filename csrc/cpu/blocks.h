@@ -1,5 +1,5 @@
-// What the CPU ops share: work in blocks of a few hundred elements that stay in the first-level cache as float32, one
-// version of each block function for every generation of x86 vector instructions, and threads.
+// What the CPU ops share: processing in blocks of a few hundred elements that stay in the L1 cache as float32, a clone
+// of each block function for every generation of x86 vector instructions, and threads.
 #pragma once
 
 #include <algorithm>
@@ -18,9 +18,9 @@
 
 namespace dpo_fast::cpu {
 
-constexpr int64_t kBlock = 512;  // elements that are decoded at a time
+constexpr int64_t kBlock = 512;  // elements decoded at a time
 
-// float16 by the instruction for it: the same bits as arithmetic.h, only faster. Both give how many elements they did.
+// float16 conversion by CPU instruction: the same bits as arithmetic.h, but faster. Both return the number converted.
 #if DPO_FAST_X86
 const bool kHasFloat16 = __builtin_cpu_supports("avx") && __builtin_cpu_supports("f16c");
 
@@ -48,7 +48,7 @@ inline int64_t decode_float16(const void*, int64_t, float*) { return 0; }
 inline int64_t encode_float16(const float*, int64_t, void*) { return 0; }
 #endif
 
-// `count` elements, `stride` apart, as float32.
+// Converts `count` elements, `stride` apart, to float32.
 template <typename T, typename Convert>
 DPO_FAST_INLINE void decode_as(const void* source, int64_t stride, int64_t count, float* out, Convert convert) {
   const T* x = static_cast<const T*>(source);
@@ -93,7 +93,7 @@ DPO_FAST_INLINE void encode(const float* x, int64_t stride, int64_t count, Mutab
   }
 }
 
-// work(item) for each item, in any order. One thread does not touch OpenMP, which hangs in a forked child.
+// Calls work(item) for each item, in any order. With one thread it avoids OpenMP, which hangs in a forked child.
 template <typename Work>
 void parallel_for(int threads, int64_t items, const Work& work) {
   threads = static_cast<int>(std::min<int64_t>(threads, items));

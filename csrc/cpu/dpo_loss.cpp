@@ -1,4 +1,4 @@
-// dpo_loss on the CPU: the sums of pair_errors in threads, then the few operations of each pair in one.
+// dpo_loss on the CPU: the sums of pair_errors in parallel, then the few operations per pair on one thread.
 #include "pair_errors.h"
 
 namespace dpo_fast::cpu {

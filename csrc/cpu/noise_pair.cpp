@@ -1,4 +1,4 @@
-// noise_pair on the CPU: blocks of pixels, four channels at a time; nothing is summed, so any split gives the same bits.
+// noise_pair on the CPU: blocks of pixels, four channels at a time. Nothing is summed, so any split gives equal bits.
 #include "blocks.h"
 
 namespace dpo_fast::cpu {
@@ -6,15 +6,15 @@ namespace {
 
 constexpr int64_t kTilePixels = kBlock / 4;
 
-// Noise of four channels at `count` pixels: that of channel k at noise[k * kTilePixels + i], or interleaved, at
-// noise[4 * i + k].
+// Draws the noise of four channels at `count` pixels: channel k of pixel i goes to noise[k * kTilePixels + i] or,
+// interleaved, to noise[4 * i + k].
 DPO_FAST_CLONES
 void draw_noise(
     uint64_t seed, uint64_t pair_id, uint64_t draw, uint32_t first, uint32_t step, int64_t count, bool interleave,
     float* noise) {
   float planes[kBlock];
   float* out = interleave ? planes : noise;
-  for (int32_t i = 0; i < kTilePixels; ++i) {  // all of them: a fixed count makes vectors without a tail
+  for (int32_t i = 0; i < kTilePixels; ++i) {  // not only `count`: a fixed trip count vectorizes without a tail
     const Normals normals = noise_block(seed, pair_id, draw, first + static_cast<uint32_t>(i) * step);
     out[i] = normals.z[0];
     out[kTilePixels + i] = normals.z[1];
@@ -45,7 +45,7 @@ void store_noise(const float* noise, int64_t stride, int64_t count, float* out) 
   encode(noise, stride, count, {out, kFloat32});
 }
 
-// One row of elements of a pair, the same in both images: `count` of them, `stride` apart, the first at `offset`.
+// Noises the same row of elements in both images of a pair: `count` elements, `stride` apart, from `offset` on.
 void noise_row(const NoisePair& op, int64_t pair, const float* noise, int64_t offset, int64_t stride, int64_t count) {
   const int64_t image_size = op.channels * op.pixels;
   for (int64_t image : {pair, op.pairs + pair}) {

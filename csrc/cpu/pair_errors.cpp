@@ -17,7 +17,7 @@ float sum_of(Lanes x) {
   return x.lane[0];
 }
 
-// The sums of policy, ref and delta over a tile. Without ref predictions the last two are not meant.
+// The sums of policy, ref and delta over a tile. Without ref predictions the last two are zero and not used.
 DPO_FAST_CLONES
 void sum_tile(ConstArray policy, ConstArray ref, ConstArray target, int64_t count, Lanes* sums) {
   Lanes policy_sum = {}, ref_sum = {}, delta_sum = {};
@@ -27,7 +27,7 @@ void sum_tile(ConstArray policy, ConstArray ref, ConstArray target, int64_t coun
     decode(at(policy, start), 1, block, p);
     decode(at(target, start), 1, block, t);
     if (ref.data) decode(at(ref, start), 1, block, r);
-    for (int64_t i = block; i < padded; ++i) p[i] = r[i] = t[i] = 0.0f;  // adds zeros
+    for (int64_t i = block; i < padded; ++i) p[i] = r[i] = t[i] = 0.0f;  // padding adds zeros to the sums
     if (ref.data) {
       for (int64_t i = 0; i < padded; i += kLanes) {
         for (int64_t k = 0; k < kLanes; ++k) {

@@ -5,15 +5,15 @@
 
 namespace dpo_fast::cpu {
 
-constexpr int64_t kTile = 4096;  // elements of an image that are summed in float32
+constexpr int64_t kTile = 4096;  // elements of an image summed in float32
 
-// First stage of the reduction: fills op.sums, an entry for each tile. Images are cut by their size alone.
+// First stage of the reduction: fills op.sums, three sums per tile. How an image is split depends only on its size.
 void sum_images(const PairErrors& op, int threads);
 
-// Second stage: adds the tiles of an image in their order, in float64; writes the image's outputs.
+// Second stage: adds an image's tiles in order, in float64, and writes the image's outputs.
 ImageErrors finish_image(const PairErrors& op, int64_t image);
 
-// out = factor * (policy - target), at most kTile elements
+// out = factor * (policy - target), for at most kTile elements
 void scale_residual(ConstArray policy, ConstArray target, float factor, int64_t count, MutableArray out);
 
 // grad = factor_of(image) * (policy - target)

@@ -1,4 +1,4 @@
-// Stands in for the .cu files in a build without CUDA. setup.py defines DPO_FAST_LEFT_OUT: why it is without.
+// Replaces the .cu files in a build without CUDA. setup.py defines DPO_FAST_LEFT_OUT, the reason CUDA was left out.
 #include <stdexcept>
 
 #include "../ops.h"

@@ -1,10 +1,10 @@
-// dpo_loss on CUDA: the sums of pair_errors, then all pairs in one block; a backward in one launch.
+// dpo_loss on CUDA: the sums of pair_errors, then all pairs in one thread block; the backward is one launch.
 #include "pair_errors.cuh"
 
 namespace dpo_fast::cuda {
 namespace {
 
-// One block: the pairs' margins and losses, and the loss's sum by a tree over the threads, in float64.
+// Runs as one thread block: computes the margins and losses, and sums the losses in float64 by a tree over threads.
 __global__ void __launch_bounds__(kThreads) finish_loss(
     const DPOLoss op, const Partition partition, const double mean) {
   __shared__ double partial[kThreads];

@@ -1,5 +1,5 @@
-// noise_pair on CUDA, in one launch. A Philox block is four channels of one pixel, so a thread draws whole blocks: eight
-// pixels of four planes, or two blocks that are neighbours in memory, or one block number by number.
+// noise_pair on CUDA, in one launch. A Philox block covers four channels of one pixel, so a thread draws complete
+// blocks: eight pixels of four planes, two blocks adjacent in memory, or one block stored element by element.
 #include "vectors.cuh"
 
 namespace dpo_fast::cuda {
@@ -11,7 +11,7 @@ __device__ __forceinline__ Normals draw(const NoisePair& op, int64_t pair, int64
       static_cast<uint32_t>(block));
 }
 
-// Both images of a pair at the elements from `start` on, whose noise it is.
+// Applies the noise of the elements from `start` on to both images of a pair.
 __device__ __forceinline__ void apply(const NoisePair& op, int64_t pair, int64_t start, const Vector& noise) {
   const int64_t size = op.channels * op.pixels;
   const float signal = op.signal[pair], sigma = op.sigma[pair];
@@ -37,7 +37,7 @@ __device__ __forceinline__ void apply(const NoisePair& op, int64_t pair, int64_t
   }
 }
 
-// Contiguous, pixels a multiple of 8: eight pixels of four channels a thread.
+// Contiguous, pixels a multiple of 8: each thread draws eight pixels, four channels at a time.
 __global__ void __launch_bounds__(kThreads) noise_planes(const NoisePair op) {
   const int64_t pixel = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kVector;
   if (pixel >= op.pixels) return;
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) noise_planes(const NoisePair op) {
   }
 }
 
-// channels_last, channels a multiple of 4: the blocks lie in memory in their own order, two a thread.
+// channels_last, channels a multiple of 4: the blocks are consecutive in memory, two per thread.
 __global__ void __launch_bounds__(kThreads) noise_pixels(const NoisePair op) {
   const int64_t start = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kVector;
   if (start >= op.channels * op.pixels) return;
@@ -89,7 +89,7 @@ __device__ __forceinline__ void store_one(MutableArray x, int64_t i, float value
   }
 }
 
-// Any size and memory order: one block a thread.
+// Any size and memory order: one block per thread.
 __global__ void __launch_bounds__(kThreads) noise_elements(const NoisePair op) {
   const int64_t groups = (op.channels + 3) / 4;
   const int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;

@@ -4,7 +4,7 @@
 namespace dpo_fast::cuda {
 namespace {
 
-// The sum over a block, at its first thread; always in the same order.
+// Returns the sum over a thread block to its first thread; always adds in the same order.
 __device__ __forceinline__ float block_sum(float x, float* shared) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) x += __shfl_down_sync(0xffffffffu, x, step);
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads) sum_images(const PairErrors op, cons
   for (int64_t image = blockIdx.y; image < images; image += gridDim.y) {
     const ConstArray policy = at(op.policy, image * op.elements);
     const ConstArray target = at(op.target, (image < op.targets ? image : image - op.targets) * op.elements);
-    const ConstArray ref = op.ref.data ? at(op.ref, image * op.elements) : target;  // whose sums are then not read
+    const ConstArray ref = op.ref.data ? at(op.ref, image * op.elements) : target;  // a stand-in: its sums are not used
     float policy_sum = 0, ref_sum = 0, delta_sum = 0;
     for (int64_t start = part * kTile + threadIdx.x * kVector; start < op.elements; start += parts * kTile) {
       const Raw raw_policy = load(policy, start, op.elements, is_aligned(policy.data));
@@ -100,7 +100,7 @@ std::string fault(int device) {
     preload_pair_errors();
     preload_dpo_loss();
   } catch (const std::runtime_error& error) {
-    cudaGetLastError();  // so that the next launch does not find it
+    cudaGetLastError();  // clears the error, so that the next launch does not report it
     return std::string(error.what()) + "; install dpo_fast again on this machine, or set DPO_FAST_CUDA_ARCHS";
   }
   return "";

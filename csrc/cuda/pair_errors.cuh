@@ -5,11 +5,11 @@
 
 namespace dpo_fast::cuda {
 
-constexpr int64_t kTile = kThreads * kVector;  // elements that a block takes at a time
+constexpr int64_t kTile = kThreads * kVector;  // elements that a thread block processes at a time
 constexpr int64_t kMaxParts = 128;
 
-// How an image is split over blocks: part p sums tiles p, p + parts, ... So the order of the additions depends on the
-// image's size alone, not on the GPU.
+// How an image is split over thread blocks: part p sums tiles p, p + parts, ..., so the order of the additions depends
+// only on the image's size, not on the GPU.
 struct Partition {
   explicit Partition(int64_t elements) : parts(ceil_div(elements, kTile)), mean(one_over(elements)) {
     if (parts > kMaxParts) parts = kMaxParts;
@@ -18,10 +18,10 @@ struct Partition {
   double mean;
 };
 
-// First stage: op.sums [3][parts][2B]. One launch, of pair_errors.cu.
+// First stage: fills op.sums [3][parts][2B] in one launch; defined in pair_errors.cu.
 void launch_sum_images(const PairErrors& op, const Partition& partition, cudaStream_t stream);
 
-// Second stage: adds the parts of an image in their order, in float64; writes the image's outputs.
+// Second stage: adds an image's parts in order, in float64, and writes the image's outputs.
 __device__ __forceinline__ ImageErrors finish_image(const PairErrors& op, const Partition& partition, int64_t image) {
   const int64_t parts = partition.parts;
   const int64_t images = 2 * op.pairs;

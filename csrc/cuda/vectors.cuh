@@ -1,4 +1,4 @@
-// What the CUDA ops share: eight elements of any dtype at a time in 16-byte accesses, and how a kernel is launched.
+// What the CUDA ops share: 16-byte loads and stores of eight elements of any dtype, and kernel launches.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,28 +10,28 @@
 
 namespace dpo_fast::cuda {
 
-constexpr int kVector = 8;  // elements of a thread at a time: 16 bytes of half precision, twice 16 of float32
+constexpr int kVector = 8;  // elements per thread at a time: 16 bytes in half precision, twice 16 in float32
 constexpr int kThreads = 256;
 
 inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-// Loads kernels into the current device. A kernel is otherwise loaded at its first launch (CUDA_MODULE_LOADING=LAZY is
-// the default), which is an error while a graph is captured.
+// Loads kernels onto the current device. A kernel is otherwise loaded at its first launch (CUDA_MODULE_LOADING=LAZY is
+// the default), which fails while a graph is captured.
 template <typename... Kernels>
 void preload(Kernels*... kernels) {
   cudaFuncAttributes attributes;
   (check(cudaFuncGetAttributes(&attributes, kernels)), ...);
 }
 
-// All kernels of each .cu file.
+// Each preloads all kernels of one .cu file.
 void preload_noise_pair();
 void preload_pair_errors();
 void preload_dpo_loss();
 
-// Makes a device current while it lives. native.py has already made it current in PyTorch's runtime and thereby in the
-// driver, which this static runtime follows; so nothing changes here, and PyTorch's runtime keeps its device.
+// Makes a device current for the object's lifetime. native.py has already made it current in PyTorch's runtime and so
+// in the driver, which this static runtime follows; so nothing changes here, and PyTorch's runtime keeps its device.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
@@ -50,19 +50,19 @@ class OnDevice {
   bool changed_ = false;
 };
 
-// Rows of a grid: kernels stride over those past the limit.
+// Rows of a grid, up to CUDA's limit; kernels stride over the rest.
 inline unsigned grid_rows(int64_t rows) { return static_cast<unsigned>(rows < 65535 ? rows : 65535); }
 
 __device__ __forceinline__ bool is_aligned(const void* address) {
   return (reinterpret_cast<uintptr_t>(address) & 15) == 0;
 }
 
-// Eight elements as they lie in memory, to be decoded after all loads of a thread are under way.
+// Eight elements as stored in memory, to be decoded once a thread has issued all its loads.
 struct Raw {
-  uint32_t word[kVector];  // float32: one each; half precision: two each in the first four
+  uint32_t word[kVector];  // float32: one element each; half precision: two each in the first four words
 };
 
-// x[start .. start + 8), zeros from x[end] on. aligned: x.data is at a multiple of 16 bytes, and start one of 8.
+// Loads x[start .. start + 8), with zeros from x[end] on. aligned: x.data is a multiple of 16 bytes, start one of 8.
 __device__ __forceinline__ Raw load(ConstArray x, int64_t start, int64_t end, bool aligned) {
   Raw raw = {};
   if (aligned && start + kVector <= end) {

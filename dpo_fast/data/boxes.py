@@ -1,18 +1,18 @@
-"""The headers of images in boxes (ISO/IEC 14496-12): JPEG 2000 (ITU T.800) and AVIF with AV1's bitstream."""
+"""Read the headers of images in boxes (ISO/IEC 14496-12): JPEG 2000 (ITU T.800) and AVIF with AV1's bitstream."""
 
 import struct
 from collections.abc import Iterator
 
 from dpo_fast.data.header import OPENED, Header, Refused, up
 
-# Bytes a pixel of the peak of decoding to RGB, as `OPENED`.
-AVIF = 24  # planes of 16 bits, RGBA, a string of it
-LONGEST_SEQUENCE_HEADER = 512  # bytes of AV1's; 32 operating points of 44 bits, and more than what stands around them
-TILE_OF_JPEG2000 = 16 << 10  # bytes that OpenJPEG keeps of every tile
+# Peak bytes per pixel of decoding to RGB, as for `OPENED`.
+AVIF = 24  # 16-bit planes, RGBA, a byte string of it
+LONGEST_SEQUENCE_HEADER = 512  # bytes, in AV1; enough for 32 operating points of 44 bits and the fields around them
+TILE_OF_JPEG2000 = 16 << 10  # bytes that OpenJPEG keeps per tile
 
 
 def _boxes(data: bytes, place: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """The boxes of ISO/IEC 14496-12 in a range: name, where the contents begin, where they end."""
+    """Yield the ISO/IEC 14496-12 boxes in a range of `data`: name, start and end of the contents."""
     end = min(end, len(data))
     while place + 8 <= end:
         size, name = struct.unpack_from(">I4s", data, place)
@@ -71,7 +71,7 @@ def avif(data: bytes) -> Header:
 
 
 def _items(data: bytes, at: int, idat: int) -> Iterator[bytes]:
-    """The items of an `iloc` box, whose extents lie in the file or, counted from `idat`, in that box."""
+    """Yield the items listed in an `iloc` box; extents count from the start of the file or from `idat`."""
     version, sizes = data[at], struct.unpack_from(">H", data, at + 4)[0]
     offset, length, base, index = sizes >> 12, sizes >> 8 & 15, sizes >> 4 & 15, sizes & 15 if version else 0
     place = at + 6
@@ -98,7 +98,7 @@ def _items(data: bytes, at: int, idat: int) -> Iterator[bytes]:
 
 
 def _first_samples(data: bytes, start: int, end: int) -> Iterator[int]:
-    """Where the first sample of each track begins."""
+    """Yield the offset of the first sample of each track."""
     for name, at, stop in _boxes(data, start, end):
         if name in _TO_SAMPLES:
             yield from _first_samples(data, at, stop)
@@ -107,7 +107,7 @@ def _first_samples(data: bytes, start: int, end: int) -> Iterator[int]:
 
 
 def _coded_pixels(data: bytes) -> int:
-    """The most pixels of a frame that AV1's sequence headers in an item allow; 0: there is none."""
+    """Return the most pixels per frame that an item's AV1 sequence headers allow; 0 if it has none."""
     place = most = 0
     while place + 1 < len(data):
         kind, extended, sized = data[place] >> 3 & 15, data[place] & 4, data[place] & 2
@@ -127,7 +127,7 @@ def _coded_pixels(data: bytes) -> int:
 
 
 def _sequence_pixels(header: bytes) -> int:
-    """Width times height of AV1's sequence header (5.5.1 of its specification)."""
+    """Return the maximum width times height in an AV1 sequence header (section 5.5.1 of the specification)."""
     bits, place = int.from_bytes(header, "big"), 8 * len(header)
 
     def read(count: int) -> int:

@@ -1,25 +1,25 @@
-"""What is known of an encoded image before it is decoded."""
+"""What is known about an encoded image before it is decoded."""
 
 from typing import NamedTuple
 
-# Bytes a pixel of the peak of decoding to RGB, decoder and result together, as benchmarks/bombs.py measures it.
-OPENED = 8  # the decoded image, and its copy that is converted or turned
+# Peak bytes per pixel of decoding to RGB, decoder and result together, as measured by benchmarks/bombs.py.
+OPENED = 8  # the decoded image and its converted or rotated copy
 
 
 class Refused(ValueError):
-    """An image that is not decoded at all, and why."""
+    """An image that must not be decoded; the message gives the reason."""
 
 
 class Header(NamedTuple):
-    """What a file is before it is decoded."""
+    """The properties of an image file that are known before it is decoded."""
 
     format: str  # as PIL calls it
     width: int  # pixels, as stored
     height: int
-    bytes: int  # of memory at the peak of decoding
-    coefficients: int  # bytes of these that draft decoding does not save: a JPEG's that comes in several scans
+    bytes: int  # peak memory of decoding
+    coefficients: int  # the part of `bytes` that draft decoding does not save, in a JPEG with several scans
     orientation: int  # EXIF's, 1 to 8; 1 also where PIL itself reads it (TIFF, AVIF)
-    data: bytes  # what PIL is given
+    data: bytes  # the bytes to give to PIL
 
 
 def up(length: int, step: int) -> int:

@@ -1,9 +1,10 @@
-"""What decoding an encoded image will cost, read from its header; and the file without what decoding does not need.
+"""Read from an image's header what decoding will cost, and drop from the file what decoding does not need.
 
-PIL allocates what a header asks for, some of it while a file is merely opened, and reads all metadata: by values that
-many entries share (EXIF, TIFF), by joining what comes in pieces (a JPEG's EXIF, a GIF's comments), by inflating texts.
-Here a header is read once, in time and memory that grow with the file's size alone. Comments, texts, further frames and
-EXIF are left out of what PIL is given, but for EXIF's orientation, which is read here.
+PIL allocates what a header asks for, some of it as soon as a file is opened, and reads all metadata, which a small file
+can make expensive: values that many entries share (EXIF, TIFF), segments to join (a JPEG's EXIF, a GIF's comments),
+compressed texts. Here a header is read once, in time and memory that depend on the file's size alone. PIL is not given
+the comments, texts, EXIF and further frames of a JPEG or PNG, nor the comments before a GIF's first image; EXIF's
+orientation is read here.
 
 Formats: ITU T.81 (JPEG), W3C PNG, GIF89a, RFC 9649 (WebP), TIFF 6.0 and BigTIFF, ITU T.800 (JPEG 2000), ISO/IEC
 14496-12 and 23008-12 with AV1's bitstream specification (AVIF).
@@ -18,17 +19,17 @@ from dpo_fast.data.boxes import avif, jpeg_2000
 from dpo_fast.data.header import OPENED, Header, Refused, up
 
 PNG = b"\x89PNG\r\n\x1a\n"  # what a PNG begins with
-LEAST_BITS_A_BLOCK = 1  # of a JPEG: Huffman codes have a bit at least, and a block's DC coefficient takes one
-MAX_SCANS = 64  # of a JPEG; each passes over all of the image, and encoders write about ten
-MAX_SEGMENTS = 10_000  # of a JPEG's header; more than any writer's
-MAX_TEXT = 1 << 20  # bytes of a PNG's text that may hold an orientation, once it is inflated
+LEAST_BITS_A_BLOCK = 1  # in a JPEG: a Huffman code has at least one bit, and a block's DC coefficient takes one code
+MAX_SCANS = 64  # in a JPEG; each passes over the complete image, and encoders write about ten
+MAX_SEGMENTS = 10_000  # in a JPEG's header; more than any encoder writes
+MAX_TEXT = 1 << 20  # bytes read, after inflating, of a PNG's text that may hold an orientation
 
-# Bytes a pixel of the peak of decoding to RGB, decoder and result together, as benchmarks/bombs.py measures it.
-WEBP = 24  # two canvases, the decoder's own picture, a string of the frame
+# Peak bytes per pixel of decoding to RGB, decoder and result together, as measured by benchmarks/bombs.py.
+WEBP = 24  # two canvases, the decoder's own picture, a byte string of the frame
 
 
 def read_header(data: bytes) -> Header:
-    """The header of an encoded image. Raises Refused for what is not decoded, ValueError for what is no image."""
+    """Read the header of an encoded image. Raises Refused if it must not be decoded, ValueError if it is no image."""
     for is_format, read in _READERS:
         if is_format(data):
             try:
@@ -39,7 +40,7 @@ def read_header(data: bytes) -> Header:
 
 
 def orientation_of_exif(exif: bytes) -> int:
-    """The orientation (1 to 8) in an EXIF block's first directory; 0 where there is none, or it cannot be read."""
+    """The orientation (1 to 8) in an EXIF block's first directory; 0 if there is none or it cannot be read."""
     exif = exif.removeprefix(b"Exif\0\0")
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     try:
@@ -58,7 +59,7 @@ def orientation_of_exif(exif: bytes) -> int:
 
 
 def orientation_of_xmp(xmp: bytes) -> int:
-    """The orientation that an XMP packet has; 0 where there is none."""
+    """The orientation (1 to 8) in an XMP packet; 0 if there is none."""
     match = re.search(rb'tiff:Orientation(?:="|>)([1-8])', xmp)
     return int(match[1]) if match else 0
 
@@ -79,7 +80,7 @@ def _jpeg(data: bytes) -> Header:
         while data[marker] == 0xFF:  # padding
             marker += 1
         code = data[marker]
-        if code in (0x00, 0x01, *range(0xD0, 0xD9)):  # no segment
+        if code in (0x00, 0x01, *range(0xD0, 0xD9)):  # a marker without a segment
             place = marker + 1
             continue
         if code == 0xD9:
@@ -114,7 +115,7 @@ def _jpeg(data: bytes) -> Header:
     across, down = (max(pair[axis] for pair in factors) for axis in (0, 1))
     blocks = up(width, 8 * across) * up(height, 8 * down) * sum(a * b for a, b in factors)
     _check_jpeg(data, code, blocks, width, height)
-    several = code in (0xC2, 0xC6, 0xCA, 0xCE) or first_scan[0] < count  # libjpeg then holds all coefficients
+    several = code in (0xC2, 0xC6, 0xCA, 0xCE) or first_scan[0] < count  # libjpeg then keeps all coefficients in memory
     coefficients = 128 * blocks if several else 0
     orientation = orientation_of_exif(exif) or orientation_of_xmp(xmp) or 1
     peak = OPENED * width * height + coefficients
@@ -122,21 +123,21 @@ def _jpeg(data: bytes) -> Header:
 
 
 def _needed(code: int, body: bytes) -> bool:
-    """Whether an application's segment changes pixels: JFIF's and Adobe's say which colours, ICC's are a profile."""
+    """Whether an application segment affects pixels: JFIF and Adobe name the colour space, ICC holds a profile."""
     return code in (0xE0, 0xEE) or (code == 0xE2 and body.startswith(b"ICC_PROFILE\0"))
 
 
 def _check_jpeg(data: bytes, code: int, blocks: int, width: int, height: int) -> None:
-    scans = data.count(b"\xff\xda")  # never within coefficients, where 0 follows 0xff
+    scans = data.count(b"\xff\xda")  # never within coefficients, where 0xff is followed by 0
     if scans > MAX_SCANS:
         raise Refused(f"comes in {scans} scans; the limit is {MAX_SCANS}")
-    if code < 0xC8 and 8 * len(data) < LEAST_BITS_A_BLOCK * blocks:  # above: arithmetic coding, which needs less
+    if code < 0xC8 and 8 * len(data) < LEAST_BITS_A_BLOCK * blocks:  # codes above: arithmetic coding, which needs less
         raise Refused(
             f"has {len(data)} bytes for {width} x {height} pixels, less than a bit for each of its {blocks} blocks"
         )
 
 
-XMP, RAW_PROFILE = b"XML:com.adobe.xmp", b"Raw profile type exif"  # the latter as ImageMagick writes EXIF
+XMP, RAW_PROFILE = b"XML:com.adobe.xmp", b"Raw profile type exif"  # the latter is how ImageMagick writes EXIF
 
 
 # ---- PNG -------------------------------------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ def _png(data: bytes) -> Header:
     while place + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, place)
         end = place + 12 + length
-        if name[0] & 0x20 == 0 or name in (b"tRNS", b"iCCP"):  # critical, or of pixels
+        if name[0] & 0x20 == 0 or name in (b"tRNS", b"iCCP"):  # critical, or affects pixels
             kept.append(data[place:end])
         else:
             left_out = True
@@ -166,7 +167,7 @@ def _png(data: bytes) -> Header:
 
 
 def _text(name: bytes, body: bytes) -> tuple[bytes, bytes]:
-    """Key and text of a chunk, the text only where it may hold an orientation."""
+    """Return the key and text of a chunk, both empty if it cannot hold an orientation."""
     key, _, rest = body.partition(b"\0")
     if key not in (XMP, RAW_PROFILE):
         return b"", b""
@@ -198,7 +199,7 @@ def _gif(data: bytes) -> Header:
     while data[place] != 0x2C:
         if data[place] == 0x3B:
             raise ValueError("there is no image in it")
-        if data[place] != 0x21:  # PIL passes over it, too
+        if data[place] != 0x21:  # PIL skips it, too
             place += 1
             continue
         start, place = place, place + 2
@@ -252,7 +253,7 @@ def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 _TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _TIFF_NUMBERS = {1: "B", 3: "H", 4: "I", 16: "Q"}
-_DIRECTORIES = (34665, 34853)  # EXIF's and GPS's, which PIL reads with the image
+_DIRECTORIES = (34665, 34853)  # of EXIF and GPS, which PIL reads with the image
 
 
 def _tiff(data: bytes) -> Header:
@@ -267,13 +268,13 @@ def _tiff(data: bytes) -> Header:
         raise Refused(f"has tags of {size} bytes in a file of {len(data)}: several share the same values")
     width, height, samples = tags[256], tags[257], tags.get(277, 1)
     bits = tags.get(258, 1)
-    area = max(width * height, tags.get(322, 0) * tags.get(323, 0))  # a tile is decoded as a whole, and a strip too
+    area = max(width * height, tags.get(322, 0) * tags.get(323, 0))  # a tile is decoded in one piece, and so is a strip
     buffer = area * samples * bits // 8 if tags.get(259, 1) != 1 else 0
     return Header("TIFF", width, height, OPENED * width * height + buffer, 0, 1, data)
 
 
 def _directory(data: bytes, start: int, order: str, big: bool) -> tuple[dict[int, int], int]:
-    """A directory's numbers (the first of each tag), and the bytes that its values take outside of it."""
+    """Return a directory's numeric tags (the first number of each) and the bytes of values stored outside it."""
     count, entry, head, inside = ("Q", "HHQ", 8, 8) if big else ("H", "HHI", 2, 4)
     (entries,) = struct.unpack_from(order + count, data, start)
     step = struct.calcsize("=" + entry) + inside
@@ -297,7 +298,7 @@ _READERS: list[tuple[Callable[[bytes], bool], Callable[[bytes], Header]]] = [
     (lambda data: data[:6] in (b"GIF87a", b"GIF89a"), _gif),
     (lambda data: data.startswith(b"BM"), _bmp),
     (lambda data: data[:4] == b"RIFF" and data[8:12] == b"WEBP", _webp),
-    # PIL reads no BigTIFF of the order MM
+    # PIL does not read big-endian (MM) BigTIFF
     (lambda data: data[:2] in (b"II", b"MM") and data[2:4] in (b"\0*", b"*\0", b"+\0"), _tiff),
     (lambda data: data.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n")), jpeg_2000),
     (lambda data: data[4:12] in (b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1"), avif),

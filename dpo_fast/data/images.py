@@ -1,4 +1,4 @@
-"""One encoded image to pixels: decode whatever people really store, refuse by name what cannot be a training image."""
+"""Turn an encoded image into pixels: decode what people really store, refuse with a reason what cannot be used."""
 
 import hashlib
 import io
@@ -20,24 +20,24 @@ from dpo_fast.store import KEY_BYTES
 
 T = TypeVar("T")
 
-# Only codecs that are data: PIL would hand EPS to Ghostscript, and the exotic ones are where decoders break.
-# Not every PIL is built with every one, and Image.open fails on a name that it does not know.
+# Only formats that hold no code: PIL would hand EPS to Ghostscript, and decoders of exotic formats are fragile.
+# Not every PIL build has all of these, and Image.open fails on a format that it does not know.
 Image.init()
 FORMATS = [f for f in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000") if f in Image.OPEN]
 
 SAME = "is the same image as the other one"
 
 
-# How an encoded image becomes what the VAE sees, in words: part of what identifies a cached latent. A change of
-# `decode`, `resize` or `crop_corner` that changes pixels must change this line.
+# How an encoded image becomes the VAE's input, in words: part of the cache key of latents. Any change to `decode`,
+# `resize` or `crop_corner` that changes pixels must change this text.
 RULE = (
     "upright, in sRGB, over white; shorter side to the resolution, bilinear with antialiasing; a JPEG from its half,"
     " quarter or eighth as long as that is four times as large; the first frame; mirrored before a centre crop"
 )
-DRAFT = 4  # a JPEG's shorter side is decoded to at least so many times the resolution
+DRAFT = 4  # a JPEG's shorter side is decoded to at least this many times the resolution
 
-BAND = 1 << 20  # pixels that are converted at a time
-CONVERTING = 24  # bytes for each of these
+BAND = 1 << 20  # pixels converted at a time
+CONVERTING = 24  # bytes per pixel of a band
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -54,7 +54,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BadImage(ValueError):
-    """One image that cannot be used: the reason, and the column where the caller knew it."""
+    """An image that cannot be used, with the reason and, if the caller knows it, the column."""
 
     def __init__(self, reason: str, column: str = ""):
         super().__init__(f"{column} {reason}" if column else reason)
@@ -66,12 +66,12 @@ _budget = Budget.of_threads()
 
 
 def share(budget: Budget) -> None:
-    """From now on all threads of this process decode within `budget`."""
+    """Make all threads of this process decode within `budget` from now on."""
     global _budget
     _budget = budget
 
 
-# What threads of the parent hold at a fork is held by none in the child.
+# What the parent's threads hold at a fork is held by no thread of the child.
 os.register_at_fork(after_in_child=lambda: share(Budget.of_threads()))
 
 
@@ -79,33 +79,34 @@ class TooThin(BadImage):
     """An image that decodes, but whose shorter side cannot be enlarged to the resolution."""
 
 
-ImageKey = NewType("ImageKey", bytes)  # KEY_BYTES
+ImageKey = NewType("ImageKey", bytes)  # KEY_BYTES long
 
-# A row's two images in the order of its columns, or why there is none: encoded, or by their keys.
+# A row's two images in the order of its columns, as encoded bytes or as keys; a BadImage says why one is missing.
 Encoded = tuple[bytes | BadImage, bytes | BadImage]
 Keys = tuple[ImageKey | BadImage, ImageKey | BadImage]
 
 
 def image_key(data: bytes) -> ImageKey:
-    """The name of an image, whatever data set holds it: a hash of its encoded bytes."""
+    """Return the key of an image, the same in every data set: a hash of its encoded bytes."""
     return ImageKey(hashlib.blake2b(data, digest_size=KEY_BYTES).digest())
 
 
 def decode(data: bytes) -> Image.Image:
-    """Encoded bytes to an upright sRGB image, 8 bits a channel: what its author saw.
+    """Decode bytes to an upright sRGB image with 8 bits per channel: what its author saw.
 
-    EXIF rotation is applied, then an embedded colour profile (see `colour`), then transparency is laid over white (its
-    values mix as they are, as in browsers). Palettes, grey and CMYK become RGB; of 16 bits the upper 8 stay, rounded.
-    An animation is its first frame, a TIFF its first page.
+    EXIF rotation and an embedded colour profile (see `colour`) are applied, and transparency is blended over white (in
+    sRGB values, as in browsers). Palettes, grey and CMYK become RGB; 16 bits are rounded to 8. Of an animation the
+    first frame is decoded, of a TIFF the first page.
 
-    All threads together decode within a `Budget`, and wait for it. Raises BadImage for what is not an image, is
-    truncated, has more pixels than PIL's limit, needs more memory than the budget, or costs more than it can show.
+    All threads together decode within a `Budget`, waiting for it as needed. Raises BadImage for data that is not an
+    image, is truncated, has more pixels than PIL's limit, needs more memory than the budget, or would cost far
+    more than its size suggests.
     """
     return _within_budget(data, None, lambda upright: upright.image)
 
 
 def decoded_bytes(data: bytes) -> int:
-    """Bytes of the pixels of `decode`, uint8 RGB, by the file's header; 0 for a file that `decode` refuses by it."""
+    """Return the bytes of the uint8 RGB pixels of `decode`, by the file's header; 0 if `decode` refuses the header."""
     try:
         header = read_header(data)
         _check_size(header.width, header.height)
@@ -115,30 +116,33 @@ def decoded_bytes(data: bytes) -> int:
 
 
 def resize(image: Image.Image, resolution: int) -> Image.Image:
-    """Scale so that the shorter side is `resolution` (bilinear with antialiasing; the longer side rounds down)."""
+    """Scale so that the shorter side is `resolution` (bilinear with antialiasing; the longer side rounds down).
+
+    Raises TooThin if the result would have more pixels than PIL's limit.
+    """
     return _resize(_Upright(image, image.size, None), resolution)
 
 
 def scaled(data: bytes, resolution: int) -> tuple[Image.Image, tuple[int, int]]:
-    """Encoded bytes to an upright image whose shorter side is `resolution`, and its true (height, width).
+    """Decode bytes to an upright image whose shorter side is `resolution`; return it and its true (height, width).
 
-    As `decode` and `resize`, but a JPEG that is much larger is not decoded in full (`DRAFT`).
+    Like `decode` and `resize`, but a JPEG that is much larger is not decoded at full size (`DRAFT`).
     """
     return _within_budget(data, resolution, lambda upright: (_resize(upright, resolution), upright.true[::-1]))
 
 
 class _Upright(NamedTuple):
-    """An image in RGB, or a smaller one that stands for it."""
+    """An upright RGB image, perhaps decoded at a reduced size."""
 
     image: Image.Image
-    true: tuple[int, int]  # width, height of the image
-    box: tuple[float, float, float, float] | None  # where in the smaller one it lies; None: all over
+    true: tuple[int, int]  # width, height at full size
+    box: tuple[float, float, float, float] | None  # the part of `image` that holds the picture; None: all of it
 
 
 def _within_budget(data: bytes, resolution: int | None, use: Callable[[_Upright], T]) -> T:
-    """What `use` makes of the image, which for a `resolution` is perhaps a smaller one.
+    """Return `use` of the decoded image, which may have a reduced size if `resolution` is given.
 
-    What `use` does not return is freed before another thread goes on.
+    Everything that `use` does not return is freed before another thread continues.
     """
     try:
         header = read_header(data)
@@ -166,7 +170,7 @@ def _within_budget(data: bytes, resolution: int | None, use: Callable[[_Upright]
 def _upright(image: Image.Image, header: Header, part: int) -> _Upright:
     if part == 1:
         return _Upright(image, image.size, None)
-    # A side that `part` does not divide is rounded up, behind the last pixels as they are stored.
+    # A side that `part` does not divide is rounded up; the excess follows the last pixels in stored order.
     true = (header.width, header.height) if header.orientation < 5 else (header.height, header.width)
     width, height = (side / part for side in true)
     left = image.width - width if header.orientation in (2, 3, 6, 7) else 0
@@ -183,7 +187,7 @@ def _bad(error: Exception) -> BadImage:
 
 
 def _part(header: Header, resolution: int | None) -> int:
-    """1, 2, 4 or 8: how many times smaller a JPEG is decoded."""
+    """Return the factor (1, 2, 4 or 8) by which a JPEG is reduced when it is decoded."""
     if resolution is None or header.format != "JPEG":
         return 1
     short = min(header.width, header.height)
@@ -211,7 +215,7 @@ def _open(header: Header, part: int) -> Image.Image:
 
 
 def texts_of(file: IO[bytes]) -> dict[str, str]:
-    """The texts of a PNG that stand before its pixels; none for another file. Raises what PIL does for a broken one."""
+    """Return the texts before a PNG's pixels, none for any other file. Raises what PIL raises for a broken one."""
     if file.read(len(PNG)) != PNG:
         return {}
     file.seek(0)
@@ -220,15 +224,15 @@ def texts_of(file: IO[bytes]) -> dict[str, str]:
 
 
 def mirror(image: Image.Image) -> Image.Image:
-    """Left and right exchanged. Before the crop, so that `left` is where the crop lies in what the model sees."""
+    """Flip left to right. Done before the crop, so that `left` is the crop's position in what the model sees."""
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
 def crop_corner(size: tuple[int, int], resolution: int, where: tuple[float, float] | None) -> tuple[int, int]:
-    """(top, left) of a square of side `resolution` in an image of `size` (width, height).
+    """Return (top, left) of a square of side `resolution` in an image of `size` (width, height).
 
-    `where` holds two uniforms in (0, 1] for top and left, the same for both images of a pair, and every position is
-    equally likely; None is the center.
+    `where` holds two uniforms in (0, 1] for top and left, the same for both images of a pair, so that every position is
+    equally likely; None gives the center.
     """
     spare = (size[1] - resolution, size[0] - resolution)
     if where is None:
@@ -259,7 +263,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """The image in RGB, converted in bands of rows: a conversion takes several copies of what it is given."""
+    """Convert an image to RGB in bands of rows, since a conversion makes several copies of its input."""
     if image.mode == "F":
         raise BadImage("has floating-point pixels, whose range is unknown")
     if image.mode == "RGB" and not profile and not image.has_transparency_data:
@@ -296,7 +300,7 @@ def _band_to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits (PIL's modes I;16 and, where it widens PNGs, I): PIL's own convert would clip it to white."""
+    """Convert 16-bit grey (PIL's modes I;16 and, where it widens PNGs, I) to 8 bits; PIL would clip it to white."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise BadImage(f"has integer pixels outside 16 bits ({values.min()} to {values.max()})")

@@ -1,4 +1,4 @@
-"""Tensors in, tensors out: the ops of a Diffusion-DPO step, each with several implementations (dispatch.py)."""
+"""The ops of a Diffusion-DPO step as functions on tensors, each with several implementations (dispatch.py)."""
 
 from dpo_fast.kernels.dpo_loss import DPOLoss, dpo_loss
 from dpo_fast.kernels.noise_pair import NoisePair, noise_pair

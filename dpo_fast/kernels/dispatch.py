@@ -1,9 +1,9 @@
-"""The only place that chooses who computes an op.
+"""Choose the backend that computes an op; no other module does.
 
-In order: an argument other than "auto", the context manager `backend`, the variable DPO_FAST_BACKEND, then by device. A
-backend is a module that gives `<op>_fwd` and `<op>_bwd` on plain tensors and raises ImportError, with the remedy in its
-message, where it cannot be used; one that can be used on some devices only has `reason_against(device_type)` too. What
-was asked for and is not available raises; only "auto" falls back.
+The choice follows, in order: a `backend` argument other than "auto", the context manager `backend`, the environment
+variable DPO_FAST_BACKEND, the device. A backend is a module that has `<op>_fwd` and `<op>_bwd` on plain tensors and
+raises ImportError, with the remedy in its message, where it cannot be used; one that works on some devices only also
+has `reason_against(device_type)`. Requesting a backend that is not available raises; only "auto" falls back.
 """
 
 import functools
@@ -21,18 +21,21 @@ VARIABLE = "DPO_FAST_BACKEND"
 
 _HOME = {
     "reference": "dpo_fast.kernels.reference",
-    "triton": "dpo_fast.kernels.triton",  # a package: one module an op
+    "triton": "dpo_fast.kernels.triton",  # a package: one module per op
     "native": "dpo_fast.kernels.native",
 }
-# What auto tries on a device before the reference. Triton joins for "cuda" when its tests have passed on a GPU.
+# What auto tries on a device before the reference. Triton is to be added for "cuda" once its tests pass on a GPU.
 _PREFERRED = {"cpu": ("native",)}
 
-_override: str | None = None  # of the process, not of the thread: autograd runs CUDA backwards in threads of its own
+_override: str | None = None  # per process, not per thread: autograd runs CUDA backward passes in its own threads
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Use the backend `name` for the calls inside, forward and backward, that name none themselves. Not for threads."""
+    """Use the backend `name` for the calls in this block, forward and backward, that do not name one themselves.
+
+    Not thread-safe. Raises ValueError for an unknown name.
+    """
     global _override
     _check_name(name, "backend")
     previous, _override = _override, name
@@ -43,19 +46,19 @@ def backend(name: str) -> Iterator[None]:
 
 
 def usable_backends(device: str = "cpu") -> dict[str, str]:
-    """Each backend's name with "" where it can be used on this type of device, else the reason why it cannot."""
+    """Return each backend's name with "" if it can be used on this type of device, else with the reason why not."""
     return {name: _reason_against(name, device) for name in _HOME}
 
 
 def module_for(op: str, name: str, *tensors: Tensor | None) -> ModuleType:
-    """The module that computes `op` on these tensors. `name` is the call's own backend argument.
+    """Return the module that computes `op` on these tensors. `name` is the call's own backend argument.
 
-    Raises ValueError for an unknown name, RuntimeError for a backend that cannot be used here.
+    Raises ValueError for an unknown name and RuntimeError for a backend that cannot be used here.
     """
     name, source = _requested(name)
     device = next(x.device.type for x in tensors if x is not None)
     if name == "auto":
-        # float64 is for checking gradients, and only the reference knows it
+        # float64 is for checking gradients, and only the reference supports it
         double = any(x is not None and x.dtype == torch.float64 for x in tensors)
         candidates = () if double else _PREFERRED.get(device, ())
         name = next((candidate for candidate in candidates if not _reason_against(candidate, device)), "reference")
@@ -67,7 +70,7 @@ def module_for(op: str, name: str, *tensors: Tensor | None) -> ModuleType:
 
 
 def _requested(name: str) -> tuple[str, str]:
-    """The first name that was asked for, and where."""
+    """Return the requested name that takes precedence, and where it was requested."""
     source = "backend"
     if name == "auto" and _override is not None:
         name = _override
@@ -93,6 +96,6 @@ def _reason_against(name: str, device: str) -> str:
     return module.reason_against(device) if hasattr(module, "reason_against") else ""
 
 
-@functools.cache  # so that it says it once
+@functools.cache  # so that each choice is logged once
 def _announce(name: str, device: str) -> None:
     logging.getLogger("dpo_fast").info("kernels on %s: %s", device, name)

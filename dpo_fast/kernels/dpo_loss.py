@@ -1,9 +1,9 @@
-"""The Diffusion-DPO loss from predictions to a scalar in one op (arXiv 2311.12908 eq. 14, in the units of its code).
+"""The Diffusion-DPO loss from predictions to a scalar in one op (arXiv 2311.12908 eq. 14, in its code's units).
 
     margin = -(beta/2) [(e_w - eref_w) - (e_l - eref_l)]            e: mean squared error of an image (pair_errors)
     loss   = (1/B) sum over pairs of weight * -[y logsigmoid(margin) + (1-y) logsigmoid(-margin)]
 
-y is the probability that the chosen image is the better one. The backward needs no intermediate image:
+y is the probability that the chosen image is the better one. The backward needs no image-sized intermediates:
 
     d loss / d e_w = (weight/B) (beta/2) [y sigmoid(-margin) - (1-y) sigmoid(margin)] = -d loss / d e_l
     d e / d prediction = 2 (prediction - target) / (C H W)
@@ -20,7 +20,7 @@ from dpo_fast.kernels.pair_errors import check_per_pair, dense_predictions
 
 
 class DPOLoss(NamedTuple):
-    loss: Tensor  # [], the only output with a gradient; the others are reports
+    loss: Tensor  # [], the only output with a gradient; the others are for logging
     margin: Tensor  # [B]
     policy_error: Tensor  # [2B]
     ref_error: Tensor  # [2B]
@@ -30,17 +30,18 @@ def dpo_loss(
     policy_pred: Tensor,  # [2B, C, H, W] any float dtype, chosen first
     ref: Tensor,  # the reference's predictions [2B, C, H, W] any float dtype, or its errors [2B] float32
     target: Tensor,  # [B, C, H, W] shared by both images of a pair, or [2B, C, H, W]; any float dtype
-    beta: float,  # in our unit: with the 1/2 and the mean, as the paper's code (2000 to 5000)
+    beta: float,  # for the margin above, with its 1/2 and mean errors, as in the paper's code (2000 to 5000)
     *,
     label: Tensor | None = None,  # [B] float32 in [0, 1], not checked; None: all 1
     weight: Tensor | None = None,  # [B] float32; None: all 1
     backend: str = "auto",
 ) -> DPOLoss:
-    """Loss and reports in float32, whatever the dtypes of the predictions (float64 where policy_pred is float64).
+    """Compute the loss and the values to log, in float32 whatever the predictions' dtypes (float64 if policy_pred is).
 
-    With predictions equal to policy_pred the margin is exactly 0.0 and the loss log(2) rounded once. The mean is over
-    all B pairs: a weight of 0 removes a pair's gradient, not its place. Raises ValueError for shapes, dtypes or devices
-    that do not fit, for a missing ref and for a ref, target, label or weight that requires a gradient.
+    If ref equals policy_pred, the margin is exactly 0.0 and the loss is log(2), rounded once. The mean is over all B
+    pairs: a pair of weight 0 has no gradient but still counts. Raises ValueError for shapes, dtypes or devices that do
+    not match, a missing ref, a beta that is not positive and finite, and a ref, target, label or weight that requires
+    a gradient.
     """
     if ref is None:
         raise ValueError("dpo_loss needs ref: the reference's predictions [2B, C, H, W] or its errors [2B]")

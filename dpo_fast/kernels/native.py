@@ -1,8 +1,8 @@
-"""The ops in C++ and CUDA: checks tensors and hands their addresses to the extension dpo_fast._native (csrc/ops.h).
+"""The ops in C++ and CUDA: check tensors and pass their addresses to the extension dpo_fast._native (csrc/ops.h).
 
-Noise, and gradients at given margins, have the bits of the Triton kernels'. On the CPU results do not depend on the
-number of threads. On CUDA the kernels are experimental: they compile but have not run on a GPU yet, so dispatch takes
-them there only when asked to. The extension knows nothing of PyTorch: one build serves every version of it.
+Noise, and gradients at given margins, are bit-identical to the Triton kernels'. CPU results do not depend on the number
+of threads. The CUDA kernels are experimental: they compile but have not run on a GPU yet, so dispatch uses them only
+when they are requested. The extension does not depend on PyTorch: one build serves every version of it.
 """
 
 import functools
@@ -24,13 +24,13 @@ except ImportError as error:
         f"{error}; to build it, with a C++ compiler on the PATH: DPO_FAST_BUILD=cpu pip install -e . (in the source)"
     ) from error
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/ops.h
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in csrc/ops.h
 _PER_THREAD = 1 << 14  # fewer elements than this are not worth another thread
 _process = os.getpid()
 
 
 def reason_against(device_type: str) -> str:
-    """Why the kernels cannot run on this type of device ("cpu" or "cuda"), in a line; "" where they can."""
+    """Return, in one line, why the kernels cannot run on this type of device ("cpu" or "cuda"); "" where they can."""
     if device_type == "cuda":
         return _cuda_fault(torch.cuda.current_device() if torch.cuda.is_available() else 0)
     return "" if device_type == "cpu" else f"no kernels for {device_type}"
@@ -38,10 +38,10 @@ def reason_against(device_type: str) -> str:
 
 @functools.cache
 def _cuda_fault(device: int) -> str:
-    """Loads all kernels into a device; why they cannot run there, or "".
+    """Load all kernels onto a device; return why they cannot run there, or "".
 
-    Kernels are loaded here and not at their first launches, so that a call that is captured in a CUDA graph, where
-    loading is an error, has nothing left to load. This call itself has to come before the capture.
+    Kernels are loaded here rather than at their first launches because loading is an error while a CUDA graph is being
+    captured. This function itself has to be called before the capture; otherwise it raises RuntimeError.
     """
     if not torch.cuda.is_available():
         return _native.cuda_fault(device)
@@ -55,7 +55,7 @@ def _cuda_fault(device: int) -> str:
 
 
 def build() -> str:
-    """What the extension was compiled for, in a line; where it has no CUDA kernels, why."""
+    """Describe in one line what the extension was compiled for and, if it has no CUDA kernels, why not."""
     if not _native.cuda_cubins:
         return f"C++; {_native.cuda_fault(0)}"
     archs = ", ".join(f"sm_{arch}" for arch in _native.cuda_cubins.split(","))
@@ -63,9 +63,9 @@ def build() -> str:
 
 
 def code_on(capability: tuple[int, int]) -> str:
-    """What a GPU of a compute capability runs, in a line: code of the build, PTX compiled by its driver (JIT), nothing.
+    """Describe in one line what a GPU of this capability runs: compiled code, PTX compiled by the driver, or nothing.
 
-    "" where the extension was built without CUDA.
+    Returns "" if the extension was built without CUDA.
     """
     cubins, name = _native.cuda_cubins.split(","), "sm_{}{}".format(*capability)
     if cubins == [""]:
@@ -82,11 +82,12 @@ def code_on(capability: tuple[int, int]) -> str:
 
 
 def runs_on(capability: tuple[int, int], arch: str, is_ptx: bool) -> bool:
-    """Whether a GPU of a compute capability runs code compiled for `arch` (80, 90a, 100f), or PTX of it.
+    """Whether a GPU of a compute capability runs code compiled for `arch` (80, 90a, 100f), or its PTX.
 
-    Code runs on its own major version from its minor version on, PTX on all that is not older. With the suffix a both
-    run on that very capability only, with f on its family, which is the major version. (CUDA programming guide,
-    "Binary Compatibility", "PTX Compatibility", "Feature Set Compiler Targets"; Tegra's own capabilities are left out.)
+    Code runs on the same major version from its minor version up, PTX on any capability that is not older. With the
+    suffix a, both run on exactly that capability; with f, on its family, which is the same major version from its minor
+    version up. (CUDA programming guide, "Binary Compatibility", "PTX Compatibility", "Feature Set Compiler Targets";
+    Tegra's own capabilities are left out.)
     """
     digits, suffix = re.fullmatch(r"(\d+)([af]?)", arch).groups()
     built = divmod(int(digits), 10)
@@ -108,13 +109,13 @@ def noise_pair_fwd(
     prediction_type: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.noise_pair` on checked arguments.
+    """Compute `kernels.noise_pair` on checked arguments.
 
     latents [2B,C,H,W] of any float dtype; sqrt_alpha_bar and sqrt_one_minus_alpha_bar float32 [B]; pair_id and draw
     int64 [B]. Returns the noisy latents [2B,C,H,W] in `dtype` and the target in float32: the noise [B,C,H,W] for
     prediction_type epsilon, the velocity [2B,C,H,W] for v_prediction.
     """
-    if dtype == torch.float64:  # the arithmetic is float32 all the same
+    if dtype == torch.float64:  # the arithmetic is float32 even then
         noisy, target = noise_pair_fwd(
             latents, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, pair_id, draw, prediction_type, torch.float32
         )
@@ -149,7 +150,7 @@ def noise_pair_fwd(
 
 
 def pair_errors_fwd(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`kernels.pair_errors` on checked arguments.
+    """Compute `kernels.pair_errors` on checked arguments.
 
     policy_pred [2B,C,H,W]; ref: predictions [2B,C,H,W], errors float32 [2B] or None; target [B,C,H,W] or [2B,C,H,W];
     dtypes may differ. Returns policy_error, ref_error and error_delta, float32 [2B] each.
@@ -161,7 +162,10 @@ def pair_errors_fwd(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> 
 
 
 def pair_errors_bwd(grad_error: Tensor, policy_pred: Tensor, target: Tensor) -> Tensor:
-    """The gradient of policy_pred, [2B,C,H,W] in its dtype; grad_error [2B] is that of policy_error and error_delta."""
+    """Return the gradient with respect to policy_pred, [2B,C,H,W] in its dtype.
+
+    grad_error [2B] is the sum of the gradients of policy_error and error_delta.
+    """
     grad = torch.empty_like(policy_pred)
     grad_error = grad_error.float().contiguous()
     address = _vector(grad_error, torch.float32, policy_pred.shape[0], policy_pred)
@@ -175,9 +179,10 @@ def pair_errors_bwd(grad_error: Tensor, policy_pred: Tensor, target: Tensor) -> 
 def dpo_loss_fwd(
     policy_pred: Tensor, ref: Tensor, target: Tensor, beta: float, label: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`kernels.dpo_loss` on checked arguments.
+    """Compute `kernels.dpo_loss` on checked arguments.
 
-    policy_pred, ref and target as `pair_errors_fwd`, ref not None; label and weight float32 [B] or None (all 1).
+    policy_pred, ref and target are as in `pair_errors_fwd`, with ref not None; label and weight float32 [B] or None
+    (all 1).
     Returns loss [], margin [B], policy_error and ref_error [2B], all float32.
     """
     images = policy_pred.shape[0]
@@ -206,7 +211,10 @@ def dpo_loss_bwd(
     label: Tensor | None,
     weight: Tensor | None,
 ) -> Tensor:
-    """The gradient of policy_pred, [2B,C,H,W] in its dtype; grad_loss float32 [], margin float32 [B] of the forward."""
+    """Return the gradient with respect to policy_pred, [2B,C,H,W] in its dtype.
+
+    grad_loss is float32 [], margin float32 [B] from the forward, label and weight float32 [B] or None (all 1).
+    """
     grad, pairs = torch.empty_like(policy_pred), policy_pred.shape[0] // 2
     _call(
         "dpo_loss_grad",
@@ -221,14 +229,14 @@ def dpo_loss_bwd(
     return grad
 
 
-# What the extension takes. ValueError for what it cannot compute with.
+# Prepare the extension's arguments; ValueError for what it cannot compute with.
 
 
 def _call(op: str, x: Tensor, **arguments: Any) -> None:
-    """Call an op of the extension where x lies.
+    """Call an op of the extension on the device of x.
 
-    The device is made current in PyTorch first: its runtime then makes the context current that the extension's own,
-    static runtime launches in, and both end on the device they began on.
+    The device is made current in PyTorch first: PyTorch's runtime then makes current the context that the extension's
+    own, static runtime launches in. Afterwards both runtimes are back on the device they began on.
     """
     with _current(x.device):
         getattr(_native, op)(place=_place(x), **arguments)
@@ -239,7 +247,7 @@ def _current(device: torch.device) -> AbstractContextManager:
 
 
 def _place(x: Tensor) -> Any:
-    """Where to compute: a device's ordinal and its current stream, or the CPU and a number of threads."""
+    """Return where to compute: a device's ordinal and its current stream, or the CPU and a number of threads."""
     device = x.device
     if device.type == "cuda":
         if fault := _cuda_fault(device.index):
@@ -253,7 +261,7 @@ def _place(x: Tensor) -> Any:
 
 
 def _images(x: Tensor, like: Tensor) -> Any:
-    """The address and dtype of [N, C, H, W] elements that lie dense in the memory order of `like`."""
+    """Return the address and dtype of x [N, C, H, W], which must be dense in the memory order of `like`."""
     if x.dtype not in _DTYPES:
         raise ValueError(f"backend 'native' knows float32, float16 and bfloat16; got {x.dtype}: use 'reference'")
     if x.device != like.device:
@@ -267,7 +275,7 @@ def _images(x: Tensor, like: Tensor) -> Any:
 
 
 def _vector(x: Tensor | None, dtype: torch.dtype, size: int, like: Tensor) -> int:
-    """The address of `size` elements; 0 for None."""
+    """Return the address of x, which must be [size] and contiguous; 0 for None."""
     if x is None:
         return 0
     if x.dtype != dtype or x.shape != (size,) or x.device != like.device or not x.is_contiguous():
@@ -289,7 +297,7 @@ def _errors(
     ref_error: Tensor,
     error_delta: Tensor | None,
 ) -> tuple[Any, Tensor]:
-    """The extension's PairErrors, and its workspace, which has to live until the call."""
+    """Return the extension's PairErrors and its workspace, which has to stay alive during the call."""
     images = policy_pred.shape[0]
     elements = policy_pred.numel() // images
     sums = _floats(policy_pred, _native.pair_sums_floats(_place(policy_pred), images, elements))

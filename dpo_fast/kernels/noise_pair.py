@@ -1,4 +1,4 @@
-"""Noise both images of each pair with the noise of the pair, and give the target (arXiv 2006.11239 eq. 4, 2202.00512).
+"""Add each pair's noise to both of its images and compute the target (arXiv 2006.11239 eq. 4, 2202.00512).
 
     x_t    = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
     target = eps                                            epsilon: one for both images
@@ -18,7 +18,7 @@ from dpo_fast.kernels.reference import memory_format
 
 
 class NoisePair(NamedTuple):
-    noisy: Tensor  # [2B, C, H, W], in the dtype asked for
+    noisy: Tensor  # [2B, C, H, W], in the requested dtype
     target: Tensor  # float32, [B, C, H, W] for epsilon, [2B, C, H, W] for v_prediction
 
 
@@ -28,17 +28,17 @@ def noise_pair(
     sqrt_one_minus_alpha_bar: Tensor,  # [B] float32
     seed: int,  # in [0, 2^64)
     pair_id: Tensor,  # [B] int64
-    draw: Tensor,  # [B] int64 in [0, 2^28), not checked: that would wait for the device
+    draw: Tensor,  # [B] int64 in [0, 2^28), not checked: a check would wait for the device
     *,
     prediction_type: str,  # "epsilon" or "v_prediction"
     dtype: torch.dtype,  # of the noisy latents
     backend: str = "auto",
 ) -> NoisePair:
-    """The noisy latents and the training target of B pairs.
+    """Return the noisy latents and the training target of B pairs.
 
     Computed in float32; both outputs have the memory format of the latents (contiguous or channels_last), which does
     not change the values. Not differentiable: a backward through it raises. Raises ValueError for shapes, dtypes or
-    devices that do not fit.
+    devices that do not match, an unknown prediction_type and a seed out of range.
     """
     if latents.dim() != 4 or latents.shape[0] % 2 or 0 in latents.shape:
         raise ValueError(f"latents must be [2B, C, H, W], chosen first; got {list(latents.shape)}")

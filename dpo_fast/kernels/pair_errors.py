@@ -3,8 +3,8 @@
     error       = mean over C, H, W of (prediction - target)^2
     error_delta = policy_error - ref_error = mean of (p - r) (p + r - 2 target)
 
-The second form of error_delta is accurate where p is close to r, where the difference of the two means is all rounding;
-it is exactly 0 where p = r. Objectives other than DPO are functions of these (dpo_fast/objectives.py).
+The second form of error_delta is accurate where p is close to r, where the difference of the two means is mostly
+rounding error; it is exactly 0 where p = r. Objectives other than DPO are functions of these (dpo_fast/objectives.py).
 """
 
 from typing import NamedTuple
@@ -29,22 +29,25 @@ def pair_errors(
     *,
     backend: str = "auto",
 ) -> PairErrors:
-    """Errors in float32, whatever the dtypes and memory formats of the inputs (float64 where policy_pred is float64).
+    """Compute errors in float32, whatever the inputs' dtypes and memory formats (float64 where policy_pred is float64).
 
-    Raises ValueError for shapes, dtypes or devices that do not fit, and for a ref or target that requires a gradient:
+    Raises ValueError for shapes, dtypes or devices that do not match, and for a ref or target that requires a gradient:
     the gradient goes to policy_pred alone.
     """
     return PairErrors(*_pair_errors(*dense_predictions(policy_pred, ref, target), backend))
 
 
 def dense_predictions(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The checked inputs, dense and in the memory order of policy_pred: to a kernel an image is a row of numbers."""
+    """Check the inputs and return them dense in policy_pred's memory order: to a kernel an image is a row of elements.
+
+    Raises ValueError as `pair_errors` does.
+    """
     shape, device = policy_pred.shape, policy_pred.device
     if len(shape) != 4 or shape[0] % 2 or 0 in shape or not policy_pred.is_floating_point():
         raise ValueError(
             f"policy_pred must be floating point [2B, C, H, W], chosen first; got {policy_pred.dtype} {list(shape)}"
         )
-    # not `in (shape[0], shape[0] // 2)`, which compiled with dynamic shapes is false for one pair
+    # not `in (shape[0], shape[0] // 2)`, which is false for one pair when compiled with dynamic shapes
     if target.shape[1:] != shape[1:] or (target.shape[0] != shape[0] and 2 * target.shape[0] != shape[0]):
         raise ValueError(
             f"target must be [B, C, H, W] or [2B, C, H, W] for policy_pred {list(shape)}; got {list(target.shape)}"
@@ -66,7 +69,7 @@ def dense_predictions(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -
 
 
 def check_constant(name: str, value: Tensor, device: torch.device) -> None:
-    """A floating point tensor on `device` that wants no gradient, since it would get none."""
+    """Raise ValueError unless `value` is floating point, on `device` and does not require a gradient."""
     if not value.is_floating_point() or value.device != device:
         raise ValueError(f"{name} must be floating point on {device}; got {value.dtype} on {value.device}")
     if value.requires_grad:
@@ -74,7 +77,7 @@ def check_constant(name: str, value: Tensor, device: torch.device) -> None:
 
 
 def check_per_pair(name: str, value: Tensor, pairs: int, device: torch.device) -> None:
-    """A label or weight: float32 [B] on `device` that wants no gradient."""
+    """Raise ValueError unless a label or weight is float32 [pairs], on `device` and does not require a gradient."""
     check_constant(name, value, device)
     if value.shape != (pairs,) or value.dtype != torch.float32:
         raise ValueError(f"{name} must be float32 [{pairs}]; got {value.dtype} {list(value.shape)}")

@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch under its own name: the specification of the others, and the path where there is no other.
+"""Every op in plain PyTorch: the specification of the other backends, and the fallback where none is available.
 
 `<op>` is the readable, differentiable specification. `<op>_fwd` and `<op>_bwd` are what the custom ops call; they take
 checked, dense tensors and return fresh ones. Arithmetic is float32 whatever the inputs' dtypes, and float64 where the
@@ -25,7 +25,7 @@ _MASK = 0xFFFFFFFF
 
 
 def philox(counter: Words, key: tuple[int, int]) -> Words:
-    """Four 32-bit words for each counter; the key is two 32-bit numbers."""
+    """Return four 32-bit words for each counter; the key is two 32-bit integers."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -44,16 +44,16 @@ def draw_words(seed: int, pair_id: Tensor, draw: Tensor, stream: int, block: Ten
 
 
 def uniform(word: Tensor) -> Tensor:
-    """float64 in (0, 1], a multiple of 2^-24 and so exact in float32 too."""
+    """Map words to uniforms: float64 in (0, 1], multiples of 2^-24 and so exact in float32 too."""
     return ((word >> 8) + 1).double() * 2.0**-24
 
 
 def normal_noise(seed: int, pair_id: Tensor, draw: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """Standard normals, float32 [B, channels, height, width]: float64 Box-Muller, rounded once.
+    """Return standard normals, float32 [B, channels, height, width], from Box-Muller in float64, rounded once.
 
-    A block gives four channels of one pixel; pixels count in row order whatever the memory format, and a pixel of more
-    than four channels takes the next ceil(channels / 4) blocks. The last block's surplus normals are dropped. The other
-    backends compute in float32 and are within 1e-6.
+    A block gives four channels of one pixel. Pixels are numbered in row order whatever the memory format, and each
+    takes ceil(channels / 4) consecutive blocks; surplus normals of the last one are dropped. The other backends compute
+    in float32 and agree within 1e-6.
     """
     pixels, groups = height * width, -(-channels // 4)
     block = torch.arange(pixels * groups, device=pair_id.device)
@@ -69,7 +69,7 @@ def normal_noise(seed: int, pair_id: Tensor, draw: Tensor, channels: int, height
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The layout to bring x [N,C,H,W] to: channels_last where it is so and not contiguous, else contiguous."""
+    """Return the layout to use for x [N,C,H,W]: channels_last if x is that and not contiguous, else contiguous."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
 
@@ -101,7 +101,7 @@ noise_pair_fwd = noise_pair
 
 
 def pair_errors(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """policy_error, ref_error, error_delta, each [2B]."""
+    """Return policy_error, ref_error and error_delta, each [2B]."""
     p, t = _halves(policy_pred, target)
     policy_residual = p - t
     policy_error = _image_mean(policy_residual.square())
@@ -127,14 +127,18 @@ def pair_errors_fwd(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> 
 
 
 def pair_errors_bwd(grad_error: Tensor, policy_pred: Tensor, target: Tensor) -> Tensor:
-    """grad_error [2B] is the sum of policy_error's and error_delta's: both have the derivative 2 (p - t) / (C H W)."""
+    """Return the gradient with respect to policy_pred, [2B,C,H,W] in its dtype.
+
+    grad_error [2B] is the sum of the gradients of policy_error and error_delta: both have the derivative
+    2 (p - t) / (C H W).
+    """
     p, t = _halves(policy_pred, target)
     coefficient = grad_error.to(p.dtype) * (2 / policy_pred[0].numel())
     return (coefficient.view(2, -1, 1, 1, 1) * (p - t)).flatten(0, 1).to(policy_pred.dtype)
 
 
 def _halves(policy_pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """[2, B, C, H, W] and [1 or 2, B, C, H, W], in the dtype of the arithmetic."""
+    """Return policy_pred as [2, B, C, H, W] and target as [1 or 2, B, C, H, W], in the dtype of the arithmetic."""
     dtype = torch.promote_types(policy_pred.dtype, torch.float32)
     p = policy_pred.to(dtype).unflatten(0, (2, -1))
     return p, target.to(dtype).unflatten(0, (-1, p.shape[1]))
@@ -154,7 +158,7 @@ def pair_margin(error_delta: Tensor, beta: float) -> Tensor:
 
 
 def batch_mean(pair_loss: Tensor, weight: Tensor | None) -> Tensor:
-    """(1/B) sum weight * pair_loss, summed in float64 so that B equal losses have exactly that mean."""
+    """Return (1/B) sum weight * pair_loss, summed in float64: the mean of B equal losses is exactly that loss."""
     total = pair_loss.double() if weight is None else pair_loss.double() * weight.double()
     return total.mean().to(pair_loss.dtype)
 
@@ -167,7 +171,7 @@ def dpo_loss(
     label: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss [], margin [B], policy_error [2B], ref_error [2B]."""
+    """Return loss [], margin [B], policy_error [2B] and ref_error [2B]."""
     policy_error, ref_error, error_delta = pair_errors(policy_pred, ref, target)
     margin = pair_margin(error_delta, beta)
     pair_loss = -F.logsigmoid(margin)
@@ -193,7 +197,10 @@ def dpo_loss_bwd(
     label: Tensor | None,
     weight: Tensor | None,
 ) -> Tensor:
-    """d loss / d e_w = (weight/B) (beta/2) [y sigmoid(-m) - (1-y) sigmoid(m)] = -d loss / d e_l."""
+    """Return the gradient with respect to policy_pred, [2B,C,H,W] in its dtype.
+
+    d loss / d e_w = (weight/B) (beta/2) [y sigmoid(-m) - (1-y) sigmoid(m)] = -d loss / d e_l
+    """
     descent = torch.sigmoid(-margin)  # not 1 - sigmoid(margin), which is 0 from margin 17 on
     if label is not None:
         label = label.to(margin.dtype)

@@ -1,4 +1,4 @@
-"""The attention of a UNet: PyTorch's scaled_dot_product_attention, with its own or our order of kernels; xformers."""
+"""A UNet's attention: PyTorch's scaled_dot_product_attention, in its own or a given kernel order, or xformers."""
 
 from importlib.util import find_spec
 
@@ -9,8 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dpo_fast.errors import BadInput, missing_extra
 
-# Which kernel of scaled_dot_product_attention is tried first. What it cannot take (fp32; head sizes above 128 or 256)
-# goes to the next, and the last takes everything.
+# The order in which scaled_dot_product_attention tries its kernels. Inputs that one does not support (fp32; head sizes
+# above 128 or 256) fall through to the next; the last supports everything.
 ORDERS = {
     "cudnn": [
         SDPBackend.CUDNN_ATTENTION,
@@ -29,10 +29,10 @@ ATTENTIONS = ("auto", "sdpa", *ORDERS, "xformers")
 
 
 class OrderedAttention(AttnProcessor2_0):
-    """Attention that tries the kernels of scaled_dot_product_attention in an order of its own.
+    """Attention that tries the kernels of scaled_dot_product_attention in a given order.
 
-    The order is set in the call itself, so that it holds for policy, reference and recomputation alike, and is traced
-    into a compiled block.
+    The order is set inside the call, so that it applies to policy, reference and recomputation alike and is traced into
+    a compiled block.
     """
 
     def __init__(self, order: list[SDPBackend]) -> None:
@@ -45,20 +45,20 @@ class OrderedAttention(AttnProcessor2_0):
 
 
 def usable_attention() -> dict[str, str]:
-    """Each kind of attention, and why it cannot be used here ("" if it can)."""
+    """Return each kind of attention with the reason why it cannot be used here ("" if it can)."""
     off_cuda = "" if torch.cuda.is_available() else "needs a CUDA device"
     xformers = off_cuda if find_spec("xformers") else "not installed: pip install 'dpo_fast[gpu]'"
     return {"sdpa": "", **dict.fromkeys(ORDERS, off_cuda), "xformers": xformers}
 
 
 def set_attention(unet: UNet2DConditionModel, attention: str) -> None:
-    """Make `unet`, on its device, use `attention`.
+    """Make `unet` use `attention`. The UNet must already be on its device.
 
-    "sdpa": PyTorch's scaled_dot_product_attention, which chooses a kernel itself. "auto": the same, as long as no other
-    choice has been measured to be faster. "cudnn", "flash": the same with that kernel first, where it can be used
-    (experimental: neither has been run on a GPU yet). "xformers": memory-efficient attention of xformers.
+    "sdpa": PyTorch's scaled_dot_product_attention, which chooses a kernel itself. "auto": currently the same, since no
+    other choice has been measured to be faster. "cudnn", "flash": the same, trying that kernel first (experimental:
+    neither has been run on a GPU yet). "xformers": the memory-efficient attention of xformers.
 
-    Raises BadInput for another name, for xformers where it is not installed and for a CUDA kernel off CUDA.
+    Raises BadInput for an unknown name, for xformers if it is not installed, and for a CUDA kernel on another device.
     """
     if attention not in ATTENTIONS:
         raise BadInput(f"attention must be one of {', '.join(ATTENTIONS)}, not {attention!r}")

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: computing activations again in the backward pass instead of keeping them."""
+"""Gradient checkpointing: recomputing activations in the backward pass instead of storing them."""
 
 import functools
 
@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 _PRODUCTS = frozenset(("aten::mm", "aten::addmm", "aten::bmm"))
-# What is dear to compute and therefore kept by "selective"; everything else is bound by memory and cheap to repeat.
-# By name, since libraries register their operators when they are imported, if they are there at all.
+# Operators whose outputs "selective" keeps because they are expensive; all others are memory-bound and cheap to
+# recompute. Listed by name, since a library registers its operators only when it is imported, if it is installed.
 _KEPT = _PRODUCTS | {
     "aten::convolution",
     # scaled_dot_product_attention, and the operators below it that xformers calls (CUTLASS, and flash in PyTorch)
@@ -22,16 +22,16 @@ _KEPT = _PRODUCTS | {
     # flash-attn 2 and 3, and diffusers' wrapper of the latter
     *("flash_attn::_flash_attn_forward", "flash_attn_3::fwd", "_diffusers_flash_attn_3::_flash_attn_forward"),
 }
-# A product over an inner dimension as short as a LoRA's rank is cheaper to repeat than to keep.
+# A matrix product over an inner dimension as short as a LoRA's rank is cheaper to recompute than to keep.
 _SHORT = 64
 
 
 def recompute_activations(unet: UNet2DConditionModel, mode: str) -> None:
-    """Choose what `unet` computes twice: "none", "full" or "selective". Nothing random is in it, so no result changes.
+    """Choose how much `unet` recomputes: "none", "full" or "selective". It has no randomness, so results do not change.
 
-    "full": every resnet and transformer block keeps its inputs only: a forward pass more. "selective": the blocks also
-    keep what matrix products, convolutions and attention give, and repeat norms, activations and sums; a compiled block
-    is left as it is, since torch.compile chooses in the same way.
+    "full": each resnet and transformer block keeps only its inputs, which costs one more forward pass. "selective": the
+    blocks also keep the outputs of matrix products, convolutions and attention, and recompute norms, activations and
+    sums; compiled blocks are left alone, since torch.compile makes the same kind of choice.
     """
     assert mode in ("none", "selective", "full"), mode
     if mode == "none":
@@ -59,6 +59,6 @@ def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
 
 @functools.cache
 def _name(op) -> str:
-    """namespace::name of an operator, whichever of its overloads it is."""
-    schema = getattr(op, "_schema", None)  # none: a higher-order operator
+    """Return an operator's namespace::name, without its overload."""
+    schema = getattr(op, "_schema", None)  # higher-order operators have none
     return op.name() if schema is None else schema.name

@@ -1,9 +1,9 @@
-"""torch.compile of a UNet, so that policy and reference agree and nothing is compiled after the first step.
+"""torch.compile for a UNet, such that policy and reference agree and nothing is compiled after the first step.
 
-The policy runs with a graph and the reference without one, LoRA's without adapters too: these are several programs of
-one block. Inductor keeps in fp32 what an eager UNet rounds between two operators, and where it does so depends on what
-it could fuse, so two programs would differ. Compiled blocks therefore round where eager ones do. On a GPU, Inductor
-also times several ways to split a reduction and keeps the fastest, which may differ between two programs;
+The policy runs with an autograd graph and the reference without one (with LoRA, also without adapters), so one block
+has several programs. Inductor keeps in fp32 what an eager UNet rounds between two operators, and where it does so
+depends on what it could fuse, so these programs would differ. Compiled blocks therefore round where eager ones do. On a
+GPU, Inductor also times several ways to split a reduction and keeps the fastest, which may differ between programs;
 `deterministic` makes it choose by rules instead.
 """
 
@@ -18,25 +18,25 @@ from diffusers import UNet2DConditionModel
 
 from dpo_fast.errors import BadInput
 
-# A program for each shape, for inputs with and without a gradient; PyTorch's own limit of 8 is below what SD1.5 has.
+# One program per shape, for inputs with and without gradients; SD1.5 needs more than PyTorch's default limit of 8.
 PROGRAMS_AT_MOST = 64
-# Of the programs made with them alone, not of the process.
+# These are passed to the compile call, so they apply only to the UNet's programs, not to the process.
 OPTIONS = {
     "emulate_precision_casts": True,  # round where an eager block does
-    "deterministic": True,  # no timing where its outcome would change the order of additions (a GPU's reductions)
+    "deterministic": True,  # no autotuning that could change the order of additions (reductions on a GPU)
 }
 
 
 def compile_unet(unet: UNet2DConditionModel, mode: str) -> None:
-    """Compile `unet` in place, at its first call; names of modules and parameters stay what they are.
+    """Set up `unet`, in place, to be compiled at its first call; module and parameter names do not change.
 
-    "off": not at all. "regional": each transformer block on its own, so that equal blocks share a program. Shapes are
-    static. Programs are kept between runs in `programs_folder()`.
+    "off": do not compile. "regional": compile each transformer block on its own, so that equal blocks share a program.
+    Shapes are static. Programs are cached between runs in `programs_folder()`.
     """
     assert mode in ("off", "regional"), mode
     if mode == "off":
         return
-    import torch._dynamo  # a second that only compiling is worth
+    import torch._dynamo  # takes a second, so only when needed
 
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(programs_folder()))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PROGRAMS_AT_MOST)
@@ -44,7 +44,7 @@ def compile_unet(unet: UNet2DConditionModel, mode: str) -> None:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises BadInput where programs for `device` cannot be made."""
+    """Raise BadInput if programs for `device` cannot be compiled here."""
     try:
         if device.type == "cuda":
             importlib.import_module("triton")
@@ -58,14 +58,14 @@ def check_compiler(device: torch.device) -> None:
 
 
 def programs_folder() -> Path:
-    """Where programs are kept: $TORCHINDUCTOR_CACHE_DIR, or dpo_fast-compiled in $XDG_CACHE_HOME or ~/.cache."""
+    """The cache of programs: $TORCHINDUCTOR_CACHE_DIR, or dpo_fast-compiled in $XDG_CACHE_HOME or ~/.cache."""
     if given := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpo_fast-compiled"
 
 
 def programs_made() -> int:
-    """How many graphs this process has compiled so far: it must not grow after the first step."""
+    """Return how many graphs this process has compiled so far, which must not grow after the first step."""
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"]
@@ -73,6 +73,6 @@ def programs_made() -> int:
 
 @contextmanager
 def not_compiled() -> Iterator[None]:
-    """Within the block compiled modules run as written: for shapes that are rare (samples, held-out pairs)."""
+    """Run compiled modules eagerly within the block, for rare shapes (samples, held-out pairs)."""
     with torch.compiler.set_stance("force_eager"):
         yield

@@ -1,7 +1,7 @@
-"""What all model families share: a diffusers pipeline seen as the parts that Diffusion-DPO needs.
+"""What all model families share: a diffusers pipeline reduced to what Diffusion-DPO needs.
 
-A family is the pipeline, its noise schedule and a few facts. Tensors of pairs are [2B,...], chosen first; conditioning
-is [B,...], one row a pair, and only `denoise` expands it.
+A family is the pipeline, its noise schedule and a few properties. Image tensors of pairs are [2B,...], chosen first;
+conditioning is [B,...], one row per pair, and only `denoise` duplicates it.
 """
 
 import copy
@@ -30,35 +30,36 @@ logger = logging.getLogger(__name__)
 
 Conditioning = dict[str, torch.Tensor]
 
-MANY_PROMPTS = 100_000  # whose tokens take some ten seconds to count, so that a bar is shown
+MANY_PROMPTS = 100_000  # counting their tokens takes some ten seconds, so a progress bar is shown
 
-# By the names that launchers and the public scripts have for them; "no" is no mixed precision.
+# Keyed by the names that launchers and the public scripts use; "no" means no mixed precision.
 COMPUTE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Sides(NamedTuple):
-    """The sides of a model's images, in pixels."""
+    """What a model's config says about the sides of its images, in pixels."""
 
-    vae_factor: int  # pixels a latent, each way
+    vae_factor: int  # pixels per latent element, in each direction
     default_resolution: int
-    resolution_multiple: int  # a resolution must be a multiple of it
+    resolution_multiple: int  # every resolution must be a multiple of it
 
     @classmethod
     def of(cls, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> "Sides":
-        """From the configurations of a UNet and a VAE."""
+        """Derive them from the configurations of a UNet and a VAE."""
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         return cls(factor, unet["sample_size"] * factor, factor * 2 ** (len(unet["block_out_channels"]) - 1))
 
 
 def check_resolution(resolution: int, multiple: int, path: str) -> None:
-    """Raise BadInput for a side in pixels that the model at `path` cannot have."""
+    """Raise BadInput if the model at `path` cannot make images with sides of `resolution` pixels."""
     if resolution % multiple:
         near = max(1, round(resolution / multiple)) * multiple
         raise BadInput(f"--resolution ({resolution}) must be a multiple of {multiple} for {path}, for example {near}")
 
 
 def timesteps_within(family: "Family", first: int, after: int | None) -> torch.Tensor:
-    """The family's timesteps t with first <= t < after, int64; after: None for all. Raises BadInput for none."""
+    """Return the family's timesteps t with first <= t < after (None: no upper bound), int64 [n]. Raises BadInput if
+    there are none."""
     after = family.schedule.num_train_timesteps if after is None else after
     wanted = family.timesteps[(family.timesteps >= first) & (family.timesteps < after)]
     if not len(wanted):
@@ -71,33 +72,33 @@ def timesteps_within(family: "Family", first: int, after: int | None) -> torch.T
 
 class Family(ABC):
     """A loaded text-to-image model. Every component is on `device`, in eval mode and frozen (requires_grad False).
-    The weights of the UNet's convolutions are channels_last, which files never show.
+    The UNet's convolution weights are channels_last in memory, but never in files.
 
-    Made by `dpo_fast.models.load_family`. Besides the arguments of the constructor it has:
-    schedule: NoiseSchedule on `device`; sampler: how the pipeline's scheduler was made from the model's, to fit it;
-    timesteps: int64 [n] on the CPU, those a pair may be trained at;
-    default_resolution: pixels; resolution_multiple: a resolution in pixels must be a multiple of it.
+    Created by `dpo_fast.models.load_family`. Attributes besides the constructor's arguments:
+    schedule: NoiseSchedule on `device`; sampler: how the pipeline's scheduler was derived from the model's to match it;
+    timesteps: int64 [n] on the CPU, those that a pair may be trained at;
+    default_resolution: pixels; resolution_multiple: every resolution must be a multiple of it, in pixels.
     """
 
     name: ClassVar[str]  # "sd15", "sdxl" or "turbo"
-    pipeline_class: ClassVar[type[DiffusionPipeline]]  # of diffusers; the class that model_index.json names
+    pipeline_class: ClassVar[type[DiffusionPipeline]]  # diffusers' class, as named in model_index.json
     image_to_image_class: ClassVar[type[DiffusionPipeline]]
-    text_encoders: ClassVar[tuple[str, ...]]  # parts of the pipeline
-    usual_config: ClassVar[str]  # hub id: the configuration of a single file where none is named
+    text_encoders: ClassVar[tuple[str, ...]]  # names of pipeline components
+    usual_config: ClassVar[str]  # hub id of the configuration for a single file if none is given
     few_steps: ClassVar["type[Family] | None"] = None  # the same architecture distilled to few steps
-    unused_parts: ClassVar[dict[str, object]] = {"feature_extractor": None, "image_encoder": None}  # not even read
+    unused_parts: ClassVar[dict[str, object]] = {"feature_extractor": None, "image_encoder": None}  # never read
     sampling_steps: ClassVar[int]
     sampling_guidance: ClassVar[float]  # guidance_scale of the pipeline
-    text_kind: ClassVar[str]  # what `encode_prompts` gives, in words
+    text_kind: ClassVar[str]  # what `encode_prompts` returns, in words, for the cache key
     needs_time_ids: ClassVar[bool] = False
-    normalizes_latents: ClassVar[bool] = False  # the pipeline applies a VAE's latents_mean and latents_std
-    timestep_grid: ClassVar[bool] = False  # trained at the few timesteps of its sampler, not at all of them
+    normalizes_latents: ClassVar[bool] = False  # whether the pipeline applies the VAE's latents_mean and latents_std
+    timestep_grid: ClassVar[bool] = False  # whether it is trained only at the few timesteps of its sampler
 
     def __init__(
         self,
         pipeline: DiffusionPipeline,
         *,
-        dtype: torch.dtype,  # of the computation: UNet inputs and outputs, text encoders
+        dtype: torch.dtype,  # compute dtype: UNet inputs and outputs, text encoders
         device: torch.device,
         prediction_type: str | None = None,  # None: the scheduler's
         zero_terminal_snr: str = "auto",
@@ -120,7 +121,7 @@ class Family(ABC):
         self.unet.to(memory_format=torch.channels_last)
 
     def _limit_tokens(self) -> None:
-        """Let no tokenizer make more tokens than its text encoder has positions: some are saved without a length."""
+        """Cap each tokenizer at its text encoder's number of positions: some are saved without a maximum length."""
         for suffix in ("", "_2"):
             tokenizer = getattr(self.pipeline, f"tokenizer{suffix}", None)
             config = getattr(getattr(self.pipeline, f"text_encoder{suffix}", None), "config", None)
@@ -129,7 +130,7 @@ class Family(ABC):
                 tokenizer.model_max_length = positions
 
     def image_to_image_options(self) -> dict[str, object]:
-        """What `image_to_image_class` is made with besides the pipeline's components."""
+        """Return the arguments of `image_to_image_class` other than the pipeline's components."""
         return {}
 
     @property
@@ -143,14 +144,15 @@ class Family(ABC):
         pixels: torch.Tensor,  # uint8 [N,3,H,W], any device
         batch_size: int = 8,
     ) -> torch.Tensor:
-        """Latents fp16 [N,C,h,w] on `device`: the mean of the VAE's posterior, scaled so that the pipeline's decoding
-        undoes it: (mean - latents_mean) scaling_factor / latents_std in SDXL, mean scaling_factor in SD1.5 and 2.
+        """Encode images to latents, fp16 [N,C,h,w] on `device`: the VAE's posterior mean, scaled so that the pipeline's
+        decoding undoes it: (mean - latents_mean) scaling_factor / latents_std in SDXL, mean scaling_factor in SD1.5
+        and 2.
 
-        The mean, not a sample: a pair's latents are then one fixed tensor. A latent that overflows fp16 becomes
+        With the mean rather than a sample, a pair's latents are one fixed tensor. A latent that overflows fp16 becomes
         infinite; `nonfinite_rows` finds such images without a synchronisation.
 
-        On a CPU an image is encoded alone, whatever `batch_size`: its latents are then bitwise independent of what
-        else is in the batch (a batch of another size sums in another order).
+        On a CPU each image is encoded alone, whatever `batch_size`, so that its latents are bitwise independent of the
+        rest of the batch (another batch size would sum in another order).
         """
         vae = self.pipeline.vae
         latents = []
@@ -169,10 +171,10 @@ class Family(ABC):
         latents: torch.Tensor,  # [N,C,h,w], any float dtype
         batch_size: int = 8,
     ) -> torch.Tensor:
-        """Images uint8 [N,3,H,W] on `device`, in the VAE's own dtype: the pipeline's decoding, `encode_images` undone.
+        """Decode latents to images, uint8 [N,3,H,W] on `device`, as the pipeline does: the inverse of `encode_images`.
 
-        Sample with `output_type="latent"` and decode here: the VAE may be kept in fp32 beside a half-precision UNet,
-        which the pipeline's own decoding does not allow.
+        The VAE runs in its own dtype. Sample with `output_type="latent"` and decode here: the VAE may be in fp32
+        beside a half-precision UNet, which the pipeline's own decoding does not allow.
         """
         vae = self.pipeline.vae
         images = []
@@ -187,14 +189,14 @@ class Family(ABC):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """The UNet's view of N prompts, fp16 [N,...] on `device`; a prompt that occurs twice is encoded once.
+        """Encode N prompts as conditioning, fp16 [N,...] on `device`; a repeated prompt is encoded once.
 
-        On a CPU a prompt is encoded alone, as images are.
+        On a CPU each prompt is encoded alone, as images are.
         """
         unique = list(dict.fromkeys(prompts))
         row_of = {prompt: row for row, prompt in enumerate(unique)}
         rows = torch.tensor([row_of[prompt] for prompt in prompts])
-        if self.device.type == "cuda":  # from pinned memory the copy waits for nothing
+        if self.device.type == "cuda":  # a copy from pinned memory does not block
             rows = rows.pin_memory()
         rows = rows.to(self.device, non_blocking=True)
         calls = [[prompt] for prompt in unique] if self.device.type == "cpu" else [unique]
@@ -202,12 +204,12 @@ class Family(ABC):
         return {name: torch.cat([part[name].half() for part in encoded])[rows] for name in encoded[0]}
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a square image."""
+        """Return (C, h, w) of the latents of a square image with sides of `resolution` pixels."""
         side = resolution // self.vae_factor
         return self.pipeline.unet.config.in_channels, side, side
 
     def not_finite(self, row: int) -> BadInput:
-        """The error for a latent that `encode_images` gave for an image of a row and that is not finite."""
+        """Return the error for a non-finite latent that `encode_images` returned for an image of `row`."""
         vae = str(self.pipeline.vae.dtype).removeprefix("torch.")
         return BadInput(
             f"row {row}: the VAE gave a non-finite latent (its dtype is {vae}, latents are fp16); use a VAE"
@@ -216,7 +218,7 @@ class Family(ABC):
         )
 
     def text_not_finite(self, where: str) -> BadInput:
-        """The error for an embedding that `encode_prompts` gave for a caption and that is not finite."""
+        """Return the error for a non-finite embedding of a caption; `where` says which caption, for the message."""
         dtype = str(self.dtype).removeprefix("torch.")
         return BadInput(
             f"{where}: the text encoders gave a non-finite embedding of the caption (they compute in"
@@ -225,7 +227,8 @@ class Family(ABC):
         )
 
     def cut_off(self, prompts: Sequence[str]) -> tuple[list[bool], int]:
-        """Which prompts have more tokens than the text encoders take, which drop the rest; and how many they take."""
+        """Return whether each prompt has more tokens than the text encoders take (the rest are dropped), and how many
+        they take."""
         limits: list[tuple[Any, int]] = []  # a tokenizer, and how many of its tokens are encoded
         for suffix in ("", "_2"):
             tokenizer = getattr(self.pipeline, f"tokenizer{suffix}", None)
@@ -248,9 +251,9 @@ class Family(ABC):
         return cut, min((takes for _, takes in limits), default=0)
 
     def free_encoders(self, *, keep: bool) -> None:
-        """Give back the device memory of VAE and text encoders, for training from encoded images and prompts.
+        """Free the device memory of the VAE and text encoders, for training from encoded images and prompts.
 
-        keep: hold them in host memory, for `save_full`; else they are gone for good. `empty_prompt` goes on working.
+        keep: move them to host memory, for `save_full`; otherwise delete them. `empty_prompt` keeps working either way.
         """
         self.empty_prompt()
         for name, module in self._modules().items():
@@ -263,7 +266,7 @@ class Family(ABC):
         _trim_heap()
 
     def empty_prompt(self) -> Conditioning:
-        """What stands for a dropped caption, fp16 [1,...]: the pipeline's own unconditional input."""
+        """Return the conditioning for a dropped caption, fp16 [1,...]: the pipeline's own unconditional input."""
         if self._empty_prompt is None:
             encoded = self.encode_prompts([""])
             if self.pipeline.config.get("force_zeros_for_empty_prompt", False):
@@ -278,7 +281,7 @@ class Family(ABC):
         timesteps: torch.Tensor,  # int64 [B]
         conditioning: Mapping[str, torch.Tensor],  # [B,...] each
     ) -> torch.Tensor:
-        """The prediction [2B,C,h,w] for both images of B pairs, which share timestep and conditioning."""
+        """Return the prediction [2B,C,h,w] for both images of B pairs, which share timestep and conditioning."""
         both = {name: torch.cat((tensor, tensor)) for name, tensor in conditioning.items()}
         return unet(
             noisy,
@@ -292,8 +295,8 @@ class Family(ABC):
         """Write the pipeline to `folder` with the UNet weights `unet_state` (the fp32 masters), as safetensors.
 
         The live modules are not touched. All weights are written in fp32, since `from_pretrained` without a dtype must
-        give a pipeline that runs; those of the other components are rounded to the dtype they are held in here. The
-        scheduler has the schedule that was trained (`dpo_fast.models.sampler`).
+        give a pipeline that runs; the other components' weights have the precision in which they are held here. The
+        saved scheduler has the schedule that the model was trained with (`dpo_fast.models.sampler`).
         """
         saved = copy.copy(self.pipeline)
         for name, module in self._modules().items():
@@ -308,17 +311,17 @@ class Family(ABC):
 
     @abstractmethod
     def _encode(self, prompts: list[str]) -> Conditioning:
-        """The pipeline's prompt encoding without classifier-free guidance."""
+        """Encode prompts as the pipeline does without classifier-free guidance."""
 
     def _added_conditioning(self, conditioning: Conditioning, dtype: torch.dtype) -> Conditioning | None:
-        """The UNet's added_cond_kwargs."""
+        """Return the UNet's added_cond_kwargs."""
         return None
 
     def _latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The mean and standard deviation fp32 [1,C,1,1] of raw latents that the pipeline applies; None: none.
+        """Return the mean and standard deviation of raw latents that the pipeline applies, fp32 [1,C,1,1], or None.
 
-        As diffusers has it: SDXL's pipelines apply both or neither, those of SD1.5 none, and no pipeline of either
-        applies a shift_factor.
+        As in diffusers: SDXL's pipelines apply both or neither, SD1.5's apply neither, and none of them applies a
+        shift_factor. Raises BadInput for values that cannot be used.
         """
         config = self.pipeline.vae.config
         values = {name: config.get(name) for name in ("latents_mean", "latents_std")}
@@ -362,7 +365,7 @@ class Family(ABC):
             )
 
     def _make_schedule(self, prediction_type: str | None, zero_terminal_snr: str) -> NoiseSchedule:
-        """The schedule; the pipeline then samples and is saved with a scheduler that has it."""
+        """Return the schedule, and give the pipeline a scheduler that has it, for sampling and saving."""
         scheduler = self.pipeline.scheduler
         schedule = noise_schedule(
             scheduler.config,
@@ -378,14 +381,14 @@ class Family(ABC):
 
 
 def nonfinite_rows(latents: torch.Tensor) -> torch.Tensor:  # [N,...] -> bool [N]
-    """Which rows hold an infinity or a NaN; on the device of `latents`, without a synchronisation."""
+    """Return which rows hold an infinity or a NaN, on the device of `latents` and without a synchronisation."""
     return ~latents.isfinite().flatten(1).all(1)
 
 
 def nonfinite_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-    """The names of the `tensors` (name, value of any float dtype) that hold a NaN or an infinity.
+    """Return the names of the `tensors` (name, value of any float dtype) that hold a NaN or an infinity.
 
-    Waits for the device once.
+    Synchronises with the device once.
     """
     names, sums = zip(*((name, tensor.detach().sum(dtype=torch.float64)) for name, tensor in tensors), strict=True)
     return [name for name, finite in zip(names, torch.stack(sums).isfinite().tolist(), strict=True) if not finite]
@@ -398,10 +401,10 @@ def _trim_heap() -> None:
 
 
 def _float32_twin(module: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A module of the same class and config that holds `state` in fp32, sharing the tensors that are fp32 already."""
+    """Return a module of the same class and config with `state` in fp32, sharing tensors that are already fp32."""
     with torch.device("meta"):
         config = copy.deepcopy(module.config)
         twin = type(module).from_config(config) if isinstance(module, ConfigMixin) else type(module)(config)
-    weights = {name: tensor.detach().float().contiguous() for name, tensor in state.items()}  # a file's memory order
+    weights = {name: tensor.detach().float().contiguous() for name, tensor in state.items()}  # files are contiguous
     twin.load_state_dict(weights, assign=True)
     return twin

@@ -1,6 +1,6 @@
-"""What cached latents, embeddings and reference errors depend on, as plain values, and short names of weights.
+"""Cache keys: everything that cached latents, embeddings and reference errors depend on, as plain values.
 
-Equal values mean equal encodings, up to rounding.
+Equal values mean equal encodings, up to rounding. Weights are represented by digests.
 """
 
 import hashlib
@@ -14,14 +14,14 @@ from torch import nn
 from dpo_fast.models.family import Family
 from dpo_fast.models.tokenizers import tokenizer_digest
 
-# A recipe holds the whole configuration of a component, but for what is known to change no value:
+# A recipe holds a component's complete configuration, except for settings that are known not to affect its outputs:
 _NOT_OF_OUTPUTS = frozenset(
     (
-        "sample_size",  # of the VAE and the UNet: the default resolution, which a run settles for itself
-        "force_upcast",  # of the VAE: chooses its dtype, which the recipe has
-        "initializer_factor",  # of text encoders: what untrained weights are drawn with
+        "sample_size",  # VAE and UNet: the default resolution; a run chooses its own
+        "force_upcast",  # VAE: decides its dtype, which is in the recipe
+        "initializer_factor",  # text encoders: how untrained weights are drawn
         "initializer_range",
-        # of all configurations of transformers: origin, names of classes, and what a call returns
+        # every configuration of transformers: origin, class names, and what a call returns
         "architectures",
         "chunk_size_feed_forward",
         "dtype",
@@ -37,12 +37,12 @@ _NOT_OF_OUTPUTS = frozenset(
         "transformers_version",
         "use_return_dict",
     )
-)  # and whatever begins with an underscore: _class_name (recipes have the module's own), _diffusers_version,
-# _name_or_path, and what the libraries note for themselves
+)  # and names that begin with an underscore: _class_name (recipes have the module's own), _diffusers_version,
+# _name_or_path, and the libraries' internal notes
 
 
 def latents_recipe_facts(family: Family) -> dict[str, Any]:
-    """Everything a cached latent depends on, except the image."""
+    """Return everything that a cached latent depends on, except the image."""
     vae = family.pipeline.vae
     return {
         "vae": weights_digest(vae),
@@ -53,7 +53,7 @@ def latents_recipe_facts(family: Family) -> dict[str, Any]:
 
 
 def text_recipe_facts(family: Family) -> dict[str, Any]:
-    """Everything a cached embedding depends on, except the caption."""
+    """Return everything that a cached embedding depends on, except the caption."""
     facts: dict[str, Any] = {"dtype": _precision(family.dtype, family.device), "value": f"{family.text_kind}, fp16"}
     for suffix in ("", "_2"):
         encoder = getattr(family.pipeline, f"text_encoder{suffix}", None)
@@ -65,14 +65,14 @@ def text_recipe_facts(family: Family) -> dict[str, Any]:
 
 
 def unet_digest(family: Family) -> str:
-    """A name for the UNet's weights in the dtype in which they are run. Call it before adapters are added."""
+    """Return a digest of the UNet's weights in the compute dtype. Call it before adapters are added."""
     return weights_digest(family.unet, family.dtype)
 
 
 def reference_recipe_facts(family: Family, weights: str | None = None) -> dict[str, Any]:
-    """Everything a reference error depends on, except latents, text and draws. Call it before adapters are added.
+    """Return everything that a reference error depends on, except latents, text and draws.
 
-    `weights` is the `unet_digest` where it is known.
+    Call it before adapters are added. `weights` is the `unet_digest`, if already known.
     """
     schedule, unet = family.schedule, family.unet
     zeros = bool(family.pipeline.config.get("force_zeros_for_empty_prompt", False))
@@ -90,7 +90,7 @@ def reference_recipe_facts(family: Family, weights: str | None = None) -> dict[s
 
 
 def weights_digest(module: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """A hash of all weights, cast to `dtype`, and of their names, the same on every device."""
+    """Return a hash of all weights (cast to `dtype`, if given) and their names, the same on every device."""
     whole = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(module.state_dict().items()):
         flat = tensor.detach().to(dtype or tensor.dtype).cpu().contiguous().reshape(-1)
@@ -100,9 +100,9 @@ def weights_digest(module: nn.Module, dtype: torch.dtype | None = None) -> str:
 
 
 def _configuration(module: nn.Module) -> dict[str, Any]:
-    """All settings of a model that may change what it gives, as JSON has them, by name, and its class.
+    """Return a model's class and all its settings that may affect its outputs, as JSON values sorted by name.
 
-    A setting that a version of the library adds changes the recipe, since its default is a part of what is computed.
+    A setting that a new library version adds changes the recipe, since its default is part of the computation.
     """
     config = module.config
     settings = dict(config) if isinstance(config, Mapping) else config.to_dict()
@@ -117,7 +117,7 @@ def _digest(data: bytes) -> str:
 
 
 def _precision(dtype: torch.dtype, device: torch.device) -> str:
-    """A dtype in words; fp32 on a GPU may be TF32."""
+    """Return the name of a dtype, or "tf32" for fp32 on a GPU where TF32 is allowed."""
     if dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
         return "tf32"
     return str(dtype).removeprefix("torch.")

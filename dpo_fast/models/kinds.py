@@ -1,4 +1,4 @@
-"""Which family a model is of, told by its own files: a hub id, a diffusers folder or a single .safetensors file."""
+"""Find a model's family from its own files: a hub id, a diffusers folder or a single .safetensors file."""
 
 from pathlib import Path
 
@@ -26,12 +26,15 @@ from dpo_fast.models.sdxl import SDXL
 from dpo_fast.models.untrusted import INDEX, check_pipeline, read_index
 from dpo_fast.schedule import check_discrete
 
-# By the name of the pipeline class, which model_index.json holds.
+# Keyed by the name of the pipeline class, as in model_index.json.
 FAMILIES: dict[str, type[Family]] = {kind.pipeline_class.__name__: kind for kind in (SD15, SDXL)}
 
 
 def kind_of(path: str, turbo: bool, hub: dict) -> type[Family]:
-    """The family, or the one that its few-step models are made from."""
+    """Return the family of the model at `path`; with `turbo`, the family that its few-step models are made from.
+
+    Raises BadInput for a model of no supported family, and for `turbo` with a family that has no few-step models.
+    """
     if path.endswith(".safetensors"):
         kind = kind_of_file(path)
     else:
@@ -43,9 +46,9 @@ def kind_of(path: str, turbo: bool, hub: dict) -> type[Family]:
 
 
 def kind_of_folder(path: str, hub: dict) -> type[Family]:
-    """The family by the pipeline class that model_index.json names; of a hub id only that file is fetched.
+    """Return the family by the pipeline class in model_index.json, the only file that is fetched for a hub id.
 
-    Raises BadInput for a pipeline whose files name code, as far as they are on this disk.
+    Raises BadInput for an unsupported class, and for a local pipeline whose files name code.
     """
     class_name = index(path, hub)["_class_name"]
     if class_name not in FAMILIES:
@@ -56,7 +59,7 @@ def kind_of_folder(path: str, hub: dict) -> type[Family]:
 
 
 def index(path: str, hub: dict) -> dict[str, object]:
-    """The model_index.json of a folder or hub id, whose parts are of known classes."""
+    """Read the model_index.json of a folder or hub id. Raises BadInput if it is missing or names unknown classes."""
     index = Path(path, INDEX)
     if not exists(index) or not index.is_file():
         if exists(Path(path)) and Path(path).is_dir():
@@ -86,7 +89,10 @@ def _index_from_hub(path: str, hub: dict) -> str:
 
 
 def kind_of_file(path: str) -> type[Family]:
-    """SD15 or SDXL, by the tensors named in the header of a .safetensors file."""
+    """Return SD15 or SDXL, judging by the tensors in the header of a .safetensors file.
+
+    Raises BadInput for a missing file and for anything but a complete base model of these.
+    """
     if not exists(Path(path)) or not Path(path).is_file():
         raise BadInput(f"{path} is no file: check the path")
     names, _ = header(path)
@@ -113,7 +119,7 @@ def kind_of_file(path: str) -> type[Family]:
 
 
 def header(path: str) -> tuple[list[str], dict[str, str]]:
-    """The names of the tensors in a .safetensors file, and its metadata."""
+    """Return the tensor names and the metadata of a .safetensors file. Raises BadInput if it cannot be read."""
     with bad_input(f"{path} cannot be loaded", "copy it again"), safe_open(path, framework="pt") as file:
         return list(file.keys()), file.metadata() or {}
 
@@ -123,7 +129,7 @@ def is_sd2(names: list[str]) -> bool:
 
 
 def check_scheduler(path: str, hub: dict) -> dict:
-    """The config of the scheduler of a folder or hub id; empty where it cannot be read, of which loading says more.
+    """Return the scheduler config of a folder or hub id; empty if it cannot be read, which loading will report.
 
     Raises BadInput for a scheduler of another kind of training, before any weights are fetched or read.
     """

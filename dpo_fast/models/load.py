@@ -1,6 +1,6 @@
-"""From a name on the command line to a Family: a hub id, a diffusers folder or a single .safetensors file.
+"""Load a Family from a hub id, a diffusers folder or a single .safetensors file.
 
-The family is what the pipeline's own files say, never a part of the path. Only safetensors are loaded.
+The pipeline's own files decide which family it is, never its path. Only safetensors are loaded.
 """
 
 import re
@@ -42,7 +42,7 @@ from dpo_fast.models.untrusted import check_part, check_pipeline, check_weights
 from dpo_fast.quiet import no_loading_bars
 
 _PICKLED = "check its files; pickled weights are not loaded, convert them with save_pretrained(folder)"
-# What diffusers would fetch of a VAE's repository.
+# The files that diffusers would fetch from a VAE's repository.
 _WEIGHTS = "diffusion_pytorch_model"
 _FILES_OF_VAE = [
     f"{folder}{name}"
@@ -54,11 +54,11 @@ _FILES_OF_VAE = [
         f"{_WEIGHTS}-*.safetensors",
     )
 ]
-ALIGNMENT = 64  # bytes: of what PyTorch allocates on a CPU
+ALIGNMENT = 64  # bytes: PyTorch aligns its CPU allocations to this
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 _OF_VARIANT = re.compile(r"\.([A-Za-z]\w*)(-\d+-of-\d+)?\.safetensors$")  # model.fp16.safetensors
-# diffusers' converter to single files leaves this matrix under the name that transformers has for it, not transposed as
-# the original's `text_projection` is, and diffusers' loader does not look for it.
+# diffusers' converter to single files leaves this matrix under its transformers name, not transposed like the original
+# `text_projection`, and diffusers' loader does not look for it.
 _CONVERTERS_PROJECTION = "conditioner.embedders.1.model.text_projection.weight"
 _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"  # the argument's name
 
@@ -70,26 +70,27 @@ def load_family(
     device: torch.device | str,
     unet_dtype: torch.dtype | None = None,
 ) -> Family:
-    """Load a model with every component on `device`, frozen and in eval mode; `source.adapter` is not put on.
+    """Load a model with every component on `device`, frozen and in eval mode; `source.adapter` is not applied.
 
-    source.path: a hub id, a folder with model_index.json, or a .safetensors file of a whole Stable Diffusion or SDXL
+    source.path: a hub id, a folder with model_index.json, or a .safetensors file of a complete Stable Diffusion or SDXL
     model. source.turbo: treat an SDXL pipeline as SDXL-Turbo; nothing in the files tells the two apart.
-    dtype: of the computation; text encoders are held in it, the VAE only if its config says force_upcast is false
-    (else in fp32: SDXL's VAE overflows in fp16).
-    unet_dtype: the dtype the UNet is held in at first (fp32 where masters are to be copied from it); None: `dtype`.
-    source.prediction_type: "epsilon" or "v_prediction"; None: what the marks of a single file say
+    dtype: the compute dtype. Text encoders are held in it, the VAE only if its config says force_upcast is false (else
+    in fp32: SDXL's VAE overflows in fp16).
+    unet_dtype: the UNet's initial dtype (fp32 if master weights will be copied from it); None: `dtype`.
+    source.prediction_type: "epsilon" or "v_prediction"; None: as the marks of a single file say
     (`dpo_fast.models.marks`), else the scheduler's config.
     source.zero_terminal_snr: "on", "off", or "auto": on for Turbo and where a mark or the scheduler's config says so.
-    source.single_file_config: a hub id or folder with the pipeline's configuration, for a single file; None: the hub's.
+    source.single_file_config: for a single file, a hub id or folder with the pipeline's configuration; None: the
+    family's usual one from the hub.
 
-    Raises BadInput, in one line, for whatever cannot be found, read or trained.
+    Raises BadInput, with a one-line message, for anything that cannot be found, read or trained.
     """
     path, unet_dtype, hub = source.path, unet_dtype or dtype, source.hub()
     if path.endswith(_PICKLES):
         raise BadInput(f"{path} is a pickle, which could run code: convert it to .safetensors or to a diffusers folder")
     kind, marks = kind_of(path, source.turbo, hub), Marks()
     prediction_type, vae_path = source.prediction_type, source.vae_path
-    elsewhere = {"cache_dir": source.cache_dir, "token": source.token}  # of other repositories than the model's
+    elsewhere = {"cache_dir": source.cache_dir, "token": source.token}  # for repositories other than the model's
     if path.endswith(".safetensors"):
         named = source.single_file_config
         config = None if named is None else _config_folder(named, hub)
@@ -125,19 +126,19 @@ def load_family(
 
 
 def revisions(source: ModelSource) -> dict[str, str]:
-    """Repository, folder or file, by its `public_name` -> its `revision_of`, of all that a model is read from."""
+    """Map the `public_name` of each repository, folder or file that a model is read from to its `revision_of`."""
     found = {source.path: revision_of(source.path, revision=source.revision, cache_dir=source.cache_dir)}
     for place in filter(None, (source.vae_path, source.merged, source.adapter, source.single_file_config)):
-        lora = Path(place, WEIGHT_NAME)  # in an output folder, which holds more
+        lora = Path(place, WEIGHT_NAME)  # an output folder holds other files too
         found[place] = revision_of(lora if lora.is_file() else place, cache_dir=source.cache_dir)
     return public_names(found.items())
 
 
 def align_weights(pipeline: DiffusionPipeline) -> None:
-    """Move misaligned weights in a CPU's memory to where PyTorch would have put them.
+    """Copy misaligned CPU weights to memory that is aligned as PyTorch's own allocations are.
 
-    A library leaves them where it read them, at an address that differs from process to process, and the last bit of a
-    product depends on that.
+    Libraries leave weights where they read them, at addresses that differ between processes, and the last bit of a
+    matrix product depends on the alignment.
     """
     for module in pipeline.components.values():
         for tensor in (*module.parameters(), *module.buffers()) if isinstance(module, nn.Module) else ():
@@ -146,13 +147,13 @@ def align_weights(pipeline: DiffusionPipeline) -> None:
 
 
 def family_of(source: ModelSource) -> type[Family]:
-    """The class that `load_family` would give an instance of, without loading any weights; the same errors."""
+    """Return the class that `load_family` would instantiate, without loading any weights. Raises BadInput likewise."""
     kind = kind_of(source.path, source.turbo, source.hub())
     return kind.few_steps if source.turbo else kind
 
 
 def component_config(source: ModelSource, component: str) -> dict:
-    """The configuration of one component (its subfolder's name, such as "unet"), without loading any weights.
+    """Return the configuration of a component (its subfolder's name, such as "unet"), without loading any weights.
 
     Raises BadInput as `load_family` does.
     """
@@ -166,9 +167,9 @@ def component_config(source: ModelSource, component: str) -> dict:
 
 
 def _config_source(path: str, single_file_config: str | Path | None) -> str:
-    """The hub id or folder whose configuration a single file is read with.
+    """Return the hub id or folder that provides the configuration for a single file.
 
-    Raises BadInput for SD 2.x without one: epsilon (2-base) and v-prediction (768-v) have the same tensors.
+    Raises BadInput for SD 2.x if none is given: epsilon (2-base) and v-prediction (768-v) have the same tensors.
     """
     if single_file_config is not None:
         return str(single_file_config)
@@ -182,9 +183,9 @@ def _config_source(path: str, single_file_config: str | Path | None) -> str:
 
 
 def _config_folder(path: str, hub: dict) -> str:
-    """The folder, on this disk, with the configuration of the pipeline at `path`; it names no code.
+    """Return a local folder with the configuration of the pipeline at `path`, fetched if `path` is a hub id.
 
-    Raises BadInput for one that cannot be found, and for one whose files name code.
+    Raises BadInput if it cannot be found or fetched, or if its files name code.
     """
     hub = {**hub, "revision": None}
     kind_of_folder(path, hub)
@@ -196,10 +197,10 @@ def _config_folder(path: str, hub: dict) -> str:
 
 
 def _check_sd2(path: str, scheduler: dict) -> None:
-    """Raise BadInput where the weights of an SD 2.x file contradict the scheduler that it is read with.
+    """Raise BadInput if the weights of an SD 2.x file contradict the scheduler config that it is read with.
 
-    Finetuning to v-prediction at 768 pixels left the biases of the last norms wider apart than 2-base has them, 0.09
-    and more: that is how ComfyUI tells the two apart.
+    Finetuning to v-prediction at 768 pixels spread the biases of the last norms further than in 2-base, to a standard
+    deviation of 0.09 and more. ComfyUI tells the two apart in the same way.
     """
     names, name = header(path)[0], "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
     if not is_sd2(names) or name not in names or not scheduler:
@@ -221,11 +222,11 @@ def _load_folder(
     unet_dtype: torch.dtype,
     variant: str | None,
     hub: dict,
-    own_vae: bool,  # it is the one that will be used
+    own_vae: bool,  # whether the folder's own VAE will be used
 ) -> DiffusionPipeline:
     with bad_input(f"{path} cannot be loaded", _advice(Path(path), variant)):
         regular_files(Path(path))
-        if not Path(path).is_dir():  # first, so that downloads keep their progress bars
+        if not Path(path).is_dir():  # outside no_loading_bars: downloads show their progress
             path = DiffusionPipeline.download(path, variant=variant, use_safetensors=True, **hub)
         check_pipeline(Path(path), weights=True)
         if own_vae:
@@ -241,9 +242,9 @@ def _load_folder(
 
 
 def _check_names(folder: Path, text_encoder: nn.Module | None) -> None:
-    """Raise BadInput for a text encoder that transformers 5.6 or newer saved where an older one has loaded it.
+    """Raise BadInput if the text encoder was saved by transformers 5.6 or newer but loaded by an older version.
 
-    The older one knows none of its tensors' names, and leaves the weights random without an error.
+    The older version knows none of the tensor names and silently leaves the weights random.
     """
     prefix, names = "text_model.", []
     if not hasattr(text_encoder, "text_model"):
@@ -258,7 +259,7 @@ def _check_names(folder: Path, text_encoder: nn.Module | None) -> None:
 
 
 def _advice(folder: Path, variant: str | None) -> str:
-    """What to do about a folder that cannot be loaded."""
+    """Return what to do about a folder that cannot be loaded."""
     there = _variants(folder)
     if variant is None and there:
         return f"if its weights are of a variant only, add --variant {' or '.join(there)}; {_PICKLED}"
@@ -268,13 +269,13 @@ def _advice(folder: Path, variant: str | None) -> str:
 
 
 def _variants(folder: Path) -> list[str]:
-    """The variants (fp16 of model.fp16.safetensors) whose weights are in a folder and the folders in it."""
+    """Return the variants (such as fp16 for model.fp16.safetensors) of the weights in a folder and its subfolders."""
     names = (file.name for file in (*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")))
     return sorted({match[1] for name in names if (match := _OF_VARIANT.search(name))})
 
 
 def _check_complete(path: str, pipeline: DiffusionPipeline) -> None:
-    """Raise BadInput where a library left weights without values, for it did not find them."""
+    """Raise BadInput if a library left weights on the meta device because it did not find their values."""
     for name, module in pipeline.components.items():
         named = (*module.named_parameters(), *module.named_buffers()) if isinstance(module, nn.Module) else ()
         missing = [tensor_name for tensor_name, tensor in named if tensor.is_meta]
@@ -290,7 +291,7 @@ def _load_file(
 ) -> DiffusionPipeline:
     advice = "name the folder or hub id of a pipeline with this architecture as single_file_config"
     with bad_input(f"{path} cannot be loaded", advice), no_loading_bars():
-        # from_single_file knows one dtype only, so what differs is loaded on its own
+        # from_single_file takes one dtype only, so components with another are loaded separately
         vae = AutoencoderKL.from_single_file(path, subfolder="vae", **{_DTYPE: torch.float32}, **where)
         unet = UNet2DConditionModel.from_single_file(path, subfolder="unet", **{_DTYPE: unet_dtype}, **where)
         pipeline = kind.pipeline_class.from_single_file(
@@ -306,7 +307,7 @@ def _load_file(
 
 
 def _check_vae(config: dict) -> None:
-    """Raise BadInput for the config of a VAE of another class, of which diffusers would fill in what fits."""
+    """Raise BadInput for a VAE config of another class, from which diffusers would load whatever fits."""
     name = config.get("_class_name", "AutoencoderKL")
     if name != "AutoencoderKL":
         raise BadInput(
@@ -316,16 +317,16 @@ def _check_vae(config: dict) -> None:
 
 
 def _load_vae(path: str, replaced: AutoencoderKL, hub: dict) -> AutoencoderKL:
-    """The VAE at `path` in fp32; a single file is read with the configuration of the VAE that it replaces."""
+    """Load the VAE at `path` in fp32; a single file is read with the configuration of the VAE that it replaces."""
     with bad_input(f"{path} cannot be loaded as a VAE", _PICKLED), no_loading_bars():
         regular_files(Path(path))
         if path.endswith(".safetensors"):
-            with tempfile.TemporaryDirectory() as config:  # diffusers' own guess has the scaling factor of SD1.5
+            with tempfile.TemporaryDirectory() as config:  # diffusers would guess SD1.5's scaling factor
                 replaced.save_config(config)
                 return AutoencoderKL.from_single_file(path, config=config, **{_DTYPE: torch.float32})
         if not (exists(Path(path)) and Path(path).is_dir()):
             path = snapshot_download(path, allow_patterns=_FILES_OF_VAE, **hub)
-        folder = Path(path, "vae") if Path(path, "vae").is_dir() else Path(path)  # of a whole pipeline
+        folder = Path(path, "vae") if Path(path, "vae").is_dir() else Path(path)  # of a pipeline, or a VAE alone
         check_part(folder, "vae")
         check_weights(folder)
         _check_vae(AutoencoderKL.load_config(folder))

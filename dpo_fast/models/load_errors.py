@@ -1,4 +1,4 @@
-"""What the libraries raise for files they cannot use, in one line for the user."""
+"""Turn what the libraries raise for files that they cannot use into one line for the user."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +24,9 @@ _FAULTS = (
 
 @contextmanager
 def bad_input(what: str, advice: str) -> Iterator[None]:
-    """Within the block, a library's error becomes BadInput: `what`, its message in one line, `advice`.
+    """Turn a library's error within the block into BadInput: `what`, its message in one line, `advice`.
 
-    Not an exhausted GPU: the file is not to blame.
+    torch.OutOfMemoryError passes through unchanged, since the file is not to blame.
     """
     try:
         yield

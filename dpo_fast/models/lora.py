@@ -22,7 +22,7 @@ DEFAULT_TARGETS = TrainConfig.lora_targets  # the attention projections
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 _ADAPTER = "default"
 _PATTERNS = ("rank_pattern", "alpha_pattern")  # empty, but diffusers 0.39 fails without them
-_METADATA = ("r", "lora_alpha", "target_modules", *_PATTERNS)  # what a file says of its adapter, in peft's words
+_METADATA = ("r", "lora_alpha", "target_modules", *_PATTERNS)  # a file's adapter metadata, under peft's names
 
 
 @torch.no_grad()
@@ -30,14 +30,15 @@ def add_lora(
     unet: UNet2DConditionModel,
     rank: int,
     alpha: float,
-    targets: Sequence[str] = DEFAULT_TARGETS,  # ends of module names
+    targets: Sequence[str] = DEFAULT_TARGETS,  # suffixes of module names
     *,
     seed: int = 0,
 ) -> None:
-    """Put W + (alpha / rank) B A in the place of every W that `targets` names; only A and B then require gradients.
+    """Replace every weight W that `targets` names with W + (alpha / rank) B A; only A and B then require gradients.
 
     A ~ N(0, 1/rank^2) from `seed`, the same on every device; B = 0. Both are fp32 whatever the UNet's dtype, so that
-    masters copied from them are exact. Raises BadInput for a target that names no module.
+    master weights copied from them are exact. Raises BadInput for a target that names no module or that peft cannot
+    adapt.
     """
     names = [name for name, _ in unet.named_modules()]
     for target in targets:
@@ -53,14 +54,14 @@ def add_lora(
         layer.lora_B[_ADAPTER].float()
         a = layer.lora_A[_ADAPTER].weight
         a.copy_(torch.randn(a.shape, generator=generator) / rank)
-    unet.to(memory_format=torch.channels_last)  # adapters of convolutions too
+    unet.to(memory_format=torch.channels_last)  # including the convolutions' adapters
 
 
 class AdapterSwitch:
     """Switches the adapters of `unet` off and on again, and nothing else.
 
-    diffusers' disable_adapters() also flips requires_grad, which breaks FSDP2. An adapter that is off is not run: what
-    it would add at scale 0 is an exact zero, and costs two products for every layer that has one.
+    diffusers' disable_adapters() also flips requires_grad, which breaks FSDP2. An adapter that is off does not run at
+    all: at scale 0 it would add an exact zero, at the cost of two matrix products per layer.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -68,10 +69,10 @@ class AdapterSwitch:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Within the block the UNet is the one before `add_lora`.
+        """Make the UNet compute as it did before `add_lora` within the block.
 
-        Run the reference before the policy's forward, not between forward and backward: a checkpointed block runs its
-        forward again in the backward pass.
+        Run the reference before the policy's forward pass, not between its forward and backward: a checkpointed block
+        reruns its forward in the backward pass.
         """
         self._switch(True)
         try:
@@ -87,8 +88,8 @@ class AdapterSwitch:
 def save_lora(family: Family, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
     """Write `state` (parameter name in the UNet -> fp32 tensor) for `pipeline.load_lora_weights(folder)`.
 
-    B is written as alpha / rank B, so that B A is the whole update to a reader of the tensors alone too, to whom alpha
-    is the rank; the file's adapter metadata says the same. The product is rounded to fp32 once, and not at all where
+    B is written as (alpha / rank) B, so that B A is the complete update even for a reader that ignores the metadata and
+    takes alpha to be the rank; the file's adapter metadata agrees. The product is rounded to fp32 once, and is exact if
     alpha / rank is a power of two.
     """
     config = family.unet.peft_config[_ADAPTER]
@@ -112,7 +113,7 @@ def save_lora(family: Family, folder: Path, state: Mapping[str, torch.Tensor]) -
 
 
 def _sort_metadata(file: Path) -> None:
-    """Put the metadata of a safetensors file in order: they are written in a random one, and equal LoRAs shall be equal
+    """Sort the metadata of a safetensors file in place: it is written in random order, but equal LoRAs should be equal
     files.
     """
     with file.open("r+b") as opened:
@@ -126,10 +127,10 @@ def _sort_metadata(file: Path) -> None:
 
 
 def check_adapter(file: Path) -> None:
-    """Raise BadInput for a LoRA file that says more of its adapter, or otherwise, than `save_lora` does.
+    """Raise BadInput for a LoRA file whose adapter metadata `save_lora` would not have written.
 
-    peft makes its configuration of it: some settings name modules that it imports, a text for target_modules is a
-    regular expression, and memory is taken for whatever rank is named.
+    peft builds its configuration from the metadata: some settings name modules that it imports, a string for
+    target_modules is a regular expression, and memory is allocated for whatever rank is named.
     """
     with bad_input(f"{file} cannot be loaded", "name the folder of a run"):
         with safe_open(regular_file(Path(file)), framework="pt") as opened:
@@ -155,7 +156,7 @@ def check_adapter(file: Path) -> None:
 
 
 def check_loaded(unet: nn.Module, file: Path) -> None:
-    """Raise BadInput where `unet`, into which diffusers loaded `file` (of `save_lora`), lacks some of its layers."""
+    """Raise BadInput if `unet`, into which diffusers loaded a `save_lora` file, is missing some of its layers."""
     with safe_open(file, framework="pt") as opened:
         layers = {name.removeprefix("unet.").split(".lora_")[0] for name in opened.keys()}
     missing = sorted(layers - {name for name, module in unet.named_modules() if isinstance(module, LoraLayer)})

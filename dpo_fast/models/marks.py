@@ -2,8 +2,9 @@
 
 A single file has no scheduler, so finetunes of SD and SDXL carry marks that ComfyUI, A1111 and Forge read: the keys
 `v_pred` and `ztsnr` (NoobAI-XL; often empty tensors), `edm_mean` and `edm_std` (Playground v2.5), `edm_vpred.sigma_max`
-(CosXL), and in the header's metadata `modelspec.prediction_type` (epsilon or v) and `modelspec.architecture`. A folder
-says it in its scheduler's config. A flag wins over a mark, and a mark over the config that a single file is read with.
+(CosXL), and in the header's metadata `modelspec.prediction_type` (epsilon or v) and `modelspec.architecture`. In a
+folder, the scheduler's config takes their place. A flag overrides a mark, and a mark overrides the config that a single
+file is read with.
 """
 
 import logging
@@ -28,16 +29,16 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Marks:
-    """What the files declare and which key declares it; None if they do not."""
+    """What the files declare, and the key that declares it; None where they declare nothing."""
 
-    prediction_type: str | None = None  # "epsilon", "v_prediction"; of a scheduler, any other too
+    prediction_type: str | None = None  # "epsilon" or "v_prediction"; a scheduler may have others
     prediction_type_by: str = ""
     zero_terminal_snr: bool | None = None
     zero_terminal_snr_by: str = ""
 
 
 def refuse_edm(path: str, names: Collection[str]) -> None:
-    """Raise BadInput for a single file whose tensor `names` mark it as trained with EDM."""
+    """Raise BadInput if the tensor `names` of a single file mark it as trained with EDM."""
     for key, model in _EDM.items():
         if key in names:
             raise BadInput(
@@ -47,10 +48,10 @@ def refuse_edm(path: str, names: Collection[str]) -> None:
 
 
 def marks_of_file(path: str, names: Collection[str], metadata: Mapping[str, str], prediction_type: str | None) -> Marks:
-    """The marks among the tensor names and the metadata of a single file.
+    """Return the marks in the tensor names and metadata of a single file.
 
-    Raises BadInput for a prediction type that cannot be trained, and for marks that contradict each other, where no
-    flag `prediction_type` decides.
+    Raises BadInput for a prediction type that cannot be trained and for contradictory marks, unless the flag
+    `prediction_type` is given, which decides.
     """
     says: dict[str, list[str]] = {}  # prediction type -> what says so
     if "v_pred" in names:
@@ -75,7 +76,7 @@ def marks_of_file(path: str, names: Collection[str], metadata: Mapping[str, str]
 
 
 def marks_of_scheduler(config: Mapping) -> Marks:
-    """What the config of a pipeline's scheduler says."""
+    """Return the marks in the config of a pipeline's scheduler."""
     return Marks(
         config.get("prediction_type", "epsilon"),
         "scheduler's prediction_type",
@@ -87,10 +88,10 @@ def marks_of_scheduler(config: Mapping) -> Marks:
 def reconcile(
     path: str, marks: Marks, scheduler: Marks, prediction_type: str | None, zero_terminal_snr: str
 ) -> tuple[str | None, str]:
-    """The flags `prediction_type` and `zero_terminal_snr` with the marks filled in where a flag leaves it open.
+    """Return the flags `prediction_type` and `zero_terminal_snr`, with the marks filled in where a flag is not set.
 
-    What is not plain epsilon-prediction is logged in one line, with what says so, and so is a flag against a mark.
-    scheduler: the marks of the pipeline's scheduler, which hold where those of the file say nothing.
+    Anything but plain epsilon-prediction is logged in one line, with the key that declares it, and so is a flag that
+    contradicts a mark. scheduler: the marks of the pipeline's scheduler, which apply where the file has none.
     """
     said = []
     model = marks if marks.prediction_type is not None else scheduler

@@ -1,9 +1,9 @@
-"""Merging a LoRA file into a pipeline's weights: all of it, or none.
+"""Merge a LoRA file into a pipeline's weights: all of it or none.
 
 A file holds pairs of low-rank matrices for layers of the UNet and of the text encoders, under the names of peft
 (`unet.....to_q.lora_A.weight`), of older diffusers (`.lora.down.weight`, `.processor.to_q_lora.down.weight`,
 `.lora_linear_layer.down.weight`) or of kohya's scripts (`lora_unet_..._to_q.lora_down.weight`, and `.alpha`). diffusers
-turns the names into those of layers; a loader of diffusers or peft drops in silence what it knows no layer for.
+translates them to layer names; the loaders of diffusers and peft silently drop tensors for layers they do not know.
 """
 
 import math
@@ -27,7 +27,7 @@ from dpo_fast.models.load_errors import bad_input
 from dpo_fast.models.lora import WEIGHT_NAME
 
 _COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-# The part of a name after that of the layer, for each format: A, B.
+# What follows the layer's name in the names of A and B, for each format.
 _PAIRS = (
     (".lora_A.weight", ".lora_B.weight"),
     (".lora_down.weight", ".lora_up.weight"),
@@ -37,22 +37,23 @@ _PAIRS = (
 )
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")  # peft's DoRA
 _ALPHA = ".alpha"
-# Regular expressions come from the file: one with several repetitions can take longer than any run.
+# Keys of alpha_pattern that are accepted: they are regular expressions from the file, and one with several repetitions
+# could take practically forever.
 _PATTERN = re.compile(r"(?:[\w.^$-]|\\[.d-])*(?:[*+]\??(?:[\w.^$-]|\\[.d-])*)?")
 _SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True)
 class _Update:
-    """What a file holds for one layer: W + scale B A, or DoRA, magnitude (W + scale B A) / |W + scale B A|."""
+    """A file's update of one layer: W + scale B A or, for DoRA, magnitude (W + scale B A) / |W + scale B A|."""
 
     a: torch.Tensor  # [r, in] or [r, in, h, w]
     b: torch.Tensor  # [out, r] or [out, r, 1, 1]
     scale: float
-    magnitude: torch.Tensor | None = None  # of `out` elements; norms are of the rows of W
+    magnitude: torch.Tensor | None = None  # `out` elements; norms are taken over the rows of W
 
     def fault(self, weight: torch.Tensor) -> str | None:
-        """Why it cannot be applied to `weight`; None: it can."""
+        """Return why the update cannot be applied to `weight`, or None if it can."""
         rank, rows, columns = len(self.a), len(weight), weight[0].numel()
         if self.a[0].numel() != columns or self.b.numel() != rows * rank or len(self.b) != rows:
             return f"A {[*self.a.shape]} and B {[*self.b.shape]} do not match its weight {[*weight.shape]}"
@@ -64,7 +65,7 @@ class _Update:
         return None
 
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        """The new weight for the fp32 `weight`, in fp32."""
+        """Return the updated weight, in fp32, for the fp32 `weight`."""
         a, b = (tensor.to(weight.device, torch.float32) for tensor in (self.a, self.b))
         if weight.ndim == 4 and weight.shape[2:] != (1, 1):
             kernel = a.view(len(a), *weight.shape[1:]).transpose(0, 1)
@@ -85,12 +86,12 @@ def merge_lora(
 ) -> None:
     """Add the LoRA at `path` (a .safetensors file, a folder with one, or a hub id) to the weights of the pipeline.
 
-    The sum is made in fp32 and rounded to each component's dtype once; no adapter stays behind. A LoRA that also has
-    text-encoder weights is merged there too. A layer without an alpha has one equal to its rank.
+    The sum is computed in fp32 and rounded once to each component's dtype; no adapter remains. A LoRA's text-encoder
+    weights are merged too. A layer without an alpha has one equal to its rank.
 
-    Raises BadInput, and changes nothing, for a file that is not a LoRA of this UNet, and for one that cannot be applied
-    whole: with layers that the model lacks or of other shapes, or with tensors of another kind (LoHa, LoKr, Tucker's
-    middle matrix, kohya's DoRA scales, norms, biases).
+    Raises BadInput, and changes nothing, for a file that is not a LoRA of this UNet or that cannot be applied
+    completely: layers that the model does not have, other shapes, non-finite values, or tensors of another kind (LoHa,
+    LoKr, Tucker's middle matrix, kohya's DoRA scales, norms, biases).
     """
     path = str(path)
     with bad_input(f"{path} cannot be merged", f"name a LoRA of a {type(pipeline).__name__}"):
@@ -123,7 +124,7 @@ def merge_lora(
 def _updates(
     state: Mapping[str, torch.Tensor], metadata: Mapping, pipeline: DiffusionPipeline, layers: Mapping[str, Mapping]
 ) -> tuple[dict[tuple[str, str], _Update], list[str]]:
-    """(component, layer) -> its update; and the names of the tensors that are in none."""
+    """Return (component, layer) -> update, and the names of the tensors that belong to no update."""
     updates, used = {}, set()
     for name, (component, layer) in _places(state, pipeline).items():
         stem, end_b = next((name.removesuffix(a), b) for a, b in _PAIRS if name.endswith(a))
@@ -142,9 +143,10 @@ def _updates(
 
 
 def _places(state: Mapping[str, torch.Tensor], pipeline: DiffusionPipeline) -> dict[str, tuple[str, str]]:
-    """Name of an A -> component and layer, as diffusers translates it; names that it does not translate are left out.
+    """Map the name of each A to its component and layer, as diffusers translates it; untranslated names are left out.
 
-    Its functions rename tensors and drop some, so tensors of one element, which count up, say which became which.
+    diffusers' functions rename tensors and drop some, so they are given one-element tensors that hold a running number,
+    which shows which name became which.
     """
     names = [name for name in state if name.endswith(tuple(ends[0] for ends in _PAIRS))]
     kohya = [name for name in names if name.startswith(("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_"))]
@@ -171,7 +173,7 @@ def _places(state: Mapping[str, torch.Tensor], pipeline: DiffusionPipeline) -> d
 
 
 def _peft_names(part: dict[str, torch.Tensor], component: str, module: nn.Module | None) -> dict[str, torch.Tensor]:
-    """The tensors of one component under peft's names, `layer.lora_A.weight`."""
+    """Return the tensors of one component under peft's names, `layer.lora_A.weight`."""
     if not part:
         return {}
     if component == "unet":
@@ -185,7 +187,10 @@ def _peft_names(part: dict[str, torch.Tensor], component: str, module: nn.Module
 
 
 def _scale(metadata: Mapping, component: str, layer: str, rank: int) -> float:
-    """alpha / rank of a layer whose alpha no tensor holds: from the adapter's metadata as peft reads it, else 1."""
+    """Return the scale of a layer without an alpha tensor: from the adapter's metadata, as peft reads it, else 1.
+
+    It is alpha / rank or, for rsLoRA, alpha / sqrt(rank).
+    """
     settings = {
         name.removeprefix(f"{component}."): value
         for name, value in metadata.items()
@@ -205,14 +210,14 @@ def _scale(metadata: Mapping, component: str, layer: str, rank: int) -> float:
 
 
 def _layers(pipeline: DiffusionPipeline, component: str) -> dict[str, nn.Module]:
-    """Name -> module, of the component's linear layers and convolutions."""
+    """Return name -> module for the component's linear layers and convolutions."""
     module = getattr(pipeline, component, None)
     parts = [] if module is None else module.named_modules()
     return {name: part for name, part in parts if isinstance(part, (nn.Linear, nn.Conv2d))}
 
 
 def _lora_file(path: str, cache_dir: str | None, token: str | None) -> Path:
-    """The file that `path` names, fetched if it is a hub id."""
+    """Return the file that `path` names, fetched if it is a hub id."""
     local = Path(path)
     if local.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise BadInput(f"{path} is a pickle, which could run code: convert it to .safetensors")
@@ -226,7 +231,7 @@ def _lora_file(path: str, cache_dir: str | None, token: str | None) -> Path:
     hub = {"cache_dir": cache_dir, "token": token}
     try:
         return Path(hf_hub_download(path, WEIGHT_NAME, **hub))
-    except LocalEntryNotFoundError:  # offline; a child of the next
+    except LocalEntryNotFoundError:  # offline; a subclass of EntryNotFoundError
         raise
     except EntryNotFoundError:
         files = sorted(name for name in HfApi(token=token).list_repo_files(path) if name.endswith(".safetensors"))
@@ -234,7 +239,7 @@ def _lora_file(path: str, cache_dir: str | None, token: str | None) -> Path:
 
 
 def _only(path: str, files: list[str]) -> str:
-    """The one file of `files` that is a LoRA."""
+    """Return the LoRA file among `files`. Raises BadInput if it is not clear which one it is."""
     if WEIGHT_NAME in files:
         return WEIGHT_NAME
     if len(files) != 1:

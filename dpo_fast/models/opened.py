@@ -1,4 +1,4 @@
-"""Models to sample from: their usual settings, and one at a time in memory."""
+"""Models to sample from: fill in their usual settings, and hold one at a time in memory."""
 
 import hashlib
 import json
@@ -17,9 +17,9 @@ from dpo_fast.models.untrusted import read_index
 
 
 def settled(source: ModelSource) -> ModelSource:
-    """The same with steps, guidance and resolution filled in, from the model's configuration alone.
+    """Return `source` with steps, guidance and resolution filled in, from the model's configuration alone.
 
-    Raises BadInput for a model that does not exist and for a resolution that it cannot have.
+    Raises BadInput for a model that does not exist and for a resolution that it does not support.
     """
     family = family_of(source)
     sides = Sides.of(*(component_config(source, part) for part in ("unet", "vae")))
@@ -34,14 +34,14 @@ def settled(source: ModelSource) -> ModelSource:
 
 
 class OneAtATime:
-    """Loads models one after another and holds the last. A LoRA on the one that is held is only put on."""
+    """Loads models one after another and holds the last. An adapter on the held model is added without a reload."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._held: tuple[ModelSource, Family] | None = None
 
     def open(self, source: ModelSource) -> Family:
-        """The family of `source`, as users sample from it. Keep no reference to it when you open another."""
+        """Return the family of `source`, ready to sample from. Drop all references to it before opening another."""
         if self._held is not None and self._held[0] == source:
             return self._held[1]
         bare = replace(source, adapter=None)
@@ -66,7 +66,7 @@ class OneAtATime:
 
 
 def files_stamp(source: ModelSource) -> str:
-    """A digest of the sizes and times of the files that a model is read from; of the hub's, their names."""
+    """Return a digest of the sizes and modification times of a model's local files, and of its hub ids."""
     found: list[object] = []
     for place in filter(None, (source.path, source.vae_path, source.merged, source.adapter)):
         path = Path(place)
@@ -84,5 +84,5 @@ def files_stamp(source: ModelSource) -> str:
 
 
 def compute_dtype(source: ModelSource, device: torch.device) -> torch.dtype:
-    """What a model is sampled in: its compute dtype on a GPU, fp32 on a CPU."""
+    """Return the dtype to sample a model in: its compute dtype on a GPU, fp32 on a CPU."""
     return torch.float32 if device.type == "cpu" else COMPUTE_DTYPES[source.mixed_precision]

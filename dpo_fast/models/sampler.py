@@ -1,13 +1,14 @@
-"""The scheduler that a model is sampled with and saved with: it has the schedule that was trained.
+"""The scheduler that a model is sampled and saved with: it has the schedule that the model was trained with.
 
-Zero terminal SNR needs three things of a sampler (arXiv 2305.08891): the rescaled betas; a first step at the last
-timestep, which only the trailing spacing takes for every number of steps; and v-prediction, since the noise that
-epsilon-prediction finds in pure noise says nothing about the image. For epsilon-prediction the rescaled betas are kept,
-but the last timestep, which was not trained (`usable_timesteps`), is never visited: the spacing is leading. There x_0
-would be (x - eps) / 0 in DDIM, and in Euler, where diffusers puts sigma 4096, any error of eps times 4096.
+Zero terminal SNR requires three things of a sampler (arXiv 2305.08891): the rescaled betas; a first step at the last
+timestep, which only trailing spacing takes for every number of steps; and v-prediction, since the noise that
+epsilon-prediction finds in pure noise says nothing about the image. For epsilon-prediction the rescaled betas are kept
+but the spacing is leading, so that the last timestep, which was not trained (`usable_timesteps`), is never visited. At
+that timestep, x_0 would be (x - eps) / 0 in DDIM, and Euler, for which diffusers sets sigma to 4096 there, would
+multiply any error in eps by 4096.
 
-SDXL-Turbo keeps the scheduler that it was published with, whatever schedule it is trained at: its sampler starts at the
-last timestep, with a sigma of 14.6, in one of one to four steps, and predicts epsilon.
+SDXL-Turbo keeps the scheduler that it was published with, whatever schedule it is trained with: it samples in one to
+four steps, starting at the last timestep with a sigma of 14.6, and predicts epsilon.
 """
 
 import inspect
@@ -22,13 +23,13 @@ from dpo_fast.schedule import NoiseSchedule
 
 @dataclass(frozen=True)
 class Sampler:
-    """A scheduler class, and what its config says otherwise than the config of the scheduler that it replaces."""
+    """A scheduler class, and the settings in which its config differs from that of the scheduler it replaces."""
 
     kind: type[SchedulerMixin]
     changes: dict[str, Any]  # JSON values
 
     def of(self, scheduler: SchedulerMixin) -> SchedulerMixin:
-        """`scheduler` itself where nothing is changed, else a new one with the rest of its config."""
+        """Return `scheduler` itself if nothing changes, else a new one that keeps the rest of its config."""
         if self.kind is type(scheduler) and not self.changes:
             return scheduler
         return self.kind.from_config(scheduler.config, **self.changes)
@@ -38,15 +39,16 @@ class Sampler:
 
 
 def sampler_for(scheduler: SchedulerMixin, schedule: NoiseSchedule, *, turbo: bool) -> Sampler:
-    """What a model that was trained with `schedule` is sampled with, if `scheduler` is what it came with.
+    """Return the sampler of a model that came with `scheduler` and was trained with `schedule`.
 
-    A scheduler whose class has no zero terminal SNR (PNDM, Heun, LMS) gives way to DDIM.
+    If the schedule has zero terminal SNR, a scheduler class that does not support it (PNDM, Heun, LMS) is replaced by
+    DDIM.
     """
     kind, config, changes = type(scheduler), scheduler.config, {}
     if config.get("prediction_type", "epsilon") != schedule.prediction_type:
         changes["prediction_type"] = schedule.prediction_type
     epsilon = schedule.prediction_type == "epsilon"
-    heeds = "rescale_betas_zero_snr" in inspect.signature(kind.__init__).parameters  # others carry it along unread
+    heeds = "rescale_betas_zero_snr" in inspect.signature(kind.__init__).parameters  # others ignore it
     rescaled = heeds and bool(config.get("rescale_betas_zero_snr", False))
     if schedule.rescaled == rescaled or (turbo and epsilon):
         return Sampler(kind, changes)

@@ -1,4 +1,4 @@
-"""Sample images from the policy and from the base, and the picture that shows one above the other."""
+"""Sample images from the policy and from the base model, and keep the base's samples of a run."""
 
 import io
 import logging
@@ -24,23 +24,23 @@ logger = logging.getLogger(__name__)
 def sample(
     family: Family,
     prompts: list[str],
-    seeds: list[int],  # one a prompt: of its initial noise
+    seeds: list[int],  # one per prompt, for its initial noise
     *,
     resolution: int,
     steps: int | None = None,  # None: the family's usual
     guidance: float | None = None,  # guidance_scale of the pipeline; None: the family's usual
     batch_size: int = 1,
     describe: str | None = None,  # title of a progress bar; None: no bar
-    layouts: torch.Tensor | None = None,  # uint8 [N, 3, resolution, resolution]: where to start from; None: from noise
-    strength: float = 1.0,  # of the noise on a layout, in (0, 1]: the share of the steps that is taken
+    layouts: torch.Tensor | None = None,  # uint8 [N, 3, resolution, resolution]: images to start from; None: noise
+    strength: float = 1.0,  # of the noise on a layout, in (0, 1]: the fraction of the steps that are taken
 ) -> torch.Tensor:
-    """One image a prompt: uint8 [N, 3, resolution, resolution] on the CPU.
+    """Sample one image per prompt: uint8 [N, 3, resolution, resolution] on the CPU.
 
-    The pipeline's own UNet is used with the weights it holds now. An image depends on its prompt, seed and layout
-    alone, up to the rounding of another batch size.
+    The pipeline's own UNet is used with its present weights. An image depends only on its prompt, seed and layout, up
+    to rounding differences between batch sizes.
 
-    With layouts this is SDEdit (arXiv 2108.01073) as diffusers' image-to-image pipelines have it: of `steps` steps the
-    last int(steps * strength) are taken, at least one, from the layout with the noise of the first of these.
+    With layouts this is SDEdit (arXiv 2108.01073) as in diffusers' image-to-image pipelines: of `steps` steps only the
+    last int(steps * strength), which must be at least one, are taken, from the layout noised to the first of these.
     """
     family.pipeline.set_progress_bar_config(disable=True)
     images = []
@@ -66,7 +66,7 @@ def sample(
 
 
 def run_samples(family: Family, prompts: list[str], config: TrainConfig) -> list[Image.Image]:
-    """A run's sample of every prompt, from the weights the UNet holds now."""
+    """Sample every prompt with a run's settings and the UNet's present weights."""
     images = sample(
         family,
         prompts,
@@ -82,14 +82,14 @@ def base_samples(
     family: Family,
     prompts: list[str],
     config: TrainConfig,
-    base: str,  # a name for the base model's weights
+    base: str,  # identifies the base model's weights
     *,
     again: bool = False,
 ) -> list[Image.Image]:
-    """A run's samples of the base model, kept in samples/base-N.png.
+    """Return a run's samples of the base model, kept in samples/base-N.png.
 
-    Where one is not there, damaged, or of something else, or with `again`, all are drawn while the UNet holds the
-    base's weights, and written. Raises OSError.
+    If one is missing, damaged or of other settings, or with `again`, all are drawn (the UNet must hold the base's
+    weights) and the unusable ones are written again. Raises OSError.
     """
     files = [config.output_dir / "samples" / f"base-{k}.png" for k in range(len(prompts))]
     about = [
@@ -107,7 +107,7 @@ def base_samples(
 
 
 def _kept(file: Path, about: Mapping[str, str]) -> Image.Image | None:
-    """The image in a file of `save_png`; None where it is not there, has changed, or is about something else."""
+    """Return the image in a file of `save_png`; None if it is missing, has changed, or is not about `about`."""
     try:
         data = read_bytes(file)
     except FileNotFoundError:
@@ -121,14 +121,14 @@ def _kept(file: Path, about: Mapping[str, str]) -> Image.Image | None:
 
 
 def _from_latents(family: Family, latents: torch.Tensor):
-    """The image-to-image pipeline of the family's own components, which starts at `latents` [N,C,h,w].
+    """Return an image-to-image pipeline of the family's own components that starts from `latents` [N,C,h,w].
 
-    It would encode images itself, in the UNet's dtype, and draw from the posterior before it draws the noise.
+    An unmodified pipeline would encode images itself, in the UNet's dtype, and sample the posterior before the noise.
     """
     scheduler = family.pipeline.scheduler
     pipeline = family.image_to_image_class(**family.pipeline.components, **family.image_to_image_options())
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.image_processor = VaeImageProcessor(vae_latent_channels=latents.shape[1])  # passes latents on
+    pipeline.image_processor = VaeImageProcessor(vae_latent_channels=latents.shape[1])  # passes latents through
 
     def prepare_latents(image, timestep, batch_size, num_images_per_prompt, dtype, device, generator=None, *_):
         noise = randn_tensor(latents.shape, generator=generator, device=device, dtype=dtype)

@@ -7,7 +7,7 @@ from dpo_fast.models.family import Conditioning, Family
 
 
 class SDXL(Family):
-    """Conditioning: prompt_embeds [N,77,2048], pooled_prompt_embeds [N,1280]; for `denoise` time_ids [N,6] too."""
+    """Conditioning: prompt_embeds [N,77,2048], pooled_prompt_embeds [N,1280] and, for `denoise`, time_ids [N,6]."""
 
     name = "sdxl"
     pipeline_class = StableDiffusionXLPipeline
@@ -31,7 +31,7 @@ class SDXL(Family):
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
     def _added_conditioning(self, conditioning: Conditioning, dtype: torch.dtype) -> Conditioning:
-        # time ids stay in fp32: bf16 has no 1023
+        # time ids stay in fp32: bf16 cannot represent 1023
         return {
             "text_embeds": conditioning["pooled_prompt_embeds"].to(dtype),
             "time_ids": conditioning["time_ids"].float(),
@@ -39,7 +39,7 @@ class SDXL(Family):
 
 
 class Turbo(SDXL):
-    """SDXL-Turbo (arXiv 2311.17042): the architecture of SDXL, trained and sampled at four timesteps, no guidance."""
+    """SDXL-Turbo (arXiv 2311.17042): SDXL's architecture, trained and sampled at four timesteps without guidance."""
 
     name = "turbo"
     sampling_steps = 4

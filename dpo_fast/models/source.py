@@ -1,4 +1,4 @@
-"""Which model, and how it is sampled: the one small value that is given to whatever loads or names a model."""
+"""Which model to use and how to sample it: the one small value passed to everything that loads or names a model."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,13 +9,13 @@ from dpo_fast.hub_revisions import public_name
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A pipeline, what is added to its weights, and how it is usually sampled. Equal sources are equal models."""
+    """A pipeline, what is added to its weights, and how it is usually sampled. Equal sources mean equal models."""
 
     path: str  # hub id, diffusers folder or .safetensors file
-    merged: str | None = None  # a LoRA that is part of the weights
-    adapter: str | None = None  # a folder with a LoRA that is put on
+    merged: str | None = None  # a LoRA that is merged into the weights
+    adapter: str | None = None  # a folder with a LoRA that is loaded as an adapter
     turbo: bool = False
-    mixed_precision: str = "no"  # compute dtype on a GPU; on a CPU, where half is slow, it is fp32
+    mixed_precision: str = "no"  # compute dtype on a GPU; a CPU, where half precision is slow, uses fp32
     steps: int | None = None  # None: the family's usual
     guidance: float | None = None
     resolution: int | None = None  # pixels; None: the model's own
@@ -33,20 +33,20 @@ class ModelSource:
         return " + LoRA ".join(filter(None, (self.path, self.merged, self.adapter)))
 
     def shown(self) -> str:
-        """As `str`, without the places on this disk: for what others may read."""
+        """Return the same as `str`, without paths on this disk, for anything that others may read."""
         return " + LoRA ".join(public_name(part) for part in (self.path, self.merged, self.adapter) if part)
 
     def weights(self) -> "ModelSource":
-        """The same without how it is usually sampled."""
+        """Return this source without its sampling settings (steps, guidance, resolution)."""
         return replace(self, steps=None, guidance=None, resolution=None)
 
     def hub(self) -> dict[str, str | None]:
-        """Where its files are fetched from, as keywords of huggingface_hub and diffusers."""
+        """Return how to fetch its files, as keyword arguments of huggingface_hub and diffusers."""
         return {"revision": self.revision, "cache_dir": self.cache_dir, "token": self.token}
 
 
 def base_of(config: TrainConfig) -> ModelSource:
-    """What a run started from, `--init_lora` merged: its reference."""
+    """Return the model that a run starts from, with `--init_lora` merged. It is also the run's reference."""
     return ModelSource(
         path=config.pretrained_model_name_or_path,
         merged=config.init_lora,
@@ -68,7 +68,7 @@ def base_of(config: TrainConfig) -> ModelSource:
 
 
 def result_of(config: TrainConfig, folder: Path) -> ModelSource:
-    """What a run of `config` wrote to `folder`: its LoRA on its base, or a pipeline."""
+    """Return the model that a run of `config` wrote to `folder`: its LoRA on its base, or a pipeline."""
     base = base_of(config)
     if config.tuning == "lora":
         return replace(base, adapter=str(folder))

@@ -1,4 +1,4 @@
-"""What turns a text into tokens, as plain values that can be compared."""
+"""Compare tokenizers by everything that determines a text's tokens."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def tokenizer_digest(tokenizer) -> str:
-    """A hash of all that turns a text into tokens: rules, merges, vocabulary, special tokens, lengths and sides."""
+    """Hash all that determines a text's tokens: rules, merges, vocabulary, special tokens, lengths, sides."""
     parts = [
         _rules(tokenizer),
         _special(tokenizer),
@@ -20,8 +20,8 @@ def tokenizer_digest(tokenizer) -> str:
 
 
 def same_tokens(one, other) -> bool:
-    """Whether two tokenizers make the same tokens of every text, before padding and truncation. SDXL's two differ in
-    how they pad, and may differ in nothing else."""
+    """Whether two tokenizers turn every text into the same tokens, before padding and truncation. SDXL's two differ in
+    how they pad, but may otherwise be the same."""
 
     def parts(tokenizer) -> list[Any]:
         special = [named for named in _special(tokenizer) if named[0] != "pad_token"]
@@ -31,14 +31,14 @@ def same_tokens(one, other) -> bool:
 
 
 def _rules(tokenizer) -> Any:
-    """Cleaning, vocabulary, merges and added tokens."""
+    """Return a tokenizer's cleaning, vocabulary, merges and added tokens."""
     whole = getattr(tokenizer, "backend_tokenizer", None)
     if whole is not None:
         rules = json.loads(whole.to_str())
         for passing in ("version", "truncation", "padding"):  # the last two are set anew by every call
             rules.pop(passing, None)
         return rules
-    # in Python: CLIP's before transformers 5, which cleans texts with ftfy where that is installed
+    # implemented in Python: CLIP's before transformers 5, which cleans texts with ftfy if that is installed
     ranks = sorted(tokenizer.bpe_ranks.items(), key=lambda rank: rank[1])
     return [sorted(tokenizer.get_vocab().items()), ranks, getattr(tokenizer, "fix_text", None) is not None]
 

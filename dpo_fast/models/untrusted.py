@@ -1,10 +1,10 @@
-"""What a model's files may name: checked before a library loads anything, so that a model's files run no code.
+"""Check what a model's files name before a library loads anything, so that a model's files run no code.
 
 The JSON files of a model name classes, modules, kernels and further files, and diffusers and transformers follow them.
-How far differs from version to version: diffusers 0.39 imports any importable module that model_index.json names, newer
-ones only those that they know, and both run a .py file of the model's own folder when asked to trust it. We do not
-rely on them: a pipeline must have parts of known classes, its folders must hold no Python, and its files must not name
-a module, a kernel, a quantization method or a file of another folder. Weights must be safetensors; the loaders refuse
+How far depends on the version: diffusers 0.39 imports any importable module that model_index.json names, newer versions
+only those they know, and both run a .py file from the model's own folder when asked to trust it. We do not rely on
+them: a pipeline must have parts of known classes, its folders must hold no Python, and its files must not name a
+module, a kernel, a quantization method or a file in another folder. Weights must be safetensors; the loaders refuse
 pickles.
 """
 
@@ -21,10 +21,10 @@ from dpo_fast.files import read_json, regular_files
 from dpo_fast.models.load_errors import bad_input
 
 INDEX = "model_index.json"
-LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last of old safety checkers, which are not loaded
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last: old safety checkers, which are not loaded
 _TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
-# Part of a pipeline -> the library and the classes it may be of; of a scheduler and a VAE see `_allowed`.
+# Part of a pipeline -> its library and the allowed classes; for schedulers and VAEs see `_allowed`.
 _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "unet": ("diffusers", ("UNet2DConditionModel",)),
     "vae": ("diffusers", ()),
@@ -37,8 +37,8 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
 _WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _BASES = {"vae": ModelMixin, "scheduler": SchedulerMixin}
 _CLIP = ("clip", "clip_text_model")  # model_type of the text encoders
-_VOCABULARIES = ("vocab.json", "tokenizer.json", "added_tokens.json")  # tokens, of any name
-# Settings with which a configuration names code or files, and what they may be where they are there at all.
+_VOCABULARIES = ("vocab.json", "tokenizer.json", "added_tokens.json")  # their keys are tokens, which may be any text
+# Settings with which a configuration can name code or files -> the values that are allowed if they are present.
 _SETTINGS: dict[str, tuple[object, ...]] = {
     "auto_map": (),
     "custom_pipeline": (),
@@ -54,17 +54,17 @@ _SETTINGS: dict[str, tuple[object, ...]] = {
             for before in ("", "_")
             for after in ("", "_internal")
         ),
-        ("eager", "sdpa"),  # "owner/name" and, where no package has them, flash_attention_N are fetched from the hub
+        ("eager", "sdpa"),  # "owner/name", and flash_attention_N if no package has it, are fetched from the hub
     ),
 }
-_DEEPEST = 20  # levels of a configuration
+_DEEPEST = 20  # nesting levels of a configuration
 _LONGEST = 16 << 20  # bytes of a configuration
 
 
 def read_index(path: str | Path, index: Path) -> dict[str, object]:
-    """The model_index.json of the pipeline at `path`, whose parts are of known classes.
+    """Read `index`, the model_index.json of the pipeline at `path`.
 
-    Raises BadInput where it is no index, and where a part is of a class that is not known here.
+    Raises BadInput if it is not an index, if it names code, and if a part's class is not allowed.
     """
     try:
         content = _object(index)
@@ -85,13 +85,13 @@ def read_index(path: str | Path, index: Path) -> dict[str, object]:
 
 
 def check_pipeline(folder: Path, *, weights: bool = False) -> None:
-    """Raise BadInput where a file of a pipeline's folder names code, or a file that is not of its own part.
+    """Raise BadInput if a file in a pipeline's folder names code, or a file outside its own part.
 
-    weights: and where a part that has weights has none as safetensors.
+    weights: also if a part that needs weights has none as safetensors.
     """
     folder = Path(folder)
     index = read_index(folder, folder / INDEX)
-    _refuse_python(folder, "none.py")  # in which diffusers looks for the code of a pipeline that names none
+    _refuse_python(folder, "none.py")  # where diffusers looks for the code of a pipeline that names none
     for part in _PARTS.keys() & index.keys():
         if (folder / part).is_dir() and index[part] != [None, None]:
             check_part(folder / part, part)
@@ -100,10 +100,10 @@ def check_pipeline(folder: Path, *, weights: bool = False) -> None:
 
 
 def check_part(folder: Path, part: str = "") -> None:
-    """Raise BadInput where a file of one part's folder (a VAE, a CLIP model, a tokenizer) names code, or a file that is
-    not in it.
+    """Raise BadInput if a file in the folder of one part (a VAE, a CLIP model, a tokenizer) names code, or a file
+    outside it.
 
-    part: of a pipeline, as its index names it; "": of none.
+    part: its name in the pipeline's index; "" if it belongs to no pipeline.
     """
     folder = Path(folder)
     regular_files(folder)
@@ -129,7 +129,7 @@ def check_part(folder: Path, part: str = "") -> None:
 
 
 def check_weights(folder: Path) -> None:
-    """Raise BadInput for a part's folder without safetensors."""
+    """Raise BadInput if a part's folder holds no safetensors."""
     if not any(Path(folder).glob("*.safetensors")):
         raise BadInput(
             f"{folder} cannot be loaded: it holds no .safetensors, and pickled weights are not loaded; convert them"
@@ -138,19 +138,19 @@ def check_weights(folder: Path) -> None:
 
 
 def check_tokenizer_class(file: Path, content: Mapping[str, object], classes: tuple[str, ...]) -> None:
-    """Raise BadInput for a tokenizer_config.json of a class that is not one of `classes`."""
+    """Raise BadInput if `content`, of a tokenizer_config.json, names a class that is not one of `classes`."""
     kind = content.get("tokenizer_class")
     if kind is not None and kind not in classes:
         raise BadInput(f"{file} names the class {kind!r}, not {' or '.join(classes)}: {_ADVICE}")
 
 
 def check_settings(file: Path | str, content: object) -> None:
-    """Raise BadInput for a configuration that names code, kernels or files; `file` is what the message calls it."""
+    """Raise BadInput for a configuration that names code, kernels or files; `file` is its name in the message."""
     for name, value in _flat(file, content):
         if name not in _SETTINGS or value is None or value in _SETTINGS[name]:
             continue
         if isinstance(value, dict) and all(one is None or one in _SETTINGS[name] for one in value.values()) and value:
-            continue  # one for each part of a model
+            continue  # one value per part of a model
         shown = json.dumps(value)
         raise BadInput(
             f"{file} has the setting {name} ({shown[:80]}{'...' * (len(shown) > 80)}), with which a library would load"
@@ -162,7 +162,7 @@ _ADVICE = "save the pipeline again with the published classes of diffusers and t
 
 
 def _check_part(path: str | Path, part: str, value: object) -> None:
-    """Raise BadInput unless `value`, [library, class] or [None, None], is known here for this part."""
+    """Raise BadInput unless `value`, [library, class] or [None, None], is allowed for this part."""
     if not (isinstance(value, list) and len(value) == 2):
         raise BadInput(f"{path}: {INDEX} has {value!r:.80} for {part}, not [library, class]: {_ADVICE}")
     library, name = value
@@ -197,7 +197,7 @@ def _check_shards(file: Path, content: Mapping[str, object]) -> None:
 
 
 def _refuse_python(folder: Path, name: str | None = None) -> None:
-    """Raise BadInput where `folder` holds a Python file, or one of that lower-case name."""
+    """Raise BadInput if `folder` holds Python code or, with `name` (lower case), a file of that name in any case."""
     for file in sorted(folder.iterdir()):
         lower = file.name.lower()
         if lower == name or (name is None and lower.endswith((".py", ".pyc", ".so", ".pyd"))):
@@ -205,7 +205,7 @@ def _refuse_python(folder: Path, name: str | None = None) -> None:
 
 
 def _flat(file: Path | str, content: object, depth: int = 0) -> Iterator[tuple[str, object]]:
-    """Every setting of a configuration, at any depth."""
+    """Yield every setting of a configuration, at any depth. Raises BadInput for one that is nested too deeply."""
     if depth > _DEEPEST:
         raise BadInput(f"{file} is nested more than {_DEEPEST} levels deep: take the published files")
     if isinstance(content, dict):
@@ -215,7 +215,7 @@ def _flat(file: Path | str, content: object, depth: int = 0) -> Iterator[tuple[s
 
 
 def _object(file: Path) -> dict[str, object]:
-    """The JSON object in a file. Raises ValueError for anything else, and for one that is too long to be settings."""
+    """Return the JSON object in a file. Raises ValueError for anything else, and for files too long to be settings."""
     size = file.stat().st_size
     if size > _LONGEST:
         raise ValueError(f"{size} bytes are more than the {_LONGEST} of settings")

@@ -1,4 +1,4 @@
-"""From the scores of pairs to labels: margins, which pairs are kept, agreement with people, and the file."""
+"""Turn the scores of pairs into labels: margins, which pairs are kept, agreement with people, and the file."""
 
 import json
 import math
@@ -21,8 +21,8 @@ from dpo_fast.files import atomic_file, read_bytes, regular_file
 from dpo_fast.relabeling.pair_scores import Scores
 from dpo_fast.statistics import binomial_interval
 
-GROUP_BYTES = 64 << 20  # of images, a row group of the file
-NOTE = b"dpo_fast.relabel"  # the key of what the file itself says about how it was made
+GROUP_BYTES = 64 << 20  # of images per row group of the file
+NOTE = b"dpo_fast.relabel"  # the metadata key of the file's note on how it was made
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,19 @@ class Rule:
 
 @dataclass(frozen=True)
 class Labels:
-    """What a rule makes of scores, in the order of the source."""
+    """The labels that a rule derives from scores, in the order of the source."""
 
     scale: dict[str, float]  # scorer -> what its differences were divided by
     margin: np.ndarray  # fp64 [n]
-    label: np.ndarray  # fp64 [n], in [0, 1]: how probably image 0 is the better one
+    label: np.ndarray  # fp64 [n], in [0, 1]: the probability that image 0 is the better one
     kept: np.ndarray  # bool [n]
 
 
 class Agreement(NamedTuple):
-    """How often scorer and people prefer the same image, ties of either apart."""
+    """How often a scorer and people prefer the same image; ties are counted separately."""
 
     rate: float | None  # None: no pair is decided by both
-    low: float | None  # its exact 95% interval
+    low: float | None  # ends of its exact 95% confidence interval
     high: float | None
     agree: int
     disagree: int
@@ -66,11 +66,11 @@ class Agreement(NamedTuple):
 
 
 def label(scores: Scores, rule: Rule) -> Labels:
-    """Labels by margins.
+    """Compute labels from margins.
 
-    The margin of one scorer is weight x (score 0 - score 1). Of several it is the sum over them, each divided by the
-    root mean square of its differences over these pairs. Raises BadInput for a scorer that prefers no image of any
-    pair, and where no pair is kept.
+    With one scorer, the margin is weight x (score 0 - score 1). With several, it is the sum of these, each divided by
+    the root mean square of the scorer's differences over these pairs. Raises BadInput if there are no scores, if a
+    scorer gives both images of every pair the same score, or if no pair is kept.
     """
     if not len(scores.rows):
         raise BadInput(f"no pair can be scored: all {len(scores.bad)} have an image that cannot be decoded")
@@ -98,8 +98,8 @@ def label(scores: Scores, rule: Rule) -> Labels:
     return Labels(scale, margin, labels, kept)
 
 
-def agreement(difference: np.ndarray, human: np.ndarray) -> Agreement:  # [n]; above 0, or 0.5: the first image
-    """Compare what a scorer prefers with what people do."""
+def agreement(difference: np.ndarray, human: np.ndarray) -> Agreement:  # [n]; above 0 or 0.5: the first image wins
+    """Compare a scorer's preferences with people's."""
     scorer, people = np.sign(difference), np.sign(human - 0.5)
     decided = (scorer != 0) & (people != 0)
     agree, both = int((scorer == people)[decided].sum()), int(decided.sum())
@@ -117,7 +117,7 @@ def agreement(difference: np.ndarray, human: np.ndarray) -> Agreement:  # [n]; a
 
 
 def report(scores: Scores, labels: Labels, rule: Rule, human: np.ndarray | None, rows: int, bad: int) -> dict:
-    """The counts: of `rows` rows in the source, `bad` of which cannot be used; human labels [n], or None."""
+    """Return the counts of a source of `rows` rows, `bad` of which cannot be used. human: labels [n], or None."""
     kept, difference = labels.kept, {name: pair[:, 0] - pair[:, 1] for name, pair in scores.of.items()}
     scorers: dict[str, dict] = {}
     for name, pair in scores.of.items():
@@ -151,7 +151,7 @@ def report(scores: Scores, labels: Labels, rule: Rule, human: np.ndarray | None,
 
 
 def as_text(found: dict) -> str:
-    """A report for the eye."""
+    """Format a report as text."""
     lines = [
         f"{found['rows']} rows, {found['bad_rows']} unusable, {found['scored']} pairs scored; kept {found['kept']}"
         f" ({found['kept_fraction']:.1%}), margins from {found['smallest_kept_margin']:.4g} on; dropped"
@@ -183,9 +183,10 @@ def write_pairs(
     note: dict,
     progress: bool,
 ) -> None:
-    """The kept pairs in Pick-a-Pic's columns, images as the bytes they were, in the order of the source. Atomic.
+    """Write the kept pairs atomically, in Pick-a-Pic's columns and the source's order, with the original image bytes.
 
-    `note` is kept in the file, for `note_of`, as is a digest of all but the images; every page has its checksum.
+    `note` is stored in the file, for `note_of`, as is a digest of all but the images; every page has a checksum. Raises
+    BadInput if a scored row's images can no longer be read.
     """
     captions, names = source.captions(), list(scores.of)
     columns = [("jpg_0", pa.binary()), ("jpg_1", pa.binary()), ("caption", pa.string())]
@@ -219,7 +220,7 @@ def write_pairs(
 
 
 def note_of(path: Path) -> dict | None:
-    """The note in a file of `write_pairs`; None where it is another file. Raises Damaged where the note has changed."""
+    """Return the note in a file of `write_pairs`, None for any other file. Raises Damaged if the note has changed."""
     regular_file(path)
     try:
         metadata = pq.read_schema(os.path.abspath(path)).metadata or {}
@@ -239,8 +240,11 @@ def note_of(path: Path) -> dict | None:
 
 
 def check_output(path: Path) -> None:
-    """Raise Damaged where the file of pairs is not what was written, by the checksum in the report beside it, or, where
-    there is no whole report (a process was killed before it), by those in the file."""
+    """Raise Damaged if the file of pairs is not what was written.
+
+    It is checked by the checksum in the report beside it or, if there is no complete report (a process was killed
+    before writing it), by the checksums in the file.
+    """
     try:
         report = parse_signed(read_bytes(path.with_suffix(".json")))
     except (OSError, ValueError):
@@ -260,5 +264,5 @@ def write_counts(path: Path, found: dict) -> None:
 
 
 def human_labels(source: Source) -> list[float]:
-    """The labels as they are stored, NaN where there is none or a row's two labels disagree."""
+    """Return the stored labels, NaN where a row has none or its two labels disagree."""
     return [math.nan if value is None or isinstance(value, dict) else float(value) for value in source.labels()]

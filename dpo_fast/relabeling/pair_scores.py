@@ -1,12 +1,12 @@
-"""Preference pairs before scorers: both images of every pair scored, in parts, kept on the disk as they come.
+"""Score both images of every preference pair, in parts, keeping scores on disk as they are computed.
 
 FOLDER/<scorer>-<hash>/ is a store (`dpo_fast.store`) with a record for each row of the source: the scores of its two
-images, or why one of them does not decode. The hash is of the scorer's facts and of what the pairs are from; the key
-of a record is a hash of the row, its caption and the state of its image files.
+images, or why one of them does not decode. The hash is of the scorer's facts and of the pairs' source; the key of
+a record is a hash of the row, its caption and the state of its image files.
 
-A part has fixed rows and is scored by itself, in batches that follow from its rows alone, so that what another process
-or a later one scores is the same to the bit. An image that occurs twice in a part with one caption is scored once, so
-that a pair of equal images is a tie.
+A part has fixed rows and is scored on its own, in batches that depend on its rows alone, so that another process, or a
+later one, gets bit-identical scores. An image that occurs twice in a part with the same caption is scored once, so that
+a pair of equal images is a tie.
 """
 
 import hashlib
@@ -35,26 +35,26 @@ from dpo_fast.scorers.by_size import batches_by_size
 from dpo_fast.store import KEY_BYTES, Field, Recipe, Remedies, Store, Writer, mend
 from dpo_fast.threads import Sized, ahead
 
-PART_ROWS = 256  # of the source; what a killed process loses at most, on every rank, and a damaged file
+PART_ROWS = 256  # of the source; the most that a killed process loses on each rank, and a damaged file
 ROWS_AHEAD = 16  # read before they are needed
 FIELDS = (Field("scores", (2,), "float64"),)  # of image 0 and image 1; NaN where one of them does not decode
 REMEDIES = Remedies("--scores_dir", "the folder of the scores", "name another --scores_dir")
 
-Key = tuple[bytes, str]  # an image, by its hash, and its caption
+Key = tuple[bytes, str]  # an image's hash and its caption
 
 
 @dataclass(frozen=True)
 class Scores:
     """Scores of pairs, in the order of the source."""
 
-    rows: np.ndarray  # int64 [n]: in the source
+    rows: np.ndarray  # int64 [n]: indices in the source
     of: dict[str, np.ndarray]  # scorer -> fp64 [n, 2], of image 0 and image 1
-    bad: list[BadRow]  # rows whose images do not decode: they are not among `rows`
-    scored_now: int  # pairs, by any scorer, over all ranks
+    bad: list[BadRow]  # rows whose images do not decode; not among `rows`
+    scored_now: int  # pairs scored by this call, with any scorer, over all ranks
 
 
 class _Unit(NamedTuple):
-    """A distinct image of a part with its caption, and where it was met first."""
+    """A distinct image of a part with its caption, and the row and column where it first occurs."""
 
     key: Key
     row: int
@@ -66,7 +66,7 @@ def score_pairs(
     source: Source,
     index: PairIndex,  # which rows, and their captions
     scorers: Mapping[str, Scorer],
-    facts: Mapping[str, dict[str, str]],  # of each scorer, as `scorers.facts` has them now that it is loaded
+    facts: Mapping[str, dict[str, str]],  # of each scorer: `scorers.facts`, read after loading it
     folder: Path,
     ranks: Ranks,
     *,
@@ -75,10 +75,11 @@ def score_pairs(
     max_bad_fraction: float,
     waiting: Callable[[str], None],
 ) -> Scores | None:
-    """Score what `folder` does not hold yet, each rank its share of the parts; the main rank gets all scores.
+    """Score what `folder` does not hold yet, each rank its share of the parts; return all scores on the main rank.
 
-    `waiting` is told that another process scores into the folder, which is waited for. Raises BadInput, on every rank,
-    where more than `max_bad_fraction` of the rows do not decode, and for what a scorer cannot judge.
+    Other ranks get None. While another process scores into the folder, `waiting` gets a message and the call waits.
+    Raises BadInput, on every rank, if more than `max_bad_fraction` of the rows do not decode, and for what a scorer
+    cannot judge.
     """
     work = PairScoring(source, index, scorers, facts, folder, batch_size, max_bad_fraction)
     with ExitStack() as held:
@@ -107,7 +108,7 @@ def _title(ranks: Ranks) -> str | None:
 
 
 class PairScoring:
-    """The scoring of one set, as one rank sees it."""
+    """The scoring of one data set, as one rank sees it."""
 
     def __init__(
         self,
@@ -129,11 +130,11 @@ class PairScoring:
         for row in self.captions:
             self.parts[row - row % PART_ROWS].append(row)
         self.keys = {row: _key(row, source.row_stamp(row), caption) for row, caption in self.captions.items()}
-        self.bad: dict[int, BadRow] = {}  # met by this rank
+        self.bad: dict[int, BadRow] = {}  # found by this rank
         self.scored: dict[str, set[bytes]] = {}  # scorer -> keys of its records; set by `find_stores`
 
     def find_stores(self) -> None:
-        """Look at what the stores hold."""
+        """Read which records the stores hold."""
         self.scored = {name: Store(self.folder, recipe).keys() for name, recipe in self.recipes.items()}
 
     def missing(self, first: int) -> list[str]:
@@ -142,7 +143,7 @@ class PairScoring:
         return [name for name in self.scorers if not keys <= self.scored[name]]
 
     def collect(self, scored_now: int) -> Scores:
-        """All parts' scores. Raises BadInput where some lack."""
+        """Return the scores of all parts. Raises BadInput if some are missing or too many rows are bad."""
         of: dict[str, dict[int, np.ndarray]] = {name: {} for name in self.scorers}
         bad: dict[int, BadRow] = {}
         for name, recipe in self.recipes.items():
@@ -182,9 +183,9 @@ class PairScoring:
                 bar.update(len(self.parts[first]))
 
     def score(self, first: int, pool: ThreadPoolExecutor, writers: Mapping[str, Writer]) -> None:
-        """Score a part by the scorers that have not, and write it to their stores."""
+        """Score a part with the scorers that have not judged all of it, and write the scores to their stores."""
         rows, names = self.parts[first], self.missing(first)
-        images: dict[int, list[Key]] = {}  # row -> its two images
+        images: dict[int, list[Key]] = {}  # row -> keys of its two images
         bad: dict[int, BadRow] = {}
         faults: dict[Key, str] = {}
         values: dict[Key, dict[str, float]] = {}
@@ -229,7 +230,7 @@ class PairScoring:
     def _units(
         self, rows: Sequence[int], keys: dict[int, list[Key]], bad: dict[int, BadRow], pool: ThreadPoolExecutor
     ) -> Iterator[_Unit]:
-        """The distinct images of some rows; fills `keys`, or `bad` where an image is not there."""
+        """Iterate over the distinct images of some rows; fills `keys`, or `bad` for rows with an unreadable image."""
         seen: set[Key] = set()
         for row, images in ahead(pool, (partial(self._images, row) for row in rows), ROWS_AHEAD):
             if isinstance(images, BadRow):
@@ -253,12 +254,12 @@ class PairScoring:
 
 
 def _key(row: int, stamp: str, caption: str) -> bytes:
-    """The key of a row's record: another one where its caption or its image files have changed."""
+    """Return the key of a row's record, which changes with its caption and its image files."""
     return hashlib.blake2b(f"{row}\n{stamp}\n{caption}".encode(errors="replace"), digest_size=KEY_BYTES).digest()
 
 
 def _pixels(unit: _Unit) -> tuple[_Unit, Tensor | BadImage]:
-    """An image decoded: uint8 [3,H,W], of its own size, upright and over white."""
+    """Decode an image to uint8 [3,H,W] of its own size, upright and over white, or return why it cannot be decoded."""
     try:
         pixels = np.array(decode(unit.data))
     except BadImage as error:

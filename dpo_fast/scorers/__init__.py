@@ -1,6 +1,6 @@
 """Scorers: each is a module of this folder with a function `load(name, loading)` and the dict REPOSITORIES, scorer ->
-the repositories its files are from; a new one is a file and a row. Where more than files and dtype decides scores, the
-module has a function `more_facts()` too."""
+the repositories its files come from. To add one, add a module and a row in MODULE_OF. If scores depend on more than
+files and dtype, the module also has a function `more_facts()`."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from dpo_fast.hub_revisions import revision_of
 
 @dataclass(frozen=True)
 class Scorer:
-    """How good images are for their prompts."""
+    """Scores how good images are for their prompts."""
 
     score: Callable[[torch.Tensor, list[str]], torch.Tensor]  # uint8 [N,3,H,W], N prompts -> fp64 [N] on the CPU
     check: Callable[[list[str]], None] = lambda prompts: None  # raises BadInput for a prompt it cannot judge
@@ -49,14 +49,14 @@ MODULE_OF = {
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise BadInput for a scorer that there is not."""
+    """Raise BadInput for an unknown scorer."""
     for name in names:
         if name not in MODULE_OF:
             raise BadInput(f"there is no scorer {name!r}; choose from {', '.join(MODULE_OF)}")
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """What models compute in where nothing is said."""
+    """The dtype that models compute in by default: fp32 on a CPU, fp16 elsewhere."""
     return torch.float32 if device.type == "cpu" else torch.float16
 
 
@@ -69,12 +69,12 @@ def load_scorer(
     cache_dir: str | None = None,
     token: str | None = None,
 ) -> Scorer:
-    """The scorer of that name, ready to run on `device`.
+    """Load the scorer `name`, ready to run on `device`.
 
     dtype: of the model; None: fp32 on a CPU, fp16 elsewhere (it rounds eight times finer than bf16).
     where: a folder that holds the model's repositories as OWNER/NAME (`hf download OWNER/NAME --local-dir
     FOLDER/OWNER/NAME`); None: the hub, with cache_dir and token as in transformers.
-    The built-in world's scorers have no files and ignore all but the name.
+    The built-in world's scorers have no files and ignore everything but the name.
 
     Raises BadInput, in one line, for an unknown name and for files that cannot be found, read or trusted.
     """
@@ -93,12 +93,11 @@ def facts(
     where: str | Path | None = None,
     cache_dir: str | None = None,
 ) -> dict[str, str]:
-    """What `load_scorer` with the same arguments makes, as far as it decides scores: those kept of other facts are of
-    another scorer.
+    """Return the cache key of a scorer's scores: the properties that decide them, for `load_scorer`'s arguments.
 
-    "files" is a digest of what lies under `where` (names, sizes and times of change), or for the hub the commits that
-    its cache has resolved: not those of the scorer before it is loaded, where the hub has newer ones or none was
-    fetched. Raises BadInput for an unknown name.
+    "files" is a digest of the scorer's files under `where` (names, sizes and modification times), or for the hub the
+    commits that its cache has resolved: before the scorer is loaded, these can be missing or older than those it will
+    use. Raises BadInput for an unknown name.
     """
     check_names([name])
     repositories = _module(name).REPOSITORIES[name]
@@ -123,8 +122,10 @@ def provenance(
     where: str | Path | None = None,
     cache_dir: str | None = None,
 ) -> dict[str, object]:
-    """What results say of the scorer that `load_scorer` with the same arguments has made: its facts with, in place of
-    "files", "revisions": repository -> `revision_of` it, the same for the same files on every machine.
+    """Return what results record about a scorer that `load_scorer` made from the same arguments.
+
+    These are its `facts` without the name, and with "revisions" (repository -> `revision_of` it) in place of "files":
+    the same for the same files on every machine.
 
     Raises BadInput for an unknown name.
     """
@@ -142,7 +143,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _digest(where: Path, repositories: Sequence[str]) -> str:
-    """A digest of all files of the repositories, except the downloader's own notes, which change with every check."""
+    """Return a digest of all files of the repositories except the downloader's notes, which change with every check."""
     digest = hashlib.blake2b(digest_size=16)
     for repository in repositories:
         folder = where / repository

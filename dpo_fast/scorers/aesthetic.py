@@ -1,11 +1,11 @@
 """The LAION aesthetic predictor: how much people would like the picture, whatever the prompt.
 
-Schuhmann, 2022, https://github.com/christophschuhmann/improved-aesthetic-predictor: the "linear" version 2, learnt from
-SAC, logos and AVA; it selected LAION-Aesthetics (Schuhmann et al., "LAION-5B", 2022, arXiv 2210.08402). OpenAI's CLIP
-ViT-L/14 and a linear head on the embedding of unit length.
+Schuhmann, 2022, https://github.com/christophschuhmann/improved-aesthetic-predictor: the "linear" version 2, trained on
+SAC, logos and AVA, with which LAION-Aesthetics was selected (Schuhmann et al., "LAION-5B", 2022, arXiv 2210.08402). It
+is a linear head on the unit-length embedding of OpenAI's CLIP ViT-L/14.
 
 The score is a predicted rating, 1 to 10, larger is better; published means of Stable Diffusion models are 5.4 to 6.4.
-Version 1 and the versions with ReLU give other numbers.
+Version 1 and the versions with ReLU give different scores.
 """
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from dpo_fast.scorers.linear_head import linear_head
 from dpo_fast.scorers.preprocessing import crop_to_square, rounded
 from dpo_fast.scorers.published import file, fill, of_model
 
-REPOSITORY = "camenduru/improved-aesthetic-predictor"  # the file of the predictor's repository, on the hub
+REPOSITORY = "camenduru/improved-aesthetic-predictor"  # a copy on the hub of the file in the predictor's repository
 REPOSITORIES = {"aesthetic": (REPOSITORY, VIT_L)}
 FILE = "sac+logos+ava1-l14-linearMSE.pth"
 

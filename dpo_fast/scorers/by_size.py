@@ -1,4 +1,4 @@
-"""Images of many sizes into batches of one size each."""
+"""Group images of many sizes into batches of one size each."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -7,16 +7,16 @@ import torch
 
 T = TypeVar("T")
 
-WAITING = 4  # batches: how many images wait for others of their size, at most
-BYTES = 1 << 29  # of the images that wait, at most
+WAITING = 4  # at most this many batches' worth of images wait for others of their size
+BYTES = 1 << 29  # and at most this many bytes of them
 
 
 def batches_by_size(items: Iterable[T], size_of: Callable[[T], torch.Size], batch_size: int) -> Iterator[list[T]]:
-    """Every item once, in batches of at most `batch_size` items of one size, which follow from the items' order alone.
+    """Yield every item once, in batches of one size and at most `batch_size` items, which depend on their order alone.
 
-    An item is an image of `size_of` bytes. A batch is smaller where there are no more of its size. When more than
-    WAITING batches or BYTES are held, the oldest batch is yielded as it is (the largest would not do: among many rare
-    sizes a frequent one would never fill a batch).
+    An item is an image of shape `size_of(item)`, one byte per element. A batch is smaller if no more items of its size
+    follow. When more than WAITING batches' worth of items or BYTES are held, the oldest batch is yielded before it is
+    full (not the largest: among many rare sizes, a frequent one would then never fill a batch).
     """
     waiting: dict[torch.Size, list[T]] = {}
     held = held_bytes = 0

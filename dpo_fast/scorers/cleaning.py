@@ -1,10 +1,10 @@
-"""The cleaning of prompts before OpenAI's CLIP and open_clip take their tokens: ftfy, HTML entities, lower case.
+"""Clean prompts as OpenAI's CLIP and open_clip do before tokenization: ftfy, HTML entities, lower case.
 
     https://github.com/openai/CLIP, clip/simple_tokenizer.py; open_clip's tokenizer.py and HPSv2's copy do the same
 
-transformers' tokenizers leave out the first two. ftfy straightens curly quotes, narrows full-width letters, and mends
-ligatures, broken encodings and control characters. It is an optional package (pip install 'dpo_fast[eval]'); without it
-quotes and entities are done here, and the rest is not.
+transformers' tokenizers leave out the first two. ftfy straightens curly quotes, narrows full-width letters, and fixes
+ligatures, broken encodings and control characters. It is an optional package (pip install 'dpo_fast[eval]'); without
+it, quotes and entities are still handled here, but the rest is not.
 """
 
 import html
@@ -18,7 +18,7 @@ from dpo_fast.cli import say
 
 
 def cleaned(prompt: str) -> str:
-    """The text whose tokens the authors' code takes: exactly with ftfy, nearly without."""
+    """Return the text that the authors' code would tokenize: exactly with ftfy, nearly without it."""
     ftfy = _ftfy()
     text = html.unescape(html.unescape(ftfy.fix_text(prompt) if ftfy else prompt))
     if not ftfy:
@@ -27,7 +27,7 @@ def cleaned(prompt: str) -> str:
 
 
 def check(prompts: Sequence[str]) -> None:
-    """Say, once, where ftfy is missing and could change some of these prompts: no prompt is refused."""
+    """Print a line, once, if ftfy is missing and could change some of these prompts. No prompt is refused."""
     if _ftfy() is None and (others := [prompt for prompt in prompts if may_differ(prompt)]):
         _say(
             f"ftfy is not installed: the scorers clip and hpsv2 may read {len(others)} of {len(prompts)} prompts"
@@ -36,13 +36,13 @@ def check(prompts: Sequence[str]) -> None:
 
 
 def may_differ(prompt: str) -> bool:
-    """Whether ftfy could change what `cleaned` leaves without it: that holds more than ASCII, or entities."""
+    """Whether ftfy could change the prompt: without it, the cleaned text still holds more than ASCII, or entities."""
     left = cleaned(prompt)
     return not (left.isascii() and left.isprintable()) or html.unescape(left) != left
 
 
 def more_facts() -> dict[str, str]:
-    """What kept scores depend on beside files and dtype."""
+    """Return what kept scores depend on besides files and dtype: the version of ftfy, if any."""
     return {"text": f"ftfy {version('ftfy')}" if _ftfy() else "without ftfy"}
 
 
@@ -55,4 +55,4 @@ def _ftfy() -> ModuleType | None:
     return ftfy
 
 
-_say = cache(say)  # one line, however many scorers ask
+_say = cache(say)  # printed once, however many scorers check

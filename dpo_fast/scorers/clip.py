@@ -1,14 +1,14 @@
 """CLIP score: how well an image shows what its prompt says.
 
-Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, arXiv 2103.00020; as a
-score Hessel et al., "CLIPScore", 2021, arXiv 2104.08718. OpenAI's ViT-L/14 (https://github.com/openai/CLIP, MIT).
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, arXiv 2103.00020; used as
+a score in Hessel et al., "CLIPScore", 2021, arXiv 2104.08718. OpenAI's ViT-L/14 (https://github.com/openai/CLIP, MIT).
 
-The score is 100 x cosine, -100 to 100, larger is better: that of torchmetrics for one image, without its floor at 0
-(the paper has 2.5 x cosine, with that floor). Other CLIP models give other numbers.
+The score is 100 x cosine, -100 to 100, larger is better: as in torchmetrics for one image, but without its floor at 0
+(the paper has 2.5 x cosine, with that floor). Other CLIP models give different scores.
 
-Prompts are read as by OpenAI's code (`cleaning`); torchmetrics, on transformers' tokenizer, neither straightens curly
-quotes nor resolves entities. The image is cropped as by transformers and torchmetrics, where OpenAI's code may start
-the crop one pixel further; square images are the same for all three.
+Prompts are cleaned as in OpenAI's code (`cleaning`); torchmetrics, which uses transformers' tokenizer, neither
+straightens curly quotes nor resolves entities. Images are cropped as in transformers and torchmetrics; OpenAI's code
+may start the crop one pixel further. Square images are the same for all three.
 """
 
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""CLIP for the scorers that are built on it: from files to embeddings of unit length."""
+"""CLIP for the scorers that are built on it: load its files, compute unit-length embeddings."""
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,12 +27,12 @@ class Clip:
         self._length = model.config.text_config.max_position_embeddings
 
     def of_images(self, pixels: Tensor) -> Tensor:  # fp32 [B,3,size,size], normalised
-        """Their embeddings, fp32 [B,D]."""
+        """Return the unit-length embeddings of images, fp32 [B,D]."""
         pooled = self._model.vision_model(pixel_values=pixels.to(self._model.device, self._model.dtype)).pooler_output
         return F.normalize(self._model.visual_projection(pooled).float(), dim=-1)
 
     def of_prompts(self, prompts: list[str]) -> Tensor:
-        """Their embeddings, fp32 [B,D]. What is longer than the model's 77 tokens is cut."""
+        """Return the unit-length embeddings of prompts, fp32 [B,D]. Prompts are cut after the model's 77 tokens."""
         tokens = self._tokenizer(
             prompts, padding="max_length", truncation=True, max_length=self._length, return_tensors="pt"
         ).input_ids  # without a mask: a token sees only those before it, and the padding comes last
@@ -45,7 +45,7 @@ class Clip:
 
 
 def clip(name: str, loading: Loading) -> CLIPModel:
-    """The CLIP model of the repository OWNER/NAME, from its safetensors."""
+    """Load the CLIP model of the repository OWNER/NAME from its safetensors. Raises BadInput if it cannot be loaded."""
     source = repository(name, loading, MODEL_FILES)
     with bad_input(f"{source} cannot be loaded as a CLIP model", ADVICE), no_loading_bars():
         model, found = CLIPModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)
@@ -56,7 +56,7 @@ def clip(name: str, loading: Loading) -> CLIPModel:
 
 
 def empty_clip(name: str, loading: Loading) -> CLIPModel:
-    """A CLIP model of that repository's architecture, whose weights are to be filled in."""
+    """Return a CLIP model of the repository's architecture, with weights still to be filled in."""
     source = repository(name, loading, MODEL_FILES[:1])
     with bad_input(f"the configuration of {source} cannot be read", ADVICE):
         return CLIPModel(CLIPConfig.from_pretrained(source))

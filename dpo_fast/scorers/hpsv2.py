@@ -1,14 +1,14 @@
-"""HPSv2 and HPSv2.1: which image people prefer for a prompt, learnt from HPD v2.
+"""HPSv2 and HPSv2.1: which image people prefer for a prompt, trained on HPD v2.
 
 Wu et al., "Human Preference Score v2: A Solid Benchmark for Evaluating Human Preferences of Text-to-Image Synthesis",
 2023, arXiv 2306.09341; https://github.com/tgxs002/HPSv2 (Apache-2.0). CLIP ViT-H/14 of open_clip, fine-tuned.
 
 The score is 100 x cosine, -100 to 100, larger is better: the unit of the published tables (the package returns the
 cosine), where Stable Diffusion models have means of 23.6 to 32.5 by version 2.1. Scores of version 2 and of version 2.1
-are not comparable, nor scores of different prompts.
+are not comparable, nor are scores of different prompts.
 
-As in the published code the whole image is seen, resized as a tensor and padded, not cropped. torchvision before 0.17
-did that without antialiasing, which gives other scores. Prompts are cleaned as by open_clip (`cleaning`).
+As in the published code, the complete image is seen, resized as a tensor and padded, not cropped. torchvision before
+0.17 resized without antialiasing, which gives different scores. Prompts are cleaned as in open_clip (`cleaning`).
 """
 
 import re
@@ -25,7 +25,7 @@ FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
 REPOSITORIES = dict.fromkeys(FILES, (REPOSITORY, VIT_H))
 more_facts = cleaning.more_facts
 
-# open_clip's names and transformers': first the two towers, then what is in them and in a block.
+# open_clip's parameter names -> transformers': first the two towers, then their parts and those of a block.
 _RENAMED = [
     (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
     (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
@@ -60,7 +60,7 @@ def load(name: str, loading: Loading) -> Scorer:
 
 
 def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of an open_clip ViT, as it is for transformers' CLIPModel."""
+    """Convert the state dict of an open_clip ViT to that of transformers' CLIPModel."""
     converted = {}
     for name, tensor in state.items():
         for pattern, replacement in _RENAMED:

@@ -4,8 +4,9 @@ Xu et al., "ImageReward: Learning and Evaluating Human Preferences for Text-to-I
 2304.05977; https://github.com/THUDM/ImageReward (Apache-2.0), on the hub zai-org/ImageReward. BLIP (Li et al., 2022,
 arXiv 2201.12086; BSD-3-Clause): a ViT-L/16 at 224 pixels, a BERT that attends to it, a linear head on the first token.
 
-The score is the raw reward less its mean, in its standard deviations, both over the authors' images; larger is better;
-published means of Stable Diffusion models are -0.2 to 1.3. Prompts are cut after 35 tokens, as in the published code.
+The score is the raw reward minus its mean, divided by its standard deviation, both over the authors' images; larger is
+better; published means of Stable Diffusion models are -0.2 to 1.3. Prompts are cut after 35 tokens, as in the published
+code.
 """
 
 import re
@@ -25,7 +26,7 @@ TOKENIZER = "google-bert/bert-base-uncased"
 REPOSITORIES = {"imagereward": (REPOSITORY, TOKENIZER)}
 TOKENS = 35
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw rewards, from the published code
-VISION = BlipVisionConfig(  # BLIP's "large", which no file describes
+VISION = BlipVisionConfig(  # BLIP's "large", which no published file describes
     hidden_size=1024,
     intermediate_size=4096,
     num_hidden_layers=24,
@@ -46,8 +47,8 @@ _OF_MED_CONFIG = (
     "pad_token_id",
 )
 
-# BLIP's names and transformers'. Its BERT has the same in both. What else the file holds is not used, as in the
-# published code, which loads it with strict=False: the projections of BLIP's other losses, and position_ids.
+# BLIP's parameter names -> transformers'; its BERT's are the same in both. The file's other tensors (the projections of
+# BLIP's other losses, and position_ids) are not used, as in the published code, which loads it with strict=False.
 _RENAMED = [
     (r"^blip\.visual_encoder\.", "vision."),
     (r"^blip\.text_encoder\.", "text."),
@@ -64,7 +65,7 @@ _RENAMED = [
 
 
 class ImageReward(nn.Module):
-    """The reward of images for tokens."""
+    """Computes the rewards of images for the tokens of their prompts."""
 
     def __init__(self, vision: BlipVisionConfig, text: BlipTextConfig) -> None:
         super().__init__()
@@ -89,7 +90,7 @@ def load(name: str, loading: Loading) -> Scorer:
     model.vision.to(loading.device, loading.dtype)
     model.text.to(loading.device, loading.dtype)
     model.head.to(loading.device)  # fp32
-    tokens_of_prompts = text_config.vocab_size - 2  # BLIP's [DEC] and [ENC] are in none
+    tokens_of_prompts = text_config.vocab_size - 2  # no prompt contains BLIP's [DEC] and [ENC]
     bert = tokenizer(TOKENIZER, BertTokenizerFast, tokens_of_prompts, loading)
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
@@ -101,7 +102,7 @@ def load(name: str, loading: Loading) -> Scorer:
 
 
 def from_blip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of the published ImageReward for ours."""
+    """Convert the state dict of the published ImageReward to that of our `ImageReward`."""
     converted = {}
     for name, tensor in state.items():
         for pattern, replacement in _RENAMED:

@@ -1,8 +1,8 @@
-"""Images on disk to scores, kept on the disk as they come: a scorer sees an image and its prompt once.
+"""Score images on disk, keeping scores on disk as they are computed: a scorer sees an image and its prompt once.
 
 FOLDER/<scorer>-<hash>/ is a store (`dpo_fast.store`) with a record for each image and its prompt; the hash is that of
-the scorer's facts. The key of a record is a hash of the image's bytes and the prompt, so a score holds for any
-baseline, and images that are equal are scored equal.
+the scorer's facts. The key of a record is a hash of the image's bytes and the prompt, so a score is reused for any
+baseline, and equal images get equal scores.
 """
 
 import hashlib
@@ -27,23 +27,24 @@ from dpo_fast.scorers.by_size import batches_by_size
 from dpo_fast.store import KEY_BYTES, Field, Recipe, Remedies, Store, Writer, mend
 from dpo_fast.threads import Sized, ahead
 
-SHARD_IMAGES = 1024  # whose scores a damaged file loses at most
+SHARD_IMAGES = 1024  # per shard: a damaged file loses at most this many scores
 REMEDIES = Remedies(name="the folder of the scores")
 
 
 def score_images(
     images: Files,
     prompts: Sequence[str],
-    scorers: Mapping[str, tuple[Callable[[], dict[str, str]], Callable[[], Scorer]]],  # name -> its facts, its loading
+    scorers: Mapping[str, tuple[Callable[[], dict[str, str]], Callable[[], Scorer]]],  # name -> (its facts, load)
     folder: Path,
     ranks: Ranks,
     *,
     batch_size: int = 16,
 ) -> dict[str, Tensor]:
-    """Scorer -> fp64 [N]. Every rank scores its share of what `folder` lacks, one scorer in memory at a time.
+    """Return scorer -> scores, fp64 [N]. Every rank scores its share of what is missing from `folder`.
 
-    Of kept scores only those of the very facts count: as they are now, and where something is to be scored as they are
-    once the scorer is loaded, which may have fetched files. A scorer gets `batch_size` images at once, all of one size.
+    One scorer is in memory at a time. Kept scores count only if they have the scorer's present facts; if any score is
+    missing, the facts are read again once the scorer is loaded, since loading may have fetched files. A scorer gets at
+    most `batch_size` images at once, all of one size.
 
     Raises BadInput, on every rank, for an image that does not open and for a score that is not finite.
     """
@@ -75,7 +76,7 @@ def _scores(
     ranks: Ranks,
     batch_size: int,
 ) -> dict[bytes, float]:
-    """Key -> score by one scorer, after what lacks was scored."""
+    """Return key -> score by one scorer, after scoring what is missing."""
 
     def lacking() -> list[_Unit]:
         return [*{unit.key: unit for unit in units if unit.key not in kept}.values()]
@@ -84,7 +85,7 @@ def _scores(
         return lacking()[ranks.rank :: ranks.world_size]
 
     def found() -> tuple[Recipe, dict[bytes, float]]:
-        """The store of the scorer's facts as they are now, and what is in it."""
+        """Return the recipe of the store for the scorer's present facts, and the scores in that store."""
         about = ranks.from_main(describe)
         recipe = Recipe(name, about, (Field("score", (), "float64"),), REMEDIES)
         ranks.on_main(lambda: mend(folder, recipe))
@@ -132,7 +133,7 @@ def has_scores(root: Path, name: str) -> bool:
 
 
 def read_scores(root: Path, recipe: Recipe) -> dict[bytes, float]:
-    """Key -> score, of every record in a store of scores. Raises Damaged."""
+    """Return key -> score for every record in a store of scores. Raises Damaged."""
     store = Store(root, recipe)
     rows = ((shard, row) for shard, held in enumerate(store.shards) for row in range(len(held.checksums)))
     values = [store.record(*place).view(np.float64)[0] for place in rows]
@@ -140,7 +141,7 @@ def read_scores(root: Path, recipe: Recipe) -> dict[bytes, float]:
 
 
 class ScorerRun:
-    """One scorer's share of one rank."""
+    """One rank's share of the scoring by one scorer."""
 
     def __init__(
         self, name: str, load: Callable[[], Scorer], images: Files, prompts: Sequence[str], batch_size: int
@@ -163,7 +164,7 @@ class ScorerRun:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, units: Sequence[_Unit], pool: ThreadPoolExecutor) -> Iterable[tuple[_Unit, Tensor]]:
-        """The images, uint8 [3,H,W] of their own sizes, read ahead."""
+        """Iterate over the images, uint8 [3,H,W] of their own sizes, reading ahead."""
         plans = (Sized(partial(lambda unit: (unit, self.images[unit.row]), unit), unit.bytes) for unit in units)
         return ahead(pool, plans, 2 * self.batch_size)
 

@@ -1,12 +1,12 @@
-"""PickScore: which image people prefer for a prompt, learnt from Pick-a-Pic v1.
+"""PickScore: which image people prefer for a prompt, trained on Pick-a-Pic v1.
 
 Kirstain et al., "Pick-a-Pic: An Open Dataset of User Preferences for Text-to-Image Generation", 2023, arXiv 2305.01569;
 https://github.com/yuvalkirstain/PickScore. CLIP ViT-H/14, fine-tuned; preprocessing is that of its README.
 
 The score is logit_scale.exp() x cosine, about -100 to 100, larger is better; published means of Stable Diffusion models
-are 20.5 to 23.1. The softmax over two images of one prompt is the chance that each is preferred, so that differences
-matter, and scores of different prompts are not comparable. Prompts are read by transformers' tokenizer, as its README
-does: curly quotes and entities stay as they are.
+are 20.5 to 23.1. The softmax over two images of one prompt gives the probability that each is preferred, so only
+differences matter, and scores of different prompts are not comparable. Prompts go to transformers' tokenizer unchanged,
+as in the README: curly quotes and entities are kept.
 """
 
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""From images to what the published models were given: bicubic resize, a square, CLIP's mean and deviation."""
+"""Prepare images as the published models expect: bicubic resize, a square, CLIP's mean and standard deviation."""
 
 from collections.abc import Callable
 
@@ -13,19 +13,19 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def floored(excess: int) -> int:
-    """Where a centre crop starts, as transformers has it."""
+    """Where a centre crop starts in transformers; excess is the side minus the crop's, in pixels."""
     return excess // 2
 
 
 def rounded(excess: int) -> int:
-    """Where a centre crop starts, as torchvision has it."""
+    """Where a centre crop starts in torchvision."""
     return round(excess / 2)
 
 
 def crop_to_square(images: Tensor, size: int, start: Callable[[int], int]) -> Tensor:  # uint8 [N,3,H,W] -> fp32
-    """The centre [N,3,size,size] of images whose shorter side was resized to `size` by PIL; normalised, on the CPU.
+    """Resize the shorter side to `size` with PIL and crop the centre; normalised fp32 [N,3,size,size] on the CPU.
 
-    start: `floored` or `rounded`, by the library of the published recipe; they differ by one pixel at most.
+    start: `floored` or `rounded`, depending on the published recipe's library; they differ by one pixel at most.
     """
     squares = []
     for pixels in images.cpu().permute(0, 2, 3, 1).contiguous().numpy():
@@ -39,9 +39,9 @@ def crop_to_square(images: Tensor, size: int, start: Callable[[int], int]) -> Te
 
 
 def pad_to_square(images: Tensor, size: int) -> Tensor:  # uint8 [N,3,H,W] -> fp32, on the images' device
-    """The whole images [N,3,size,size], their longer side resized to `size`, black around them; normalised.
+    """Resize the longer side to `size` and pad with black to a square; normalised fp32 [N,3,size,size].
 
-    Resized as fp32 tensors with antialiasing and without clipping, as torchvision resizes tensors since 0.17.
+    The resize is on fp32 tensors with antialiasing and without clipping, as torchvision resizes tensors since 0.17.
     """
     longest = max(images.shape[-2:])
     height, width = (round(side * (size / longest)) for side in images.shape[-2:])

@@ -1,5 +1,5 @@
-"""Published models: their files, from the hub or from a folder, read without running any code that is in them, and what
-they compute as a Scorer."""
+"""Load the files of published models, from the hub or a folder, without running any code in them, and make a Scorer of
+what a model computes."""
 
 import pickle
 from collections.abc import Callable, Sequence
@@ -28,9 +28,9 @@ TOKENIZER_FILES = (
 
 
 def repository(name: str, loading: Loading, files: Sequence[str]) -> Path:
-    """The folder, on this disk, with those `files` (patterns) of the repository OWNER/NAME; none of them names code.
+    """Return a local folder with the given `files` (patterns) of the repository OWNER/NAME, none of which names code.
 
-    Raises BadInput where it is not available.
+    Raises BadInput if the files are not available or name code.
     """
     if loading.where is None:
         with bad_input(f"the files of {name} cannot be fetched", ADVICE):
@@ -43,7 +43,7 @@ def repository(name: str, loading: Loading, files: Sequence[str]) -> Path:
 
 
 def file(name: str, file_name: str, loading: Loading) -> Path:
-    """One file of the repository OWNER/NAME."""
+    """Return the local path of one file of the repository OWNER/NAME. Raises BadInput if it is not available."""
     if loading.where is None:
         with bad_input(f"{file_name} of {name} cannot be fetched", ADVICE):
             return Path(hf_hub_download(name, file_name, cache_dir=loading.cache_dir, token=loading.token))
@@ -54,7 +54,10 @@ def file(name: str, file_name: str, loading: Loading) -> Path:
 
 
 def tokenizer(name: str, kind: type[PreTrainedTokenizerBase], tokens: int, loading: Loading) -> PreTrainedTokenizerBase:
-    """The tokenizer, of the class `kind`, of the repository OWNER/NAME, which has at least that many tokens."""
+    """Load the tokenizer of the repository OWNER/NAME as class `kind`.
+
+    Raises BadInput if it cannot be loaded or has fewer than `tokens` tokens.
+    """
     folder = repository(name, loading, TOKENIZER_FILES)
     with bad_input(f"the tokenizer of {folder} cannot be loaded", ADVICE):
         found = kind.from_pretrained(folder)
@@ -78,13 +81,13 @@ def fill(
     under: str | None = None,
     others: bool = False,
 ) -> None:
-    """Give every parameter of `module` its value, from the tensors that torch.save wrote to `path`.
+    """Fill every parameter of `module` from the tensors that torch.save wrote to `path`.
 
-    convert: from the file's names and tensors to the module's. under: the key of the file's dict that has them. others:
-    the file may hold more than the module has, as where its authors load it with strict=False.
+    convert: maps the file's names and tensors to the module's. under: the key in the file's dict that holds them; None:
+    the dict itself does. others: the file may hold further tensors, as when its authors load it with strict=False.
 
-    Raises BadInput where the file lacks a tensor of the module, has one of another shape, or, unless `others`, more. A
-    pickle with code in it is refused, not run.
+    Raises BadInput if the file is missing a tensor of the module, has one of another shape or, unless `others`, has
+    further tensors. A pickle with code in it is refused, not run.
     """
     with bad_input(f"{path} is not the published file", "download it again"):
         try:
@@ -109,7 +112,7 @@ def of_model(
     compute: Callable[[Tensor, list[str]], Tensor],  # uint8 [N,3,H,W], N prompts -> [N]
     check: Callable[[list[str]], None] = lambda prompts: None,
 ) -> Scorer:
-    """A Scorer of what a model computes: without gradients, its scores in fp64 on the CPU."""
+    """Return a Scorer that calls `compute` without gradients and returns its scores in fp64 on the CPU."""
 
     @torch.no_grad()
     def score(images: Tensor, prompts: list[str]) -> Tensor:

@@ -16,7 +16,7 @@ REPOSITORIES = dict.fromkeys(_SCORES, ())
 
 
 def load(name: str, loading: Loading) -> Scorer:
-    """These run on the CPU, whatever the device: the images are 16 x 16 pixels."""
+    """Return the scorer `name`. It runs on the CPU, whatever the device: the images are 16 x 16 pixels."""
 
     def judge(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         height, width = images.shape[2:]

@@ -17,7 +17,7 @@ _WORDS = sorted({"a", "on", "background", "at", "the", *COLOURS, *SHAPES, *SIZES
 
 
 def new_base() -> StableDiffusionPipeline:
-    """The pipeline with fresh UNet and text encoder, from torch's global generator; the VAE is exact."""
+    """Return the pipeline with a new UNet and text encoder, drawn from torch's global generator; the VAE is exact."""
     tokenizer = _tokenizer()
     unet = UNet2DConditionModel(
         sample_size=RESOLUTION,
@@ -45,8 +45,8 @@ def new_base() -> StableDiffusionPipeline:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    # Linear betas: almost no signal is left at the last step. With Stable Diffusion's a flat background would shine
-    # through there, and sampling, which starts from noise alone, would come out grey.
+    # Linear betas: almost no signal is left at the last step. With Stable Diffusion's betas a flat background would
+    # still show there, and samples, which start from noise alone, would come out grey.
     scheduler = DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=False, steps_offset=1)
     return StableDiffusionPipeline(
         unet=unet,
@@ -62,10 +62,11 @@ def new_base() -> StableDiffusionPipeline:
 
 @torch.no_grad()
 def pixel_vae() -> AutoencoderKL:
-    """An autoencoder whose latents are the pixels (3 channels in [-1, 1]) to about one part in a million.
+    """Return an autoencoder whose latents are the pixels (3 channels in [-1, 1]) to about one part in a million.
 
-    Every residual branch is zero. What stays between the two convolutions at either end is a group norm and a SiLU:
-    with the channels x, -x, K, -K the norm sees mean 0 and deviation K/2 whatever x is, and silu(x) - silu(-x) = x.
+    Every residual branch is zero. All that remains between the two convolutions of each half is a group norm and a
+    SiLU: with the channels x, -x, K, -K the norm sees mean 0 and standard deviation K/2 whatever x is, and
+    silu(x) - silu(-x) = x.
     """
     big = 1024.0  # K
     vae = AutoencoderKL(
@@ -91,18 +92,18 @@ def pixel_vae() -> AutoencoderKL:
             half.conv_out.weight[channel, 3 + channel, 1, 1] = -1
         half.conv_in.bias[6:] = torch.tensor([big, -big])
         half.conv_norm_out.weight.fill_(big / 2)
-    vae.encoder.conv_out.bias[3:] = -30  # log variance: the posterior is its mean
+    vae.encoder.conv_out.bias[3:] = -30  # log variance: the posterior is practically its mean
     return vae
 
 
 def _tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer that has the words of this world whole, and any other letter by letter."""
+    """Return a CLIP tokenizer with a token for each word of this world; any other word is spelled letter by letter."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     pieces = [*letters, *(letter + "</w>" for letter in letters), ",", ",</w>"]
     merges: list[tuple[str, str]] = []
     for word in _WORDS:
         parts = _merged([*word[:-1], word[-1] + "</w>"], merges)
-        while len(parts) > 1:  # join what the merges so far leave apart; ranked last, that changes no earlier word
+        while len(parts) > 1:  # join what earlier merges leave apart; ranked last, this changes no earlier word
             merges.append((parts[0], parts[1]))
             parts = [parts[0] + parts[1], *parts[2:]]
     pieces += [left + right for left, right in merges]
@@ -117,7 +118,7 @@ def _tokenizer() -> CLIPTokenizer:
 
 
 def _merged(parts: list[str], merges: list[tuple[str, str]]) -> list[str]:
-    """Byte pair encoding: apply the merges, first ranked first."""
+    """Apply the merges of a byte pair encoding, in order of rank."""
     for left, right in merges:
         joined: list[str] = []
         for part in parts:

@@ -1,7 +1,7 @@
 """Preference pairs of the shapes world: `python -m dpo_fast.shapes.pairs`.
 
-Two generations of the base for one caption, and which of them each scorer prefers. A fifth of the captions is held out:
-no pair has them, and `held_out.txt` lists them for the evaluation.
+A pair is two generations of the base for one caption, with the preference of each scorer. A fifth of the captions are
+held out: no pair has them, and `held_out.txt` lists them for the evaluation.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from dpo_fast.shapes.score import appeal, faithfulness
 HELD_OUT = 72  # captions
 BATCH = 64  # images generated at once
 PREFERENCES = {"faithfulness": faithfulness, "appeal": lambda images, captions: appeal(images)}
-# Scores nearer than this are a tie. About half of the pairs: where both images are as good, a label would be noise.
+# Scores closer than this are a tie, which makes about half of the pairs ties: a label of equally good images is noise.
 TIE = {"faithfulness": 0.05, "appeal": 0.01}
 
 
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def split() -> tuple[list[str], list[str]]:
-    """The captions to train on and those held out, always the same."""
+    """Return the captions to train on and those held out, always the same."""
     order = torch.randperm(len(SCENES), generator=torch.Generator().manual_seed(0)).tolist()
     held_out = set(order[:HELD_OUT])
     captions = [scene.caption for scene in SCENES]
@@ -67,9 +67,9 @@ def split() -> tuple[list[str], list[str]]:
 
 
 def make_pairs(pipeline: StableDiffusionPipeline, captions: list[str], seed: int) -> pa.Table:
-    """Two images a caption and, for every scorer, label_<scorer>: 1 where the first is better, 0 the second, 0.5 a tie.
+    """Generate two images per caption and label them per scorer: 1 if the first is better, 0 the second, 0.5 a tie.
 
-    Columns jpg_0 and jpg_1 (PNG bytes), caption, label_faithfulness, label_appeal.
+    The columns are jpg_0 and jpg_1 (PNG bytes), caption, label_faithfulness and label_appeal.
     """
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)

@@ -1,7 +1,7 @@
 """Train the base pipeline of the shapes world: `python -m dpo_fast.shapes.pretrain`.
 
-Plain epsilon prediction (arXiv 2006.11239) on rendered scenes; a tenth of the captions is empty, for classifier-free
-guidance. The text encoder learns along. The exponential moving average is what is kept.
+Plain epsilon prediction (arXiv 2006.11239) on rendered scenes; a tenth of the captions are empty, for classifier-free
+guidance. The text encoder is trained too. The exponential moving average of the weights is saved.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def train(steps: int, batch_size: int, seed: int, measure_every: int) -> StableDiffusionPipeline:
-    """Train from scratch; return the pipeline with the averaged weights."""
+    """Train from scratch and return the pipeline with the averaged weights."""
     torch.manual_seed(seed)
     base = new_base()
     average = copy.deepcopy(base)
@@ -89,7 +89,7 @@ def train(steps: int, batch_size: int, seed: int, measure_every: int) -> StableD
 
 @torch.no_grad()
 def measure(pipeline: StableDiffusionPipeline, prompts: int, seed: int) -> dict:
-    """Generate for `prompts` random captions and score: {"right", "faithfulness", "appeal"} are means over them."""
+    """Score images of `prompts` random captions: "right", "faithfulness" and "appeal" are means over them."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(SCENES), (prompts,), generator=generator)
     captions = [SCENES[row].caption for row in rows]

@@ -1,4 +1,4 @@
-"""Captioned scenes: one shape on a plain ground, such as "a red circle on a blue background, small, at the left"."""
+"""Captioned scenes: one shape on a plain background, as in "a red circle on a blue background, small, at the left"."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -16,9 +16,9 @@ COLOURS = {  # RGB; not fully saturated, so that appeal has room above a rendere
     "white": (0.92, 0.92, 0.92),
 }
 SHAPES = ("circle", "square", "triangle")
-SIZES = {"small": 2.75, "large": 4.5}  # half the width of a shape, pixels
-PLACES = {"left": 4.5, "centre": 7.5, "right": 10.5}  # the column of its middle, pixels
-HEIGHTS = (6.5, 7.5, 8.5)  # the row of its middle, pixels: what a caption leaves open
+SIZES = {"small": 2.75, "large": 4.5}  # half the width of a shape, in pixels
+PLACES = {"left": 4.5, "centre": 7.5, "right": 10.5}  # the column of its centre, in pixels
+HEIGHTS = (6.5, 7.5, 8.5)  # the row of its centre, in pixels, which captions do not mention
 
 
 class Scene(NamedTuple):
@@ -38,7 +38,7 @@ SCENE_OF = {scene.caption: scene for scene in SCENES}
 
 
 def masks() -> Tensor:
-    """bool [shapes, sizes, places, heights, 16, 16]: where each shape lies."""
+    """Return where each shape lies, bool [shapes, sizes, places, heights, 16, 16]."""
     row, column = torch.meshgrid(torch.arange(RESOLUTION), torch.arange(RESOLUTION), indexing="ij")
     every = product(SHAPES, SIZES.values(), PLACES.values(), HEIGHTS)
     flat = torch.stack([_inside(shape, radius, row - y, column - x) for shape, radius, x, y in every])
@@ -50,23 +50,23 @@ def _inside(shape: str, radius: float, dy: Tensor, dx: Tensor) -> Tensor:
         return dy**2 + dx**2 <= radius**2
     if shape == "square":
         return (dy.abs() <= radius) & (dx.abs() <= radius)
-    return (dy.abs() <= radius) & (dx.abs() <= (dy + radius) / 2)  # a triangle, its tip above
+    return (dy.abs() <= radius) & (dx.abs() <= (dy + radius) / 2)  # a triangle with its tip at the top
 
 
 def palette() -> Tensor:
-    """float32 [colours, 3] in [0, 1], in the order of COLOURS."""
+    """Return the RGB colours, float32 [colours, 3] in [0, 1], in the order of COLOURS."""
     return torch.tensor(list(COLOURS.values()))
 
 
 def as_numbers(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The scenes' words as numbers, int64 [N] each: shape, size, place, colour, background."""
+    """Return the scenes' words as indices, int64 [N] each: shape, size, place, colour, background."""
     tables = (SHAPES, tuple(SIZES), tuple(PLACES), tuple(COLOURS), tuple(COLOURS))
     words = [(scene.shape, scene.size, scene.place, scene.colour, scene.background) for scene in scenes]
     numbers = [[table.index(word) for table, word in zip(tables, row, strict=True)] for row in words]
     return tuple(torch.tensor(numbers).T)
 
 
-def render(scenes: Sequence[Scene], heights: Tensor) -> Tensor:  # heights: int64 [N], rows of HEIGHTS
+def render(scenes: Sequence[Scene], heights: Tensor) -> Tensor:  # heights: int64 [N], indices into HEIGHTS
     """Draw the scenes: float32 [N, 3, 16, 16] in [0, 1]."""
     shape, size, place, colour, background = as_numbers(scenes)
     colours = palette()[:, :, None, None]

@@ -9,9 +9,9 @@ from dpo_fast.shapes.render import RESOLUTION, SCENE_OF, SCENES, as_numbers, mas
 
 
 def faithfulness(images: Tensor, captions: list[str]) -> Tensor:  # images: float [N, 3, 16, 16] in [0, 1]
-    """1 - the root mean square distance to the nearest rendering of the caption: float64 [N] in [0, 1].
+    """Return 1 - the root mean square distance to the caption's nearest rendering: float64 [N] in [0, 1].
 
-    Raises BadInput for a caption that is not of this world.
+    Raises BadInput for a caption that is not of this world and for images of another shape.
     """
     return _scores(images)[torch.arange(len(captions)), _rows(captions)]
 
@@ -22,11 +22,11 @@ def is_right(images: Tensor, captions: list[str]) -> Tensor:
 
 
 def appeal(images: Tensor) -> Tensor:  # images: float [N, 3, 16, 16] in [0, 1]
-    """Vividness times cleanness: float64 [N] in [0, 1].
+    """Return vividness times cleanness: float64 [N] in [0, 1].
 
-    Both compare with the image freed of speckles (each channel's median over 3 x 3 pixels; straight edges stay):
+    Both use the image with speckles removed (each channel's median over 3 x 3 pixels, which keeps straight edges):
     vividness is the mean over its pixels of the largest minus the smallest channel, so that coloured noise is not
-    vivid; cleanness is 1 - twice the mean distance from it, at least 0.
+    vivid; cleanness is 1 - twice the original's mean absolute distance from it, at least 0.
     """
     images = images.double()
     neighbours = pad(images, (1, 1, 1, 1), mode="replicate").unfold(2, 3, 1).unfold(3, 3, 1).flatten(4)
@@ -44,10 +44,10 @@ def _rows(captions: list[str]) -> Tensor:
 
 
 def _scores(images: Tensor) -> Tensor:
-    """Faithfulness to every scene: float64 [N, scenes].
+    """Return the faithfulness to every scene: float64 [N, scenes].
 
     A rendering has one colour inside its mask and one outside, so its squared error splits into two sums over pixels,
-    each needed once for every mask and colour.
+    each computed once for every mask and colour.
     """
     if images.shape[1:] != (3, RESOLUTION, RESOLUTION):
         raise BadInput(f"images {tuple(images.shape)} must be [N, 3, {RESOLUTION}, {RESOLUTION}]")

@@ -1,8 +1,8 @@
-"""The ops as Triton kernels, one module an op, with the signatures of dpo_fast/kernels/reference.py.
+"""The ops as Triton kernels, one module per op, with the signatures of dpo_fast/kernels/reference.py.
 
-Inputs are dense, float16, bfloat16 or float32, on a CUDA device (on any where Triton interprets). Every kernel is
-compiled without contraction of a*b + c, so that its bits do not depend on the variant (layout, alignment, batch), and
-computes by arithmetic.py: noise, and gradients at given margins, have the bits of the native backend.
+Inputs are dense, float16, bfloat16 or float32, on a CUDA device (on any device when Triton interprets). Every kernel is
+compiled without fusing a*b + c, so that its results are bit-identical in every variant (layout, alignment, batch), and
+uses arithmetic.py: noise, and gradients at given margins, are bit-identical to the native backend's.
 """
 
 import torch

@@ -1,8 +1,8 @@
-"""The arithmetic of the kernels: csrc/arithmetic.h, operation by operation, by the same constants in the same order.
+"""The arithmetic of the kernels: the operations of csrc/arithmetic.h, with the same constants in the same order.
 
-So noise and gradients have the bits of the native backend. Roots and quotients of float32 are by sqrt_rn and div_rn,
-which round to nearest: for tl.sqrt, `/`, tl.exp and tl.log of float32 a GPU has approximate instructions. Kernels have
-to be launched with enable_fp_fusion=False, or a * b + c is rounded once instead of twice.
+Noise and gradients are therefore bit-identical to the native backend's. Float32 roots and quotients use sqrt_rn and
+div_rn, which round to nearest; a GPU computes float32 tl.sqrt, `/`, tl.exp and tl.log with approximate instructions.
+Kernels have to be launched with enable_fp_fusion=False, or a * b + c is rounded once instead of twice.
 """
 
 import triton
@@ -28,7 +28,7 @@ EXP_POLYNOMIAL = tl.constexpr(constants.EXP_POLYNOMIAL)
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """float32 x in `dtype`, to the nearest, ties to even. The interpreter's own cast to bfloat16 truncates."""
+    """Round float32 x to `dtype`, to nearest, ties to even. The interpreter's own cast to bfloat16 truncates."""
     if INTERPRET and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         upper = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
@@ -39,7 +39,7 @@ def rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def polynomial(x, coefficients: tl.constexpr, degree: tl.constexpr):
-    """By Horner's scheme, the highest coefficient first."""
+    """Evaluate a polynomial at x by Horner's scheme; the highest coefficient comes first."""
     value = coefficients[0]
     for i in tl.static_range(1, degree + 1):
         value = value * x + coefficients[i]
@@ -63,7 +63,7 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def minus_two_log(word):
-    """-2 ln(u), u = (n + 1) * 2^-24 of a word's upper 24 bits n; relative error below 2^-22."""
+    """-2 ln(u) for u = (n + 1) * 2^-24, n the upper 24 bits of the word; relative error below 2^-22."""
     u = ((word >> 8) + 1).to(tl.int32).to(tl.float32) * UNIT
     bits = u.to(tl.int32, bitcast=True)
     exponent = (bits - SQRT_HALF_BITS) >> 23  # mantissa in [sqrt(1/2), sqrt(2))
@@ -74,7 +74,7 @@ def minus_two_log(word):
 
 @triton.jit
 def cos_sin(word):
-    """cos and sin of 2 pi u, u as above; absolute error below 2^-23."""
+    """cos and sin of 2 pi u, with u as in minus_two_log; absolute error below 2^-23."""
     n = ((word >> 8) + 1).to(tl.int32)
     quarter = (n + (1 << 21)) >> 22
     r = (n - (quarter << 22)).to(tl.float32) * UNIT  # in [-1/8, 1/8], exact
@@ -82,7 +82,7 @@ def cos_sin(word):
     s = polynomial(z, SINE_POLYNOMIAL, 3) * r
     c = polynomial(z, COSINE_POLYNOMIAL, 4)
     odd = (quarter & 1) != 0
-    # by the sign's bit: Triton before 3.8 computes -x as 0 - x, which loses the sign of 0
+    # negates by flipping the sign bit: Triton before 3.8 computes -x as 0 - x, which loses the sign of 0
     cosine = tl.where(odd, s, c).to(tl.int32, bitcast=True) ^ (((quarter + 1) & 2) << 30)
     sine = tl.where(odd, c, s).to(tl.int32, bitcast=True) ^ ((quarter & 2) << 30)
     return cosine.to(tl.float32, bitcast=True), sine.to(tl.float32, bitcast=True)
@@ -101,14 +101,14 @@ def box_muller(word0, word1):
 
 @triton.jit
 def one_over(count):
-    """float64, of an integer. A division in float64 is always exact."""
+    """1 / count in float64, for an integer. Division in float64 is always correctly rounded."""
     return 1.0 / tl.cast(count, tl.float64)
 
 
 @triton.jit
 def exponential(x):
-    """e^x for float32 x, within one unit in the last place, subnormal results too."""
-    # beyond these e^x is infinity and 0; a nan passes, whose n below is any integer
+    """e^x for float32 x, within one unit in the last place, including subnormal results."""
+    # beyond these bounds e^x is infinity or 0; a nan passes through, with an arbitrary integer n below
     inside = tl.where(x > EXP_MOST, EXP_MOST, tl.where(x < EXP_LEAST, EXP_LEAST, x))
     # x = n ln 2 + r
     shifted = inside * LOG2_E + ROUND_TO_INTEGER
@@ -135,12 +135,12 @@ def sigmoid(x):
 def softplus(x):
     """log(1 + exp(x)) = -logsigmoid(-x) for float64 x, within 8 units in the last place however large |x|.
 
-    The library's exp and log of float64 (each within 1 unit, by NVIDIA's table) are not those of a CPU. Only the
-    reported loss depends on them.
+    CUDA's float64 exp and log (each within 1 unit, by NVIDIA's table) differ from a CPU's. Only the reported loss
+    depends on them.
     """
     small = tl.exp(-tl.abs(x))
     near_one = 1 + small
-    # log1p(small): log's relative error at near_one, rounded, is the same factor off as near_one - 1 is
+    # log1p(small): rounding near_one changes its log and near_one - 1 by nearly the same factor, which cancels
     kept = near_one - 1
     log1p = tl.where(kept > 0, tl.log(near_one) * (small / tl.where(kept > 0, kept, 1.0)), small)
     return tl.maximum(x, 0.0) + log1p

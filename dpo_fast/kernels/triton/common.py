@@ -1,4 +1,4 @@
-"""Where the kernels are launched."""
+"""The context in which kernels are launched."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,9 +10,9 @@ INTERPRET = knobs.runtime.interpret
 
 
 def launching_for(*tensors: Tensor | None) -> AbstractContextManager:
-    """The context to launch in: Triton takes the current device, not that of the tensors.
+    """Return the context to launch in: Triton uses the current device, not that of the tensors.
 
-    Raises ValueError for what the kernels do not take.
+    Raises ValueError for float64 tensors and, unless Triton interprets, for tensors that are not on a CUDA device.
     """
     for x in tensors:
         if x is not None and x.dtype == torch.float64:

@@ -1,7 +1,7 @@
 """dpo_loss (dpo_fast/kernels/dpo_loss.py) in two launches forward and one backward.
 
-Forward: the tiles of pair_errors, then one program that adds them, pair by pair, and the pairs' losses. It works in
-float64, which costs nothing there: B equal losses have exactly that mean.
+Forward: the first launch sums tiles as in pair_errors, then one program adds up each image's tiles and averages the
+pairs' losses. It works in float64, which costs nothing there: the mean of B equal losses is exactly that loss.
 """
 
 import torch
@@ -52,7 +52,7 @@ def dpo_loss_kernel(
         if label is not None:
             y = tl.load(label + pair, mask=inside, other=1.0).to(tl.float64)
             pair_loss = y * pair_loss + (1 - y) * softplus(m)
-        # to 24 bits, of which up to 2^29 equal ones add up in float64 without a rounding
+        # rounded to 24 bits: up to 2^29 equal values then add up in float64 without rounding
         pair_loss = pair_loss.to(tl.float32).to(tl.float64)
         if weight is not None:
             pair_loss *= tl.load(weight + pair, mask=inside, other=0.0).to(tl.float64)
@@ -95,9 +95,10 @@ def dpo_loss_bwd_kernel(
 def dpo_loss_fwd(
     policy_pred: Tensor, ref: Tensor, target: Tensor, beta: float, label: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`kernels.dpo_loss` on checked arguments.
+    """Compute `kernels.dpo_loss` on checked arguments.
 
-    policy_pred, ref and target as `pair_errors_fwd`, ref not None; label and weight float32 [B] or None (all 1).
+    policy_pred, ref and target are as in `pair_errors_fwd`, with ref not None; label and weight float32 [B] or None
+    (all 1).
     Returns loss [], margin [B], policy_error and ref_error [2B], all float32.
     """
     images = policy_pred.shape[0]
@@ -138,7 +139,10 @@ def dpo_loss_bwd(
     label: Tensor | None,
     weight: Tensor | None,
 ) -> Tensor:
-    """The gradient of policy_pred, [2B,C,H,W] in its dtype; grad_loss float32 [], margin float32 [B] of the forward."""
+    """Return the gradient with respect to policy_pred, [2B,C,H,W] in its dtype.
+
+    grad_loss is float32 [], margin float32 [B] from the forward, label and weight float32 [B] or None (all 1).
+    """
     images, elements = policy_pred.shape[0], policy_pred[0].numel()
     tiles = triton.cdiv(elements, TILE)
     grad = torch.empty_like(policy_pred)

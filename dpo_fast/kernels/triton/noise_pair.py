@@ -1,8 +1,8 @@
 """noise_pair (dpo_fast/kernels/noise_pair.py) in one launch.
 
-A program draws a row of Philox blocks of one pair and noises both its images with them. Contiguous latents: the blocks
-are of neighbouring pixels and one group of four channels, and the four numbers of a block go to four planes.
-channels_last: the blocks are in their own order, which is the order of memory.
+A program draws a row of one pair's Philox blocks and adds their noise to both images. For contiguous latents the blocks
+belong to neighbouring pixels and one group of four channels, and the four normals of a block go to four planes. For
+channels_last the blocks are consecutive, which is also their order in memory.
 """
 
 import torch
@@ -14,12 +14,12 @@ from dpo_fast.kernels.reference import memory_format
 from dpo_fast.kernels.triton.arithmetic import box_muller, philox, rounded
 from dpo_fast.kernels.triton.common import launching_for
 
-BLOCKS = 256  # Philox blocks to a program of one warp: 8 neighbours a thread, 128 bits of a 16-bit dtype
+BLOCKS = 256  # Philox blocks per program of one warp: 8 neighbours per thread, 128 bits of a 16-bit dtype
 
 
 @triton.jit
 def normals(block, pair_id, draw, seed):
-    """The four normals of each block (int64) of a pair's draw: reference.normal_noise, whose stream is 0."""
+    """The four normals of each block (int64) of a pair's draw, as in reference.normal_noise (stream 0)."""
     pair_id = pair_id.to(tl.uint64)
     seed = seed.to(tl.uint64)
     w0, w1, w2, w3 = philox(
@@ -39,7 +39,7 @@ def normals(block, pair_id, draw, seed):
 def store_noised(
     z, latents, noisy, target, signal, sigma, pair, start, index, inside, pairs, numbers, VELOCITY: tl.constexpr
 ):
-    """Both images of a pair, and the target, at start + index; z is the noise there."""
+    """Store both noisy images of a pair and the target at start + index; z is the noise at these positions."""
     if not VELOCITY:
         tl.store(target + pair.to(tl.int64) * numbers + start + index, z, mask=inside)
     for half in tl.static_range(2):
@@ -98,7 +98,7 @@ def noise_pixels_kernel(
     pixels,
     groups,  # ceil(channels / 4)
     rows,  # ceil(pixels * groups / BLOCKS)
-    FULL: tl.constexpr,  # channels is a multiple of 4: block k is the numbers 4k to 4k + 3 of an image
+    FULL: tl.constexpr,  # channels is a multiple of 4: block k covers elements 4k to 4k + 3 of an image
     VELOCITY: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -106,7 +106,7 @@ def noise_pixels_kernel(
     first = (tl.program_id(0) % rows).to(tl.int64) * BLOCKS
     block = first + tl.arange(0, BLOCKS)
     z0, z1, z2, z3 = normals(block, tl.load(pair_id + pair), tl.load(draw + pair), seed)
-    z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))  # z0, z1, z2, z3 of a block, then the next
+    z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))  # z0, z1, z2, z3 of one block, then of the next
     signal, sigma = tl.load(sqrt_alpha_bar + pair), tl.load(sqrt_one_minus_alpha_bar + pair)
     numbers = tl.cast(channels, tl.int64) * pixels
     number = tl.arange(0, 4 * BLOCKS)
@@ -133,7 +133,7 @@ def noise_pair_fwd(
     prediction_type: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.noise_pair` on checked arguments.
+    """Compute `kernels.noise_pair` on checked arguments.
 
     latents [2B,C,H,W] of any float dtype; sqrt_alpha_bar and sqrt_one_minus_alpha_bar float32 [B]; pair_id and draw
     int64 [B]. Returns the noisy latents [2B,C,H,W] in `dtype` and the target in float32: the noise [B,C,H,W] for

@@ -1,8 +1,8 @@
 """pair_errors (dpo_fast/kernels/pair_errors.py) in two launches forward and one backward.
 
 Forward: a program sums one tile of both images of a pair, reading a shared target once, into a workspace
-[sums, 2B, tiles]; a second launch adds an image's tiles. Both orders depend on the size of an image alone, so
-reruns, and the same pair in another batch, give the same bits.
+[sums, 2B, tiles]; a second launch adds up an image's tiles. The order of both sums depends on the image size
+alone, so reruns, and the same pair in another batch, give bit-identical results.
 """
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 from dpo_fast.kernels.triton.arithmetic import one_over, rounded
 from dpo_fast.kernels.triton.common import launching_for
 
-TILE = 2048  # elements of an image to a program: 16 a thread, so that even 16-bit loads are of 128 bits
-ROWS, COLUMNS = 16, 32  # images or pairs, and tiles, that the second launch takes at a time
+TILE = 2048  # elements of an image per program: 16 per thread, so that even 16-bit loads are 128 bits wide
+ROWS, COLUMNS = 16, 32  # images (or pairs) and tiles that the second launch processes at a time
 
 
 @triton.jit
@@ -67,16 +67,16 @@ def image_errors(
     images,
     elements,
     tiles,
-    ONLINE: tl.constexpr,  # whether sums has the reference's
+    ONLINE: tl.constexpr,  # whether sums includes ref_error and error_delta
     COLUMNS: tl.constexpr,
 ):
-    """policy_error, ref_error and error_delta of some images, float32 [ROWS]: sums in float64, rounded once."""
+    """policy_error, ref_error and error_delta of some images, float32 [ROWS]: summed in float64, rounded once."""
     e = tl.zeros([image.shape[0], COLUMNS], tl.float64)
     r = tl.zeros([image.shape[0], COLUMNS], tl.float64)
     d = tl.zeros([image.shape[0], COLUMNS], tl.float64)
     plane = tl.cast(images, tl.int64) * tiles
     first = 0
-    while first < tiles:  # not range(), which Triton 3.6 cannot interpret beside NumPy 2.4
+    while first < tiles:  # not range(), which Triton 3.6 cannot interpret with NumPy 2.4
         column = first + tl.arange(0, COLUMNS)[None, :]
         addresses = sums + image.to(tl.int64)[:, None] * tiles + column
         valid = inside[:, None] & (column < tiles)
@@ -100,7 +100,7 @@ def image_errors(
 def image_errors_kernel(
     sums,
     cached_error,  # float32 [2B], or None
-    policy_error,  # float32 [2B], as the next two
+    policy_error,  # float32 [2B], as are the next two
     ref_error,
     error_delta,
     images,
@@ -132,7 +132,7 @@ def store_gradients(
     SHARED_TARGET: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """grad = coefficient * (policy - target) on one tile of both images of a pair."""
+    """Store grad = coefficient * (policy - target) for one tile of both images of a pair."""
     index = tl.arange(0, TILE)
     inside = index < elements - start
     t = load_float(target + pair.to(tl.int64) * elements + start + index, inside)
@@ -166,7 +166,10 @@ def pair_errors_bwd_kernel(
 
 
 def tile_sums(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> tuple[Tensor, bool]:
-    """The first launch: float32 [3, 2B, tiles] and True with the reference's predictions, else [1, ...], False."""
+    """Run the first launch and return its sums, and whether ref holds predictions.
+
+    The sums are float32 [3, 2B, tiles] if it does, else [1, 2B, tiles].
+    """
     images, elements = policy_pred.shape[0], policy_pred[0].numel()
     tiles = triton.cdiv(elements, TILE)
     online = ref is not None and ref.dim() == 4
@@ -188,7 +191,7 @@ def tile_sums(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> tuple[
 
 
 def pair_errors_fwd(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`kernels.pair_errors` on checked arguments.
+    """Compute `kernels.pair_errors` on checked arguments.
 
     policy_pred [2B,C,H,W]; ref: predictions [2B,C,H,W], errors float32 [2B] or None; target [B,C,H,W] or [2B,C,H,W];
     dtypes may differ. Returns policy_error, ref_error and error_delta, float32 [2B] each.
@@ -214,7 +217,10 @@ def pair_errors_fwd(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> 
 
 
 def pair_errors_bwd(grad_error: Tensor, policy_pred: Tensor, target: Tensor) -> Tensor:
-    """The gradient of policy_pred, [2B,C,H,W] in its dtype; grad_error [2B] is that of policy_error and error_delta."""
+    """Return the gradient with respect to policy_pred, [2B,C,H,W] in its dtype.
+
+    grad_error [2B] is the sum of the gradients of policy_error and error_delta.
+    """
     images, elements = policy_pred.shape[0], policy_pred[0].numel()
     tiles = triton.cdiv(elements, TILE)
     grad = torch.empty_like(policy_pred)
