@@ -1,11 +1,11 @@
-"""Checksums of everything that is written now and read back later, so that a byte that changed on the disk is noticed.
+"""Checksums of everything that is written now and read back later, so that bytes that changed on disk are noticed.
 
     a JSON file     `write_signed_json`, `read_signed_json`: its digest is the object's last member
     a text file     `signed_text`, `check_text`: its digest is a comment in the first line
-    a PNG           `signed_png`, `png_is_whole`: its digest is the last text before the end
+    a PNG           `signed_png`, `png_is_whole`: its digest is in the last text chunk
     any other file  `file_digest`, kept in a signed JSON file beside it
 
-They find rot, truncation and mix-ups, not forgery: whoever can change a file can sign it again.
+They detect bit rot, truncation and mix-ups, not forgery: anyone who can change a file can sign it again.
 """
 
 import hashlib
@@ -24,35 +24,35 @@ from dpo_fast.files import naming, parse_json, read_bytes, regular_file, write_t
 
 logger = logging.getLogger(__name__)
 
-_COMPACT = ',"digest":"', '"}\n', "}"  # before the digest, behind it, and what the object's text ended with
+_COMPACT = ',"digest":"', '"}\n', "}"  # before the digest, after it, and the end of the unsigned object
 _INDENTED = ',\n  "digest": "', '"\n}\n', "\n}"
-# The end of a signed object, also where one character of the name or of the digest has changed.
+# The end of a signed object, even if one character of the name or of the digest has changed.
 _SIGNED = re.compile(r'("digest"\s*:\s*"[^"\n]{0,20}"|"[^"\n]{6}"\s*:\s*"[0-9a-f]{16}")\s*\}\s*$')
 _COMMENT = "# checksum of the lines below: "
-_END = b"\0\0\0\0IEND\xaeB`\x82"  # of every PNG
+_END = b"\0\0\0\0IEND\xaeB`\x82"  # the end of every PNG
 _TEXT = b"tEXtchecksum\0"
 _BLOCK = 4 << 20  # bytes of a file read at once
 
 
 class Damaged(BadInput):
-    """A file that is not what was written. The message names it and carries the remedy."""
+    """A file is not what was written. The message names the file and the remedy."""
 
 
 def digest(data: bytes) -> str:
-    """64 bits in hexadecimal."""
+    """Return the 64-bit BLAKE2b digest of `data` in hexadecimal."""
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """128 bits of a file (XXH3) in hexadecimal: as fast as memory, where SHA-256 takes 6 s and BLAKE2b 16 s for 10 GB.
+    """Return a file's 128-bit XXH3 in hexadecimal: as fast as memory; for 10 GB SHA-256 takes 6 s, BLAKE2b 16 s.
 
-    Raises OSError, and BadInput for what is no regular file.
+    Raises OSError, and BadInput for anything but a regular file.
     """
     return _of_file(path, xxhash.xxh3_128)
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, as `sha256sum` prints it. Raises OSError."""
+    """Return the SHA-256 of a file, as `sha256sum` prints it. Raises like `file_digest`."""
     return _of_file(path, hashlib.sha256)
 
 
@@ -68,13 +68,13 @@ def _of_file(path: Path, algorithm: Callable[[], Any]) -> str:
 
 
 def signed(text: str) -> str:
-    """A JSON object's text, not an empty one, with its digest as the last member."""
+    """Return the text of a non-empty JSON object with its digest added as the last member."""
     mark, end, closing = _INDENTED if text.endswith("\n}") else _COMPACT
     return f"{text.removesuffix(closing)}{mark}{digest(text.encode())}{end}"
 
 
 def unsigned(text: str) -> str:
-    """The text that `signed` was given. Raises ValueError where it has changed."""
+    """Return the text that `signed` was given. Raises ValueError if it has changed."""
     for mark, end, closing in (_COMPACT, _INDENTED):
         body, _, rest = text.rpartition(mark)
         body += closing
@@ -84,9 +84,9 @@ def unsigned(text: str) -> str:
 
 
 def parse_signed(data: bytes, *, required: bool = True) -> Any:
-    """The value of a signed JSON object. With `required` False one without a digest, of an earlier version, is taken.
+    """Parse a signed JSON object. Unless `required`, one without a digest, of an earlier version, is accepted.
 
-    Raises ValueError for one that has changed, is no JSON, or holds NaN or infinity.
+    Raises ValueError for one that has changed, is not JSON, or holds NaN or infinity.
     """
     text = data.decode()
     if required or _SIGNED.search(text):
@@ -95,18 +95,18 @@ def parse_signed(data: bytes, *, required: bool = True) -> Any:
 
 
 def write_signed_json(path: Path, value: dict[str, Any], *, indent: int | None = 2) -> None:
-    """Write a JSON object with its digest as the last member, `digest`, atomically. Raises OSError.
+    """Write a JSON object with its digest as the last member, `digest`, atomically.
 
-    NaN and infinity are refused: they are not JSON.
+    Raises OSError, and ValueError for NaN and infinity, which are not JSON.
     """
     separators = (",", ":") if indent is None else None
     write_text(path, signed(json.dumps(value, indent=indent, separators=separators, allow_nan=False)))
 
 
 def read_signed_json(path: Path, remedy: str, names: Iterable[str] = ()) -> dict[str, Any]:
-    """The object in a file of `write_signed_json`, or in one without a digest, as earlier versions wrote them.
+    """Read the object in a file of `write_signed_json`, or in one without a digest, as earlier versions wrote them.
 
-    Raises Damaged, with `remedy`, for a file that cannot be read or has changed, and where it lacks one of `names`.
+    Raises Damaged, with `remedy`, for a file that cannot be read, has changed, or is missing one of `names`.
     """
     try:
         value = parse_signed(read_bytes(path), required=False)
@@ -123,12 +123,12 @@ def read_signed_json(path: Path, remedy: str, names: Iterable[str] = ()) -> dict
 def delete_damaged(files: Iterable[Path], then: str) -> None:
     """Delete signed JSON files that have changed since they were written, or carry no digest; log each, with `then`.
 
-    Raises OSError for a file that the disk does not give, which is no reason to delete it.
+    Raises OSError for a file that the disk cannot read, which is no reason to delete it.
     """
     for file in files:
         try:
             parse_signed(read_bytes(file))
-        except (FileNotFoundError, ValueError) as error:  # the first: a link to nowhere
+        except (FileNotFoundError, ValueError) as error:  # the first: a dangling link
             logger.warning("%s is damaged (%s): it is deleted, and %s", file, error, then)
             file.unlink(missing_ok=True)
 
@@ -141,14 +141,14 @@ def _no_number(name: str) -> None:
 
 
 def signed_text(text: str) -> str:
-    """Lines in a language whose comments begin with #, with their digest in a comment before them."""
+    """Return text in a language whose comments begin with #, preceded by a comment with its digest."""
     return f"{_COMMENT}{digest(text.encode())}\n{text}"
 
 
 def check_text(path: Path, remedy: str) -> None:
-    """Raise Damaged, with `remedy`, where a file of `signed_text` has changed, is empty, or cannot be read.
+    """Raise Damaged, with `remedy`, if a file of `signed_text` has changed, is empty, or cannot be read.
 
-    One without that comment is taken as it is: somebody wrote it.
+    A file without that comment is accepted: it was written by hand.
     """
     try:
         text = read_bytes(path).decode()
@@ -167,13 +167,13 @@ def check_text(path: Path, remedy: str) -> None:
 
 
 def signed_png(data: bytes) -> bytes:
-    """A PNG file's bytes with their digest in a last text, `checksum`, which readers of PNG ignore."""
+    """Return a PNG file's bytes with their digest in a last text chunk, `checksum`, which PNG readers ignore."""
     assert data.endswith(_END)
     return data[: -len(_END)] + _checksum_chunk(data) + _END
 
 
 def png_is_whole(data: bytes) -> bool | None:
-    """Whether a PNG is as `signed_png` made it; None where it has no checksum."""
+    """Whether a PNG is as `signed_png` made it; None if it has no checksum."""
     length = len(_checksum_chunk(b"")) + len(_END)
     chunk = data[-length : -len(_END)]
     if chunk[4 : 4 + len(_TEXT)] != _TEXT:
@@ -183,7 +183,7 @@ def png_is_whole(data: bytes) -> bool | None:
 
 
 def _checksum_chunk(data: bytes) -> bytes:
-    """The chunk with the digest of a PNG."""
+    """The PNG chunk that holds the digest of `data`."""
     body = _TEXT + xxhash.xxh3_128_hexdigest(data).encode()
-    length, crc = len(body) - 4, zlib.crc32(body)  # the name of the chunk counts in the second
+    length, crc = len(body) - 4, zlib.crc32(body)  # the CRC covers the chunk's name, too
     return length.to_bytes(4, "big") + body + crc.to_bytes(4, "big")

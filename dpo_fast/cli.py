@@ -1,7 +1,7 @@
 """What all commands share: errors as one line and an exit status, signals, and output that never ends a run.
 
-Everything that a command prints goes through `SteadyStream`, which lets nothing through that a terminal obeys: names in
-data and files, and the messages of exceptions, are written by others.
+Everything that a command prints goes through `SteadyStream`, which escapes whatever a terminal would obey: names in
+data and files, and the messages of exceptions, are untrusted.
 
 Exit status: 0 done, 2 input that cannot be used (one line on stderr), 130 interrupted, 1 an internal error (with a
 traceback), or something that never answers (one line).
@@ -28,12 +28,13 @@ from dpo_fast.files import NO_HOME, has_home
 
 
 def guarded(work: Callable[[], int], *, kept: str, go_on: str) -> int:
-    """The exit status of `work`, or of what it raised, said in one line.
+    """Run `work` and return its exit status, or print what it raised in one line and return the status for that.
 
     kept: what an interruption leaves. go_on: what to do once the disk can be written again.
-    Within `work` a SIGTERM, SIGHUP or SIGUSR1 ends it as Ctrl-C does, and output that is closed or full is dropped.
+    SIGTERM, SIGHUP and SIGUSR1 end `work` as Ctrl-C does, and its output to a closed or full stream is dropped.
+    Internal errors are raised again.
     """
-    if sys.excepthook is sys.__excepthook__:  # Python calls it once the process's own streams are back
+    if sys.excepthook is sys.__excepthook__:  # Python calls it after the original streams are restored
         sys.excepthook = _print_traceback
     with steady_output(), on_signals(_ENDING, _interrupt):
         return _guarded(work, kept, go_on)
@@ -44,7 +45,7 @@ def _print_traceback(kind: type[BaseException], error: BaseException, where: Tra
 
 
 def _guarded(work: Callable[[], int], kept: str, go_on: str) -> int:
-    if not has_home():  # libraries would make a folder called ~
+    if not has_home():  # libraries would create a folder named ~
         return refuse(NO_HOME)
     try:
         return work()
@@ -79,17 +80,17 @@ LEAVING_SECONDS = 5.0
 
 
 def leave(status: int) -> NoReturn:
-    """End the process with `status`; where something in it never answers, without waiting for that for ever."""
+    """End the process with `status`, without waiting forever for a thread or worker that never answers."""
     if _unresponsive.is_set():
         for worker in multiprocessing.active_children():
             worker.kill()
-        end = threading.Timer(LEAVING_SECONDS, os._exit, [status])  # Python itself waits for threads at its exit
+        end = threading.Timer(LEAVING_SECONDS, os._exit, [status])  # Python itself waits for threads at exit
         end.daemon = True
         end.start()
     sys.exit(status)
 
 
-_ENDING = tuple(  # signals that end a command as Ctrl-C does; SIGHUP and SIGUSR1 are not on every system
+_ENDING = tuple(  # signals that end a command as Ctrl-C does; not every system has SIGHUP and SIGUSR1
     getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
 )
 
@@ -100,9 +101,9 @@ def _interrupt(number: int, frame: object) -> None:
 
 @contextmanager
 def on_signals(numbers: Iterable[int], handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Within the block `handler` answers these signals, except those that the process was started to ignore (nohup).
+    """Within the block `handler` handles these signals, except those that the process was started to ignore (nohup).
 
-    Only the main thread can set handlers: elsewhere (in a notebook's worker, for one) nothing changes.
+    Only the main thread can set handlers; in other threads (a notebook's worker, for example) nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -119,7 +120,7 @@ def on_signals(numbers: Iterable[int], handler: Callable[[int, object], None]) -
 
 
 def acknowledge(message: str) -> None:
-    """Write a line to stderr from a signal handler: print may be in the middle of another line and cannot be used."""
+    """Write a line to stderr from a signal handler, where `print` is unsafe: it may be in the middle of a line."""
     with suppress(OSError):
         os.write(2, f"\ndpo_fast: {printable(message)}\n".encode())
 
@@ -127,7 +128,7 @@ def acknowledge(message: str) -> None:
 class SteadyStream:
     """A text stream that drops what it cannot write: a closed terminal or a full log disk must not end a run.
 
-    What a terminal would obey is escaped (`printable`), except what text and progress bars need: line breaks, tabs,
+    Whatever a terminal would obey is escaped (`printable`), except what text and progress bars need: line breaks, tabs,
     carriage returns at the beginning or end of a write, and a write that only moves the cursor up.
     """
 
@@ -156,7 +157,7 @@ class SteadyStream:
         return getattr(self._stream, name)
 
 
-_UP = "\x1b[A"  # a line up, as tqdm writes it
+_UP = "\x1b[A"  # moves the cursor up a line, as tqdm writes it
 
 
 def _shown(text: str) -> str:
@@ -170,7 +171,7 @@ def _shown(text: str) -> str:
 @contextmanager
 def steady_output() -> Iterator[None]:
     """Within the block stdout and stderr are `SteadyStream`s; missing ones are replaced by the null device."""
-    for number in (0, 1, 2):  # a closed one would be the number of the next file opened, and get a library's messages
+    for number in (0, 1, 2):  # if closed, the next file opened gets its number, and a library's messages
         try:
             os.fstat(number)
         except OSError:
@@ -187,7 +188,7 @@ def steady_output() -> Iterator[None]:
 
 
 def _give_up_if_broken(stream: IO[str] | None) -> None:
-    """Point a stream that takes nothing at the null device: else Python fails at its exit, writing what is left."""
+    """Redirect a broken stream to the null device; otherwise Python fails at exit, when it flushes the stream."""
     try:
         if stream is not None:
             stream.flush()
@@ -198,13 +199,13 @@ def _give_up_if_broken(stream: IO[str] | None) -> None:
 
 
 def refuse(message: str, any_rank: bool = False) -> int:
-    """Say in one line what cannot be used; the exit status for it."""
+    """Print in one line what cannot be used; return the exit status for that, 2."""
     say("error: " + " ".join(message.split()), any_rank)
     return 2
 
 
 def say(message: str, any_rank: bool = False) -> None:
-    """Print a line; of what all ranks come to know, the main rank's is enough."""
+    """Print a line to stderr, on the main rank only unless `any_rank`."""
     rank = os.environ.get("RANK", "0")
     if rank == "0" or any_rank:
         where = "dpo_fast" if rank == "0" else f"dpo_fast, rank {rank}"
@@ -212,7 +213,7 @@ def say(message: str, any_rank: bool = False) -> None:
 
 
 class _OneLine(logging.Formatter):
-    """A record's message in one line: a name with a line break in it must not look like another message."""
+    """Formats a record on one line: a name with a line break in it must not look like another message."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = printable(record.message)
@@ -220,7 +221,7 @@ class _OneLine(logging.Formatter):
 
 
 def show_log() -> None:
-    """Let what the package logs (which kernels run, for one) be seen on the main rank."""
+    """Show the package's log (which kernels run, for example) on the main rank."""
     logger = logging.getLogger("dpo_fast")
     if os.environ.get("RANK", "0") == "0" and not logger.handlers:
         handler = logging.StreamHandler()
@@ -231,9 +232,9 @@ def show_log() -> None:
 
 @contextmanager
 def one_line_errors(flags: type) -> Iterator[None]:
-    """Turn tyro's boxed error and exit into a BadInput of one line; `--help` prints and exits as usual.
+    """Turn tyro's boxed error and exit into a one-line BadInput; `--help` prints and exits as usual.
 
-    flags: the dataclass that is parsed, whose names are proposed for an unknown flag.
+    flags: the dataclass that is parsed, whose field names are suggested for an unknown flag.
     """
     captured = io.StringIO()
     try:
@@ -246,7 +247,7 @@ def one_line_errors(flags: type) -> Iterator[None]:
 
 
 def _one_line(box: str, flags: type) -> str:
-    """The message of tyro's error box, without its frame; of an unknown flag, with the nearest known one."""
+    """Return the message of tyro's error box without its frame; for an unknown flag, with the nearest known one."""
     lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in box.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("╭", "╰"))]
     rule = next((i for i, line in enumerate(lines) if set(line) <= {"─", "-"}), len(lines))
@@ -256,7 +257,7 @@ def _one_line(box: str, flags: type) -> str:
 
 
 def did_you_mean(name: str, flags: type) -> str:
-    """A remark on the flags that are nearest to an unknown one: those that contain it, or the one spelt alike."""
+    """Suggest the flags nearest to an unknown one: those that contain it, or the one with the closest spelling."""
     name, names = name.replace("-", "_"), [field.name for field in dataclasses.fields(flags)]
     containing = sorted((known for known in names if name in known), key=len)
     near = containing[:2] or difflib.get_close_matches(name, names, n=1)

@@ -1,4 +1,4 @@
-"""From a command line, and a YAML recipe it names, to a checked training configuration.
+"""Parse a command line, and a YAML recipe it names, into a checked training configuration.
 
 Layers, later ones win: the defaults of `TrainConfig`, a preset, the recipe (`--config`), the flags.
 """
@@ -40,15 +40,15 @@ def parse(argv: list[str]) -> tuple[TrainConfig, list[str]]:
 
 
 def refuse_empty(argv: Sequence[str]) -> None:
-    """Raise BadInput where a flag is given an empty text, which as a path means the current folder, or no UTF-8.
+    """Raise BadInput for a flag's value that is empty, which as a path means the current folder, or not UTF-8.
 
-    Most empty ones come from a shell variable that is not set. What is no UTF-8 could not be written to config.yaml.
+    Most empty values come from an unset shell variable. Text that is not UTF-8 could not be written to config.yaml.
     """
     flag = ""
     for word in argv:
         try:
             word.encode()
-        except UnicodeEncodeError as error:  # bytes that the locale's encoding does not have
+        except UnicodeEncodeError as error:  # bytes that the locale's encoding cannot decode
             locale = sys.getfilesystemencoding()
             advice = "rename it in UTF-8" if locale == "utf-8" else "set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
             raise BadInput(f"{word[:300]!a} is no text in this locale, whose encoding is {locale}: {advice}") from error
@@ -62,7 +62,7 @@ def refuse_empty(argv: Sequence[str]) -> None:
 
 
 def _with_values(flags: list[str]) -> list[str]:
-    """The flags with the values that the public scripts' bare --gradient_checkpointing stands for."""
+    """Return the flags with the value that a bare --gradient_checkpointing, as in the public scripts, stands for."""
     given = []
     for flag, following in itertools.pairwise([*flags, "--"]):
         name = flag.replace("-", "_")
@@ -91,12 +91,12 @@ def _early(flags: list[str]) -> _Early:
         return tyro.cli(_Early, args=wanted, return_unknown_args=True)[0]
 
 
-# What PyYAML raises beside its own errors for values that do not fit their tags: dates, numbers, empty ones.
+# What PyYAML raises besides its own errors for values that do not fit their tags: dates, numbers, empty values.
 _OF_YAML = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
 
 def _recipe_flags(path: Path) -> list[str]:
-    """A YAML mapping as command-line flags, so that one parser checks names and types."""
+    """Convert a YAML mapping to command-line flags, so that one parser checks names and types."""
     try:
         text = regular_file(path, "--config").read_bytes().decode()
     except OSError as error:
@@ -119,7 +119,7 @@ def _recipe_flags(path: Path) -> list[str]:
             raise BadInput(f"--config {path}: unknown flag {name!r:.200}{did_you_mean(name, TrainConfig)}")
         if name == "config":
             raise BadInput(f"--config {path} names a further config; put everything into one file")
-        if isinstance(value, bool) and name in ("compile", "zero_terminal_snr"):  # YAML's words for true and false
+        if isinstance(value, bool) and name in ("compile", "zero_terminal_snr"):  # YAML reads on and off as booleans
             flags += [f"--{name}", "on" if value else "off"]
         elif isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no_{name}")
@@ -131,8 +131,8 @@ def _recipe_flags(path: Path) -> list[str]:
 
 
 def _word(path: Path, name: str, value: object) -> str:
-    """A value of a recipe as it would stand on the command line."""
-    if isinstance(value, (dict, list, set, tuple)):  # by aliases a few lines can stand for gigabytes
+    """Return a value of a recipe as it would be written on the command line."""
+    if isinstance(value, (dict, list, set, tuple)):  # with aliases, a few lines can stand for gigabytes
         raise BadInput(
             f"--config {path}: {name} holds a {type(value).__name__}; give it one value, or a list of values"
         )

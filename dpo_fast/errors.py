@@ -1,6 +1,6 @@
-"""What the user can mend: one exception, and a disk's errors. Doors turn them into one line and exit status 2.
+"""Errors that the user can fix: one exception, and disk errors. Commands turn them into one line and exit status 2.
 
-Here too: how text that others wrote is shown (`printable`).
+Also how untrusted text is shown (`printable`).
 """
 
 import errno
@@ -13,28 +13,27 @@ _OPEN_FILES = (errno.EMFILE, errno.ENFILE)
 _IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP)
 _FAILING = (errno.EIO, errno.ESTALE, errno.EBUSY, errno.ETXTBSY, errno.ENODEV, errno.ENXIO)
 
-# What a disk answers that is full, failing or may not be written: for the user to mend, not an internal error.
+# Errors of a disk that is full, failing or not writable: for the user to fix, not internal errors.
 DISK_ERRORS = (*_FULL, *FORBIDDEN, *_OPEN_FILES, *_IN_THE_WAY, *_FAILING)
 
 # "[Errno 5] Input/output error: 'path'" of Python and pyarrow, "(os error 5)" of safetensors
 _NUMBER = re.compile(r"(?:\berrno|\bos error) (\d+)", re.IGNORECASE)
 _NAME = re.compile(r"\[Errno \d+\][^\n]*?: '([^'\n]+)'")
 
-_COLOUR = re.compile(r"\x1b\[[0-9;:]*m")  # sets colours and weight only; libraries write it where they see a terminal
-# What a terminal obeys or what reorders or hides a line: the control characters of C0 and C1, marks and overrides of
-# direction, line separators, invisible characters, and halves of surrogate pairs. Joiners, which emoji and some scripts
-# need, are none of these.
+_COLOUR = re.compile(r"\x1b\[[0-9;:]*m")  # sets colours and weight only; libraries write it to terminals
+# Characters that control a terminal, or reorder or hide text: C0 and C1 controls, direction marks and overrides, line
+# separators, invisible characters, and lone surrogates. Joiners, which emoji and some scripts need, are allowed.
 _UNSHOWN = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
 
 
 class BadInput(ValueError):
-    """Input that cannot be used. The message carries the value and the remedy."""
+    """Input that cannot be used. The message names the value and the remedy."""
 
 
 def mark_of_this_rank(error: Exception) -> None:
-    """Mark an error that this rank alone met: the command then prints it on this rank too, not only on the main one."""
+    """Mark an error that only this rank met, so that the command prints it here too, not only on the main rank."""
     error.of_this_rank = True
 
 
@@ -46,9 +45,9 @@ class Unresponsive(RuntimeError):
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Text as a terminal, a log or a picture may get it, whoever wrote it: what it would obey is escaped as in Python.
+    """Make untrusted text safe for a terminal, a log or a picture, by escaping control characters as Python does.
 
-    Colours are dropped. keep: control characters to leave as they are, such as "\\n" where lines are meant.
+    Colours are dropped. keep: control characters to leave unescaped, such as "\\n" where lines are meant.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -60,22 +59,22 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def one_line(error: BaseException, longest: int = 300) -> str:
-    """An error's message in one line of at most `longest` characters; its type where it has no message."""
+    """Return an error's message on one line of at most `longest` characters, or its type if it has no message."""
     return " ".join(str(error).split())[:longest] or type(error).__name__
 
 
 def missing_extra(package: str, extra: str, needed_for: str) -> BadInput:
-    """The error for an optional package that is not installed, naming the extra that brings it."""
+    """The error for an optional package that is not installed, naming the extra that installs it."""
     return BadInput(
         f"{needed_for} needs the package {package!r}, which is not installed: pip install 'dpo_fast[{extra}]'"
     )
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
-    """The disk error that `error` is, wraps or was raised from, as OSError with number and path; None: it is none.
+    """Return the disk error that `error` is, wraps or was raised from, as an OSError with errno (and path), or None.
 
-    Libraries report a disk's errors in their own ways: safetensors as SafetensorError, PyTorch's loader workers and
-    pyarrow as an OSError without a number, `datasets` as an error raised from an OSError.
+    Libraries report disk errors in their own ways: safetensors as SafetensorError, PyTorch's loader workers and
+    pyarrow as an OSError without errno, `datasets` as an error raised from an OSError.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
@@ -89,7 +88,7 @@ def disk_error(error: BaseException | None) -> OSError | None:
 
 
 def remedy(error: OSError) -> str:
-    """What to do about a disk error, as the beginning of a sentence's second half."""
+    """Return what to do about a disk error, as an imperative clause."""
     if error.errno in _FULL:
         return "make room"
     if error.errno in FORBIDDEN:

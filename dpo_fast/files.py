@@ -1,7 +1,7 @@
-"""Writing files and folders whole or not at all: a temporary name beside the target, then a rename. Sizes in words.
+"""Atomic writes of files and folders: a temporary name beside the target, then a rename. Also reading and paths.
 
-What a killed process leaves has a temporary name, and whoever holds the folder next clears it away
-(`remove_temporaries`). Errors of the disk carry the path.
+What a killed process leaves has a temporary name, and the next holder of the folder deletes it (`remove_temporaries`).
+Disk errors carry the path.
 """
 
 import errno
@@ -19,12 +19,12 @@ from safetensors import SafetensorError
 
 from dpo_fast.errors import BadInput, disk_error
 
-LOCK = ".lock"  # files of `locks` begin with it
+LOCK = ".lock"  # prefix of the files of `locks`
 _TEMPORARY = ".tmp-"
-_REPLACED = ".tmp-old-"  # and the name of a folder that is being replaced
-_GOING = ".tmp-gone-"  # and the name of a folder that is being deleted
-_NOT_CONTENT = (_TEMPORARY, LOCK, ".nfs")  # .nfs: what NFS keeps of a file that was deleted while it was open
-# what file systems answer that cannot flush folders (Windows: what was opened for reading) or change modes
+_REPLACED = ".tmp-old-"  # followed by the name of a folder that is being replaced
+_GOING = ".tmp-gone-"  # followed by the name of a folder that is being deleted
+_NOT_CONTENT = (_TEMPORARY, LOCK, ".nfs")  # .nfs: NFS's name for a file that was deleted while open
+# errors of file systems that cannot flush folders (Windows: files opened for reading) or change modes
 _NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF)
 NO_HOME = (
     "no home folder is known (HOME is not set, and this user has no passwd entry): set HOME to a folder that you can"
@@ -43,8 +43,8 @@ _KINDS = {
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed and renamed over `path`, on error removed.
 
-    Raises OSError, with the path. Killed at any moment it leaves the earlier file or the new one, and at most a
-    temporary beside it.
+    Raises OSError, with the path. A kill at any moment leaves the earlier file or the new one, and at most a temporary
+    file beside it.
     """
     path = Path(path)
     with naming(path):
@@ -64,14 +64,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it takes the name `path`, replacing what was there.
+    """Yield a temporary folder beside `path`; on success it takes the name `path`, replacing any earlier folder.
 
-    Raises OSError, with the path. A process may be killed at any moment; who holds the parent folder next calls
+    Raises OSError, with the path. A process may be killed at any moment; the next holder of the parent folder calls
     `remove_temporaries`, which leaves, after a kill
 
-    - while the temporary folder is filled: the earlier folder, if there was one;
-    - between the two renames, when nothing has the name `path`: the earlier folder, under its name again;
-    - while the earlier folder is deleted: the new one, for what is being deleted has a temporary name by then.
+    - while the temporary folder is being filled: the earlier folder, if there was one;
+    - between the two renames, when nothing has the name `path`: the earlier folder, with its name restored;
+    - while the earlier folder is being deleted: the new one, because the earlier one has a temporary name by then.
     """
     path = Path(path)
     with naming(path):
@@ -96,10 +96,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def filled(folder: Path) -> Iterator[None]:
-    """Within the block files are written into `folder`; at its end they are readable as usual and flushed to disk.
+    """For a block that writes files into `folder`: at its end they get the usual permissions and are flushed to disk.
 
-    Some libraries leave their files private. A disk's error that a library reports in its own way (safetensors) is
-    raised as OSError with its number.
+    Some libraries leave their files private. A disk error that a library reports in its own way (safetensors) is
+    raised as OSError with its errno.
     """
     folder = Path(folder)
     with naming(folder):
@@ -112,7 +112,7 @@ def filled(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of the disk in the block are OSErrors that have a number, and the name `path` where they have none."""
+    """Raise disk errors of the block as OSErrors with an errno, and with `path` if they name no path."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -123,11 +123,11 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def flush(path: Path) -> None:
-    """Have a file's contents, or a folder's names, on the disk; where the file system does not offer that, go on."""
+    """Flush a file's contents, or a folder's entries, to disk, if the file system supports that. Raises OSError."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except PermissionError:
-        if os.path.isdir(path):  # Windows opens no folders
+        if os.path.isdir(path):  # Windows cannot open folders
             return
         raise
     try:
@@ -140,12 +140,12 @@ def flush(path: Path) -> None:
 
 
 def is_content(name: str) -> bool:
-    """Whether a name in a folder is of a user's or a command's file: not of a lock, nor of a temporary one."""
+    """Whether a name in a folder is that of a user's or a command's file, not of a lock or a temporary file."""
     return not name.startswith(_NOT_CONTENT)
 
 
 def contents(folder: Path) -> list[Path]:
-    """What a folder holds, locks and temporaries left out; of one that is not there nothing. Raises OSError."""
+    """List a folder's entries without locks and temporaries; a missing folder has none. Raises OSError."""
     try:
         return [entry for entry in Path(folder).iterdir() if is_content(entry.name)]
     except FileNotFoundError:
@@ -158,10 +158,10 @@ def has_temporaries(folder: Path) -> bool:
 
 
 def remove_temporaries(folder: Path, *, deep: bool = False) -> None:
-    """Clear away what killed processes left half-written in `folder`, and with `deep` in all folders under it.
+    """Delete what killed processes left half-written in `folder`, and with `deep` in all folders under it.
 
-    The caller holds `folder` (`locks.hold`), or a living process's files would go. A folder that was being replaced
-    gets its name back where nothing has it (`atomic_folder`). Raises OSError.
+    The caller must hold `folder` (`locks.hold`), or a running process would lose its files. A folder that was being
+    replaced gets its name back if nothing else has it (`atomic_folder`). Raises OSError.
     """
     folder = Path(folder)
     if deep:
@@ -177,7 +177,7 @@ def remove_temporaries(folder: Path, *, deep: bool = False) -> None:
 
 
 def remove_temporaries_of(path: Path) -> None:
-    """Delete what killed processes left of `path` alone. The caller holds the file (`locks.hold_file`)."""
+    """Delete only what killed processes left of `path`. The caller must hold the file (`locks.hold_file`)."""
     path = Path(path)
     for leftover in path.parent.glob(_TEMPORARY + "*"):
         if leftover.name.endswith(_suffix(path)) and len(leftover.name) == len(f"{_TEMPORARY}12345678{_suffix(path)}"):
@@ -185,9 +185,9 @@ def remove_temporaries_of(path: Path) -> None:
 
 
 def rename_away(folder: Path) -> Path:
-    """Take a folder's name from it, so that nobody meets it half-deleted; the caller deletes what is returned.
+    """Give a folder a temporary name, so that nobody finds it half-deleted; the caller deletes the returned path.
 
-    What was left of another deletion of that folder goes first. Raises OSError.
+    The remains of an earlier deletion of that folder are deleted first. Raises OSError.
     """
     going = folder.with_name(f"{_GOING}{folder.name}")
     shutil.rmtree(going, ignore_errors=True)
@@ -199,19 +199,19 @@ def remove_folder(folder: Path) -> None:
     """Delete a folder and all that is in it. Raises OSError with its path."""
     try:
         shutil.rmtree(folder)
-    except OSError as error:  # its own path is relative to the folder
+    except OSError as error:  # the error's own path is relative to the folder
         raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def regular_file(path: Path, flag: str = "") -> Path:
-    """`path` as it is, if it is a file or is missing. Raises BadInput for anything else, without opening it.
+    """Return `path` unchanged if it is a file or missing. Raises BadInput for anything else, without opening it.
 
-    Opening a FIFO waits until somebody writes into it, and a device may give bytes without an end. `flag` names it in
-    the message.
+    Opening a FIFO waits until somebody writes into it, and a device may yield bytes without end. The message begins
+    with `flag`.
     """
     try:
         kind = stat.S_IFMT(os.stat(path).st_mode)
-    except (OSError, ValueError):  # whoever opens it says what is wrong
+    except (OSError, ValueError):  # opening it will report the error
         return path
     if kind != stat.S_IFREG:
         raise BadInput(f"{flag + ' ' if flag else ''}{path} is {_KINDS.get(kind, 'no file')}: name a regular file")
@@ -219,18 +219,18 @@ def regular_file(path: Path, flag: str = "") -> Path:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a regular file. Raises BadInput as `regular_file`, and OSError with the path."""
+    """Read the bytes of a regular file. Raises BadInput like `regular_file`, and OSError with the path."""
     with naming(path):
         return regular_file(Path(path)).read_bytes()
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular file in UTF-8. Raises as `read_bytes`, and ValueError where it is no UTF-8."""
+    """Read a regular file as UTF-8 text. Raises like `read_bytes`, and ValueError if it is not UTF-8."""
     return read_bytes(path).decode()
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
-    """`json.loads`. Raises ValueError for all that it cannot take, also for what is nested too deeply for Python."""
+    """Call `json.loads`. Raises ValueError for anything it cannot parse, even if nested too deeply for Python."""
     try:
         return json.loads(text, **options)
     except RecursionError:
@@ -238,12 +238,12 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file. Raises as `read_bytes`, and ValueError where it is no JSON in UTF-8."""
+    """Read the value in a JSON file. Raises like `read_bytes`, and ValueError if it is not JSON in UTF-8."""
     return parse_json(read_text(path))
 
 
 def exists(path: Path) -> bool:
-    """Whether a path exists. A name that no file can have (too long, with a null character) does not."""
+    """Whether a path exists; one that no file can have (too long, with a null character) does not. Raises OSError."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -256,9 +256,9 @@ def exists(path: Path) -> bool:
 
 
 def file_name(text: str) -> str:
-    """A path from a text as Python must pass it to the system: file names are UTF-8, even in an ASCII locale.
+    """Return the path for a text, as Python must pass it to the system: UTF-8 on disk, even in an ASCII locale.
 
-    Raises ValueError for half a surrogate pair.
+    Raises ValueError for a lone surrogate.
     """
     return os.fsdecode(text.encode())
 
@@ -272,34 +272,34 @@ def is_inside(name: object) -> bool:
 
 
 def regular_files(path: Path) -> None:
-    """Raise BadInput where `path`, or an entry of the folder `path` or of one in it, is neither file nor folder."""
+    """Raise BadInput if `path`, or an entry up to two levels below it, is neither a regular file nor a folder."""
     for entry in (path, *path.glob("*"), *path.glob("*/*")) if path.is_dir() else (path,):
         if not entry.is_dir():
             regular_file(entry)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, atomically."""
+    """Write `text` as UTF-8, atomically. Raises OSError."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
+    """Write `value` as indented JSON, atomically. Raises OSError, and ValueError for NaN and infinity."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def user_path(name: str | Path) -> Path:
-    """The path that a user means by `name`: that very file, but for a leading `~`.
+    """Return the path that a user means by `name`: `name` itself, except for a leading `~`.
 
-    `~` and `~/...` are the home folder. `~name` is a file of that name where there is one, else the home folder of the
-    user `name` where there is such a user. Raises BadInput for the home folder where none is known.
+    `~` and `~/...` refer to the home folder. `~name` is a file of that name if there is one, else the home folder of
+    the user `name` if there is such a user. Raises BadInput for `~` if no home folder is known.
     """
     path = Path(name)
     first = path.parts[0] if path.parts else ""
     if not first.startswith("~") or (first != "~" and exists(path)):
         return path
-    if first == "~" and not has_home():  # or a folder called ~ would be made
+    if first == "~" and not has_home():  # or a folder named ~ would be created
         raise BadInput(f"{name}: {NO_HOME}")
     try:
         return path.expanduser()
@@ -308,22 +308,22 @@ def user_path(name: str | Path) -> Path:
 
 
 def has_home() -> bool:
-    """Whether there is a home folder: not in a container whose user has neither HOME nor a passwd entry."""
+    """Whether a home folder is known; it is not in a container whose user has neither HOME nor a passwd entry."""
     return not os.path.expanduser("~").startswith("~")
 
 
 def human_bytes(size: float) -> str:
-    """A number of bytes as people read it."""
+    """Format a number of bytes in MiB or GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
 
 
 def _suffix(path: Path) -> str:
-    """The end of a temporary's name; short, for the longest names that a file system takes leave no room."""
+    """The end of a temporary file's name, cut so that the prefix fits even for the longest names."""
     return "-" + os.fsdecode(os.fsencode(path.name)[-64:])
 
 
 def _recover_folder(replaced: Path) -> None:
-    """Give a folder that was being replaced its name back; where the new one has it, delete the old one."""
+    """Give a folder that was being replaced its name back; if the new one has the name, delete the old one."""
     if not os.path.lexists(replaced):
         return
     path = replaced.with_name(replaced.name.removeprefix(_REPLACED))
@@ -331,12 +331,12 @@ def _recover_folder(replaced: Path) -> None:
         os.replace(replaced, path)
         return
     going = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=replaced.parent))
-    os.replace(replaced, going / path.name)  # half-deleted it must not get its name back
+    os.replace(replaced, going / path.name)  # once half-deleted, it must not get its name back
     remove_folder(going)
 
 
 def delete(path: Path) -> None:
-    """Delete a file, a link or a whole folder, if it exists. Raises OSError with its path."""
+    """Delete a file, a link, or a folder with all that is in it, if it exists. Raises OSError with its path."""
     if path.is_dir() and not path.is_symlink():
         remove_folder(path)
     else:
@@ -344,7 +344,7 @@ def delete(path: Path) -> None:
 
 
 def _open_to_others(path: Path, mode: int) -> None:
-    """The usual permissions, where the file system has any."""
+    """Set the usual permissions, if the file system has any."""
     try:
         os.chmod(path, mode & ~_umask())
     except OSError as error:

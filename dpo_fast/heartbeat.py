@@ -1,7 +1,7 @@
 """A heartbeat between ranks, so that no rank waits for one that is dead or was stopped.
 
-Every process counts up a number of its own in a small TCP store and watches the numbers of the others. A collective
-operation cannot be interrupted, so a rank that waits in one for a silent rank says so and ends its process.
+Every process increments its own counter in a small TCP store and watches those of the others. A collective operation
+cannot be interrupted, so a rank that waits in one for a silent rank reports that and ends its process.
 """
 
 import os
@@ -21,9 +21,9 @@ SILENCE = 120.0  # seconds without a beat after which a rank is presumed dead
 
 
 class Heartbeat:
-    """Beats for this rank, and watches the others, in a thread until `stop`.
+    """Sends this rank's heartbeat and watches the others', in a thread, until `stop`.
 
-    waiting_for: what the main thread is waiting for in a collective operation, in words; None while it waits for none.
+    waiting_for: returns what the main thread is waiting for in a collective operation, in words, or None.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, waiting_for: Callable[[], str | None]) -> None:
@@ -45,7 +45,7 @@ class Heartbeat:
         last = time.monotonic()
         while not self._ended.wait(INTERVAL):
             now = time.monotonic()
-            if now - last > 3 * INTERVAL:  # this process itself was stopped: the others may have been, too
+            if now - last > 3 * INTERVAL:  # this process itself was paused, and the others may have been, too
                 heard = dict.fromkeys(self.others, now)
             last = now
             try:
@@ -75,7 +75,7 @@ class Heartbeat:
 
 
 def start(group: dist.ProcessGroup, waiting_for: Callable[[], str | None]) -> Heartbeat:
-    """Connect to the heartbeats of the other ranks of `group`, of all ranks on the CPU. Every rank calls this."""
+    """Connect to the heartbeats of the other ranks of `group`, a CPU group of all ranks. Every rank calls this."""
     rank, world_size = group.rank(), group.size()
     host = os.environ["MASTER_ADDR"]
     options = dict(world_size=world_size, wait_for_workers=False, timeout=timedelta(seconds=SILENCE))

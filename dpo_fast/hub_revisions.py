@@ -1,6 +1,6 @@
-"""Which revision of a model or a data set was used: the hub's commit, or what a local file or folder holds.
+"""Which revision of a model or a data set was used: the hub's commit, or a digest of a local file or folder.
 
-Nothing is fetched: the answer is what the hub's cache, a download's own notes or the files themselves say.
+Nothing is fetched: the answer comes from the hub's cache, the metadata of a download or the files themselves.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from dpo_fast.files import exists, read_json, read_text, user_path
 NOT_FETCHED, NOT_READABLE = "not fetched", "not readable"
 _TABLES = ("*.jsonl", "*.parquet", "*.arrow")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_END = 1 << 20  # bytes: of a local file its first and last are read
+_END = 1 << 20  # bytes read at the start and at the end of a local file
 
 
 def revision_of(
@@ -28,23 +28,23 @@ def revision_of(
     cache_dir: str | None = None,
     kind: Literal["model", "dataset"] = "model",
 ) -> str:
-    """The revision of what `name` stands for now.
+    """Return the current revision of `name`.
 
     name: a local file or folder, or a repository of the hub, OWNER/NAME. revision: branch, tag or commit; None: main.
-    cache_dir: of the hub's downloads; None: the hub's default.
+    cache_dir: where the hub's downloads are; None: the hub's default.
 
-    For a hub repository this is the commit that its cache resolved the revision to last, else the only one in the
+    For a hub repository this is the commit to which its cache last resolved the revision, else the only one in the
     cache, or "not fetched"; `datasets` keeps its downloads in the hub's default cache, whatever its own cache_dir is.
-    For a local folder it is the commit that `hf download --local-dir` noted, or whose snapshot in a cache it is; else
-    "files " and a digest of its files' names, sizes and first and last MiB, the same on every machine: of a pipeline's
-    folder the parts that its model_index.json names, of a data set's the tables and JSONL files, not the images. Files
-    that cannot be read give "not readable".
+    For a local folder it is the commit recorded by `hf download --local-dir`, or that of the cache snapshot it belongs
+    to; else "files " and a digest of its files' names, sizes and first and last MiB, the same on every machine. For a
+    pipeline the digest covers the parts that model_index.json names, for a data set the tables and JSONL files, not the
+    images. Files that cannot be read give "not readable".
     """
     path = user_path(name)
     try:
         if exists(path):
             return _noted(path) or _in_snapshots(path) or f"files {_digest(path, kind)}"
-    except OSError:  # it says what was used, and must not end what is done
+    except OSError:  # this only records what was used, and must not end the run
         return NOT_READABLE
     folder = Path(cache_dir or constants.HF_HUB_CACHE) / f"{kind}s--{str(name).replace('/', '--')}"
     wanted = revision or constants.DEFAULT_REVISION
@@ -58,7 +58,7 @@ def revision_of(
 
 
 def public_name(name: str | Path) -> str:
-    """A name as published results show it: the last part of an absolute path; any other name unchanged.
+    """Return a name as published results show it: the last part of an absolute path; any other name unchanged.
 
     A slash and one more part (`/imagine a cat`) counts as a path only if that file exists.
     """
@@ -72,7 +72,7 @@ def public_name(name: str | Path) -> str:
 
 
 def public_names(revisions: Iterable[tuple[str | Path, str]]) -> dict[str, str]:
-    """`public_name` -> revision, of (name, revision); where two places have the same, the later ones are numbered."""
+    """Return `public_name` -> revision, given (name, revision); equal public names are numbered from the second on."""
     shown: dict[str, str] = {}
     for place, revision in dict(revisions).items():
         name, number = public_name(place), 1
@@ -97,7 +97,7 @@ def _digest(path: Path, kind: str) -> str:
 
 
 def _files(folder: Path, kind: str) -> list[Path]:
-    """By name, hidden ones left out; of a pipeline's folder its index and what is in its parts."""
+    """The visible files of a folder, sorted; for a pipeline only its index and the files of its parts."""
     if kind == "dataset":  # it may hold a million images
         return sorted(file for pattern in _TABLES for file in folder.rglob(pattern) if _is_shown(file, folder))
     index = folder / "model_index.json"
@@ -116,16 +116,16 @@ def _is_shown(file: Path, folder: Path) -> bool:
 
 
 def _noted(folder: Path) -> str | None:
-    """The commit that all notes of a download into this folder name; None where a file has changed since.
+    """The commit that all metadata files of a download into this folder name; None if a file has changed since.
 
-    A note is of three lines: commit, etag, and the time of the download.
+    A metadata file has three lines: commit, etag, and the time of the download.
     """
     notes, commits = folder / ".cache" / "huggingface" / "download", set()
     for note in notes.glob("**/*.metadata"):
         try:
             commit, _, time = read_text(note).split()
             file = folder / note.relative_to(notes).with_suffix("")
-            if file.stat().st_mtime - 1 > float(time):  # as huggingface_hub has it
+            if file.stat().st_mtime - 1 > float(time):  # the tolerance of huggingface_hub
                 return None
         except (OSError, ValueError):
             return None

@@ -1,13 +1,13 @@
-"""One lock for every folder that a command writes: its holder is alone there, and is named to whoever comes second.
+"""One lock for every folder that a command writes: only its holder writes there, and others learn who that is.
 
 A folder is held by the operating system's lock on its file `.lock` (filelock's FileLock), which ends with the process,
-however that ends. File systems without such locks (some NFS and Lustre mounts) answer with one of NO_LOCKS; there a
-folder is held by a lease, filelock's SoftFileLease on `.lock.lease`: its holder touches that file every sixth of
-LEASE_SECONDS, and another process takes it over at once where its holder ran on the same host and is dead, else when
-it was not touched for LEASE_SECONDS. No wait is endless: a holder that stops renewing its lease loses the folder.
+however that ends. File systems without such locks (some NFS and Lustre mounts) return one of NO_LOCKS; there a folder
+is held by a lease, filelock's SoftFileLease on `.lock.lease`. Its holder touches that file every LEASE_SECONDS / 6;
+another process takes it over at once if the holder ran on the same host and is dead, else once it has not been touched
+for LEASE_SECONDS. No wait is endless: a holder that stops renewing its lease loses the folder.
 
-`.lock` also says who the holder is. Both files are removed when the folder is released; what a killed process leaves of
-them holds nothing. Whoever holds a folder may delete every temporary file in it (`files.remove_temporaries`).
+`.lock` also names the holder. Both files are removed when the folder is released; files that a killed process leaves
+hold nothing. The holder of a folder may delete every temporary file in it (`files.remove_temporaries`).
 """
 
 import errno
@@ -26,37 +26,38 @@ from dpo_fast.errors import BadInput
 from dpo_fast.files import LOCK, naming, regular_file
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
-LEASE_SECONDS = 60.0  # all processes must agree
+LEASE_SECONDS = 60.0  # must be the same in all processes
 POLL_SECONDS = 0.2
 
 logger = logging.getLogger(__name__)
 
 
 def hold(folder: Path, *, otherwise: str, waiting: Callable[[str], None] | None = None) -> "Hold":
-    """Hold `folder`, which is made where it is missing, until the result is released.
+    """Hold `folder`, which is created if missing, until the returned `Hold` is released.
 
-    Where another process holds it: with `waiting`, which is told so once, its end is waited for; without, BadInput
-    names the holder and says `otherwise`, what to do instead. Raises OSError where the folder cannot be written.
+    If another process holds it: with `waiting`, which is called once with a message, wait until that is done; without,
+    raise BadInput, which names the holder and what to do instead (`otherwise`). Raises OSError if the folder cannot be
+    written.
     """
     return _hold(Path(folder) / LOCK, folder, otherwise, waiting)
 
 
 def hold_file(path: Path, *, otherwise: str, waiting: Callable[[str], None] | None = None) -> "Hold":
-    """Hold one file, which need not exist, in a folder that others may write; else as `hold`."""
+    """Hold one file, which need not exist, in a folder that others may write; otherwise like `hold`."""
     path = Path(path)
     return _hold(path.parent / f"{LOCK}-{path.name}", path, otherwise, waiting)
 
 
 class Hold:
-    """A folder that is held by this process. A context manager; after `release` it does nothing more."""
+    """A folder that is held by this process, as a context manager. After `release` it does nothing more."""
 
     def __init__(self, file: Path) -> None:
-        """Make the folder of `file`; `take` holds it. Raises OSError."""
+        """Create the folder of `file`; `take` then holds it. Raises OSError."""
         self.lost: str | None = None  # why the folder is no longer held, although it was not released
         self._made = not file.parent.exists()
         file.parent.mkdir(parents=True, exist_ok=True)
         self._file, self._process, self._held = file, os.getpid(), False
-        self._signed: os.stat_result | None = None  # of the file of the lock when it was taken
+        self._signed: os.stat_result | None = None  # of the lock file when it was locked
         self._lease: SoftFileLease | None = None
         # Shared by the threads of a process: whichever of them ends the work releases it.
         self._lock = FileLock(
@@ -70,9 +71,9 @@ class Hold:
         self.release()
 
     def release(self) -> None:
-        """Let others have the folder, and leave no file of the lock in it, nor an empty folder that was made for it.
+        """Release the folder and remove the lock files, and the folder too if it is empty and was created for the lock.
 
-        In a forked child nothing is done.
+        Does nothing in a forked child.
         """
         if os.getpid() != self._process:
             return
@@ -85,11 +86,11 @@ class Hold:
                 with suppress(OSError):
                     lock.release(force=True)
         if self._made:
-            with suppress(OSError):  # something is in it
+            with suppress(OSError):  # the folder is not empty
                 self._file.parent.rmdir()
 
     def take(self) -> bool:
-        """Hold the folder if nobody else does now. Raises OSError."""
+        """Hold the folder if nobody else does; return whether it is held now. Raises OSError."""
         if self._lease is None:
             try:
                 self._lock.acquire(blocking=False)
@@ -97,10 +98,10 @@ class Hold:
                 return False
             except OSError as error:
                 if error.errno not in NO_LOCKS:
-                    with naming(self._file):  # the system's call knows no path
+                    with naming(self._file):  # the system call's error has no path
                         raise
             else:
-                if not self._lease_file.exists():  # else another host has no such locks: its lease counts
+                if not self._lease_file.exists():  # else a host without such locks has a lease, which counts
                     self._held = True
                     return True
             self._lease = SoftFileLease(
@@ -120,7 +121,7 @@ class Hold:
         return True
 
     def holder(self) -> str:
-        """Who has the folder, in words."""
+        """Describe who holds the folder."""
         text = ""
         with suppress(OSError), regular_file(self._file).open("rb", buffering=0) as file:
             file.seek(1)  # Windows locks the first byte
@@ -131,7 +132,7 @@ class Hold:
         return text or "another process"
 
     def _is_ours(self) -> bool:
-        """Whether the file of the lock still is the one that this process locked; another may have taken its name."""
+        """Whether the lock file is still the one that this process locked, and not a new file of that name."""
         try:
             return self._signed is None or os.path.samestat(os.stat(self._file), self._signed)
         except OSError:
@@ -139,11 +140,11 @@ class Hold:
 
     @property
     def by_lease(self) -> bool:
-        """Whether it is a lease that decides who holds the folder, not the system, which knows who lives."""
+        """Whether a lease decides who holds the folder, not the system, which knows which processes are alive."""
         return self._lease is not None
 
     def pulse(self) -> tuple[int, int] | None:
-        """What a living holder of the lease changes every sixth of LEASE_SECONDS; None: nobody has the lease now."""
+        """The lease file's inode and mtime (ns), which a live holder changes every LEASE_SECONDS / 6, or None."""
         try:
             state = self._lease_file.stat()
         except OSError:
@@ -151,7 +152,7 @@ class Hold:
         return state.st_ino, state.st_mtime_ns
 
     def give_up_lease(self) -> None:
-        """Remove a lease that filelock never takes over: its holder died before it had signed it."""
+        """Remove a lease that filelock never takes over, because its holder died before signing it."""
         if self._lease is not None and self._lease.owner is None:
             self._lease.force_break()
 
@@ -160,7 +161,7 @@ class Hold:
         return self._file.with_name(self._file.name + ".lease")
 
     def _sign(self, number: int) -> None:
-        """Write who holds the folder into the file of the lock, open as `number`."""
+        """Write who holds the folder into the lock file, open as descriptor `number`."""
         try:
             if not os.path.samestat(os.stat(self._file), os.fstat(number)):
                 raise _Replaced
@@ -184,7 +185,7 @@ class Hold:
 
 
 class _Replaced(Exception):
-    """The file that was locked no longer has its name: its holder released the folder in the meantime."""
+    """The locked file no longer has its name, because its holder released the folder in the meantime."""
 
 
 def _hold(file: Path, what: Path, otherwise: str, waiting: Callable[[str], None] | None) -> Hold:

@@ -1,13 +1,13 @@
-"""The losses a pair can be trained with, each a row of one table.
+"""The losses that pairs can be trained with, as rows of one table.
 
-A row's function gives the loss of pairs whose chosen image is the better one. A soft label y, the probability of that,
-weighs it against the loss of the same pair with its images exchanged:
+A row's function returns the loss of pairs whose chosen image is the better one. A soft label y, the probability of
+that, weighs this loss against the loss of the same pair with its images exchanged:
 
     loss = (1/B) sum over pairs of weight * [y f(pair) + (1 - y) f(exchanged pair)]
 
-margin and implicit reward are in our unit, which has beta/2 in it:
+margin and implicit reward are in our unit, which includes beta/2:
 
-    margin = -(beta/2) [(e_w - eref_w) - (e_l - eref_l)]        implicit reward = -(beta/2) (e - eref), of an image
+    margin = -(beta/2) [(e_w - eref_w) - (e_l - eref_l)]        implicit reward = -(beta/2) (e - eref), per image
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from dpo_fast.kernels.reference import batch_mean, pair_margin
 
 
 class Pairs(NamedTuple):
-    """What a loss is a function of; all [B], those of the reference None where there is none."""
+    """The arguments of a loss, all [B]; margin and rewards are None without a reference."""
 
     error_w: Tensor
     error_l: Tensor
@@ -44,11 +44,11 @@ class Pairs(NamedTuple):
 class Settings:
     """What an objective's function takes besides the pairs."""
 
-    beta: float  # in our unit
+    beta: float  # in our unit (see the module docstring)
 
     @classmethod
     def of(cls, **values: object) -> "Settings":
-        """The settings from all that a run has; each class takes what it has a field for."""
+        """Build the settings from all values of a run; each class takes those it has a field for."""
         return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
@@ -67,7 +67,7 @@ class KLTerm(Settings):
 
 
 class Terms(NamedTuple):
-    """The loss and what is reported beside it."""
+    """The loss and the values reported with it."""
 
     loss: Tensor  # [], the only one with a gradient
     margin: Tensor | None  # [B]; None for an objective without a margin
@@ -120,7 +120,7 @@ class Objective:
 
     @property
     def has_margin(self) -> bool:
-        """Whether there is a margin to report: it compares with the reference."""
+        """Whether there is a margin to report, which needs the reference."""
         return self.needs_reference
 
 
@@ -132,15 +132,15 @@ OBJECTIVES = {
     "cdpo": Objective(dpo, settings=SmoothedLabels, fused=dpo_loss),
     "kto": Objective(kto, settings=KLTerm),
     "mapo": Objective(mapo, needs_reference=False),
-    "sft": Objective(sft, needs_reference=False),  # beta has no effect; any positive one will do
+    "sft": Objective(sft, needs_reference=False),  # beta has no effect; any positive value will do
 }
 
 
 def find_objective(name: str) -> Objective:
-    """The row called `name`, or a row made from the user's own function, `module:function`.
+    """Return the row called `name`, or a row made from the user's own function, `module:function`.
 
-    The function takes `Pairs` and `Settings` and gives the loss [B]; with an attribute `needs_reference` that is False
-    it gets neither margin nor rewards. Raises BadInput for a name that is neither.
+    The function takes `Pairs` and `Settings` and returns the loss [B]; if its attribute `needs_reference` is False it
+    gets neither margin nor rewards. Raises BadInput for an unknown name and for a function that cannot be imported.
     """
     if name in OBJECTIVES:
         return OBJECTIVES[name]
@@ -163,15 +163,15 @@ def find_objective(name: str) -> Objective:
 def evaluate(
     objective: Objective,
     policy_pred: Tensor,  # [2B, C, H, W] any float dtype, chosen first
-    ref: Tensor | None,  # predictions [2B, C, H, W] or float32 errors [2B]; None where the objective needs none
+    ref: Tensor | None,  # predictions [2B, C, H, W] or float32 errors [2B]; None if the objective needs none
     target: Tensor,  # [B, C, H, W] shared, or [2B, C, H, W]
     settings: Settings,  # of the objective's class
     *,
     label: Tensor | None = None,  # [B] float32, probability that the chosen image is the better one; None: all 1
     weight: Tensor | None = None,  # [B] float32; None: all 1
 ) -> Terms:
-    """The loss of B pairs. Raises ValueError for a reference that is missing or that nobody asked for, for settings of
-    another objective, for a function that gives no [B], and what pair_errors and dpo_loss refuse.
+    """Compute the loss of B pairs. Raises ValueError for a missing or unwanted reference, for settings of another
+    objective, for a function that does not return [B], and for whatever pair_errors and dpo_loss refuse.
     """
     name = getattr(objective.function, "__name__", str(objective.function))
     if objective.needs_reference != (ref is not None):
@@ -211,7 +211,7 @@ def evaluate(
 def _x_over_expm1(x: Tensor) -> Tensor:
     """x / (exp(x) - 1) for x >= 0, with its limit 1 and slope -1/2 at 0.
 
-    Near 0 the quotient's derivative is a difference of two large numbers, so there it is the Taylor series.
+    Near 0 the quotient's derivative is a difference of two large numbers, so the Taylor series is used there.
     """
     small = x < 0.1
     square = x.square()

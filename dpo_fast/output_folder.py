@@ -1,4 +1,4 @@
-"""The output folder of a command: held while the command writes, and claimed by a signed record of what it is for."""
+"""The output folder of a command: held while the command writes, and claimed by a signed record of its purpose."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -10,13 +10,13 @@ from dpo_fast.checksums import read_signed_json, write_signed_json
 from dpo_fast.errors import BadInput
 from dpo_fast.files import contents, remove_temporaries
 
-BAD_ROWS = "bad_rows.jsonl"  # a report that is there before anything else
+BAD_ROWS = "bad_rows.jsonl"  # a report that is written before anything else
 
 
 def hold(folder: Path) -> locks.Hold:
-    """Hold `folder` from before it is claimed until its last file is written.
+    """Hold `folder`; do so before claiming it, and until its last file is written.
 
-    Raises BadInput where another process has it, which is named, or where it cannot be written.
+    Raises BadInput if another process, which is named, holds the folder, or if it cannot be written.
     """
     try:
         refuse_file(folder)
@@ -31,18 +31,18 @@ def is_free(folder: Path) -> bool:
 
 
 def read_record(folder: Path, record: str, names: Iterable[str] = ()) -> dict[str, Any] | None:
-    """The content of the file `record` of `folder`, or None. Raises Damaged, also where it lacks `names`."""
+    """Return the content of `folder`'s file `record`, or None. Raises Damaged, also if one of `names` is missing."""
     if not (folder / record).is_file():
         return None
     return read_signed_json(folder / record, "put it back from a copy, or name another --output_dir", names)
 
 
 def claim(folder: Path, record: str, content: Mapping[str, Any], *, what: str, key: str | None = None) -> None:
-    """Make `folder`, which is held, one of `content`, or go on with it; clear what killed processes left half-written.
+    """Claim `folder`, which is held, for `content`, or resume it; delete what killed processes left half-written.
 
-    The file `record` gets the content where it is not there yet; where it is, it must be equal: all of it, or its part
-    `key`. Raises BadInput where the folder holds anything else, and where its record differs, which says how; `what`
-    names what the folder is to hold ("images"). Raises Damaged for a record that cannot be read.
+    If the file `record` is missing, `content` is written to it; otherwise the two must be equal, all of them or only
+    their part `key`. Raises BadInput if the folder holds anything else, and, listing the differences, if its record
+    differs; `what` names what the folder is to hold ("images"). Raises Damaged for a record that cannot be read.
     """
     before = read_record(folder, record, [] if key is None else [key])
     now = json.loads(json.dumps(content))
@@ -59,7 +59,7 @@ def claim(folder: Path, record: str, content: Mapping[str, Any], *, what: str, k
 
 
 def differences(before: object, now: object, name: str = "") -> list[str]:
-    """What differs between two settings, as `name: before, now`."""
+    """List what differs between two settings, as `name: X before, Y now`."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = {**before, **now}
         return [line for key in keys for line in differences(before.get(key), now.get(key), f"{name} {key}".strip())]
@@ -72,11 +72,11 @@ def _short(value: object) -> str:
 
 
 def refuse_file(folder: Path) -> None:
-    """Raise BadInput where `folder` is a file."""
+    """Raise BadInput if `folder` is a file."""
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"--output_dir {folder} is a file; name a folder")
 
 
 def not_writable(folder: Path, error: OSError) -> BadInput:
-    """A disk's error at `folder` as BadInput."""
+    """Return a disk error in `folder` as BadInput."""
     return BadInput(f"--output_dir {folder} cannot be written ({error.strerror or error}); name a folder that can")

@@ -1,7 +1,7 @@
 """Process state and the few collectives of data-parallel training. One process needs no launcher and no process group.
 
-Gradients are fp32 and are reduced once an optimizer step, so the ranks hold plain modules: no wrapper hooks the
-backward pass, and the reference runs on the very module that is trained.
+Gradients are fp32 and are reduced once per optimizer step, so the ranks hold plain modules: no wrapper hooks the
+backward pass, and the reference runs on the same module that is trained.
 """
 
 import importlib.util
@@ -28,16 +28,16 @@ from dpo_fast.errors import BadInput, Unresponsive, disk_error, missing_extra, o
 
 T = TypeVar("T")
 
-# The others wait while the main rank samples, saves and uploads. A dead rank is noticed long before this, by its
-# heartbeat; this ends the wait for one that lives and never answers.
+# Other ranks wait while the main rank samples, saves and uploads. A dead rank is noticed long before this, by its
+# heartbeat; this ends the wait for one that is alive but never answers.
 PATIENCE = timedelta(days=1)
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
-BUCKET_ELEMENTS = 32 * 1024 * 1024  # 128 MiB of fp32 a collective: large enough for full bandwidth
+BUCKET_ELEMENTS = 32 * 1024 * 1024  # 128 MiB of fp32 per collective: large enough for full bandwidth
 
 
 @dataclass
 class Ranks:
-    """Where this process stands: `rank` of `world_size`, computing on `device`."""
+    """This process's position: `rank` of `world_size`, computing on `device`."""
 
     accelerator: Accelerator
     rank: int
@@ -54,10 +54,10 @@ class Ranks:
     def sum_(self, tensors: list[torch.Tensor], like: list[torch.Tensor] | None = None) -> None:
         """Sum fp32 `tensors` over the ranks in place, bucketed; every rank ends with the same bits.
 
-        like: a tensor of the same shape for each, in whose memory order it is put into its bucket; default: the order
-        of its indices. For gradients give the parameters: a gradient that lies as its parameter does is then copied as
-        it lies, without a transposition, and one that does not (autograd may choose) still meets those of other ranks
-        number by number, since all ranks hold their parameters in one order (`broadcast_`).
+        like: for each tensor, one of the same shape in whose memory order it is put into its bucket; default: the order
+        of its indices. For gradients pass the parameters: a gradient with its parameter's layout is then copied without
+        a transposition, and one with another layout (autograd may choose) is still added to those of other ranks
+        element by element, since all ranks hold their parameters in the same order (`broadcast_`).
         """
         if self.world_size == 1:
             return
@@ -73,7 +73,7 @@ class Ranks:
     def broadcast_(self, tensors: list[torch.Tensor]) -> None:
         """Give every rank the main rank's values, in place.
 
-        Raises RuntimeError where a rank's tensors lie in another memory order: numbers are sent as they lie.
+        Raises RuntimeError if a rank's shapes or memory order differ, since elements are sent in memory order.
         """
         if self.world_size > 1:
             orders = self.gather([(tuple(t.shape), memory_order(t)) for t in tensors])
@@ -87,7 +87,7 @@ class Ranks:
                     dist.broadcast(tensor, src=0)
 
     def any(self, flag: bool) -> bool:
-        """True on every rank where `flag` is true on any."""
+        """Return True on every rank if `flag` is true on any rank."""
         if self.world_size == 1:
             return flag
         votes = torch.tensor([int(flag)])
@@ -96,7 +96,7 @@ class Ranks:
         return bool(votes.item())
 
     def share(self, value: object) -> object:
-        """The main rank's `value` on every rank (a small picklable object of our own making)."""
+        """Return the main rank's `value` on every rank (a small picklable object of our own making)."""
         box = [value]
         if self.world_size > 1:
             with self._waiting("the main rank's work"):
@@ -104,7 +104,7 @@ class Ranks:
         return box[0]
 
     def gather(self, value: object) -> list[object]:
-        """Every rank's `value` on every rank, in the order of ranks (small picklable objects of our own making)."""
+        """Return every rank's `value` on every rank, in rank order (small picklable objects of our own making)."""
         if self.world_size == 1:
             return [value]
         values: list[object] = [None] * self.world_size
@@ -115,7 +115,7 @@ class Ranks:
     def on_main(self, work: Callable[[], T]) -> T | None:
         """Run `work` on the main rank while the others wait. Returns its value there and None on the others.
 
-        An error of it is raised on every rank.
+        An error in `work` is raised on every rank.
         """
         problem = value = None
         if self.is_main:
@@ -129,12 +129,12 @@ class Ranks:
         return value
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """Run `work` on the main rank and return its value, small and picklable, on every rank. Errors as `on_main`."""
+        """Run `work` on the main rank and return its small, picklable value on every rank. Raises like `on_main`."""
         return self.share(self.on_main(work))
 
     def on_all(self, work: Callable[[], T]) -> T:
-        """What `work` gives on each rank; where it fails on one, all raise: that one its error, the others BadInput of
-        it."""
+        """Run `work` on every rank and return each rank's own value. If it fails on any, that rank raises its error
+        and the others BadInput with its message."""
         problem = value = None
         try:
             value = work()
@@ -148,13 +148,16 @@ class Ranks:
         return value
 
     def start_trackers(self, folder: Path, project: str, config: dict[str, object]) -> None:
-        """Start accelerate's trackers, writing into `folder`. Values that are no scalars are logged as text."""
+        """Start accelerate's trackers, writing into `folder`. Non-scalar values are logged as text.
+
+        Raises BadInput if a tracker cannot be started.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.project_configuration.logging_dir = str(folder)
         scalars = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items()}
         try:
             self.accelerator.init_trackers(project, config=scalars, init_kwargs={"wandb": {"dir": str(folder)}})
-        except Exception as error:  # each raises its own: no login, no network, a project that may not be written
+        except Exception as error:  # each raises its own: no login, no network, a project without write access
             if disk_error(error) is not None:
                 raise
             names = ", ".join(str(getattr(one, "value", one)) for one in self.accelerator.log_with)
@@ -163,12 +166,12 @@ class Ranks:
             ) from error
 
     def end_trackers(self) -> None:
-        """Let the trackers write what they still hold. (accelerate's end_training would end the process group too.)"""
+        """Let the trackers write out their data. (accelerate's end_training would also end the process group.)"""
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
     def track_picture(self, name: str, picture: Image.Image, step: int) -> None:
-        """Show a picture in those trackers that can."""
+        """Log a picture to the trackers that support it."""
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
@@ -178,14 +181,14 @@ class Ranks:
                 tracker.log({name: wandb.Image(picture)}, step=step)
 
     def wait(self) -> None:
-        """Return once every rank has come here."""
+        """Wait until every rank has called this."""
         if self.world_size > 1:
             with self._waiting("the other ranks"):
                 dist.barrier(group=self.signals)
 
     @contextmanager
     def _waiting(self, what: str) -> Iterator[None]:
-        """The block waits for other ranks. Raises Unresponsive where one of them is gone."""
+        """Mark the block as waiting for other ranks. Raises Unresponsive if one of them is gone."""
         self.waiting_for = what
         try:
             yield
@@ -206,9 +209,9 @@ class Ranks:
 def start(report_to: str) -> Ranks:
     """Join the launched processes (`accelerate launch`, torchrun), or run alone.
 
-    `report_to` is a comma-separated list of trackers, `all` or `none`. Raises BadInput for one that is not known or not
-    installed and for a launcher that asks for what is not done here, and RuntimeError when it started more processes
-    than joined.
+    `report_to` is a comma-separated list of trackers, `all` or `none`. Raises BadInput for a tracker that is unknown,
+    not installed or without its key, and for launcher settings that are not supported here; RuntimeError if not all
+    launched processes joined.
     """
     _check_launcher()
     trackers = None if report_to == "none" else report_to.split(",")
@@ -222,7 +225,7 @@ def start(report_to: str) -> Ranks:
         mixed_precision="no",
         cpu=not torch.cuda.is_available(),
         log_with=trackers,
-        project_config=ProjectConfiguration(logging_dir="logs"),  # replaced by start_trackers; some need one here
+        project_config=ProjectConfiguration(logging_dir="logs"),  # replaced in start_trackers; some need one here
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
@@ -235,7 +238,7 @@ def start(report_to: str) -> Ranks:
     return ranks
 
 
-# What `accelerate launch` may ask for by its environment and nothing here heeds; with the value that asks for nothing.
+# Settings that `accelerate launch` passes by environment and that have no effect here, each with its neutral value.
 _NOT_HEEDED = {
     "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "false"),
     "ACCELERATE_USE_FSDP": ("FSDP", "false"),
@@ -247,7 +250,7 @@ _NOT_HEEDED = {
 
 
 def _check_keys(trackers: Sequence[str]) -> None:
-    """Raise BadInput for wandb without a key, which it would ask for once all images are encoded."""
+    """Raise BadInput for wandb without a key; wandb itself would ask for it only after all images are encoded."""
     wanted = "wandb" in trackers or ("all" in trackers and importlib.util.find_spec("wandb") is not None)
     asks = sys.stdin is not None and sys.stdin.isatty()  # on a terminal wandb asks for a key
     if wanted and os.environ.get("RANK", "0") == "0" and not asks and not _wandb_is_set_up():
@@ -258,7 +261,7 @@ def _check_keys(trackers: Sequence[str]) -> None:
 
 
 def _wandb_is_set_up() -> bool:
-    """Whether wandb may find a key, or was told to need none, by its environment, settings or netrc."""
+    """Whether wandb may find a key, or needs none, according to its environment, settings or netrc."""
     said = os.environ.get
     if said("WANDB_MODE", "online") not in ("online", "run", "shared"):
         return True
@@ -282,7 +285,7 @@ def _text_of(file: Path) -> str:
 
 
 def _check_launcher() -> None:
-    """Raise BadInput where the launcher asks for something that would silently not happen."""
+    """Raise BadInput if the launcher asks for something that would silently have no effect."""
     for variable, (what, nothing) in _NOT_HEEDED.items():
         value = os.environ.get(variable, nothing)
         if value.lower() not in (nothing, "", "0", "none", "no"):
@@ -293,9 +296,9 @@ def _check_launcher() -> None:
 
 
 def memory_order(tensor: torch.Tensor) -> list[int]:
-    """The dimensions from the one with the largest steps in memory to the one with the smallest.
+    """Return the dimensions from the largest stride to the smallest.
 
-    A dense tensor permuted so is contiguous. Dimensions of size 1 come first: their strides mean nothing.
+    A dense tensor permuted this way is contiguous. Dimensions of size 1 come first: their strides mean nothing.
     """
     return sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d) if tensor.shape[d] > 1 else -math.inf)
 

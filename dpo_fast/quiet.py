@@ -1,4 +1,4 @@
-"""Noise that diffusers and transformers print: filtered by logger and text, only here."""
+"""Filters for the noise that diffusers and transformers print, by logger and text; there are no others."""
 
 import logging
 import re
@@ -8,15 +8,15 @@ from contextlib import contextmanager
 
 _NOT_FOR_USERS = (  # logger, part of the message
     ("transformers.utils.import_utils", "requires torchvision"),  # the image processors are not used
-    ("transformers.tokenization_utils_base", "Token indices sequence length is longer"),  # the pipelines cut it
-    ("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "truncated because CLIP"),  # a line a prompt
+    ("transformers.tokenization_utils_base", "Token indices sequence length is longer"),  # the pipelines truncate it
+    ("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "truncated because CLIP"),  # one line per prompt
     ("diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl", "truncated because CLIP"),
     ("diffusers.models.modeling_utils", "kept in float32: []"),  # an empty list of modules
-    ("diffusers.models.modeling_utils", "An error occurred while trying to fetch"),  # raised, too
+    ("diffusers.models.modeling_utils", "An error occurred while trying to fetch"),  # also raised
     ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),  # 4-bit weights are not used
-    ("diffusers.loaders.peft", "was unsuccessful with the following error"),  # raised, too
+    ("diffusers.loaders.peft", "was unsuccessful with the following error"),  # also raised
     ("diffusers.loaders.peft", "No LoRA keys associated"),  # merge_lora raises
-    ("diffusers.loaders.lora_base", "No LoRA keys associated"),  # in the text encoders: as it should be
+    ("diffusers.loaders.lora_base", "No LoRA keys associated"),  # in the text encoders, as intended
 )
 _WARNINGS_NOT_FOR_USERS = (  # start of the message
     "The `local_dir_use_symlinks` argument is deprecated",  # diffusers' use of the hub
@@ -36,7 +36,7 @@ for _text in _WARNINGS_NOT_FOR_USERS:
 
 @contextmanager
 def no_loading_bars() -> Iterator[None]:
-    """Hide the progress bars of reading files from the disk; download bars stay if the download happens outside."""
+    """Hide the progress bars for reading files from disk; for download bars to stay, download outside the block."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,4 +1,4 @@
-"""Work in threads ahead of its use: values in order, few waiting."""
+"""Compute values in threads before they are needed: in order, with few waiting."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-BYTES_AHEAD = 1 << 29  # of values whose size is known, such as decoded images
+BYTES_AHEAD = 1 << 29  # limit for values whose size is known, such as decoded images
 
 
 class Sized(NamedTuple):
@@ -18,9 +18,9 @@ class Sized(NamedTuple):
 
 
 def ahead(pool: ThreadPoolExecutor, plans: Iterable["T | Callable[[], T] | Sized"], depth: int) -> Iterator[T]:
-    """The plans' values in order; those that are functions run in the pool, up to `depth` before they are needed.
+    """Yield the plans' values in order; plans that are functions run in the pool, up to `depth` before they are needed.
 
-    Fewer run ahead where they are `Sized` and together larger than `BYTES_AHEAD`.
+    Fewer run ahead if they are `Sized` and together exceed `BYTES_AHEAD`.
     """
     pending: deque[tuple[Callable[[], T], int]] = deque()
     held = 0
@@ -44,7 +44,7 @@ def ahead(pool: ThreadPoolExecutor, plans: Iterable["T | Callable[[], T] | Sized
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items of an endless iterator, the next one being made in a thread while the current one is used."""
+    """Yield the items of an endless iterator, making the next one in a thread while the current one is used."""
     pool = ThreadPoolExecutor(1)
     try:
         pending = pool.submit(next, items)
@@ -57,7 +57,7 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def groups(items: Iterator[T], size: int) -> Iterator[list[T]]:
-    """The items in lists of `size`, the last one shorter."""
+    """Yield the items in lists of `size`; the last one may be shorter."""
     group: list[T] = []
     for item in items:
         group.append(item)

@@ -37,17 +37,17 @@ SAMPLE_PROMPTS = 4
 
 @dataclass
 class RunPairs:
-    """The pairs, opened."""
+    """The opened pairs of a run."""
 
-    source: Source | StreamedSource | None  # None: a stream that need not be read, for the cache knows it
-    sets: PairSets | None  # None: streamed
+    source: Source | StreamedSource | None  # None: a stream whose rows the cache already knows
+    sets: PairSets | None  # None when streaming
     manifest: Manifest | None  # None: without the cache
 
     @property
     def identity(self) -> str:
-        """Names the pairs that are trained on and their order, for the fingerprint in checkpoints."""
+        """The identity of the training pairs and their order, used as a fingerprint in checkpoints."""
         identity, sets = (self.source or self.manifest.stream()).identity.rows, self.sets
-        if sets is not None:  # the order of training follows from what is left out
+        if sets is not None:  # the training order depends on which rows are left out
             same = sum(bad.reason.endswith(SAME) for bad in sets.bad)
             left_out = {"unlabelled": sets.unlabelled, "contradicted": sets.contradicted, "same_image": same}
             identity += "".join(f" {name}={count}" for name, count in left_out.items() if count)
@@ -55,7 +55,7 @@ class RunPairs:
 
 
 def open_pairs(config: TrainConfig, ranks: Ranks, report_path: Path | None) -> RunPairs:
-    """Open the pairs and sort their rows; with the cache, what is known of their images is not read again."""
+    """Open the pairs and sort their rows into sets; images that the cache already knows are not read again."""
     if config.cache and config.streaming and not is_local(config.dataset_name):
         manifest = manifest_of(config, "")
         if is_fully_known(config, manifest, needed_rows_of_stream(config)):
@@ -79,12 +79,12 @@ def open_pairs(config: TrainConfig, ranks: Ranks, report_path: Path | None) -> R
 
 
 def source_of(config: TrainConfig) -> Source | StreamedSource:
-    """The pairs that a run trains on, opened."""
+    """Open the source of the pairs that a run trains on."""
     return open_source(PairsSource.of(config, max_rows=config.max_train_samples, streaming=config.streaming))
 
 
 def needed_rows(config: TrainConfig, pairs: RunPairs) -> NeededRows:
-    """The pairs that a run visits, and those it holds out."""
+    """Return the pairs that a run trains on and those it holds out."""
     if pairs.sets is None:
         return needed_rows_of_stream(config)
     trained = train_stream(config, pairs.sets.train).visited(config.max_train_steps)
@@ -92,13 +92,13 @@ def needed_rows(config: TrainConfig, pairs: RunPairs) -> NeededRows:
 
 
 def needed_rows_of_stream(config: TrainConfig) -> NeededRows:
-    """A stream's pairs as far as they are visited: its windows are shuffled whole."""
+    """Return how many pairs a stream must provide: those visited, rounded up to full shuffle windows."""
     windows = -(-config.max_train_steps * config.pairs_per_step // WINDOW)
     return NeededRows(pairs=windows * WINDOW)
 
 
 def transform_of(config: TrainConfig, family: Family) -> PairTransform:
-    """How a training pair becomes tensors."""
+    """The transform that turns a training pair into tensors."""
     return PairTransform(
         resolution=config.resolution,
         seed=config.seed,
@@ -112,12 +112,12 @@ def transform_of(config: TrainConfig, family: Family) -> PairTransform:
 
 
 def held_out_transform(transform: PairTransform) -> PairTransform:
-    """The transform for held-out pairs: nothing random but the noise."""
+    """The transform for held-out pairs, in which only the noise is random."""
     return replace(transform, hflip=False, random_crop=False, caption_dropout=0.0)
 
 
 def most_visits(config: TrainConfig, pairs: int, steps: int) -> int:
-    """The most visits any pair gets in `steps` steps."""
+    """Return the maximum number of times that one of `pairs` pairs is visited in `steps` optimizer steps."""
     return -(-steps * config.pairs_per_step // pairs)
 
 
@@ -130,7 +130,10 @@ def open_batches(
     family: Family,
     step: int,
 ) -> tuple[Iterator[Batch], PairSets | StreamedPairs, PairDataset | None, list[str]]:
-    """The training batches from `step` on, the counts, the held-out pairs and the prompts of the samples."""
+    """Open the training batches from `step` on; also return the counts, held-out pairs and sample prompts.
+
+    Raises BadInput if samples are wanted but no prompt is available.
+    """
     transform = transform_of(config, family)
     source, sets = pairs.source, pairs.sets
     work = dict(num_workers=config.dataloader_num_workers, pin_memory=ranks.device.type == "cuda")
@@ -170,13 +173,13 @@ def open_batches(
 
 
 def train_stream(config: TrainConfig, train: PairIndex, ranks: Ranks | None = None) -> TrainStream:
-    """The order of training; without `ranks` that of all of them together."""
+    """The training order of this rank, or without `ranks` that of all ranks combined."""
     split = split_of(config, ranks) if ranks else dict(pairs_per_step=config.pairs_per_step, batch_size=1)
     return TrainStream(seed=config.seed, pair_ids=train.pair_id, **split)
 
 
 def split_of(config: TrainConfig, ranks: Ranks) -> dict[str, int]:
-    """How a step's pairs are split into micro-batches and over ranks, as keywords of the streams."""
+    """Return the keyword arguments of a stream that split a step's pairs into micro-batches and over ranks."""
     return dict(
         pairs_per_step=config.pairs_per_step,
         batch_size=config.train_batch_size,

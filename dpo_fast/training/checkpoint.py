@@ -1,14 +1,14 @@
-"""Checkpoints: everything a run needs to go on bit for bit, as safetensors and JSON, written whole or not at all.
+"""Checkpoints: everything a run needs to resume bit for bit, as safetensors and JSON, written atomically.
 
-    checkpoint-N/weights.safetensors     fp32 masters of what is trained
+    checkpoint-N/weights.safetensors     fp32 masters of the trained parameters
                  optimizer.safetensors   optimizer state
-                 counters.safetensors    loss scale, skipped updates, kto's mean reward of the step before (kl)
+                 counters.safetensors    loss scale, skipped updates, kto's mean reward of the previous step (kl)
                  metrics.safetensors     sums over the pairs since the last line of metrics.jsonl
                  ema.safetensors         with --use_ema
                  state.json              step, pairs seen, configuration, fingerprints, the files above by name with
                                          their checksums (XXH3, 128 bits), and its own digest
 
-Tensors are whole (never sharded) and nothing is pickled, so a checkpoint cannot run code.
+Tensors are never sharded and nothing is pickled, so a checkpoint cannot run code.
 """
 
 import logging
@@ -26,9 +26,9 @@ PREFIX = "checkpoint-"
 
 logger = logging.getLogger(__name__)
 
-# What may differ between a checkpoint and the run that resumes it: it changes where the run ends, what it shows, or at
-# most how sums are rounded (the batch split, the kernels, compilation; on a GPU also encoding for the cache or at each
-# visit). Any other difference is refused. Whether cached_reference may change is decided in `run._check_draws`.
+# Settings that may differ between a checkpoint and the run that resumes it: they change where the run ends, what it
+# reports, or at most how sums are rounded (batch split, kernels, compilation; on a GPU also whether images are encoded
+# for the cache or at each visit). Any other difference is refused. `run._check_draws` decides about cached_reference.
 MAY_CHANGE = frozenset(
     "preset dataset_name max_train_steps num_train_epochs log_every report_to logging_dir tracker_name output_dir"
     " overwrite resume_from_checkpoint checkpointing_steps checkpointing_minutes checkpoints_total_limit"
@@ -45,7 +45,7 @@ def save(output_dir: Path, step: int, files: dict[str, dict[str, torch.Tensor]],
     with atomic_folder(target) as folder:
         digests = {}
         for name, tensors in files.items():
-            # copies, because safetensors refuses tensors that share memory: the code books of 8-bit states do
+            # copies, because safetensors refuses tensors that share memory, as the code books of 8-bit states do
             copies = {
                 k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in tensors.items()
             }
@@ -56,15 +56,16 @@ def save(output_dir: Path, step: int, files: dict[str, dict[str, torch.Tensor]],
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, object]]:
-    """Read a checkpoint back, every byte checked; one of an earlier version, without checksums, is logged as unchecked.
+    """Read a checkpoint and verify every byte; one of an earlier version, without checksums, is logged as unchecked.
 
-    Raises BadInput for a folder that is not one, or is damaged: the file and what is wrong with it are named.
+    Raises OSError for a disk error, and BadInput, naming the file and the reason, for a folder that is damaged or not a
+    checkpoint.
     """
     try:
         data = read_bytes(folder / "state.json")
         try:
             digests = parse_signed(data, required=False)["files"]
-            # only those of earlier versions, which list their files, have no digest
+            # only checkpoints of earlier versions, whose `files` is a list, have no digest
             state = parse_signed(data, required=isinstance(digests, dict))
             del state["files"]
             if not all(is_inside(name) and "/" not in name for name in digests):
@@ -80,7 +81,7 @@ def load(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, ob
         raise
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         if (found := disk_error(error)) is not None:
-            raise found from (None if found is error else error)  # it may be whole
+            raise found from (None if found is error else error)  # the checkpoint may be intact
         raise BadInput(
             f"{folder} is not a whole checkpoint ({error}): put it back from a copy, or delete it, and"
             " --resume_from_checkpoint latest goes on from the one before"
@@ -94,14 +95,14 @@ def folder_of(output_dir: Path, step: int) -> Path:
 
 
 def _load(path: Path, expected: str | None) -> dict[str, torch.Tensor]:
-    """A file's tensors, checked where it is known what is expected. Raises ValueError, OSError and SafetensorError."""
+    """Load a file's tensors, verified if a checksum is expected. Raises ValueError, OSError and SafetensorError."""
     if expected is not None and file_digest(regular_file(path)) != expected:
         raise ValueError(f"{path.name} is damaged: its checksum is not the one in state.json")
     return load_file(path)
 
 
 def _split_counters(files: dict[str, dict[str, torch.Tensor]]) -> None:
-    """Earlier versions kept the counters among the optimizer's tensors, under names that begin with "|"."""
+    """Move the counters out of the optimizer's tensors, where earlier versions named them "|..."."""
     if "counters" not in files:
         optimizer = files.get("optimizer", {})
         names = [name for name in optimizer if name.startswith("|")]
@@ -120,9 +121,9 @@ def all_of(output_dir: Path) -> list[Path]:
 
 
 def find(output_dir: Path, wanted: str) -> Path | None:
-    """The folder `--resume_from_checkpoint` means: `latest`, a path, or the name of one inside `output_dir`.
+    """Return the folder `--resume_from_checkpoint` refers to: `latest`, a path, or the name of one inside `output_dir`.
 
-    `auto` is `latest` where there is one, else None. Raises BadInput for a checkpoint that does not exist.
+    `auto` is `latest` if there is a checkpoint, else None. Raises BadInput for a checkpoint that does not exist.
     """
     if wanted in ("latest", "auto"):
         if checkpoints := all_of(output_dir):
@@ -140,13 +141,13 @@ def find(output_dir: Path, wanted: str) -> Path | None:
 
 
 def prune(output_dir: Path, keep: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints."""
+    """Delete all but the newest `keep` checkpoints; None keeps all. Raises OSError."""
     if keep is not None:
         for old in all_of(output_dir)[:-keep]:
             remove_folder(rename_away(old))
 
 
 def differences(saved: dict[str, object], now: dict[str, object]) -> list[str]:
-    """What differs between two configurations and would change the result, as `name: saved -> now`."""
+    """List the differing settings that would change the result, as `name: saved -> now`."""
     names = [n for n in {**saved, **now} if n not in MAY_CHANGE and saved.get(n) != now.get(n)]
     return [f"{n}: {saved.get(n)} -> {now.get(n)}" for n in names]

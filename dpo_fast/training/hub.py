@@ -10,14 +10,14 @@ from dpo_fast.errors import BadInput
 from dpo_fast.files import read_text
 from dpo_fast.hub_revisions import public_name
 
-CONFIG = "config.yaml"  # uploaded with `public_name`s
+CONFIG = "config.yaml"  # uploaded with paths shortened by `public_name`
 NOT_UPLOADED = ["checkpoint-*", "logs/*", ".tmp-*", ".lock*", ".publishing/*", CONFIG]
 
-# Any exception of the hub's client is caught: the HTTP library under it, whose errors it passes on, has changed twice.
+# Every exception of the hub client is caught: it passes on the errors of its HTTP library, which has changed twice.
 
 
 def check_login(token: str | None) -> str:
-    """The name of the account that an upload will use. Raises BadInput without one, or without a way to the hub."""
+    """Return the account name that an upload will use. Raises BadInput without a login or a connection to the hub."""
     try:
         return HfApi(token=token).whoami()["name"]
     except Exception as error:
@@ -28,14 +28,14 @@ def check_login(token: str | None) -> str:
 
 
 def public_config(config: dict[str, object]) -> dict[str, object]:
-    """A configuration as others may read it: of this disk's paths the last part alone."""
+    """Return a configuration fit for publication: only the last part of each local path is kept."""
     return {name: public_name(value) if isinstance(value, str) else value for name, value in config.items()}
 
 
 def push(folder: Path, repository: str | None, token: str | None) -> str:
-    """Upload `folder` without its checkpoints, and its settings without this disk's paths; return the address.
+    """Upload `folder` without its checkpoints, and its settings without local paths; return the URL.
 
-    Raises BadInput when the upload fails; the run stays whole in `folder`.
+    Raises BadInput when the upload fails; the run in `folder` stays intact.
     """
     api = HfApi(token=token)
     try:

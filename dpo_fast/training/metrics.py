@@ -1,4 +1,4 @@
-"""The numbers of a run: summed on the device, read at log lines only, written to metrics.jsonl and to the trackers.
+"""Training metrics: summed on the device, read only when a line is logged, written to metrics.jsonl and the trackers.
 
 Every value is a mean over the pairs since the last line, over all ranks. A pair whose image could not be decoded has
 weight 0 and counts nowhere.
@@ -19,7 +19,7 @@ import xxhash
 from dpo_fast.checksums import Damaged
 from dpo_fast.files import atomic_file, naming, parse_json, read_bytes, regular_file
 
-TIMESTEP_BUCKETS = 10  # of the schedule's length each: [0, T/10), ...
+TIMESTEP_BUCKETS = 10  # equal parts of the schedule: [0, T/10), ...
 
 _SUMS = ("pairs", "loss", "margin", "margin_squared", "correct", "chosen_delta", "rejected_delta")
 
@@ -56,20 +56,20 @@ class PairSums:
         self.sums += torch.stack(rows)
 
     def had_pairs(self) -> bool:
-        """Whether any pair with weight was ever added, on this rank or before a `read`. Waits for the device."""
+        """Whether a pair of weight 1 was added: on this rank, or on any before a `read`. Waits for the device."""
         return self._pairs_read or self.sums[0].item() > 0
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Copies of this rank's sums."""
+        """Return copies of this rank's sums."""
         return {"sums": self.sums.clone(), "by_timestep": self.by_timestep.clone()}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from what `state` gave; tensors may come from the CPU."""
+        """Restore what `state` returned; the tensors may be on the CPU."""
         self.sums.copy_(state["sums"])
         self.by_timestep.copy_(state["by_timestep"])
 
     def read(self, reduce: Callable[[list[torch.Tensor]], None]) -> dict[str, object]:
-        """Sum over ranks by `reduce` (in place), wait for the device, return the means and start again from zero."""
+        """Sum over ranks with `reduce` (in place), wait for the device, return the means and reset the sums to zero."""
         reduce([self.sums, self.by_timestep])
         totals = dict(zip(_SUMS, self.sums.tolist(), strict=True))
         pairs, correct = self.by_timestep.tolist()
@@ -95,58 +95,58 @@ class PairSums:
 
 
 def overoptimised(line: dict[str, object]) -> bool:
-    """The signature of over-optimisation: accuracy rises while the policy is worse than the reference on both images.
+    """Whether a line shows over-optimisation: high accuracy, but a policy worse than the reference on both images.
 
-    The margin then grows by spoiling the rejected image faster than the chosen one, not by improving either.
+    The margin then grows by degrading the rejected image faster than the chosen one, not by improving either.
     """
     accuracy, chosen, rejected = (line[k] for k in ("implicit_accuracy", "chosen_error_delta", "rejected_error_delta"))
     return None not in (accuracy, chosen, rejected) and accuracy > 0.6 and chosen > 0 and rejected > 0
 
 
 class Clock:
-    """Wall time of training steps: what they take in all, and what of it is waiting for data."""
+    """Wall time of training steps: the total, and the part spent waiting for data."""
 
     def __init__(self, step: int) -> None:
         self.restart(step)
 
     def restart(self, step: int) -> None:
-        """Count from now, `step` steps being done."""
+        """Start counting now, after `step` steps."""
         self.step, self.started, self.waited = step, time.perf_counter(), 0.0
 
     def read(self, step: int) -> tuple[float, float]:
-        """Seconds a step since the restart, and the fraction of it spent in `waiting`."""
+        """Return the seconds per step since the restart and the fraction of them spent in `waiting`."""
         elapsed = time.perf_counter() - self.started
         return elapsed / (step - self.step), self.waited / elapsed
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """The block waits for data."""
+        """Count the time of the block as waiting for data."""
         started = time.perf_counter()
         yield
         self.waited += time.perf_counter() - started
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The block does not count."""
+        """Leave out the time of the block."""
         started = time.perf_counter()
         yield
         self.started += time.perf_counter() - started
 
 
-LOGS = ("metrics.jsonl", "validation.jsonl")  # of a run
+LOGS = ("metrics.jsonl", "validation.jsonl")  # the logs of a run
 
 
 class Extent(NamedTuple):
-    """The part of a log that was there when a checkpoint was written, as the checkpoint has it."""
+    """The extent of a log when a checkpoint was written, as stored in the checkpoint."""
 
     size: int  # bytes
-    digest: str  # of these bytes
+    digest: str  # of these bytes, XXH3, 128 bits
 
 
 class MetricsFile:
-    """One JSON object a line, flushed at once. Resuming drops the lines after the checkpoint's step.
+    """A log with one JSON object per line, flushed after each. Resuming drops the lines after the checkpoint's step.
 
-    Raises Damaged as `kept_lines`.
+    Raises Damaged like `kept_lines`.
     """
 
     def __init__(self, path: Path, keep_through_step: int = 0, extent: Extent | None = None) -> None:
@@ -169,7 +169,7 @@ class MetricsFile:
         self._digest.update(data)
 
     def extent(self) -> Extent | None:
-        """What was written so far, now also flushed to the disk; None where nothing is kept."""
+        """Flush the log to disk and return its extent; None if no log is kept."""
         if not self.path.is_file():
             return None
         with naming(self.path):
@@ -182,10 +182,10 @@ class MetricsFile:
 
 
 def kept_lines(path: Path, through_step: int, extent: Extent | None) -> bytes:
-    """The lines of a log up to a checkpoint's step: what `extent` says was there when the checkpoint was written.
+    """Return the lines of a log up to a checkpoint's step: the bytes that `extent` covers.
 
-    Checkpoints of earlier versions have no extent: then the lines up to that step, of which a last one that was cut off
-    is left out. Raises Damaged for lines that are not what was written.
+    Checkpoints of earlier versions have no extent; then the lines are selected by their steps, and a last line that was
+    cut off is dropped. Raises Damaged for lines that are not what was written.
     """
     data = read_bytes(path)
     if extent is not None:
@@ -211,7 +211,7 @@ def kept_lines(path: Path, through_step: int, extent: Extent | None) -> bytes:
 
 
 def _step_of(line: bytes) -> int | None:
-    """The step of a line of a log; None where it is no such line."""
+    """The step of a log line; None if the line has no valid step."""
     try:
         step = parse_json(line)["step"]
     except (ValueError, LookupError, TypeError):
@@ -220,7 +220,7 @@ def _step_of(line: bytes) -> int | None:
 
 
 def for_trackers(line: dict[str, object]) -> dict[str, float]:
-    """The line as flat scalars for TensorBoard, wandb and their like."""
+    """Return the line as flat scalars for TensorBoard, wandb and similar trackers."""
     flat = {k: v for k, v in line.items() if isinstance(v, (int, float))}
     for index, value in enumerate(line.get("implicit_accuracy_by_timestep", [])):
         if value is not None:

@@ -1,7 +1,7 @@
 """The model card of a run: what was trained on what, by which command, and how to load it.
 
 Names of models, data sets and files come from outside. The card shows them as plain text, so they cannot add lines,
-markup or YAML, and it shows only the last part of a path on this disk.
+markup or YAML, and of a local path it shows only the last part.
 """
 
 import html
@@ -22,7 +22,7 @@ from dpo_fast.files import read_text
 from dpo_fast.hub_revisions import public_name
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets")
-# What the published base models' own cards say.
+# As stated on the model cards of the published base models.
 _LICENCES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": {"license": "creativeml-openrail-m"},
     "stabilityai/stable-diffusion-2-1": {"license": "openrail++"},
@@ -34,9 +34,9 @@ _LICENCES = {
     },
 }
 _LICENCE_KEYS = ("license", "license_name", "license_link")
-_WORD = re.compile(r"[\w.+:/-]{1,200}")  # of a licence
+_WORD = re.compile(r"[\w.+:/-]{1,200}")  # what a field of a licence may contain
 _MARKUP = re.compile(r"[\\`*\[\]|~!#$]|^[-+=>]|(?<!\w)_|_(?!\w)")
-_LINKS = re.compile(r":(?=//)|(?<=www)\.|@", re.IGNORECASE)  # what GitHub and the hub make links of
+_LINKS = re.compile(r":(?=//)|(?<=www)\.|@", re.IGNORECASE)  # what GitHub and the hub turn into links
 
 
 def model_card(
@@ -47,11 +47,11 @@ def model_card(
     argv: list[str],
     scheduler: tuple[str, dict[str, object]] | None = None,
 ) -> str:
-    """README.md of an output folder, with the hub's metadata block.
+    """Return the README.md text of an output folder, with the hub's metadata block.
 
-    `counts` are the numbers of the data set, `argv` the flags the run was started with. pipeline: diffusers' class that
-    loads the model. scheduler: the class that has the schedule which was trained, and the settings in which it differs
-    from the base's own; None: the base's will do.
+    `counts` are the data set's row counts, `argv` the flags the run was started with. pipeline: the diffusers class
+    that loads the model. scheduler: the class with the schedule used in training, and its settings that differ from the
+    base model's; None: the base model's scheduler is right.
     """
     lora = config["tuning"] == "lora"
     base, pairs = (public_name(config[name]) for name in ("pretrained_model_name_or_path", "dataset_name"))
@@ -62,7 +62,7 @@ def model_card(
         if lora
         else f"pipeline = {pipeline}.from_pretrained({here!r})"
     )
-    if lora and scheduler is not None:  # a pipeline is saved with it
+    if lora and scheduler is not None:  # a full pipeline is saved with its scheduler
         kind, settings = scheduler
         imports = f"from diffusers import {kind}, {pipeline}"
         changed = "".join(f", {name}={value!r}" for name, value in settings.items())
@@ -98,7 +98,7 @@ def model_card(
 
 
 def shown_command(argv: list[str]) -> list[str]:
-    """The command line as others may see it: without the hub token, and with only the last part of absolute paths."""
+    """Return a command line fit for publication: no hub token, and only the last part of absolute paths."""
     shown, skip = [], False
     for word in argv:
         name = word.split("=", 1)[0].replace("-", "_")
@@ -110,7 +110,7 @@ def shown_command(argv: list[str]) -> list[str]:
 
 
 def _metadata(config: dict[str, object], summary: dict[str, object], lora: bool) -> ModelCardData:
-    """The block that the hub reads. It refuses local paths as models and data sets."""
+    """The metadata block for the hub, which rejects local paths as models and data sets."""
     base, pairs = config["pretrained_model_name_or_path"], config["dataset_name"]
     data: dict[str, object] = {**_licence(base)}
     if _on_hub(base):
@@ -140,9 +140,9 @@ def _metadata(config: dict[str, object], summary: dict[str, object], lora: bool)
 
 
 def _licence(base: str) -> dict[str, str]:
-    """The licence of the base model, which its derivatives have: as published, or as the card in its folder says.
+    """The base model's licence, which its derivatives inherit: as published, or from the card in its folder.
 
-    Empty where it is not known.
+    Empty if it is not known.
     """
     if base in _LICENCES and not os.path.exists(base):
         return dict(_LICENCES[base])
@@ -158,7 +158,7 @@ def _licence(base: str) -> dict[str, str]:
 
 
 def _on_hub(name: str) -> bool:
-    """Whether `name` is a repository of the hub rather than a place on this disk."""
+    """Whether `name` is a repository of the hub rather than a local path."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -167,19 +167,19 @@ def _on_hub(name: str) -> bool:
 
 
 def _line(text: str) -> str:
-    """In one line, whatever does not print spelled out."""
+    """Return `text` on one line, with unprintable characters escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _text(name: str) -> str:
-    """A name in Markdown, as it is read: without markup, HTML, links or table cells of its own."""
+    """Escape a name for Markdown so that it renders literally: no markup, HTML, links or table cells."""
     escaped = html.escape(_line(name), quote=False)
     escaped = re.sub(_MARKUP, lambda found: "".join("\\" + c for c in found[0]), escaped)
     return re.sub(_LINKS, lambda found: f"&#{ord(found[0])};", escaped)
 
 
 def _word(word: str) -> str:
-    """A word of a command line for bash, in one line."""
+    """Quote a word of a command line for bash, on one line."""
     if word.isprintable():
         return shlex.quote(word)
     escaped = "".join(_ESCAPES.get(c) or (c if c.isprintable() else _code(c)) for c in word)
@@ -190,7 +190,7 @@ _ESCAPES = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
 
 
 def _code(character: str) -> str:
-    """An unprintable character as bash's $'...' has it; a byte that is no UTF-8 as that byte."""
+    """Escape an unprintable character for bash's $'...'; a byte that is not UTF-8 stays that byte."""
     number = ord(character)
     if 0xDC80 <= number <= 0xDCFF:  # surrogateescape
         return f"\\x{number - 0xDC00:02x}"

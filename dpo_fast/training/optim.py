@@ -1,8 +1,9 @@
-"""fp32 masters beside compute-dtype weights, the optimizers over them, loss scaling, and updates skipped on the device.
+"""fp32 masters of compute-dtype weights, their optimizers, loss scaling, and updates skipped on the device.
 
 The module holds its trainable parameters in the compute dtype. Each has an fp32 master, which the optimizer updates and
-which is then rounded into the module. Gradients of the micro-batches are summed into the masters' in fp32. In fp32 a
-parameter is its own master, so nothing is copied (but for 8-bit Adam, which wants another memory order).
+which is then rounded into the module. Micro-batch gradients are summed in fp32 in the masters' `grad`. With fp32 as the
+compute dtype a parameter is its own master, so nothing is copied (except for 8-bit Adam, which needs another memory
+order).
 """
 
 from collections.abc import Iterator
@@ -16,16 +17,16 @@ from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput, missing_extra
 from dpo_fast.parallel import Ranks
 
-# Diffusion-DPO's gradients carry a factor beta/4: they are far larger than those the usual 2^16 was made for.
+# Diffusion-DPO's gradients carry a factor of beta/4, so they are far larger than those the usual 2^16 is meant for.
 INITIAL_LOSS_SCALE = 2.0**8
-LOSS_SCALE_GROWTH_INTERVAL = 1000  # good updates before the scale doubles; one overflow halves it
+LOSS_SCALE_GROWTH_INTERVAL = 1000  # finite updates before the scale doubles; one overflow halves it
 
 
 class MasterOptimizer:
     """The trained state of a run: masters, optimizer, loss scale and EMA.
 
-    `parameters` are name -> fp32 parameter of the module; they are cast to `dtype` here, after the masters were taken,
-    so that the masters begin exactly where the checkpoint's fp32 weights are.
+    `parameters` are name -> fp32 parameter of the module; they are cast to `dtype` here, after the masters are copied,
+    so the masters start exactly at the checkpoint's fp32 weights. Raises BadInput if `lr` is too low for the schedule.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class MasterOptimizer:
         assert parameters and all(p.dtype == torch.float32 for p in parameters.values())
         self.names = list(parameters)
         self.parameters = list(parameters.values())
-        reordered = config.optimizer == "adamw8bit"  # bitsandbytes makes contiguous what it updates: a UNet is not
+        reordered = config.optimizer == "adamw8bit"  # bitsandbytes makes what it updates contiguous: a UNet is not
         if dtype == torch.float32 and not reordered:
             self.masters = self.parameters
         else:
@@ -45,7 +46,7 @@ class MasterOptimizer:
         device = self.masters[0].device
         self.max_grad_norm = config.max_grad_norm
         self.optimizer = _optimizer(self.masters, config, lr)
-        # The learning rate is a pure function of the step: nothing of the schedule has to be saved.
+        # The learning rate is a pure function of the step, so no schedule state has to be saved.
         try:
             self._schedule = get_scheduler(
                 config.lr_scheduler,
@@ -55,7 +56,7 @@ class MasterOptimizer:
                 num_cycles=config.lr_num_cycles,
                 power=config.lr_power,
             ).lr_lambdas[0]
-        except ValueError as error:  # polynomial ends at 1e-7 and must begin above it
+        except ValueError as error:  # the polynomial schedule ends at 1e-7 and must start above that
             raise BadInput(f"--lr_scheduler {config.lr_scheduler} at learning rate {lr:g}: {error}") from error
         self.base_lr = lr
         self.scaled = dtype == torch.float16
@@ -92,7 +93,7 @@ class MasterOptimizer:
             parameter.grad = None
 
     def drop_gradients(self) -> None:
-        """Forget what was accumulated since the last step."""
+        """Discard the gradients accumulated since the last step."""
         for tensor in (*self.parameters, *self.masters):
             tensor.grad = None
 
@@ -101,14 +102,14 @@ class MasterOptimizer:
         return [m.grad for m in self.masters]
 
     def reduce(self, ranks: Ranks, *extra: torch.Tensor) -> None:
-        """Sum the masters' gradients, and `extra` fp32 tensors with them, over the ranks in place; before `step`."""
+        """Sum the masters' gradients and the `extra` fp32 tensors over the ranks, in place. Call this before `step`."""
         ranks.sum_([*self.gradients(), *extra], like=[*self.masters, *extra])
 
     @torch.no_grad()
     def step(self, step: int, loss: torch.Tensor, parts: int) -> torch.Tensor:
-        """Clip and apply the gradients, sums over `parts` micro-batches; returns the norm of their mean, fp32 [].
+        """Clip and apply the gradients, sums over `parts` micro-batches. Returns the norm of their mean, fp32 [].
 
-        A non-finite gradient or `loss` leaves weights and optimizer state as they are, decided on the device.
+        If a gradient or `loss` is not finite, weights and optimizer state stay unchanged; AdamW decides on the device.
         """
         gradients = self.gradients()
         unscale = 1.0 / (self.loss_scale * parts)
@@ -121,14 +122,14 @@ class MasterOptimizer:
         if isinstance(self.optimizer, torch.optim.AdamW):
             self.optimizer.found_inf = found_inf
             self.optimizer.step()
-        elif not found_inf.item():  # the other optimizers cannot skip on the device: one wait an optimizer step
+        elif not found_inf.item():  # the others cannot skip on the device: one wait per optimizer step
             self.optimizer.step()
         self._count(found_inf)
         for master in self.masters:
             master.grad = None
         self.write_back()
         if self.ema is not None:
-            decay = min(self.ema_decay, (1 + step) / (10 + step))  # TensorFlow's warm-up: young averages forget faster
+            decay = min(self.ema_decay, (1 + step) / (10 + step))  # TensorFlow's warm-up: early averages decay faster
             torch._foreach_lerp_(self.ema, self.masters, 1.0 - decay)
         return norm
 
@@ -150,7 +151,7 @@ class MasterOptimizer:
 
     @contextmanager
     def showing_export(self) -> Iterator[None]:
-        """Within the block the module holds what `export` gives, in the compute dtype. Not for training in."""
+        """Within the block the module holds the weights of `export`, in the compute dtype. Do not train in it."""
         if self.ema is None:
             yield
             return
@@ -162,15 +163,15 @@ class MasterOptimizer:
             self.write_back(trained)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """name -> fp32 master."""
+        """Return name -> fp32 master."""
         return {n: m.detach() for n, m in zip(self.names, self.masters, strict=True)}
 
     def export(self) -> dict[str, torch.Tensor]:
-        """name -> fp32 weight to publish: the EMA where there is one, else the masters."""
+        """Return name -> fp32 weight to publish: the EMA if there is one, else the masters."""
         return self.weights() if self.ema is None else dict(zip(self.names, self.ema, strict=True))
 
     def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, object]]:
-        """Everything that must resume: files of named tensors, and plain values."""
+        """Return everything that a resumed run needs: files of named tensors, and plain values."""
         tensors, values = {}, {}
         for index, state in self.optimizer.state_dict()["state"].items():
             for key, value in _flat(state, self.names[index]):
@@ -191,7 +192,7 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def load_state(self, files: dict[str, dict[str, torch.Tensor]], values: dict[str, object]) -> None:
-        """The inverse of `state`; tensors may come from the CPU."""
+        """Restore what `state` returned; the tensors may be on the CPU."""
         torch._foreach_copy_(self.masters, [files["weights"][n] for n in self.names])
         if self.ema is not None:
             torch._foreach_copy_(self.ema, [files["ema"][n] for n in self.names])
@@ -203,7 +204,7 @@ class MasterOptimizer:
             name, *path, entry = key.split("|")
             index = position[name]
             if isinstance(value, torch.Tensor) and value.shape == self.masters[index].shape:
-                # in the memory order of the master: fused optimizers go through both as rows of numbers
+                # in the master's memory order: fused optimizers read both as flat arrays
                 value = torch.empty_like(self.masters[index], dtype=value.dtype, device=value.device).copy_(value)
             place = states.setdefault(index, {})
             for part in path:

@@ -1,6 +1,6 @@
-"""What a run will take, before it starts: parameters, memory by part, disk and FLOPs a step.
+"""The cost of a run before it starts: parameters, memory by part, disk space and FLOPs per step.
 
-Counted on the meta device from the model's configuration alone: nothing is loaded and nothing is computed.
+Counted on the meta device from the model's configuration alone: no weights are loaded and nothing is computed.
 """
 
 import gc
@@ -25,7 +25,7 @@ from dpo_fast.models.lora import add_lora
 from dpo_fast.models.source import base_of
 from dpo_fast.objectives import find_objective
 
-# Bytes of optimizer state a trained parameter: two fp32 moments; two 8-bit ones with their scales; factored moments.
+# Bytes of optimizer state per trained parameter: two fp32 moments; two 8-bit ones with their scales; factored moments.
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256, "adafactor": 0.0}
 
 
@@ -35,13 +35,13 @@ class UNetCosts:
 
     parameters: int
     trained: int
-    forward: float  # FLOPs, 2 a multiply-add
-    backward: float  # FLOPs, of what is trained and of what is computed again
+    forward: float  # FLOPs, 2 per multiply-add
+    backward: float  # FLOPs, including recomputed activations
     saved_bytes: int  # activations kept for the backward pass
 
 
 def plan(config: TrainConfig) -> str:
-    """The resolved configuration and the costs as text. Raises BadInput for a model that cannot be read."""
+    """Return the resolved configuration and the costs as text. Raises BadInput for a model that cannot be read."""
     source = base_of(config)
     unet_config = component_config(source, "unet")
     sides = Sides.of(unet_config, component_config(source, "vae"))
@@ -78,9 +78,9 @@ def plan(config: TrainConfig) -> str:
 
 
 def memory_by_part(costs: UNetCosts, config: TrainConfig) -> dict[str, float]:
-    """Bytes that a training step holds, by what holds them; VAE and text encoders have left by then."""
+    """Return the bytes that a training step holds, by purpose; VAE and text encoders are freed by then."""
     width = COMPUTE_DTYPES[config.mixed_precision].itemsize
-    separate = width == 2 or config.optimizer == "adamw8bit"  # masters beside the weights, not the weights themselves
+    separate = width == 2 or config.optimizer == "adamw8bit"  # masters are copies, not the weights themselves
     return {
         "UNet weights": costs.parameters * width,
         "fp32 masters": costs.trained * 4 * separate,
@@ -93,12 +93,12 @@ def memory_by_part(costs: UNetCosts, config: TrainConfig) -> dict[str, float]:
 
 
 def _runs_reference(config: TrainConfig) -> bool:
-    """Whether the reference is run at every visit, and with full fine-tuning held in memory."""
+    """Whether the reference runs at every visit (with full fine-tuning it is then also held in memory)."""
     return find_objective(config.objective).needs_reference and not config.cached_reference
 
 
 def record_bytes(unet_config: dict, latent_size: int, tokens: int) -> tuple[int, int]:
-    """Bytes that the cache keeps of an image and of a caption, both in fp16."""
+    """Return the bytes that the cache stores per image and per caption, both in fp16."""
     pooled = 0
     if unet_config.get("addition_embed_type") == "text_time":
         pooled = unet_config["projection_class_embeddings_input_dim"] - 6 * unet_config["addition_time_embed_dim"]
@@ -107,7 +107,7 @@ def record_bytes(unet_config: dict, latent_size: int, tokens: int) -> tuple[int,
 
 
 def _cache_lines(config: TrainConfig, pairs_a_step: int, a_latent: int, a_prompt: int) -> list[str]:
-    """What the cache takes, as far as it is known without opening the pairs."""
+    """The size of the cache, as far as it is known without opening the pairs."""
     if not config.cache:
         return []
     lines = [f"cache             {a_latent} bytes an image, {a_prompt} a prompt, each stored once"]
@@ -123,7 +123,7 @@ def _cache_lines(config: TrainConfig, pairs_a_step: int, a_latent: int, a_prompt
 
 
 def unet_costs(unet_config: dict, config: TrainConfig, latent_size: int) -> UNetCosts:
-    """Count one image of `latent_size` x `latent_size` latents through a UNet of this configuration."""
+    """Count the costs of one image of `latent_size` x `latent_size` latents in a UNet of this configuration."""
     dtype = COMPUTE_DTYPES[config.mixed_precision]
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_config)
@@ -157,7 +157,7 @@ def unet_costs(unet_config: dict, config: TrainConfig, latent_size: int) -> UNet
 
 
 class _Storages(TorchDispatchMode):
-    """The storages of what operators give within the block."""
+    """Records the storages of the tensors that operators return within the block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,14 +172,14 @@ class _Storages(TorchDispatchMode):
         return given
 
     def alive(self, without: set[int]) -> int:
-        """Bytes of those that something still holds: after a forward pass, the backward pass."""
+        """Bytes of the storages still in use: after a forward pass, those kept for the backward pass."""
         gc.collect()
         return sum(size for name, (storage, size) in self.made.items() if name not in without and not storage.expired())
 
 
 @contextmanager
 def _flash_attention() -> Iterator[None]:
-    """Within the block, attention is the kernel that never stores the scores: on meta tensors PyTorch takes another."""
+    """Within the block, use flash attention, which never stores the scores; on the meta device PyTorch would not."""
     torch_attention, flash = F.scaled_dot_product_attention, torch.ops.aten._scaled_dot_product_flash_attention
     F.scaled_dot_product_attention = lambda query, key, value, **_: flash(query, key, value)[0]
     try:

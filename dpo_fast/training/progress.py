@@ -23,23 +23,23 @@ from dpo_fast.training import hub
 from dpo_fast.training.metrics import LOGS, Clock, Extent, MetricsFile, PairSums, for_trackers, overoptimised
 from dpo_fast.training.run import Run
 
-OVEROPTIMISED_LINES = 3  # consecutive lines with its signature before it is called that: one line may be chance
+OVEROPTIMISED_LINES = 3  # consecutive lines that show it before it is reported: one may be chance
 
 
 class Progress:
-    """The reports of an opened `run`: the main rank writes them, every rank calls them.
+    """The reports of an opened `run`: every rank calls the methods, the main rank writes.
 
-    `clock` times the steps between two lines; the trainer pauses it for what is not training.
+    `clock` times the steps between two log lines; the trainer pauses it for anything but training.
     """
 
     def __init__(self, run: Run) -> None:
         self.run, self.config, self.ranks = run, run.config, run.ranks
         self.clock = Clock(run.step)
-        self.seconds_before = run.notes.get("seconds", 0.0)  # trained by earlier processes of this run, and
-        self.timed_from = 0 if "seconds" in run.notes else run.step  # the step their time counts from
+        self.seconds_before = run.notes.get("seconds", 0.0)  # spent by earlier processes of this run
+        self.timed_from = 0 if "seconds" in run.notes else run.step  # the step from which the time counts
         self.last_line: dict[str, object] = run.notes.get("last_line", {})
-        self.overoptimised_lines = run.overoptimised_lines  # in a row
-        self.programs: int | None = None  # compiled by the first step
+        self.overoptimised_lines = run.overoptimised_lines  # consecutive
+        self.programs: int | None = None  # compiled by the last log line; None before the first
         self.started = time.perf_counter()
         # replaced in `reporting`
         self.metrics: MetricsFile | None = None
@@ -63,7 +63,7 @@ class Progress:
         try:
             yield
         finally:
-            with ExitStack() as ends:  # each of them, whatever becomes of the others
+            with ExitStack() as ends:  # close every one, even if another fails
                 for end in (self.ranks.end_trackers, self.validations.close, self.metrics.close, self.bar.close):
                     ends.callback(end)
 
@@ -91,7 +91,7 @@ class Progress:
         }
         self.last_line = line
         if run.step == 1:
-            # with cached errors it was measured at the start
+            # with cached errors the margin was measured at the start, and that value is kept
             run.notes = {"loss_first": line["loss"], "initial_margin_rms": line["margin_rms"]} | run.notes
         self._check_programs()
         if self.ranks.is_main:
@@ -103,22 +103,22 @@ class Progress:
         return line
 
     def log_validation(self, accuracy: float) -> None:
-        """Write the held-out implicit accuracy; the main rank calls this."""
+        """Write the held-out implicit accuracy. Only the main rank calls this."""
         step = self.run.step
         self.validations.write({"step": step, "validation_accuracy": accuracy})
         self.ranks.accelerator.log({"validation_accuracy": accuracy}, step=step)
         self.say(f"step {step}: held-out implicit accuracy {accuracy:.4f}")
 
     def log_picture(self, sheet: Image.Image) -> None:
-        """Give the samples' picture to the trackers; the main rank calls this."""
+        """Send the picture of the samples to the trackers. Only the main rank calls this."""
         self.ranks.track_picture("samples", sheet, self.run.step)
 
     def extents(self) -> dict[str, Extent]:
-        """Name of a log -> what is in it so far, for a checkpoint."""
+        """Return name of a log -> its extent so far, for a checkpoint."""
         return {log.path.name: extent for log in (self.metrics, self.validations) if (extent := log.extent())}
 
     def seconds(self) -> float:
-        """Wall time spent on this run so far, over all processes that went on with it."""
+        """Wall time in seconds spent on this run so far, over all processes that continued it."""
         return self.seconds_before + time.perf_counter() - self.started
 
     def _check_overoptimised(self, line: dict[str, object]) -> None:
@@ -132,7 +132,7 @@ class Progress:
             )
 
     def _check_programs(self) -> None:
-        """Say once if something was compiled after the first step, which takes time and changes the rounding."""
+        """Report once if a program was compiled after the first step, which takes time and changes rounding."""
         if self.config.compile == "off":
             return
         made = programs_made()
@@ -147,7 +147,7 @@ class Progress:
     # ---- before the first step and after the last ---------------------------------------------------------------
 
     def overview(self) -> str:
-        """What is about to happen, in a few lines."""
+        """Describe what is about to happen, in a few lines."""
         run, config, masters, family = self.run, self.config, self.run.masters, self.run.family
         trained = sum(master.numel() for master in masters.masters)
         precision = "fp32" if config.mixed_precision == "no" else f"{config.mixed_precision} with fp32 masters"
@@ -173,7 +173,7 @@ class Progress:
         )
 
     def _cache_overview(self) -> str:
-        """What came from the cache, or that there is none."""
+        """Describe what came from the cache, or that there is none."""
         counts = self.run.cached
         if counts is None:
             return "none, images and captions are encoded at every visit"
@@ -184,7 +184,7 @@ class Progress:
         )
 
     def _reference_overview(self) -> str:
-        """Where the reference's errors come from."""
+        """Describe where the reference's errors come from."""
         run = self.run
         if run.scored is None:
             return "run at every visit" if find_objective(self.config.objective).needs_reference else "none"
@@ -195,7 +195,7 @@ class Progress:
         )
 
     def summary(self) -> dict[str, object]:
-        """The fields of summary.json, but for the result's file and where it was uploaded."""
+        """Return the fields of summary.json, except the result's files and where it was uploaded."""
         run, config, line = self.run, self.config, self.last_line
         seconds = self.seconds()
         steps = run.step - self.timed_from
@@ -211,7 +211,7 @@ class Progress:
             "validation_accuracy_ci95": run.notes.get("validation_accuracy_ci95"),
             "ties_dropped": run.sets.ties_dropped,
             "unlabelled": run.sets.unlabelled,
-            "contradicted": run.sets.contradicted,  # None: images were not told apart
+            "contradicted": run.sets.contradicted,  # None: images were not compared
             "duplicates": run.sets.duplicates,
             "captions_cut": run.captions_cut,  # pairs whose captions are longer than the text encoders take
             "bad_rows": len(run.bad_rows),
@@ -223,13 +223,13 @@ class Progress:
         }
 
     def _revisions(self) -> dict[str, str]:
-        """What the run was made from -> its revision on the hub, or a digest of its files."""
+        """Name of each input of the run -> its revision on the hub, or a digest of its files."""
         dataset = self.config.dataset_name
         return revisions(base_of(self.config)) | {public_name(dataset): revision_of(dataset, kind="dataset")}
 
 
 def _peak_memory_gib(device: torch.device) -> float:
-    """The most memory held at once so far: the allocator's on a GPU, the process's on the CPU."""
+    """Peak memory so far in GiB: the allocator's on a GPU, the process's on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

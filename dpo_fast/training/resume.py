@@ -1,4 +1,4 @@
-"""Resuming: which checkpoint a run goes on from, and whether it is one of this run."""
+"""Resuming: which checkpoint a run continues from, and whether it belongs to this run."""
 
 from pathlib import Path
 
@@ -15,20 +15,20 @@ from dpo_fast.training.optim import MasterOptimizer
 
 
 class AlreadyDone(Exception):
-    """`--resume_from_checkpoint auto` found a run that wrote all it was asked for."""
+    """`--resume_from_checkpoint auto` found a run that has written everything it was asked for."""
 
 
 def saved_state(config: TrainConfig, ranks: Ranks) -> tuple[dict, dict]:
-    """The files and the state of the checkpoint to resume from; both empty for a fresh run."""
+    """Return the files and the state of the checkpoint to resume from; both are empty for a fresh run."""
     if config.resume_from_checkpoint is None:
         return {}, {}
-    # on a network disk the others may not see yet what the main rank sees
+    # on a network disk the other ranks may not yet see what the main rank sees
     folder = ranks.from_main(lambda: checkpoint.find(config.output_dir, config.resume_from_checkpoint))
     return ranks.on_all(lambda: _load_checkpoint(folder)) if folder else ({}, {})
 
 
 def _load_checkpoint(folder: Path) -> tuple[dict, dict]:
-    """The files and the state of a checkpoint. Raises BadInput for one that is whole but not of a run."""
+    """Load a checkpoint's files and state. Raises BadInput for one that is intact but not of a run."""
     files, saved = checkpoint.load(folder)
     kinds = {"step": int, "config": dict, "fingerprints": dict, "notes": dict, "bad_rows": list}
     lacking = [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]
@@ -54,7 +54,7 @@ def refuse_changes(changed: list[str]) -> None:
 
 
 def older_fingerprint(unet: nn.Module) -> dict[str, str]:
-    """The fingerprint by which checkpoints of earlier versions name a UNet before it gets adapters."""
+    """The fingerprint that checkpoints of earlier versions store for a UNet; take it before adapters are added."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     total = 0
     for index, (_, tensor) in enumerate(sorted(unet.state_dict().items())):
@@ -64,7 +64,10 @@ def older_fingerprint(unet: nn.Module) -> dict[str, str]:
 
 
 def check_saved(config: TrainConfig, fingerprints: dict[str, str], saved: dict) -> int:
-    """The step of a checkpoint. Raises BadInput where model or pairs are not those it is of."""
+    """Return a checkpoint's step.
+
+    Raises BadInput if its model or pairs differ, if it is past the last step, or if later checkpoints exist.
+    """
     before = saved["fingerprints"]
     known = {name: now for name, now in fingerprints.items() if name in before}
     refuse_changes([f"{name}: {before[name]} -> {now}" for name, now in known.items() if before[name] != now])
@@ -84,7 +87,7 @@ def check_saved(config: TrainConfig, fingerprints: dict[str, str], saved: dict) 
 
 
 def check_whether_done(config: TrainConfig, ranks: Ranks, step: int) -> None:
-    """Raise AlreadyDone where `auto` has nothing left to do. Every rank calls this."""
+    """Raise AlreadyDone if `auto` has nothing left to do. Every rank calls this."""
     if config.resume_from_checkpoint != "auto" or step < config.max_train_steps:
         return
     parts = dict(evaluated=bool(config.eval_scorers), uploaded=config.push_to_hub)
@@ -97,7 +100,7 @@ def logs_of(saved: dict) -> dict[str, Extent]:
 
 
 def check_logs(folder: Path, saved: dict) -> None:
-    """Raise Damaged where a log that will be gone on with is not what the checkpoint's run had written."""
+    """Raise Damaged if a log that will be continued is not what the checkpoint's run had written."""
     extents = logs_of(saved)
     for name in LOGS:
         if (folder / name).is_file():
@@ -105,10 +108,10 @@ def check_logs(folder: Path, saved: dict) -> None:
 
 
 def check_space(config: TrainConfig, family: Family, masters: MasterOptimizer) -> None:
-    """One checkpoint and the result must fit on the disk."""
+    """Raise BadInput if one checkpoint and the result do not fit on the disk."""
     state = sum(t.nbytes for tensors in masters.state()[0].values() for t in tensors.values())
     trained = sum(master.numel() for master in masters.masters)
-    unmade = config.optimizer == "adamw" and not masters.optimizer.state  # the moments come at the first step
+    unmade = config.optimizer == "adamw" and not masters.optimizer.state  # the first step creates the moments
     moments = 8 * trained if unmade else 0
     result = 4 * (trained if config.tuning == "lora" else sum(p.numel() for p in family.unet.parameters()))
     run_folder.check_space(config.output_dir, state + moments + result)

@@ -1,8 +1,8 @@
-"""Opening a run: everything a trainer works with, made and checked in the order of what it costs.
+"""Opening a run: everything a trainer works with, built and checked from cheap to expensive.
 
-Settings, output folder, trackers and hub first (moments), then the pairs (every label and caption, a sample of the
-images), then the model, then what a checkpoint holds, then the cache, where something is missing in it. What the user
-can mend raises BadInput here, before any step.
+Settings, output folder, trackers and hub come first (moments), then the pairs (every label and caption, a sample of the
+images), the model, the contents of a checkpoint, and the cache, if anything is missing from it. Anything the user can
+fix raises BadInput here, before the first step.
 """
 
 import logging
@@ -67,7 +67,7 @@ from dpo_fast.training.resume import (
 )
 from dpo_fast.training.work_ahead import check_scored, fill_cache, load_model, score_reference_errors
 
-# Counts of `Run.sets` that a stream finds out while it is read, and a checkpoint keeps.
+# Counts of `Run.sets` that a stream learns while it is read, and that a checkpoint keeps.
 COUNTS = ("rows", "ties_dropped", "unlabelled")
 
 logger = logging.getLogger(__name__)
@@ -75,29 +75,29 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """What a trainer works with."""
+    """Everything a trainer works with."""
 
     config: TrainConfig  # resolved: nothing that the result depends on is None
     ranks: Ranks
     sets: PairSets | StreamedPairs  # the counts of what was read: rows, ties_dropped, bad
     batches: Iterator[Batch]  # this rank's micro-batches from `step` on
     validation: PairDataset | None
-    prompts: list[str]  # of the samples
+    prompts: list[str]  # for the samples
     family: Family
     masters: MasterOptimizer
     reference: Reference
     fingerprints: dict[str, str]  # of the base model's weights and of the pairs
     step: int = 0  # optimizer steps done
-    kl: torch.Tensor | None = None  # [] fp32, kto's: mean implicit reward of the step before, at least 0
-    notes: dict[str, object] = field(default_factory=dict)  # for summary.json, carried over from before a resume
-    logs: dict[str, Extent] = field(default_factory=dict)  # file -> what the checkpoint says was logged
+    kl: torch.Tensor | None = None  # [] fp32, for kto: mean implicit reward of the previous step, at least 0
+    notes: dict[str, object] = field(default_factory=dict)  # for summary.json, carried over when resuming
+    logs: dict[str, Extent] = field(default_factory=dict)  # file -> its extent in the checkpoint
     bad_rows: dict[int, BadRow] = field(default_factory=dict)
     cached: build.Counts | None = None  # None: images and captions are encoded at every visit
-    scored: ReferenceErrors | None = None  # None: the reference, where there is one, is run at every visit
-    captions_cut: int | None = None  # pairs with a caption of more tokens than are encoded; None: not known
+    scored: ReferenceErrors | None = None  # None: the reference, if there is one, is run at every visit
+    captions_cut: int | None = None  # pairs whose caption has more tokens than are encoded; None: unknown
     start: StartCheck | None = None  # how far the policy was from the scored errors before the first step
-    sums: dict[str, torch.Tensor] | None = None  # of the pairs since the last line of metrics, where a run goes on
-    overoptimised_lines: int = 0  # lines in a row with the signature of over-optimisation
+    sums: dict[str, torch.Tensor] | None = None  # over the pairs since the last line of metrics, when resuming
+    overoptimised_lines: int = 0  # consecutive lines that show over-optimisation
 
     @property
     def folder(self) -> Path:
@@ -111,8 +111,8 @@ class Run:
 def open_run(config: TrainConfig, ranks: Ranks) -> Run:
     """Open everything that `config` names. Every rank calls this.
 
-    Where others may write into the output folder, the main rank holds it first (`settle`, `output_folder.hold`).
-    Raises BadInput for whatever the user can mend, and AlreadyDone.
+    If others may write into the output folder, the main rank must hold it first (`settle`, `output_folder.hold`).
+    Raises BadInput for anything the user can fix, and AlreadyDone if `auto` finds nothing left to do.
     """
     config = settle(config, ranks)
     try:
@@ -129,7 +129,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     if config.compile != "off":
         check_compiler(ranks.device)
     resuming = config.resume_from_checkpoint is not None
-    # a killed process may have left a checkpoint half-replaced: the folder is claimed before one is looked for
+    # a killed process may have left a checkpoint half-replaced, so claim the folder before looking for one
     ranks.on_main(lambda: run_folder.claim(config.output_dir, overwrite=config.overwrite, resuming=resuming))
     files, saved = saved_state(config, ranks)
     restarting = resuming and not saved
@@ -148,7 +148,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     elif config.seed is None:
         config = replace(config, seed=ranks.share(secrets.randbits(31)))
     if config.push_to_hub:
-        ranks.on_main(lambda: hub.check_login(config.hub_token))  # found out now, not after the training
+        ranks.on_main(lambda: hub.check_login(config.hub_token))  # fail now rather than after training
 
     pairs = open_pairs(config, ranks, config.output_dir / output_folder.BAD_ROWS)
     config, family = load_model(config, ranks)
@@ -171,23 +171,23 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
         _check_draws(config, pairs, saved)
         check_whether_done(config, ranks, step)
     ranks.on_main(lambda: check_space(config, family, masters))
-    trains = step < config.max_train_steps  # else only the result is to be written
+    trains = step < config.max_train_steps  # else only the result has to be written
     cached = None
     if config.cache and trains:
         cached = fill_cache(config, ranks, pairs, needed_rows(config, pairs), family, waiting=logger.warning)
     captions_cut = _known_cut_captions(config, saved)
     if captions_cut is None:
         captions_cut = ranks.from_main(lambda: _count_cut_captions(config, pairs, family))
-    if cached and not config.run_validation:  # samples need them
+    if cached and not config.run_validation:  # samples need the encoders
         family.free_encoders(keep=config.tuning == "full")
     scored = None
     if model and trains:
-        with not_compiled():  # of other batch shapes than training's
-            scored = score_reference_errors(config, ranks, pairs, cached, family, model)  # while the policy is the base
+        with not_compiled():  # its batch shapes differ from training's
+            scored = score_reference_errors(config, ranks, pairs, cached, family, model)  # while policy equals base
     batches, sets, validation, prompts = open_batches(config, ranks, pairs, cached, scored, family, step)
     if saved:
         if config.run_validation and trains:
-            with not_compiled():  # those that are not whole are drawn again while the policy is the base
+            with not_compiled():  # while the policy equals the base, missing or damaged samples are redrawn
                 ranks.on_main(lambda: base_samples(family, prompts, config, fingerprints["base weights"]))
         _restore(masters, kl, files, saved)
     run = Run(config, ranks, sets, batches, validation, prompts, family, masters, reference, fingerprints, step, kl)
@@ -195,7 +195,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     run.captions_cut = captions_cut
     if scored:
         run.scored, run.start = scored.train, scored.start
-        if config.compile == "off":  # compiled, the first step tells: scoring runs as written
+        if config.compile == "off":  # compiled, the first step measures it: scoring runs uncompiled
             run.notes["initial_margin_rms"] = scored.start.initial_margin_rms
     run.bad_rows = {bad.row: bad for bad in sets.bad}
     if saved:
@@ -218,9 +218,9 @@ def _begin(config: TrainConfig, restarting: bool, kept: frozenset[str]) -> None:
 
 
 def settle(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """The configuration with batch split and output folder worked out, the same on every rank.
+    """Return the configuration with batch split and output folder resolved, the same on every rank.
 
-    Settling it again changes nothing. Raises BadInput if the batch split is impossible.
+    Settling it again changes nothing. Also sets PyTorch's TF32 flags. Raises BadInput if the batch split is impossible.
     """
     a_pass = config.train_batch_size * ranks.world_size
     pairs = config.pairs_per_step or a_pass * config.gradient_accumulation_steps
@@ -240,7 +240,7 @@ def settle(config: TrainConfig, ranks: Ranks) -> TrainConfig:
 
 
 def _check_backend(config: TrainConfig, ranks: Ranks) -> None:
-    """Raise BadInput where the kernels that were asked for, by flag or environment, are not available."""
+    """Raise BadInput if the kernels requested by flag or environment are not available."""
     try:
         dispatch.module_for("dpo_loss", config.backend, torch.zeros(1, device=ranks.device))
     except (ValueError, RuntimeError) as error:
@@ -248,9 +248,10 @@ def _check_backend(config: TrainConfig, ranks: Ranks) -> None:
 
 
 def build_cache(config: TrainConfig, ranks: Ranks) -> build.Counts:
-    """Encode what the run that `config` describes will need; without a seed, all of its pairs.
+    """Encode the images and captions that the run described by `config` will need; without a seed, those of all pairs.
 
-    Shards whose files do not fit their index are encoded again. Every rank calls this. Raises BadInput as `open_run`.
+    Shards whose files do not match their index are encoded again. Every rank calls this. Raises BadInput like
+    `open_run`.
     """
     config = settle(config, ranks)
     everything = config.seed is None
@@ -269,10 +270,10 @@ def build_cache(config: TrainConfig, ranks: Ranks) -> build.Counts:
 
 
 def build_reference(config: TrainConfig, ranks: Ranks) -> ReferenceErrors:
-    """Compute the reference's errors that the run which `config` describes will need, at all draws.
+    """Compute the reference's errors that the run described by `config` will need, at all draws.
 
-    Without max_train_steps that is of all its pairs. What is missing of latents and text is encoded first. Every rank
-    calls this. Raises BadInput as `open_run`.
+    Without max_train_steps these cover all its pairs. Missing latents and text embeddings are encoded first. Every rank
+    calls this. Raises BadInput like `open_run`.
     """
     config = settle(config, ranks)
     check_scored(config)
@@ -283,7 +284,7 @@ def build_reference(config: TrainConfig, ranks: Ranks) -> ReferenceErrors:
     pairs = open_pairs(config, ranks, None)
     config, family = load_model(config, ranks)
     model = reference_recipe_facts(family)
-    # as training holds it: requires_grad too changes how torch rounds
+    # as in training: even requires_grad changes how torch rounds
     family.unet.requires_grad_(config.tuning == "full").to(family.dtype)
     if pairs.sets is None or config.max_train_steps is not None:
         wanted = needed_rows(config, pairs)
@@ -296,15 +297,15 @@ def build_reference(config: TrainConfig, ranks: Ranks) -> ReferenceErrors:
 
 
 def _known_cut_captions(config: TrainConfig, saved: dict | None) -> int | None:
-    """What `_count_cut_captions` gave when the checkpoint was written; how many pairs of a stream it looks at follows
-    from the number of steps."""
+    """The result of `_count_cut_captions` in the checkpoint; None if there is none or max_train_steps, which decides
+    how many pairs of a stream are counted, has changed."""
     if not saved or saved["config"]["max_train_steps"] != config.max_train_steps:
         return None
     return saved["notes"].get("captions_cut")
 
 
 def _count_cut_captions(config: TrainConfig, pairs: RunPairs, family: Family) -> int | None:
-    """The number of pairs whose captions are cut off, which is logged; None for a stream whose rows are not known."""
+    """Count and log the pairs whose captions are cut off; None for a stream whose rows are not known."""
     if pairs.sets is not None:
         rows = [(i, c) for index in (pairs.sets.train, pairs.sets.validation) for i, c in _captions_of(index)]
     elif pairs.manifest is not None:
@@ -329,7 +330,7 @@ def _captions_of(index: PairIndex) -> Iterator[tuple[int, str]]:
 
 
 def make_trainable(config: TrainConfig, ranks: Ranks, family: Family) -> tuple[MasterOptimizer, Reference]:
-    """Adapters or the whole UNet with fp32 masters, and the reference, in the order that makes the first margin 0."""
+    """Set up adapters or the full UNet with fp32 masters, and the reference; the order makes the first margin 0."""
     unet = family.unet
     if config.tuning == "lora":
         add_lora(unet, config.rank, config.lora_alpha or config.rank, config.lora_targets, seed=config.seed)
@@ -356,7 +357,7 @@ def _restore(masters: MasterOptimizer, kl: torch.Tensor, files: dict, saved: dic
 
 
 def _check_draws(config: TrainConfig, pairs: RunPairs, saved: dict) -> None:
-    """Raise BadInput where the number of draws changed so that what was trained would have been drawn otherwise."""
+    """Raise BadInput if the changed number of draws would have given the pairs trained so far different noise."""
     before, now = saved["config"].get("cached_reference"), config.cached_reference
     if before == now:
         return

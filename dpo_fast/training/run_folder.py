@@ -28,16 +28,16 @@ from dpo_fast.files import (
 from dpo_fast.output_folder import BAD_ROWS, is_free, not_writable, refuse_file
 
 SUMMARY = "summary.json"
-# What a run writes before its first checkpoint, beside its report, its trackers' logs and temporary files.
+# What a run writes before its first checkpoint, besides its report, its trackers' logs and temporary files.
 _BEFORE_CHECKPOINTS = frozenset(("config.yaml", "metrics.jsonl", "validation.jsonl", "samples"))
-PUBLISHING = ".publishing"  # a whole result on its way into the folder
+PUBLISHING = ".publishing"  # a complete result that is being moved into the folder
 
 
 def claim(folder: Path, *, overwrite: bool, resuming: bool) -> None:
-    """Make sure that a run may use `folder`, which it holds; what killed processes left half-written there is cleared.
+    """Check that a run may use `folder`, which it holds, and delete what killed processes left half-written in it.
 
-    Raises BadInput where it is not free (`is_free`) and neither `overwrite` nor `resuming` was asked for, and where it
-    cannot be written.
+    Raises BadInput if the folder is not free (`is_free`) and neither `overwrite` nor `resuming` is set, if `overwrite`
+    is set but the folder is not a run's, and if it cannot be written.
     """
     try:
         refuse_file(folder)
@@ -52,7 +52,7 @@ def claim(folder: Path, *, overwrite: bool, resuming: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
-        if not occupied or (folder / "config.yaml").is_file():  # ours: a mistyped folder is left as it is
+        if not occupied or (folder / "config.yaml").is_file():  # ours: a mistyped folder is left alone
             finish_publishing(folder)
             remove_temporaries(folder, deep=True)
     except OSError as error:
@@ -60,7 +60,7 @@ def claim(folder: Path, *, overwrite: bool, resuming: bool) -> None:
 
 
 def check_unfinished(folder: Path, logging_dir: str, kept: frozenset[str]) -> None:
-    """Raise BadInput where `folder` holds more than `kept` entries and a run that ended before its first checkpoint."""
+    """Raise BadInput if `folder` holds more than `kept` entries and a run that ended before its first checkpoint."""
     names = {entry.name for entry in contents(folder)} - kept - {BAD_ROWS}
     if names and not ("config.yaml" in names and names <= _of_unfinished(logging_dir)):
         raise BadInput(
@@ -70,22 +70,22 @@ def check_unfinished(folder: Path, logging_dir: str, kept: frozenset[str]) -> No
 
 
 def clear_unfinished(folder: Path, logging_dir: str) -> None:
-    """Delete what a run left that ended before its first checkpoint, but for config.yaml, which `begin` replaces."""
+    """Delete what a run that ended before its first checkpoint left, except config.yaml, which `begin` replaces."""
     for name in _of_unfinished(logging_dir) - {"config.yaml"}:
         delete(folder / name)
 
 
 def kept_inside(folder: Path, *places: Path | str | None) -> frozenset[str]:
-    """The entries of `folder` that lead to those of `places` (caches) that lie in it."""
+    """Return the names of the top-level entries of `folder` that are or contain one of `places` (caches)."""
     inside = (Path(os.path.abspath(place)) for place in places if place)
     root = Path(os.path.abspath(folder))
     return frozenset(path.relative_to(root).parts[0] for path in inside if root in path.parents)
 
 
 def is_finished(folder: Path, step: int, *, evaluated: bool, uploaded: bool) -> bool:
-    """Whether the run in `folder` wrote all of its results at `step`, its last: with an evaluation or upload, that too.
+    """Whether the run in `folder` wrote all of its results at `step`, its last, including any evaluation or upload.
 
-    A summary that cannot be read is one that is not there.
+    A summary that cannot be read counts as missing.
     """
     try:
         summary = read_json(folder / SUMMARY)
@@ -99,9 +99,9 @@ def is_finished(folder: Path, step: int, *, evaluated: bool, uploaded: bool) -> 
 
 
 def begin(folder: Path, *, overwrite: bool, config_yaml: str, kept: frozenset[str] = frozenset()) -> None:
-    """Now that everything is open: clear an earlier run away if asked, but for `kept` entries, and write config.yaml.
+    """Once everything is open, delete an earlier run if asked, except `kept` entries, and write config.yaml.
 
-    The earlier config.yaml goes last, replaced by the new one: killed at any moment, the folder still looks like a run.
+    The earlier config.yaml is replaced last, so that after a kill at any moment the folder still looks like a run.
     """
     if overwrite:
         for entry in folder.iterdir():
@@ -111,13 +111,13 @@ def begin(folder: Path, *, overwrite: bool, config_yaml: str, kept: frozenset[st
 
 
 def release(folder: Path) -> None:
-    """Remove a folder that nothing worth keeping was written to, after the run could not be opened."""
-    with suppress(OSError):  # it is not there
+    """Remove the folder of a run that could not be opened, unless something worth keeping was written to it."""
+    with suppress(OSError):  # the folder does not exist
         if not is_free(folder) or ((folder / BAD_ROWS).exists() and (folder / BAD_ROWS).stat().st_size):
             return
         remove_temporaries(folder)
         (folder / BAD_ROWS).unlink(missing_ok=True)
-    with suppress(OSError):  # there is something in it
+    with suppress(OSError):  # the folder is not empty
         folder.rmdir()
 
 
@@ -134,12 +134,13 @@ def check_space(folder: Path, needed_bytes: int) -> None:
 def publish(folder: Path, write: Callable[[Path], None]) -> dict[str, str]:
     """Let `write(temporary_folder)` produce the result, then move it into `folder` entry by entry.
 
-    Returns the checksums of its files, by their paths in `folder`, which summary.json keeps for `check_result`.
-    A pipeline's model_index.json goes last, an earlier one first: what can be loaded is complete. After a kill
+    Returns the checksums of its files by their paths in `folder`; summary.json keeps them for `check_result`.
+    An earlier model_index.json is deleted first and the new one moved last, so that a pipeline that loads is complete.
+    After a kill
 
-    - while the result is written: there is the earlier result, and `claim` clears the rest away;
-    - from the moment it is whole and bears the name PUBLISHING until its last entry is moved: there may be no result
-      that loads, and `claim` moves the entries that are left (`finish_publishing`), in the same order.
+    - while the result is being written: the earlier result is intact, and `claim` deletes the partial one;
+    - between its renaming to PUBLISHING and the move of its last entry: there may be no result that loads, and `claim`
+      moves the remaining entries in the same order (`finish_publishing`).
     """
     with atomic_folder(folder / PUBLISHING) as temporary:
         write(temporary)
@@ -150,7 +151,7 @@ def publish(folder: Path, write: Callable[[Path], None]) -> dict[str, str]:
 
 
 def finish_publishing(folder: Path) -> None:
-    """Move a whole result that is on its way into `folder`; where there is none, nothing. Raises OSError."""
+    """Move what is left of a result under PUBLISHING into `folder`, if there is any. Raises OSError."""
     if not (folder / PUBLISHING).is_dir():
         return
     entries = sorted((folder / PUBLISHING).iterdir(), key=lambda entry: entry.name == "model_index.json")
@@ -171,9 +172,9 @@ def _of_unfinished(logging_dir: str) -> frozenset[str]:
 
 
 def check_result(folder: Path) -> None:
-    """Compare a run's config.yaml, summary.json and result with their checksums, where they have any.
+    """Compare a run's config.yaml, summary.json and result with their checksums, if they have any.
 
-    Raises Damaged for one that is not what the run wrote.
+    Raises Damaged for a file that is not what the run wrote.
     """
     check_text(folder / "config.yaml", "put it back from a copy; if the change is meant, delete its first line")
     path = folder / SUMMARY

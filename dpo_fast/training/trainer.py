@@ -37,9 +37,9 @@ from dpo_fast.training.model_card import model_card
 from dpo_fast.training.progress import Progress
 from dpo_fast.training.run import COUNTS, Run
 
-MANY_SKIPPED = 0.2  # the share of skipped updates above which a finished run says so
-# What asks a run to stop: Ctrl-C, a scheduler's end, Slurm's warning before it, a closed terminal.
-REPEAT_SECONDS = 2.0  # a scheduler may signal every process, and a launcher pass its own signal on: that is one
+MANY_SKIPPED = 0.2  # fraction of skipped updates above which a finished run warns
+REPEAT_SECONDS = 2.0  # signals within this time count as one: a scheduler and a launcher may both send it
+# Signals that ask a run to stop: Ctrl-C, a scheduler's end, Slurm's warning before that, a closed terminal.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -49,7 +49,7 @@ class Interrupted(Exception):
 
 class Trainer:
     """Trains an opened `run`. `argv` are the flags it was started with, for the model card; `hold` is the main rank's
-    on the output folder, None where nobody else writes there.
+    hold on the output folder, None if nobody else writes there.
     """
 
     def __init__(self, run: Run, argv: list[str], hold: Hold | None = None) -> None:
@@ -62,25 +62,25 @@ class Trainer:
             self.sums.load_state(run.sums)
         self.nonfinite_pair = torch.tensor(-1, device=run.ranks.device)  # id of a pair whose latents are not finite
         self.nonfinite_caption = self.nonfinite_pair.clone()  # id of a pair whose caption's embedding is not finite
-        run.notes.setdefault("trained", run.step > 0)  # whether any pair had weight; earlier versions did not note it
-        self.bad_at_start = {bad.row for bad in run.sets.bad}  # a stream knows none
+        run.notes.setdefault("trained", run.step > 0)  # whether any pair had weight; earlier versions did not record it
+        self.bad_at_start = {bad.row for bad in run.sets.bad}  # empty for a stream
         self.grad_norm = torch.zeros((), device=run.ranks.device)
         self.progress = Progress(run)
         self.clock, self.say = self.progress.clock, self.progress.say
-        self.bad_rows_met: list[BadRow] = []  # by this rank, since all ranks last told each other
+        self.bad_rows_met: list[BadRow] = []  # by this rank, since they were last shared
         self.signal: str | None = None
         self.signalled_at = 0.0
         self.problem: BadInput | None = None
         self.saved_at = time.monotonic()
-        self.base_samples: list[Image.Image] = []  # on the main rank, of a run that validates
+        self.base_samples: list[Image.Image] = []  # only on the main rank of a run that validates
 
     # ---- one step ----------------------------------------------------------------------------------------------
 
     def train_step(self) -> bool:
-        """One optimizer step over `pairs_per_step` pairs, or False where the run was asked to stop before it was whole.
+        """Take one optimizer step over `pairs_per_step` pairs. Returns False if asked to stop before it was complete.
 
-        No CPU-GPU synchronisation, except for optimizers that cannot skip an update on the device (`MasterOptimizer`)
-        and, without the cache, for the copy of the captions' tokens.
+        Does not synchronise CPU and GPU, except for optimizers that cannot skip an update on the device
+        (`MasterOptimizer`) and, without the cache, to copy the captions' tokens.
         """
         passes = self.config.gradient_accumulation_steps
         sums_before = self.sums.state()
@@ -91,7 +91,7 @@ class Trainer:
                 self.masters.drop_gradients()
                 self.sums.load_state(sums_before)
                 return False
-            # draw: the loader drew timestep, flip, crop and dropout of each pair
+            # draw: the loader has drawn each pair's timestep, flip, crop and dropout
             batch = self._next_batch()
             latents, conditioning = self.encode(batch)
             # noise, reference, policy: one draw for both images and both models
@@ -115,7 +115,7 @@ class Trainer:
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> tuple[torch.Tensor, Conditioning]:
-        """Latents fp16 [2B,C,h,w] and conditioning [B,...]; a dropped caption is the model's empty prompt."""
+        """Return latents fp16 [2B,C,h,w] and conditioning [B,...]; a dropped caption is the model's empty prompt."""
         if batch.latents is not None:  # from the cache
             latents, encoded = batch.latents, batch.conditioning
         else:
@@ -129,12 +129,12 @@ class Trainer:
         return latents, conditioning_of(self.family, batch, encoded)
 
     def predict(self, batch: Batch, latents: torch.Tensor, conditioning: Conditioning) -> Predictions:
-        """The predictions of policy and reference for a micro-batch that `encode` gave."""
+        """Return the predictions of policy and reference for a micro-batch encoded by `encode`."""
         seed = self.config.seed
         return predict(self.family, self.unet, self.reference, batch, latents, conditioning, seed)
 
     def loss(self, predictions: Predictions, batch: Batch) -> Terms:
-        """The objective over a micro-batch."""
+        """Evaluate the objective on a micro-batch."""
         config = self.config
         settings = self.objective.settings.of(
             beta=config.beta_dpo, label_smoothing=config.label_smoothing, kl=self.run.kl
@@ -146,7 +146,7 @@ class Trainer:
     def train(self) -> None:
         """Train to max_train_steps, then write the result.
 
-        Raises Interrupted after a signal, the state being saved, and BadInput for what only shows during training.
+        Raises Interrupted after a signal, once the state is saved, and BadInput for problems that only training shows.
         """
         config, run = self.config, self.run
         trains = run.step < config.max_train_steps
@@ -160,7 +160,7 @@ class Trainer:
             while run.step < config.max_train_steps:
                 try:
                     whole = self.train_step()
-                except Exception as error:  # of a pair that only this rank read
+                except Exception as error:  # perhaps from a pair only this rank read
                     mark_of_this_rank(error)
                     raise
                 if not whole:
@@ -180,21 +180,21 @@ class Trainer:
                     if saving:
                         self.save()
             if self.ranks.any(self.signal is not None):
-                self._stop()  # saved is enough: the result is written by the command that goes on
+                self._stop()  # the saved state is enough: the command that resumes writes the result
             with not_compiled():
                 self.finish()
         if config.eval_scorers and self.ranks.any(self.signal is not None):
             raise Interrupted(f"{self.signal or 'stopped'} before the evaluation; {self._go_on()}")
 
     def log(self) -> None:
-        """Write a line of metrics and look for problems: the points where the CPU waits for the device."""
+        """Write a line of metrics and check for problems. Between steps, this is where the CPU waits for the device."""
         line = self.progress.log(self.sums, self.grad_norm)
         self._check_health(line)
         self._share_bad_rows()
         self.clock.restart(self.run.step)
 
     def validate(self) -> None:
-        """Held-out implicit accuracy and the before-over-after picture, of the weights that would be exported."""
+        """Measure the held-out implicit accuracy and draw the before-over-after picture, for the weights to export."""
         run, accuracy = self.run, None
         with self.masters.showing_export():
             if run.validation is not None and self.objective.has_margin:
@@ -203,7 +203,7 @@ class Trainer:
                     self.say(f"step {run.step}: no held-out pair could be decoded")
                 else:
                     run.notes["validation_accuracy"] = accuracy
-                    # the draws of a pair are not independent, so the pairs count
+                    # a pair's draws are not independent, so the sample size is the number of pairs
                     run.notes["validation_accuracy_ci95"] = interval95(accuracy, len(run.validation))
             if self.ranks.is_main:
                 after = self._sample()
@@ -234,7 +234,7 @@ class Trainer:
         return sums.read(self.ranks.sum_)["implicit_accuracy"]
 
     def save(self) -> None:
-        """Write checkpoint-N, from the main rank."""
+        """Write checkpoint-N on the main rank. Every rank calls this."""
         run = self.run
         self._share_bad_rows()
         self.ranks.on_main(self._check_hold)
@@ -266,7 +266,7 @@ class Trainer:
     def finish(self) -> None:
         """Write the result, summary.json and the model card, and upload them if asked.
 
-        Raises BadInput, on every rank, for weights that no pair or no update reached or that are not finite.
+        Raises BadInput, on every rank, if no pair or no update reached the weights or if they are not finite.
         """
         run, config = self.run, self.config
         self.ranks.on_main(self._check_hold)
@@ -280,8 +280,8 @@ class Trainer:
             pipeline = self.family.pipeline_class.__name__
             card = model_card(public(config), summary, counts, pipeline, self.argv, scheduler)
             write_text(run.folder / "README.md", card)
-            checkpoint.prune(run.folder, config.checkpoints_total_limit)  # a kill may have come before the last one
-            write_signed_json(run.folder / run_folder.SUMMARY, summary)  # last: it says that the run is finished
+            checkpoint.prune(run.folder, config.checkpoints_total_limit)  # a process killed earlier may not have
+            write_signed_json(run.folder / run_folder.SUMMARY, summary)  # last: it marks the run as finished
             late = [bad for row, bad in run.bad_rows.items() if row not in self.bad_at_start]
             if late:
                 same = sum(bad.reason.endswith(SAME) for bad in late)
@@ -305,7 +305,7 @@ class Trainer:
         return batch.to(self.ranks.device, non_blocking=True)
 
     def _share_bad_rows(self) -> None:
-        """Share what turned out bad while training; every rank calls this. Too much of it is a problem.
+        """Share the bad rows met in training, and set `problem` if there are too many. Every rank calls this.
 
         Pairs whose images do not decode have weight 0; a stream leaves out the other bad rows when it meets them.
         """
@@ -324,7 +324,7 @@ class Trainer:
             self.problem = too_many_bad(bad, rows, allowed, run.report_path)
 
     def _finish_queued_work(self) -> None:
-        """Wait for the device, so that what it still has to train counts as training time."""
+        """Wait for the device, so that queued training work counts as training time."""
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize(self.ranks.device)
 
@@ -333,7 +333,7 @@ class Trainer:
         sums.add(terms.loss, terms.margin, delta, batch.timesteps, batch.weight)
 
     def _check_health(self, line: dict[str, object]) -> None:
-        """Set `problem` where going on would be a waste; called at log lines, where the host waits anyway."""
+        """Set `problem` if going on would be a waste; called at log lines, where the host waits anyway."""
         bad_pair = int(self.nonfinite_pair.item())
         in_a_row = int(self.masters.skipped_in_a_row.item())
         if bad_pair >= 0:
@@ -348,7 +348,7 @@ class Trainer:
             )
 
     def _check_result(self) -> None:
-        """Raise BadInput where what was trained is not worth publishing."""
+        """Raise BadInput if the trained weights are not worth publishing."""
         run, skipped = self.run, int(self.masters.skipped.item())
         instead = (
             f"; nothing was published, {checkpoint.folder_of(run.folder, run.step)} holds the state. Lower"
@@ -369,14 +369,14 @@ class Trainer:
             self.say(f"warning: {skipped} of {run.step} updates were not finite and were skipped")
 
     def _raise_problems(self) -> None:
-        """End the run on every rank where one of them met a problem."""
+        """Raise BadInput on every rank if any of them met a problem."""
         self.ranks.on_main(self._check_hold)
         problems = self.ranks.gather(self.problem and str(self.problem))
         if any(problems):
             raise BadInput(next(filter(None, problems)))
 
     def _check_hold(self) -> None:
-        """Raise BadInput where the output folder is no longer this run's."""
+        """Raise BadInput if this run no longer holds the output folder."""
         if self.hold is not None and self.hold.lost is not None:
             raise BadInput(
                 f"--output_dir {self.run.folder}: the lease on the folder was lost ({self.hold.lost}), and another"
@@ -394,7 +394,7 @@ class Trainer:
         return f"the same command with --output_dir {self.run.folder} --resume_from_checkpoint auto goes on"
 
     def _stop(self) -> None:
-        """Save the state after the last whole step and raise Interrupted. Every rank calls this."""
+        """Save the state after the last complete step and raise Interrupted. Every rank calls this."""
         run = self.run
         if not self.ranks.share(checkpoint.folder_of(run.folder, run.step).is_dir()):
             self._finish_queued_work()
@@ -425,7 +425,7 @@ class Trainer:
             yield
 
     def _sample_base(self) -> None:
-        """Samples of the base model, drawn before the first step and kept for every later comparison."""
+        """Get the base model's samples for all later comparisons: drawn at step 0, read back on a resume."""
         run = self.run
         if self.ranks.is_main:
             of_run = (self.family, run.prompts, self.config, run.fingerprints["base weights"])
@@ -433,11 +433,11 @@ class Trainer:
         self.ranks.wait()
 
     def _sample(self) -> list[Image.Image]:
-        """One image a prompt from the weights the UNet holds now."""
+        """Draw one image per prompt with the UNet's current weights."""
         return sampling.run_samples(self.family, self.run.prompts, self.config)
 
     def _export(self, folder: Path) -> None:
-        """Write the trained weights (the EMA's where there is one) as diffusers loads them."""
+        """Write the trained weights (the EMA's if there is one) in a form that diffusers loads."""
         weights = self.masters.export()
         if self.config.tuning == "lora":
             save_lora(self.family, folder, weights)

@@ -1,4 +1,4 @@
-"""What is done before a run can train: the model is loaded, the cache filled, the reference's errors computed."""
+"""The work before a run can train: loading the model, filling the cache, computing the reference's errors."""
 
 import logging
 from dataclasses import replace
@@ -31,12 +31,15 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, Family]:
-    """The model, and the configuration with its resolution where none was given."""
+    """Load the model. Returns it after the configuration, which gets the model's resolution if it has none.
+
+    Raises BadInput for settings that do not fit the model.
+    """
     dtype = COMPUTE_DTYPES[config.mixed_precision]
     family = load_family(
         base_of(config),
         dtype=dtype,
-        unet_dtype=torch.float32 if config.tuning == "full" else dtype,  # masters begin at the fp32 weights
+        unet_dtype=torch.float32 if config.tuning == "full" else dtype,  # masters start from the fp32 weights
         device=ranks.device,
     )
     config = replace(config, resolution=config.resolution or family.default_resolution)
@@ -58,7 +61,7 @@ def _not_finite(tensor: torch.Tensor) -> bool:
 def fill_cache(
     config: TrainConfig, ranks: Ranks, pairs: RunPairs, wanted: NeededRows, family: Family, **how: object
 ) -> build.Cached:
-    """Encode what is missing; from then on the pairs come from the cache. `how`: keywords of `build.fill`."""
+    """Encode what is missing of `wanted`; a stream is then read from the cache. `how`: keywords of `build.fill`."""
     reopen = partial(source_of, config)
     cached = build.fill(config, ranks, pairs.source, pairs.manifest, wanted, family, reopen=reopen, **how)
     if config.streaming:
@@ -78,7 +81,7 @@ def score_reference_errors(
     repair: bool = False,
     everything: bool = False,  # all pairs at all draws, and no comparison with the policy
 ) -> AllReferenceErrors:
-    """Compute what is missing of the reference's errors; the UNet holds the reference's weights."""
+    """Compute the missing reference errors; the UNet must hold the reference's weights."""
     rows = _scored_rows(config, pairs, everything)
     draws = config.cached_reference
     if not everything:
@@ -100,7 +103,7 @@ def score_reference_errors(
 
 
 def _scored_rows(config: TrainConfig, pairs: RunPairs, everything: bool) -> PairsOf:
-    """The pairs that training visits; with `everything` all, as far as it is known how many that is."""
+    """The pairs that training visits; with `everything` and no max_train_steps, all training pairs."""
     if pairs.sets is None:
         return score_reference.pairs_of_stream(config, pairs.manifest, needed_rows_of_stream(config))
     train = pairs.sets.train
@@ -120,6 +123,6 @@ def _advise_draws(draws: int, pairs: int, visits: int) -> None:
 
 
 def check_scored(config: TrainConfig) -> None:
-    objective = find_objective(config.objective)  # imports one of the user's own
+    objective = find_objective(config.objective)  # imports a user's own objective
     if config.cached_reference and not objective.needs_reference:
         raise BadInput(f"--cached_reference: --objective {config.objective} has no reference; leave it out")
