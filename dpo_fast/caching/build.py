@@ -23,9 +23,9 @@ from tqdm import tqdm
 from dpo_fast.caching.manifest import STREAM_FORMAT, Manifest, RememberedSource, keys_of, read_images
 from dpo_fast.caching.needed import NeededRows, Row, first_bad, is_usable, known_rows
 from dpo_fast.caching.reader import CachedItems
-from dpo_fast.caching.recipe import cache_recipe, caption_key, default_root, mirrored, remedies
+from dpo_fast.caching.recipe import cache_recipe, caption_key, mirrored, remedies
+from dpo_fast.caching.settings import CacheSettings
 from dpo_fast.caching.stages import disk_errors_as_bad_input, stage_on_all_ranks
-from dpo_fast.config import TrainConfig
 from dpo_fast.data.images import (
     RULE,
     BadImage,
@@ -38,9 +38,10 @@ from dpo_fast.data.images import (
     to_pixels,
 )
 from dpo_fast.data.pairs import too_many_bad
+from dpo_fast.data.pairs_source import PairsSource
 from dpo_fast.data.sources import BadRow, StreamedRow, StreamedSource
 from dpo_fast.errors import BadInput
-from dpo_fast.files import human_bytes, remove_temporaries, user_path
+from dpo_fast.files import human_bytes, remove_temporaries
 from dpo_fast.models import Family, latents_recipe_facts, nonfinite_rows, text_recipe_facts
 from dpo_fast.parallel import Ranks
 from dpo_fast.store import (
@@ -93,39 +94,34 @@ class _Unit(NamedTuple):
     keys: list[tuple[bytes, bool]]  # (key of the record, mirrored)
 
 
-def root_of(config: TrainConfig) -> Path:
-    """The cache folder of a run."""
-    return user_path(config.latent_cache_dir) if config.latent_cache_dir else default_root()
-
-
-def manifest_of(config: TrainConfig, stamp: str) -> Manifest:
-    """Load the manifest of the pairs that `config` names; `stamp` identifies the state of their files."""
+def manifest_of(root: Path, pairs: PairsSource, stamp: str) -> Manifest:
+    """Load the manifest of `pairs` from the cache folder; `stamp` identifies the state of their files."""
     asked = [
-        Path(config.dataset_name).name if stamp else config.dataset_name,
-        config.dataset_config_name,
-        config.dataset_split_name,
-        config.image_columns,
-        config.label_column,
-        config.caption_column,
-        config.streaming,
-        config.max_train_samples,
+        Path(pairs.name).name if stamp else pairs.name,
+        pairs.config_name,
+        pairs.split,
+        pairs.image_columns,
+        pairs.label_column,
+        pairs.caption_column,
+        pairs.streaming,
+        pairs.max_rows,
         stamp,
     ]
-    if config.streaming:
+    if pairs.streaming:
         asked.append(STREAM_FORMAT)
-    return Manifest(root_of(config) / f"pairs-{blake2b(repr(asked).encode(), digest_size=8).hexdigest()}")
+    return Manifest(root / f"pairs-{blake2b(repr(asked).encode(), digest_size=8).hexdigest()}")
 
 
-def recipes(config: TrainConfig, family: Family) -> tuple[Recipe, Recipe]:
+def recipes(resolution: int, family: Family) -> tuple[Recipe, Recipe]:
     """The recipes of this run's latents and prompt embeddings."""
-    facts = {"resolution": config.resolution, "images": RULE, **latents_recipe_facts(family)}
-    latents = cache_recipe("latents", facts, (Field("latents", family.latent_shape(config.resolution)),))
+    facts = {"resolution": resolution, "images": RULE, **latents_recipe_facts(family)}
+    latents = cache_recipe("latents", facts, (Field("latents", family.latent_shape(resolution)),))
     fields = tuple(Field(name, tuple(tensor.shape[1:])) for name, tensor in family.empty_prompt().items())
     return latents, cache_recipe("text", text_recipe_facts(family), fields)
 
 
 def fill(
-    config: TrainConfig,
+    settings: CacheSettings,
     ranks: Ranks,
     source: RememberedSource | StreamedSource | None,  # None: a stream whose rows the manifest knows
     manifest: Manifest,
@@ -144,7 +140,7 @@ def fill(
     cannot be used or written, a disk that is too small, too many bad images, and an image or a caption whose encoding
     is not finite.
     """
-    work = CacheBuild(config, ranks, source, manifest, wanted, family)
+    work = CacheBuild(settings, ranks, source, manifest, wanted, family)
     if repair:
         ranks.on_main(lambda: [drop_damaged(work.root, recipe) for recipe in work.recipes])
     work.survey()
@@ -186,11 +182,19 @@ def fill(
 class CacheBuild:
     """One rank's view of a build."""
 
-    def __init__(self, config, ranks: Ranks, source, manifest: Manifest, wanted: NeededRows, family: Family):
-        self.config, self.ranks, self.family = config, ranks, family
+    def __init__(
+        self,
+        settings: CacheSettings,
+        ranks: Ranks,
+        source: RememberedSource | StreamedSource | None,
+        manifest: Manifest,
+        wanted: NeededRows,
+        family: Family,
+    ):
+        self.settings, self.ranks, self.family = settings, ranks, family
         self.source, self.manifest, self.wanted = source, manifest, wanted
-        self.root = root_of(config)
-        self.recipes = recipes(config, family)
+        self.root = settings.root
+        self.recipes = recipes(settings.resolution, family)
         self.counts = Counts()
         self.ended = False  # the stream was read to its end
         self.bad: list[BadRow] = []
@@ -227,7 +231,7 @@ class CacheBuild:
             self.captions = dict.fromkeys(captions[row] for row in self.wanted.rows)
         keys: dict[bytes, None] = {}
         self.unread = pairs = 0
-        for row in known_rows(self.config, self.source, self.manifest, self.wanted):
+        for row in known_rows(self.settings.soft_labels, self.source, self.manifest, self.wanted):
             if row is None:
                 self.unread += 1 if self.wanted.rows is not None else self._rest_of_stream(pairs)
             elif row.caption is not None:
@@ -250,7 +254,7 @@ class CacheBuild:
     def read_unread(self) -> None:
         """Hash the images of rows that were never read, and note their keys in memory."""
         rows = [row for row in self.wanted.rows if row not in self.manifest]
-        with ThreadPoolExecutor(max(1, self.config.dataloader_num_workers)) as pool:
+        with ThreadPoolExecutor(self.settings.num_workers) as pool:
             plans = ((lambda row=row: (row, read_images(self.source, row)[0])) for row in rows)
             for row, keys in ahead(pool, plans, ROWS_AHEAD):
                 self.manifest.note(row, keys)
@@ -280,7 +284,7 @@ class CacheBuild:
     def build(self) -> None:
         """Encode this rank's share of the missing items."""
         self.counts = Counts()
-        with ThreadPoolExecutor(max(1, self.config.dataloader_num_workers)) as pool:
+        with ThreadPoolExecutor(self.settings.num_workers) as pool:
             try:
                 with self.writers[0]:
                     self._encode_images(self.writers[0], pool)
@@ -321,7 +325,7 @@ class CacheBuild:
             if isinstance(meta, dict) and not meta["decodes"]
         }
         columns = self.manifest.columns.images
-        for row in known_rows(self.config, self.source, self.manifest, self.wanted):
+        for row in known_rows(self.settings.soft_labels, self.source, self.manifest, self.wanted):
             if row is not None and row.caption is not None:
                 self.manifest.note_decoded(row.row, first_bad(row.row, row.keys, faults, columns))
         self.manifest.save(self.ended)
@@ -329,7 +333,7 @@ class CacheBuild:
 
     def check_bad(self) -> None:
         """Raise BadInput if too many of the wanted images are known not to decode, from this or an earlier build."""
-        known = known_rows(self.config, self.source, self.manifest, self.wanted)
+        known = known_rows(self.settings.soft_labels, self.source, self.manifest, self.wanted)
         rows = (row.row for row in known if row is not None and row.caption is not None)
         self._refuse_too_many([bad for bad in map(self.manifest.bad, rows) if bad])
 
@@ -359,7 +363,7 @@ class CacheBuild:
         def plan(streamed: StreamedRow) -> Callable[[], tuple[Row, tuple]]:
             def hashed() -> tuple[Row, tuple]:
                 keys = keys_of(streamed.images)
-                usable = is_usable(self.config, streamed._replace(images=keys), columns)
+                usable = is_usable(self.settings.soft_labels, streamed._replace(images=keys), columns)
                 caption = streamed.caption if usable else None
                 return Row(streamed.row, keys, streamed.images, caption), (streamed.caption, streamed.label)
 
@@ -386,7 +390,7 @@ class CacheBuild:
     # ---- images --------------------------------------------------------------------------------------------------
 
     def _encode_images(self, writer: Writer, pool: ThreadPoolExecutor) -> None:
-        size = self.config.vae_encode_batch_size
+        size = self.settings.vae_batch_size
         title = dict(desc="Encoding images", unit=" pairs", disable=not self.ranks.is_main)
         pairs = len(self.wanted.rows) if self.wanted.rows is not None else self.wanted.pairs
         if self.wanted.rows is None and self.source.length is not None:
@@ -429,11 +433,11 @@ class CacheBuild:
 
     def _orientations(self, image: ImageKey) -> list[tuple[bytes, bool]]:
         """The record keys of an image, each with whether it is for the mirror image."""
-        return [(image, False), (mirrored(image), True)] if self.config.hflip else [(image, False)]
+        return [(image, False), (mirrored(image), True)] if self.settings.hflip else [(image, False)]
 
     def _decode(self, unit: _Unit) -> tuple[_Unit, torch.Tensor | None, Any]:
         """Decode to pixels uint8 [n,3,R,R] and [true height, true width, crop top, crop left], or None and error."""
-        resolution = self.config.resolution
+        resolution = self.settings.resolution
         try:
             image, (height, width) = scaled(unit.data, resolution)
         except BadImage as error:
@@ -446,7 +450,7 @@ class CacheBuild:
         pixels = [squares for _, squares, _ in some if squares is not None]
         latents = iter(())
         if pixels:
-            encoded = self.family.encode_images(torch.cat(pixels), self.config.vae_encode_batch_size)
+            encoded = self.family.encode_images(torch.cat(pixels), self.settings.vae_batch_size)
             finite = iter((~nonfinite_rows(encoded)).tolist())
             latents = iter(encoded.cpu().numpy())
         for unit, squares, meta in some:
@@ -466,8 +470,8 @@ class CacheBuild:
 
     def _refuse_too_many(self, bad: list[BadRow]) -> None:
         rows = len(self.source) if self.wanted.rows is not None else max(len(self.manifest), 1000)
-        if len(bad) > self.config.max_bad_fraction * rows:
-            raise too_many_bad(bad, rows, self.config.max_bad_fraction, None)
+        if len(bad) > self.settings.max_bad_fraction * rows:
+            raise too_many_bad(bad, rows, self.settings.max_bad_fraction, None)
 
     # ---- text ----------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dpo_fast.caching.manifest import Manifest
-from dpo_fast.config import TrainConfig
 from dpo_fast.data.columns import Columns
 from dpo_fast.data.images import BadImage, Encoded, Keys
 from dpo_fast.data.pairs import Usable, judge_streamed
@@ -29,13 +28,13 @@ class Row(NamedTuple):
     caption: str | None  # None: the row is a tie or unusable, only its keys are wanted
 
 
-def is_fully_known(config: TrainConfig, manifest: Manifest, wanted: NeededRows) -> bool:
+def is_fully_known(soft_labels: bool, manifest: Manifest, wanted: NeededRows) -> bool:
     """Whether the manifest knows every needed row of a stream, which then is not read."""
-    return None not in known_rows(config, None, manifest, wanted)
+    return None not in known_rows(soft_labels, None, manifest, wanted)
 
 
 def known_rows(
-    config: TrainConfig, source: Source | None, manifest: Manifest, wanted: NeededRows
+    soft_labels: bool, source: Source | None, manifest: Manifest, wanted: NeededRows
 ) -> Iterator[Row | None]:
     """Yield the wanted rows with their keys; None for each unknown row, and once for the unknown rest of a stream."""
     if wanted.rows is not None:
@@ -47,16 +46,16 @@ def known_rows(
     for streamed in manifest.streamed_rows():
         if pairs == wanted.pairs:
             return
-        usable = is_usable(config, streamed, manifest.columns)
+        usable = is_usable(soft_labels, streamed, manifest.columns)
         pairs += usable
         yield Row(streamed.row, streamed.images, None, streamed.caption if usable else None)
     if pairs != wanted.pairs and not (manifest.about and manifest.about["ended"]):
         yield None
 
 
-def is_usable(config: TrainConfig, row: StreamedRow, columns: Columns) -> bool:
+def is_usable(soft_labels: bool, row: StreamedRow, columns: Columns) -> bool:
     """Whether `StreamedPairs` trains on a row."""
-    return isinstance(judge_streamed(row, columns, config.soft_labels), Usable)
+    return isinstance(judge_streamed(row, columns, soft_labels), Usable)
 
 
 def first_bad(row: int, keys: Keys, faults: dict[bytes, str], columns: Sequence[str]) -> BadRow | None:

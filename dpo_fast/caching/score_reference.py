@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dpo_fast.caching.build import Cached, root_of
+from dpo_fast.caching.build import Cached
 from dpo_fast.caching.manifest import Manifest, RememberedSource
 from dpo_fast.caching.needed import NeededRows
 from dpo_fast.caching.reader import CachedTransform
 from dpo_fast.caching.recipe import cache_recipe, read_recipe
 from dpo_fast.caching.ref_errors import BLOCK, FIELDS, ErrorBlocks, RefErrors, ScoredPair, Unit
+from dpo_fast.caching.settings import ScoringSettings
 from dpo_fast.caching.stages import disk_errors_as_bad_input, stage_on_all_ranks
-from dpo_fast.config import TrainConfig
 from dpo_fast.data import Batch, PairIndex, PairTransform
 from dpo_fast.data.batch import EncodedPair, chosen_first, load_keys
 from dpo_fast.data.pairs import Usable, judge_streamed
@@ -79,13 +79,13 @@ def pairs_of_table(source: RememberedSource, index: PairIndex, rows: Sequence[in
     return list(rows), pair_of
 
 
-def pairs_of_stream(config: TrainConfig, manifest: Manifest, wanted: NeededRows) -> PairsOf:
+def pairs_of_stream(soft_labels: bool, manifest: Manifest, wanted: NeededRows) -> PairsOf:
     """The first usable pairs of a stream whose rows the manifest knows."""
     chosen: dict[int, int] = {}
     for streamed in manifest.streamed_rows():
         if len(chosen) == wanted.pairs:
             break
-        verdict = judge_streamed(streamed, manifest.columns, config.soft_labels)
+        verdict = judge_streamed(streamed, manifest.columns, soft_labels)
         if isinstance(verdict, Usable):
             chosen[streamed.row] = verdict.chosen
 
@@ -105,7 +105,7 @@ class Scoring:
 
     def __init__(
         self,
-        config: TrainConfig,
+        settings: ScoringSettings,
         ranks: Ranks,
         family: Family,
         model: dict[str, Any],
@@ -114,7 +114,7 @@ class Scoring:
         pairs: PairsOf,
         draws: int,
     ):
-        self.config, self.ranks, self.family = config, ranks, family
+        self.settings, self.ranks, self.family = settings, ranks, family
         self.transform = CachedTransform(transform, cached.latents, cached.text)
         facts = {
             **model,
@@ -129,8 +129,8 @@ class Scoring:
         }
         self.recipe = cache_recipe("reference", facts, FIELDS)
         self.blocks = ErrorBlocks(*pairs, draws, by_chosen=family.needs_time_ids and transform.time_ids == "real")
-        self.root = root_of(config)
-        self.numerics = _numerics(config, ranks.device)
+        self.root = settings.root
+        self.numerics = _numerics(settings, ranks.device)
         self.scored_now, self.seconds = 0, 0.0
         self.writer: Writer | None = None  # set by `_open_writer`
         self.mine: list[Unit] = []  # this rank's share of the missing records
@@ -138,7 +138,7 @@ class Scoring:
     @property
     def batch_size(self) -> int:
         """Pairs scored at once."""
-        return min(BLOCK, SCORING_BATCHES * self.config.train_batch_size)
+        return min(BLOCK, SCORING_BATCHES * self.settings.batch_size)
 
     def fill(self, *, repair: bool = False, waiting: Callable[[str], None] | None = None) -> ReferenceErrors:
         """Compute the missing errors and open the result.
@@ -262,14 +262,14 @@ class Scoring:
         """A batch's errors, float32 [n, 2], in the order of the source's columns. Raises BadInput for NaN or inf."""
         batch = batch.to(self.ranks.device, non_blocking=True)
         conditioning = conditioning_of(self.family, batch, batch.conditioning)
-        with dispatch.backend(self.config.backend) if self.config.backend != "auto" else nullcontext():
+        with dispatch.backend(self.settings.backend) if self.settings.backend != "auto" else nullcontext():
             family, seed = self.family, self.transform.seed
             predictions = predict(family, family.unet, NoReference(), batch, batch.latents, conditioning, seed)
             errors = pair_errors(*predictions).policy_error.view(2, -1).T.cpu().numpy().copy()
         if not np.isfinite(errors).all():
             row = rows[int(np.argmin(np.isfinite(errors).all(1)))]
             raise BadInput(
-                f"row {row}: the reference's error is not finite in {self.config.mixed_precision} precision;"
+                f"row {row}: the reference's error is not finite in {self.settings.mixed_precision} precision;"
                 " use --mixed_precision bf16 or no"
             )
         for i, row in enumerate(rows):
@@ -281,7 +281,7 @@ class Scoring:
         rows = [row for some in self.blocks.rows.values() for row in some]
         picked = random.Random(self.transform.seed).sample(range(len(self.blocks)), min(SAMPLE, len(self.blocks)))
         asked = [(rows[place % len(rows)], place // len(rows)) for place in sorted(picked)]
-        as_trained = min(self.config.train_batch_size, len(asked))
+        as_trained = min(self.settings.batch_size, len(asked))
         otherwise = min(self.batch_size, len(asked))
         if otherwise == as_trained:
             otherwise = max(1, as_trained // 2)
@@ -291,9 +291,9 @@ class Scoring:
             shapes.append(np.concatenate([self._errors(self._batch(part), [row for row, _ in part]) for part in some]))
         ids, draws = (torch.tensor(column) for column in zip(*asked, strict=True))
         there = cached.read(ids, draws, [0] * len(asked)).view(2, -1).T.numpy()
-        floor = _margin_rms(shapes[0] - shapes[1], self.config.beta_dpo)
-        least = LEAST_FLOOR * self.config.beta_dpo / 2 * float(np.abs(shapes[0]).mean())
-        return StartCheck(_margin_rms(shapes[0] - there, self.config.beta_dpo), max(floor, least))
+        floor = _margin_rms(shapes[0] - shapes[1], self.settings.beta)
+        least = LEAST_FLOOR * self.settings.beta / 2 * float(np.abs(shapes[0]).mean())
+        return StartCheck(_margin_rms(shapes[0] - there, self.settings.beta), max(floor, least))
 
     def _tell_of_other_facts(self, missing: set[bytes]) -> None:
         """Log in one line what differs, if these pairs were scored under another recipe."""
@@ -322,16 +322,16 @@ def _margin_rms(difference: np.ndarray, beta: float) -> float:  # float32 [n, 2]
     return math.sqrt(float(np.square(margins).mean()))
 
 
-def _numerics(config: TrainConfig, device: torch.device) -> dict[str, str]:
+def _numerics(settings: ScoringSettings, device: torch.device) -> dict[str, str]:
     """The settings that change the rounding of errors but not their meaning."""
-    kernels = dispatch.module_for("pair_errors", config.backend, torch.zeros(1, device=device)).__name__
+    kernels = dispatch.module_for("pair_errors", settings.backend, torch.zeros(1, device=device)).__name__
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "kernels": kernels.split(".")[2],
-        "attention": config.attention,
-        "tf32": "on" if device.type == "cuda" and config.allow_tf32 else "off",
+        "attention": settings.attention,
+        "tf32": "on" if device.type == "cuda" and settings.allow_tf32 else "off",
     }
 
 

@@ -3,6 +3,7 @@
 import io
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +13,6 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from dpo_fast.checksums import png_is_whole
-from dpo_fast.config import TrainConfig
 from dpo_fast.files import read_bytes
 from dpo_fast.models.family import Family
 from dpo_fast.pictures import save_png, to_picture
@@ -65,15 +65,26 @@ def sample(
     return torch.cat(images)
 
 
-def run_samples(family: Family, prompts: list[str], config: TrainConfig) -> list[Image.Image]:
+@dataclass(frozen=True)
+class SampleSettings:
+    """How a run samples its prompts while it trains."""
+
+    folder: Path  # where the pictures are kept
+    seed: int  # of the first prompt's noise; the k-th prompt has seed + k
+    resolution: int  # pixels per side
+    steps: int | None  # None: the model's usual
+    guidance: float | None  # None: the model's usual
+
+
+def run_samples(family: Family, prompts: list[str], settings: SampleSettings) -> list[Image.Image]:
     """Sample every prompt with a run's settings and the UNet's present weights."""
     images = sample(
         family,
         prompts,
-        [config.seed + k for k in range(len(prompts))],
-        resolution=config.resolution,
-        steps=config.sampling_steps,
-        guidance=config.sampling_guidance,
+        [settings.seed + k for k in range(len(prompts))],
+        resolution=settings.resolution,
+        steps=settings.steps,
+        guidance=settings.guidance,
     )
     return [to_picture(image) for image in images]
 
@@ -81,7 +92,7 @@ def run_samples(family: Family, prompts: list[str], config: TrainConfig) -> list
 def base_samples(
     family: Family,
     prompts: list[str],
-    config: TrainConfig,
+    settings: SampleSettings,
     base: str,  # identifies the base model's weights
     *,
     again: bool = False,
@@ -91,15 +102,15 @@ def base_samples(
     If one is missing, damaged or of other settings, or with `again`, all are drawn (the UNet must hold the base's
     weights) and the unusable ones are written again. Raises OSError.
     """
-    files = [config.output_dir / "samples" / f"base-{k}.png" for k in range(len(prompts))]
+    files = [settings.folder / f"base-{k}.png" for k in range(len(prompts))]
     about = [
-        {"prompt": prompt, "seed": str(config.seed + k), "resolution": str(config.resolution), "base": base}
+        {"prompt": prompt, "seed": str(settings.seed + k), "resolution": str(settings.resolution), "base": base}
         for k, prompt in enumerate(prompts)
     ]
     kept = [None if again else _kept(file, texts) for file, texts in zip(files, about, strict=True)]
     if None not in kept:
         return kept
-    drawn = run_samples(family, prompts, config)
+    drawn = run_samples(family, prompts, settings)
     for image, file, texts, before in zip(drawn, files, about, kept, strict=True):
         if before is None:
             save_png(image, file, texts)

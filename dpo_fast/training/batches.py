@@ -9,6 +9,7 @@ from dpo_fast.caching.manifest import Manifest, RememberedSource
 from dpo_fast.caching.needed import NeededRows, is_fully_known
 from dpo_fast.caching.reader import CachedTransform
 from dpo_fast.caching.score_reference import AllReferenceErrors, ReferenceErrors
+from dpo_fast.caching.settings import CacheSettings
 from dpo_fast.config import TrainConfig
 from dpo_fast.data import (
     Batch,
@@ -56,12 +57,13 @@ class RunPairs:
 
 def open_pairs(config: TrainConfig, ranks: Ranks, report_path: Path | None) -> RunPairs:
     """Open the pairs and sort their rows into sets; images that the cache already knows are not read again."""
+    root, asked = CacheSettings.of(config).root, _pairs_source(config)
     if config.cache and config.streaming and not is_local(config.dataset_name):
-        manifest = manifest_of(config, "")
-        if is_fully_known(config, manifest, needed_rows_of_stream(config)):
+        manifest = manifest_of(root, asked, "")
+        if is_fully_known(config.soft_labels, manifest, needed_rows_of_stream(config)):
             return RunPairs(None, None, manifest)
     source = source_of(config)
-    manifest = manifest_of(config, source.identity.stamp) if config.cache else None
+    manifest = manifest_of(root, asked, source.identity.stamp) if config.cache else None
     if config.streaming:
         return RunPairs(source, None, manifest)
     if manifest is not None:
@@ -80,7 +82,11 @@ def open_pairs(config: TrainConfig, ranks: Ranks, report_path: Path | None) -> R
 
 def source_of(config: TrainConfig) -> Source | StreamedSource:
     """Open the source of the pairs that a run trains on."""
-    return open_source(PairsSource.of(config, max_rows=config.max_train_samples, streaming=config.streaming))
+    return open_source(_pairs_source(config))
+
+
+def _pairs_source(config: TrainConfig) -> PairsSource:
+    return PairsSource.of(config, max_rows=config.max_train_samples, streaming=config.streaming)
 
 
 def needed_rows(config: TrainConfig, pairs: RunPairs) -> NeededRows:

@@ -46,6 +46,7 @@ def _load_checkpoint(folder: Path) -> tuple[dict, dict]:
 
 
 def refuse_changes(changed: list[str]) -> None:
+    """Raise BadInput if there are changes; one line per change."""
     if changed:
         raise BadInput(
             f"--resume_from_checkpoint: the checkpoint was written with other settings ({'; '.join(changed)});"
@@ -96,6 +97,7 @@ def check_whether_done(config: TrainConfig, ranks: Ranks, step: int) -> None:
 
 
 def logs_of(saved: dict) -> dict[str, Extent]:
+    """Return what a checkpoint says each log held: file name -> extent."""
     return {name: Extent(*extent) for name, extent in saved.get("logs", {}).items()}
 
 

@@ -18,6 +18,7 @@ from dpo_fast import output_folder
 from dpo_fast.caching import build, score_reference
 from dpo_fast.caching.needed import NeededRows
 from dpo_fast.caching.score_reference import ReferenceErrors, StartCheck
+from dpo_fast.caching.settings import CacheSettings
 from dpo_fast.config import TrainConfig, public, to_yaml
 from dpo_fast.data import (
     BadRow,
@@ -41,7 +42,7 @@ from dpo_fast.models import (
     reference_recipe_facts,
 )
 from dpo_fast.models.fingerprints import unet_digest
-from dpo_fast.models.sampling import base_samples
+from dpo_fast.models.sampling import SampleSettings, base_samples
 from dpo_fast.objectives import find_objective
 from dpo_fast.parallel import Ranks
 from dpo_fast.training import checkpoint, hub, run_folder
@@ -133,7 +134,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     ranks.on_main(lambda: run_folder.claim(config.output_dir, overwrite=config.overwrite, resuming=resuming))
     files, saved = saved_state(config, ranks)
     restarting = resuming and not saved
-    kept = run_folder.kept_inside(config.output_dir, build.root_of(config), config.cache_dir)
+    kept = run_folder.kept_inside(config.output_dir, CacheSettings.of(config).root, config.cache_dir)
     if restarting:
         ranks.on_main(lambda: run_folder.check_unfinished(config.output_dir, config.logging_dir, kept))
     if saved:
@@ -188,7 +189,9 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     if saved:
         if config.run_validation and trains:
             with not_compiled():  # while the policy equals the base, missing or damaged samples are redrawn
-                ranks.on_main(lambda: base_samples(family, prompts, config, fingerprints["base weights"]))
+                ranks.on_main(
+                    lambda: base_samples(family, prompts, sample_settings(config), fingerprints["base weights"])
+                )
         _restore(masters, kl, files, saved)
     run = Run(config, ranks, sets, batches, validation, prompts, family, masters, reference, fingerprints, step, kl)
     run.cached = cached and cached.counts
@@ -215,6 +218,13 @@ def _begin(config: TrainConfig, restarting: bool, kept: frozenset[str]) -> None:
     if restarting:
         run_folder.clear_unfinished(config.output_dir, config.logging_dir)
     run_folder.begin(config.output_dir, overwrite=config.overwrite, config_yaml=to_yaml(config), kept=kept)
+
+
+def sample_settings(config: TrainConfig) -> SampleSettings:
+    """How a run of the resolved `config` samples its prompts."""
+    return SampleSettings(
+        config.output_dir / "samples", config.seed, config.resolution, config.sampling_steps, config.sampling_guidance
+    )
 
 
 def settle(config: TrainConfig, ranks: Ranks) -> TrainConfig:
@@ -309,7 +319,8 @@ def _count_cut_captions(config: TrainConfig, pairs: RunPairs, family: Family) ->
     if pairs.sets is not None:
         rows = [(i, c) for index in (pairs.sets.train, pairs.sets.validation) for i, c in _captions_of(index)]
     elif pairs.manifest is not None:
-        picked, pair_of = score_reference.pairs_of_stream(config, pairs.manifest, needed_rows_of_stream(config))
+        needed = needed_rows_of_stream(config)
+        picked, pair_of = score_reference.pairs_of_stream(config.soft_labels, pairs.manifest, needed)
         rows = [(row, pair_of(row).caption) for row in picked]
     else:
         return None

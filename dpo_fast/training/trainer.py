@@ -35,7 +35,7 @@ from dpo_fast.training import checkpoint, hub, run_folder
 from dpo_fast.training.metrics import PairSums
 from dpo_fast.training.model_card import model_card
 from dpo_fast.training.progress import Progress
-from dpo_fast.training.run import COUNTS, Run
+from dpo_fast.training.run import COUNTS, Run, sample_settings
 
 MANY_SKIPPED = 0.2  # fraction of skipped updates above which a finished run warns
 REPEAT_SECONDS = 2.0  # signals within this time count as one: a scheduler and a launcher may both send it
@@ -428,13 +428,13 @@ class Trainer:
         """Get the base model's samples for all later comparisons: drawn at step 0, read back on a resume."""
         run = self.run
         if self.ranks.is_main:
-            of_run = (self.family, run.prompts, self.config, run.fingerprints["base weights"])
+            of_run = (self.family, run.prompts, sample_settings(self.config), run.fingerprints["base weights"])
             self.base_samples = sampling.base_samples(*of_run, again=run.step == 0)
         self.ranks.wait()
 
     def _sample(self) -> list[Image.Image]:
         """Draw one image per prompt with the UNet's current weights."""
-        return sampling.run_samples(self.family, self.run.prompts, self.config)
+        return sampling.run_samples(self.family, self.run.prompts, sample_settings(self.config))
 
     def _export(self, folder: Path) -> None:
         """Write the trained weights (the EMA's if there is one) in a form that diffusers loads."""

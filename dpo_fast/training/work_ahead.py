@@ -9,6 +9,7 @@ import torch
 from dpo_fast.caching import build, score_reference
 from dpo_fast.caching.needed import NeededRows
 from dpo_fast.caching.score_reference import AllReferenceErrors, PairsOf, Scoring
+from dpo_fast.caching.settings import CacheSettings, ScoringSettings
 from dpo_fast.config import TrainConfig
 from dpo_fast.data.stream import VALIDATION_DRAWS
 from dpo_fast.errors import BadInput
@@ -63,7 +64,8 @@ def fill_cache(
 ) -> build.Cached:
     """Encode what is missing of `wanted`; a stream is then read from the cache. `how`: keywords of `build.fill`."""
     reopen = partial(source_of, config)
-    cached = build.fill(config, ranks, pairs.source, pairs.manifest, wanted, family, reopen=reopen, **how)
+    settings = CacheSettings.of(config)
+    cached = build.fill(settings, ranks, pairs.source, pairs.manifest, wanted, family, reopen=reopen, **how)
     if config.streaming:
         pairs.manifest.reload()
         pairs.source = pairs.manifest.stream()
@@ -90,14 +92,16 @@ def score_reference_errors(
             _advise_draws(draws, len(rows[0]), visits)
         draws = min(draws, visits)
     transform = transform_of(config, family)
-    work = Scoring(config, ranks, family, model, cached, transform, rows, draws)
+    settings = ScoringSettings.of(config)
+    work = Scoring(settings, ranks, family, model, cached, transform, rows, draws)
     waiting = None if everything else logger.warning
     train, validation = work.fill(repair=repair, waiting=waiting), None
     start = None if everything else work.check_start(train)
     if pairs.sets is not None and len(pairs.sets.validation) and config.run_validation:
         held_out = pairs.sets.validation
         rows = score_reference.pairs_of_table(pairs.source, held_out, held_out.pair_id.tolist())
-        work = Scoring(config, ranks, family, model, cached, held_out_transform(transform), rows, VALIDATION_DRAWS)
+        centred = held_out_transform(transform)
+        work = Scoring(settings, ranks, family, model, cached, centred, rows, VALIDATION_DRAWS)
         validation = work.fill(repair=repair, waiting=waiting)
     return AllReferenceErrors(train, validation, start)
 
@@ -105,7 +109,7 @@ def score_reference_errors(
 def _scored_rows(config: TrainConfig, pairs: RunPairs, everything: bool) -> PairsOf:
     """The pairs that training visits; with `everything` and no max_train_steps, all training pairs."""
     if pairs.sets is None:
-        return score_reference.pairs_of_stream(config, pairs.manifest, needed_rows_of_stream(config))
+        return score_reference.pairs_of_stream(config.soft_labels, pairs.manifest, needed_rows_of_stream(config))
     train = pairs.sets.train
     whole = everything and config.max_train_steps is None
     visited = train.pair_id if whole else train_stream(config, train).visited(config.max_train_steps)

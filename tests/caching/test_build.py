@@ -12,7 +12,7 @@ import torch
 
 from dpo_fast.cache import main as cache_main
 from dpo_fast.caching import build
-from dpo_fast.config import TrainConfig
+from dpo_fast.data import PairsSource
 from dpo_fast.data.pairs import build_index
 from dpo_fast.models import Family
 from dpo_fast.train import main
@@ -202,7 +202,7 @@ def test_a_streamed_hub_set_is_read_once_and_not_asked_for_again(sdxl_path, tmp_
         assert wanted.name == "owner/pairs"
         opens.append(wanted.name)
         source = open_source(replace(wanted, name=data))
-        source._stamp = ""
+        source.identity = replace(source.identity, stamp="")
         return source
 
     monkeypatch.setattr(batches, "open_source", hub)
@@ -238,7 +238,7 @@ def test_only_streams_have_manifests_of_a_format(tmp_path, monkeypatch):
     """A stream's manifest holds labels, as they were read when it was made; that of a table does not."""
 
     def name(**more):
-        return build.manifest_of(TrainConfig(dataset_name="a/b", latent_cache_dir=tmp_path, **more), "x").folder.name
+        return build.manifest_of(tmp_path, PairsSource("a/b", **more), "x").folder.name
 
     table, stream = name(), name(streaming=True)
     assert table == "pairs-946611352a932922"
