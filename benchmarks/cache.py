@@ -105,7 +105,7 @@ def build_rows(folder: Path) -> list[dict]:
             data = write_pickapic(folder / f"{name}-{what}.parquet", n=n, size=side, captions=captions)
             flags = ["--pretrained_model_name_or_path", model, "--dataset_name", data, "--resolution", side]
             flags += ["--latent_cache_dir", folder / f"{name}-{what}"]
-            seconds[what] = [door(["build", *map(str, flags)]) for _ in range(2)]
+            seconds[what] = [seconds_of(["build", *map(str, flags)]) for _ in range(2)]
         images = 48 / (seconds["images"][0] - seconds["images"][1])
         prompts = 200 / (seconds["prompts"][0] - seconds["prompts"][1])
         row = {
@@ -119,7 +119,7 @@ def build_rows(folder: Path) -> list[dict]:
     return rows
 
 
-def door(argv: list[str]) -> float:
+def seconds_of(argv: list[str]) -> float:
     """Run the cache command in this process; return the seconds it took."""
     started = time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()) as said:

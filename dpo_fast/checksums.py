@@ -120,19 +120,6 @@ def read_signed_json(path: Path, remedy: str, names: Iterable[str] = ()) -> dict
     raise Damaged(f"{path} cannot be read or is damaged ({reason}): {remedy}")
 
 
-def delete_damaged(files: Iterable[Path], then: str) -> None:
-    """Delete signed JSON files that have changed since they were written, or carry no digest; log each, with `then`.
-
-    Raises OSError for a file that the disk cannot read, which is no reason to delete it.
-    """
-    for file in files:
-        try:
-            parse_signed(read_bytes(file))
-        except (FileNotFoundError, ValueError) as error:  # the first: a dangling link
-            logger.warning("%s is damaged (%s): it is deleted, and %s", file, error, then)
-            file.unlink(missing_ok=True)
-
-
 def _no_number(name: str) -> None:
     raise ValueError(f"it holds {name}, which is no JSON")
 

@@ -17,7 +17,7 @@ from dpo_fast.cli import did_you_mean, one_line_errors
 from dpo_fast.config import TrainConfig, resolve
 from dpo_fast.errors import BadInput
 from dpo_fast.files import regular_file
-from dpo_fast.presets import PRESETS
+from dpo_fast.presets import DEFAULT_BETA, PRESETS
 
 
 def parse(argv: list[str]) -> tuple[TrainConfig, list[str]]:
@@ -33,7 +33,10 @@ def parse(argv: list[str]) -> tuple[TrainConfig, list[str]]:
     preset = early.preset
     if preset is None and early.pretrained_model_name_or_path is None and early.dataset_name is None:
         preset, flags = "shapes", ["--preset", "shapes", *flags]
-    defaults = TrainConfig(**PRESETS[preset]) if preset in PRESETS else TrainConfig()
+    values = dict(PRESETS.get(preset, {}))
+    if DEFAULT_BETA.get(early.objective, DEFAULT_BETA["dpo"]) != DEFAULT_BETA["dpo"]:
+        values.pop("beta_dpo", None)  # a preset's is on the scale of dpo
+    defaults = TrainConfig(**values)
     with one_line_errors(TrainConfig):
         config = tyro.cli(TrainConfig, args=flags, default=defaults, prog="python -m dpo_fast.train")
     return resolve(config)
@@ -81,6 +84,7 @@ class _Early:
 
     preset: str | None = None
     config: Path | None = None
+    objective: str | None = None
     pretrained_model_name_or_path: str | None = None
     dataset_name: str | None = None
 

@@ -37,14 +37,22 @@ def read_record(folder: Path, record: str, names: Iterable[str] = ()) -> dict[st
     return read_signed_json(folder / record, "put it back from a copy, or name another --output_dir", names)
 
 
-def claim(folder: Path, record: str, content: Mapping[str, Any], *, what: str, key: str | None = None) -> None:
+def claim(
+    folder: Path,
+    record: str,
+    content: Mapping[str, Any],
+    *,
+    what: str,
+    key: str | None = None,
+    names: Iterable[str] = (),
+) -> None:
     """Claim `folder`, which is held, for `content`, or resume it; delete what killed processes left half-written.
 
     If the file `record` is missing, `content` is written to it; otherwise the two must be equal, all of them or only
     their part `key`. Raises BadInput if the folder holds anything else, and, listing the differences, if its record
     differs; `what` names what the folder is to hold ("images"). Raises Damaged for a record that cannot be read.
     """
-    before = read_record(folder, record, [] if key is None else [key])
+    before = read_record(folder, record, [*names] if key is None else [*names, key])
     now = json.loads(json.dumps(content))
     if before is None:
         if not is_free(folder):
@@ -60,10 +68,13 @@ def claim(folder: Path, record: str, content: Mapping[str, Any], *, what: str, k
 
 def differences(before: object, now: object, name: str = "") -> list[str]:
     """List what differs between two settings, as `name: X before, Y now`."""
+    if isinstance(before, list) and isinstance(now, list) and before != now:
+        gone, new = ([word for word in one if word not in other] for one, other in ((before, now), (now, before)))
+        before, now = " ".join(map(str, gone)) or "nothing", " ".join(map(str, new)) or "nothing"
     if isinstance(before, dict) and isinstance(now, dict):
         keys = {**before, **now}
         return [line for key in keys for line in differences(before.get(key), now.get(key), f"{name} {key}".strip())]
-    return [] if before == now else [f"{name or 'they'}: {_short(before)} before, {_short(now)} now"]
+    return [] if before == now else [f"{name}: {_short(before)} before, {_short(now)} now".removeprefix(": ")]
 
 
 def _short(value: object) -> str:

@@ -209,3 +209,11 @@ def test_help_documents_every_flag(capsys):
     for field in dataclasses.fields(TrainConfig):
         assert "--" + field.name.replace("_", "-") in shown
     assert "(default" in shown and "hub id" in shown
+
+
+@pytest.mark.parametrize("preset", [[], ["--preset", "sdxl"]])
+def test_a_presets_beta_is_not_that_of_an_objective_on_another_scale(preset):
+    words = ["--objective", "mapo"]
+    assert parse([*preset, *words])[0].beta_dpo == 0.1
+    assert parse([*preset, *words, "--beta_dpo", "3"])[0].beta_dpo == 3.0
+    assert parse([*preset, "--objective", "ipo"])[0].beta_dpo == parse(preset)[0].beta_dpo

@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,8 +57,6 @@ from dpo_fast.store import (
     tidy,
 )
 from dpo_fast.threads import ahead, groups
-
-T = TypeVar("T")
 
 PART_ROWS = 16384  # rows hashed between two writes of the manifest
 PROMPTS_A_CALL = 64  # captions per call of the text encoders on a GPU

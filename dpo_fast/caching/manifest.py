@@ -156,7 +156,7 @@ class Manifest:
             if not self.about["ended"]:
                 raise RuntimeError(f"{self.folder} holds the first {len(self._rows)} rows only")
 
-        return StreamedSource(self.about["description"], Identity(self.about["identity"], "", ""), self.columns, rows)
+        return StreamedSource(self.about["description"], Identity(self.about["identity"], ""), self.columns, rows)
 
     def begin(self, source: Source | StreamedSource) -> None:
         """Clear temporary files, and write manifest.json if it is missing, before the first part.
@@ -253,7 +253,7 @@ class RememberedSource:
 
     def __init__(self, source: Source, manifest: Manifest):
         self._source, self.manifest = source, manifest
-        self.description, self.columns, self.identity = source.description, source.columns, source.identity
+        self.description, self.columns = source.description, source.columns
 
     def __len__(self) -> int:
         return len(self._source)
@@ -269,6 +269,10 @@ class RememberedSource:
 
     def missing_images(self, progress: bool = False) -> list[BadRow]:
         return self._source.missing_images(progress)
+
+    @property
+    def identity(self) -> Identity:
+        return self._source.identity
 
     def image_bytes(self, row: int) -> tuple[bytes, bytes]:
         return self._source.image_bytes(row)

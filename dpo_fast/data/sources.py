@@ -5,8 +5,8 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -40,11 +40,16 @@ class StreamedRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Identity:
-    """Identifies a source. Each field serves one use: sources in which it is equal count as the same for that use."""
+    """What a source is, for whatever is kept of it. Each field is equal for what that use takes to be the same."""
 
     rows: str  # set, split, columns and number of rows: what must stay the same for a run to be resumed
-    images: str  # where its images and captions come from, whatever the labels and the number of rows read
-    stamp: str  # names, sizes and modification times of its files; "" for a stream from the hub
+    images: str  # what its images and captions are from, whatever the labels and however many of the rows are read
+    look: Callable[[], str] = field(default=str, compare=False, repr=False)  # gives the stamp
+
+    @cached_property
+    def stamp(self) -> str:
+        """Names, sizes and times of change of the files, at the first time of asking; "" for a stream from the hub."""
+        return self.look()
 
 
 class Source(Protocol):
@@ -148,7 +153,7 @@ class TableSource(_Encoded):
         files = [file["filename"] for file in self._table.cache_files]
         stamp = stamp_of(files) if files else self._table._fingerprint  # in memory: it identifies the contents
         images = f"{_images(self._name, self._split, self.columns)} {stamp}"
-        return Identity(_rows(self._name, self._split, self.columns, len(self)), images, stamp)
+        return Identity(_rows(self._name, self._split, self.columns, len(self)), images, partial(str, stamp))
 
     def row_stamp(self, row: int) -> str:
         return ""  # `identity.images` covers the files that hold all rows
@@ -207,9 +212,9 @@ class JsonlSource(_Encoded):
 
     @cached_property
     def identity(self) -> Identity:
-        files = (self._root / _stored(path) for paths in self._paths for path in paths if isinstance(path, str))
+        files = [self._root / _stored(path) for paths in self._paths for path in paths if isinstance(path, str)]
         about = self._name, self._split, self.columns
-        return Identity(_rows(*about, len(self)), _images(*about), stamp_of(files))
+        return Identity(_rows(*about, len(self)), _images(*about), partial(stamp_of, files))
 
     def row_stamp(self, row: int) -> str:
         return stamp_of(self._root / _stored(path) for path in self._paths[row] if isinstance(path, str))
@@ -300,8 +305,8 @@ class StreamedSource:
                 row += 1
 
         about = name, split, columns
-        stamp = stamp_of(files) if files else ""
-        identity = Identity(_rows(*about, max_rows), _images(*about), stamp)
+        look = partial(stamp_of, files) if files else str
+        identity = Identity(_rows(*about, max_rows), _images(*about), look)
         return cls(_describe(*about, None), identity, columns, rows, length)
 
     @classmethod
@@ -315,7 +320,7 @@ class StreamedSource:
 
         # The manifest of a stream holds its captions and labels too.
         text = hashlib.blake2b(repr((source.captions(), source.labels())).encode(errors="replace"), digest_size=8)
-        identity = replace(source.identity, stamp=source.identity.stamp + text.hexdigest())
+        identity = replace(source.identity, look=partial(_joined, source.identity, text.hexdigest()))
         return cls(source.description, identity, source.columns, rows, len(source))
 
     def rows(self) -> Iterator[StreamedRow]:
@@ -416,6 +421,10 @@ def stamp_of(files: Iterable[str | Path]) -> str:
         except (OSError, ValueError):
             digest.update(f"{file}\n".encode(errors="replace"))
     return digest.hexdigest()
+
+
+def _joined(identity: Identity, text: str) -> str:
+    return identity.stamp + text
 
 
 def _describe(name: str, split: str, columns: Columns, rows: int | None) -> str:

@@ -294,8 +294,8 @@ def _load(
     )
     try:
         with _sigterm_blocked():
-            batches = iter(loader)  # starts the workers
-        for batch in batches:
+            loading = iter(loader)  # starts the workers
+        for batch in loading:
             yield batch.unpacked() if isinstance(batch, _Packed) else batch
     except Exception as error:
         message = str(error)
@@ -366,6 +366,7 @@ def _start_worker(trainer: int, budget: Budget, worker: int) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # where a server of forks started this process
         Thread(target=_end_by, args=(trainer,), daemon=True).start()
     torch.set_num_threads(1)
     share(budget)

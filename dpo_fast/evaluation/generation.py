@@ -44,6 +44,7 @@ from dpo_fast.pictures import picture_grid, save_png, to_picture
 logger = logging.getLogger(__name__)
 
 LISTING, GRID = "images.json", "grid.png"
+NAMES = ("settings", "weights", "stamps", "complete", "images")  # what the listing has
 PACKAGES = ("torch", "diffusers")  # whose versions are noted in each image
 COLUMNS, LARGEST_CELL = 8, 384  # of grid.png; a cell in pixels
 
@@ -310,9 +311,8 @@ def _digest(value: object) -> str:
 
 def _claim(wanted: ImageRequest, rows: Sequence[ImageRow], out: Path, device: torch.device) -> None:
     """Claim `out` for this request, or resume it. Raises BadInput if it holds anything else."""
-    _listing(out)  # raises if images.json is damaged
     new = {"settings": _settings(wanted, device), "weights": {}, "stamps": {}, "signed": True, "complete": False}
-    output_folder.claim(out, LISTING, _with_rows(new, rows), what="images", key="settings")
+    output_folder.claim(out, LISTING, _with_rows(new, rows), what="images", key="settings", names=NAMES)
     for name in wanted.models:
         remove_temporaries(out / name)
 
@@ -389,7 +389,7 @@ def _grid(wanted: ImageRequest, rows: Sequence[ImageRow], out: Path) -> Image.Im
 
 def _listing(out: Path) -> dict | None:
     """The content of images.json, or None if it does not exist."""
-    return output_folder.read_record(out, LISTING, ("settings", "weights", "stamps", "complete", "images"))
+    return output_folder.read_record(out, LISTING, NAMES)
 
 
 def _write(out: Path, listing: Mapping[str, object], rows: Sequence[ImageRow]) -> None:

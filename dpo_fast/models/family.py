@@ -80,8 +80,8 @@ class Family(ABC):
     default_resolution: pixels; resolution_multiple: every resolution must be a multiple of it, in pixels.
     """
 
-    name: ClassVar[str]  # "sd15", "sdxl" or "turbo"
-    pipeline_class: ClassVar[type[DiffusionPipeline]]  # diffusers' class, as named in model_index.json
+    name: ClassVar[str]  # such as "sd15", "sdxl" or "turbo"
+    pipeline_class: ClassVar[type[DiffusionPipeline]]  # as named in model_index.json
     image_to_image_class: ClassVar[type[DiffusionPipeline]]
     text_encoders: ClassVar[tuple[str, ...]]  # names of pipeline components
     usual_config: ClassVar[str]  # hub id of the configuration for a single file if none is given
@@ -89,6 +89,7 @@ class Family(ABC):
     unused_parts: ClassVar[dict[str, object]] = {"feature_extractor": None, "image_encoder": None}  # never read
     sampling_steps: ClassVar[int]
     sampling_guidance: ClassVar[float]  # guidance_scale of the pipeline
+    usual_resolution: ClassVar[int | None] = None  # pixels; None: as the UNet's sample_size says
     text_kind: ClassVar[str]  # what `encode_prompts` returns, in words, for the cache key
     needs_time_ids: ClassVar[bool] = False
     normalizes_latents: ClassVar[bool] = False  # whether the pipeline applies the VAE's latents_mean and latents_std
@@ -110,7 +111,7 @@ class Family(ABC):
         self.schedule = self._make_schedule(prediction_type, zero_terminal_snr)
         grid = turbo_grid(self.schedule.num_train_timesteps) if self.timestep_grid else None
         self.timesteps: torch.Tensor = usable_timesteps(self.schedule, grid).cpu()
-        self.vae_factor, self.default_resolution, self.resolution_multiple = Sides.of(
+        self.vae_factor, self.default_resolution, self.resolution_multiple = self.sides(
             pipeline.unet.config, pipeline.vae.config
         )
         self.latent_statistics = self._latent_statistics()
@@ -119,6 +120,12 @@ class Family(ABC):
         for module in self._modules().values():
             module.eval().requires_grad_(False).to(self.device)
         self.unet.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def sides(cls, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Sides:
+        """Derive the sides of this family's images from the configurations of a UNet and a VAE."""
+        sides = Sides.of(unet, vae)
+        return sides if cls.usual_resolution is None else sides._replace(default_resolution=cls.usual_resolution)
 
     def _limit_tokens(self) -> None:
         """Cap each tokenizer at its text encoder's number of positions: some are saved without a maximum length."""

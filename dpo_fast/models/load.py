@@ -227,7 +227,7 @@ def _load_folder(
     with bad_input(f"{path} cannot be loaded", _advice(Path(path), variant)):
         regular_files(Path(path))
         if not Path(path).is_dir():  # outside no_loading_bars: downloads show their progress
-            path = DiffusionPipeline.download(path, variant=variant, use_safetensors=True, **hub)
+            path = kind.pipeline_class.download(path, variant=variant, use_safetensors=True, **hub)
         check_pipeline(Path(path), weights=True)
         if own_vae:
             _check_vae(AutoencoderKL.load_config(path, subfolder="vae"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dpo_fast.models.family import COMPUTE_DTYPES, Family, Sides, check_resolution
+from dpo_fast.models.family import COMPUTE_DTYPES, Family, check_resolution
 from dpo_fast.models.load import align_weights, component_config, family_of, load_family
 from dpo_fast.models.load_errors import bad_input
 from dpo_fast.models.lora import WEIGHT_NAME, check_adapter, check_loaded
@@ -22,7 +22,7 @@ def settled(source: ModelSource) -> ModelSource:
     Raises BadInput for a model that does not exist and for a resolution that it does not support.
     """
     family = family_of(source)
-    sides = Sides.of(*(component_config(source, part) for part in ("unet", "vae")))
+    sides = family.sides(*(component_config(source, part) for part in ("unet", "vae")))
     resolution = source.resolution or sides.default_resolution
     check_resolution(resolution, sides.resolution_multiple, source.path)
     return replace(

@@ -32,6 +32,7 @@ from dpo_fast.errors import BadInput
 from dpo_fast.parallel import Ranks
 from dpo_fast.scorers import Scorer
 from dpo_fast.scorers.by_size import batches_by_size
+from dpo_fast.scorers.kept_scores import warn_of_older_scores
 from dpo_fast.store import KEY_BYTES, Field, Recipe, Remedies, Store, Writer, mend
 from dpo_fast.threads import Sized, ahead
 
@@ -87,6 +88,7 @@ def score_pairs(
         def begin() -> None:
             otherwise = "wait until it is done, or name another --scores_dir"
             held.enter_context(locks.hold(folder, otherwise=otherwise, waiting=waiting))
+            warn_of_older_scores(folder, scorers)
             for recipe in work.recipes.values():
                 mend(folder, recipe)
 

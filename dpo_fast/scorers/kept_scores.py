@@ -6,6 +6,7 @@ baseline, and equal images get equal scores.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -24,8 +25,10 @@ from dpo_fast.files import read_bytes
 from dpo_fast.parallel import Ranks
 from dpo_fast.scorers import Scorer
 from dpo_fast.scorers.by_size import batches_by_size
-from dpo_fast.store import KEY_BYTES, Field, Recipe, Remedies, Store, Writer, mend
+from dpo_fast.store import KEY_BYTES, Field, Recipe, Remedies, Store, Writer, has_store, mend
 from dpo_fast.threads import Sized, ahead
+
+logger = logging.getLogger(__name__)
 
 SHARD_IMAGES = 1024  # per shard: a damaged file loses at most this many scores
 REMEDIES = Remedies(name="the folder of the scores")
@@ -50,6 +53,7 @@ def score_images(
     """
     assert len(images) == len(prompts)
     units = ranks.on_all(lambda: _units(images, prompts))
+    ranks.on_main(lambda: warn_of_older_scores(folder, scorers))
     found = {}
     for name, (describe, load) in scorers.items():
         kept = _scores(name, describe, cache(load), images, prompts, units, folder, ranks, batch_size)
@@ -84,17 +88,17 @@ def _scores(
     def share() -> list[_Unit]:
         return lacking()[ranks.rank :: ranks.world_size]
 
-    def found() -> tuple[Recipe, dict[bytes, float]]:
+    def found(writing: bool) -> tuple[Recipe, dict[bytes, float]]:
         """Return the recipe of the store for the scorer's present facts, and the scores in that store."""
         about = ranks.from_main(describe)
         recipe = Recipe(name, about, (Field("score", (), "float64"),), REMEDIES)
-        ranks.on_main(lambda: mend(folder, recipe))
+        ranks.on_main(lambda: mend(folder, recipe) if writing or has_store(folder, recipe) else None)
         return recipe, ranks.on_all(lambda: read_scores(folder, recipe))
 
-    recipe, kept = found()
+    recipe, kept = found(writing=False)
     if ranks.any(bool(lacking())):
         ranks.on_all(lambda: load() if share() else None)
-        recipe, kept = found()
+        recipe, kept = found(writing=True)
         mine = share()
         ranks.wait()  # every rank has seen the same scores before one of them writes
         work = ScorerRun(name, load, images, prompts, batch_size)
@@ -128,8 +132,15 @@ def _units(images: Files, prompts: Sequence[str]) -> list[_Unit]:
 
 
 def has_scores(root: Path, name: str) -> bool:
-    """Whether a scorer has a store in `root`, whatever is in it."""
-    return any(root.glob(f"{name}-*/recipe.json"))
+    """Whether a scorer has scored anything that is kept in `root`."""
+    return any(root.glob(f"{name}-*/shard-*"))
+
+
+def warn_of_older_scores(root: Path, names: Iterable[str]) -> None:
+    """Log where earlier versions kept scores, in files that are no longer read."""
+    for name in names:
+        if (root / name).is_dir():
+            logger.warning("%s holds scores of an earlier version, which are not used: delete it", root / name)
 
 
 def read_scores(root: Path, recipe: Recipe) -> dict[bytes, float]:

@@ -65,7 +65,7 @@ class Store:
         if xxhash.xxh3_64_intdigest(record) != held.checksums[row]:
             raise Damaged(
                 f"{held.path}: record {row} is damaged (its checksum differs):"
-                f" {self.recipe.remedies.damaged.format(root=held.path.parents[1])}"
+                f" {self.recipe.remedies.damaged.replace('{root}', str(held.path.parents[1]))}"
             )
         return record
 

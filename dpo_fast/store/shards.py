@@ -21,6 +21,7 @@ from dpo_fast.store.recipe import DEFAULT_REMEDIES, KEY_BYTES, Recipe, Remedies
 
 logger = logging.getLogger(__name__)
 
+SMALL_SHARD = 1 << 20  # bytes: up to this size a shard is read into memory, not mapped
 _SHARD = re.compile(r"shard-(\d+)-(\d+)\.(json|bin|part|log)$")
 
 
@@ -45,6 +46,11 @@ def shard_files(folder: Path) -> list[tuple[int, int, str]]:
     """(rank, number, suffix) of every file of a shard in `folder`."""
     matches = (_SHARD.match(name) for name in (os.listdir(folder) if folder.is_dir() else []))
     return [(int(m[1]), int(m[2]), m[3]) for m in matches if m]
+
+
+def has_store(root: Path, recipe: Recipe) -> bool:
+    """Whether the folder of a recipe exists in `root`."""
+    return (root / recipe.folder_name).is_dir()
 
 
 def shard_indices(folder: Path) -> list[Path]:
@@ -82,7 +88,11 @@ def read_shard(path: Path, recipe: Recipe) -> Shard:
             f"{bin_path} has {size} bytes, its index says {len(keys)} records of {recipe.record_bytes}"
             f" ({len(keys) * recipe.record_bytes} bytes): it was cut off; {recipe.remedies.lost}"
         )
-    records = np.memmap(bin_path, np.uint8, "r", shape=(len(keys), recipe.record_bytes))
+    shape = len(keys), recipe.record_bytes
+    if size <= SMALL_SHARD:  # mapped, thousands of them would take more open files than a process may have
+        records = np.fromfile(bin_path, np.uint8).reshape(shape)
+    else:
+        records = np.memmap(bin_path, np.uint8, "r", shape=shape)
     return Shard(bin_path, keys, checksums, meta, sha256, records)
 
 

@@ -1,5 +1,6 @@
 """Append records to a store, resuming where a killed process stopped."""
 
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,8 @@ from dpo_fast.errors import BadInput
 from dpo_fast.files import flush, has_temporaries, naming, read_bytes, regular_file, remove_temporaries, write_json
 from dpo_fast.store.recipe import Recipe
 from dpo_fast.store.shards import check_recipe, drop_damaged, locked, log_entry, log_line, not_writable, shard_files
+
+logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 256 << 20  # of a full shard's records, approximately
 
@@ -55,6 +58,7 @@ class Writer:
         """Append one record. Raises OSError, for instance for a full disk; records added before are safe."""
         assert len(record) == self.recipe.record_bytes, (len(record), self.recipe.record_bytes)
         if self._part is None:
+            self.folder.mkdir(parents=True, exist_ok=True)  # on a disk that ranks do not share the others lack it
             self._part, self._log = open(self._path("part"), "wb", 0), open(self._path("log"), "wb", 0)
         checksum = xxhash.xxh3_64_intdigest(record)
         with naming(self._path("part")):
@@ -152,10 +156,16 @@ def finish_orphans(root: Path, recipe: Recipe, ranks: int) -> None:
 
 
 def mend(root: Path, recipe: Recipe) -> None:
-    """Make the recipe's folder, complete what killed processes left, and delete damaged shards with all their records.
+    """Make the recipe's folder, take over what killed processes left, and delete what is damaged, which is logged.
 
-    This reads every record, so it is meant for stores of small records, while no other process is writing them.
+    Every record is read: for stores of small records into which no other process is writing.
     """
+    mark = root / recipe.folder_name / "recipe.json"
+    try:
+        check_recipe(mark.parent, recipe)
+    except BadInput as error:  # the folder's name says what the recipe is
+        logger.warning("%s is damaged (%s): it is written again", mark, error)
+        mark.unlink(missing_ok=True)
     begin_folder(root, recipe)
     finish_orphans(root, recipe, 0)
     drop_damaged(root, recipe, every_record=True)

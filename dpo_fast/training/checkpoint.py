@@ -12,6 +12,7 @@ Tensors are never sharded and nothing is pickled, so a checkpoint cannot run cod
 """
 
 import logging
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dpo_fast.checksums import file_digest, parse_signed, write_signed_json
+from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput, disk_error
 from dpo_fast.files import atomic_folder, is_inside, read_bytes, regular_file, remove_folder, rename_away
 
@@ -37,6 +39,9 @@ MAY_CHANGE = frozenset(
     " gradient_accumulation_steps backend compile gradient_checkpointing cache latent_cache_dir cached_reference"
     " eval_scorers eval_prompts eval_images eval_batch_size scorer_models".split()
 )
+
+
+DEFAULTS = {one.name: one.default for one in fields(TrainConfig)}
 
 
 def save(output_dir: Path, step: int, files: dict[str, dict[str, torch.Tensor]], state: dict[str, object]) -> Path:
@@ -149,5 +154,6 @@ def prune(output_dir: Path, keep: int | None) -> None:
 
 def differences(saved: dict[str, object], now: dict[str, object]) -> list[str]:
     """List the differing settings that would change the result, as `name: saved -> now`."""
-    names = [n for n in {**saved, **now} if n not in MAY_CHANGE and saved.get(n) != now.get(n)]
-    return [f"{n}: {saved.get(n)} -> {now.get(n)}" for n in names]
+    before = {**DEFAULTS, **saved}  # a checkpoint of an earlier version lacks newer flags
+    names = [n for n in {**saved, **now} if n not in MAY_CHANGE and before.get(n) != now.get(n)]
+    return [f"{n}: {before.get(n)} -> {now.get(n)}" for n in names]

@@ -46,12 +46,13 @@ def model_card(
     pipeline: str,
     argv: list[str],
     scheduler: tuple[str, dict[str, object]] | None = None,
+    home: str = "diffusers",
 ) -> str:
     """Return the README.md text of an output folder, with the hub's metadata block.
 
-    `counts` are the data set's row counts, `argv` the flags the run was started with. pipeline: the diffusers class
-    that loads the model. scheduler: the class with the schedule used in training, and its settings that differ from the
-    base model's; None: the base model's scheduler is right.
+    `counts` are the data set's row counts, `argv` the flags the run was started with. pipeline: the class that loads
+    the model, which is imported from `home`. scheduler: the class with the schedule used in training, and its settings
+    that differ from the base model's; None: the base model's scheduler is right.
     """
     lora = config["tuning"] == "lora"
     base, pairs = (public_name(config[name]) for name in ("pretrained_model_name_or_path", "dataset_name"))
@@ -65,10 +66,12 @@ def model_card(
     if lora and scheduler is not None:  # a full pipeline is saved with its scheduler
         kind, settings = scheduler
         imports = f"from diffusers import {kind}, {pipeline}"
+        if home != "diffusers":
+            imports = f"from diffusers import {kind}\n\nfrom {home} import {pipeline}"
         changed = "".join(f", {name}={value!r}" for name, value in settings.items())
         load += f"\npipeline.scheduler = {kind}.from_config(pipeline.scheduler.config{changed})"
     else:
-        imports = f"from diffusers import {pipeline}"
+        imports = f"from {home} import {pipeline}"
     merged = f" with the LoRA {_text(public_name(config['init_lora']))} merged: load that first"
     rows = {
         "base model": _text(base) + merged * bool(config["init_lora"]),

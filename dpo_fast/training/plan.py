@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dpo_fast.config import TrainConfig, to_yaml
 from dpo_fast.files import human_bytes
 from dpo_fast.models.checkpointing import recompute_activations
-from dpo_fast.models.family import COMPUTE_DTYPES, Sides
-from dpo_fast.models.load import component_config
+from dpo_fast.models.family import COMPUTE_DTYPES
+from dpo_fast.models.load import component_config, family_of
 from dpo_fast.models.lora import add_lora
 from dpo_fast.models.source import base_of
 from dpo_fast.objectives import find_objective
@@ -44,7 +44,7 @@ def plan(config: TrainConfig) -> str:
     """Return the resolved configuration and the costs as text. Raises BadInput for a model that cannot be read."""
     source = base_of(config)
     unet_config = component_config(source, "unet")
-    sides = Sides.of(unet_config, component_config(source, "vae"))
+    sides = family_of(source).sides(unet_config, component_config(source, "vae"))
     resolution = config.resolution or sides.default_resolution
     costs = unet_costs(unet_config, config, resolution // sides.vae_factor)
     needs_reference = _runs_reference(config)

@@ -13,6 +13,8 @@ from dpo_fast.training import checkpoint, run_folder
 from dpo_fast.training.metrics import LOGS, Extent, kept_lines
 from dpo_fast.training.optim import MasterOptimizer
 
+COUNTERS = ("kl", "loss_scale", "good_updates", "skipped", "skipped_in_a_row")  # tensors of one element
+
 
 class AlreadyDone(Exception):
     """`--resume_from_checkpoint auto` found a run that has written everything it was asked for."""
@@ -37,12 +39,21 @@ def _load_checkpoint(folder: Path) -> tuple[dict, dict]:
         config = saved["config"]
         lacking = [f"config.{name}" for name in ("seed", "resolution", "max_train_steps") if name not in config]
     lacking += [f"{name}.safetensors" for name in ("weights", "optimizer") if name not in files]
+    lacking += [f"the counter {name}" for name in COUNTERS if not _is_counter(files, name)]
+    known = saved.get("fingerprints")
+    if isinstance(known, dict) and not ("pairs" in known and ("base weights" in known or "base model" in known)):
+        lacking.append("fingerprints of model and pairs")
     if lacking:
         raise BadInput(
             f"{folder} is no checkpoint of a run (it lacks {', '.join(lacking)}): put it back from a copy, or delete"
             " it, and --resume_from_checkpoint latest goes on from the one before"
         )
     return files, saved
+
+
+def _is_counter(files: dict, name: str) -> bool:
+    counter = files.get("counters", {}).get(name)
+    return isinstance(counter, torch.Tensor) and counter.shape == ()
 
 
 def refuse_changes(changed: list[str]) -> None:

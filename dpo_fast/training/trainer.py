@@ -277,8 +277,9 @@ class Trainer:
             counts = {"rows": run.sets.rows, "ties_dropped": run.sets.ties_dropped, "bad_rows": len(run.bad_rows)}
             sampler = self.family.sampler
             scheduler = (sampler.kind.__name__, sampler.changes) if sampler.changes else None
-            pipeline = self.family.pipeline_class.__name__
-            card = model_card(public(config), summary, counts, pipeline, self.argv, scheduler)
+            pipeline = self.family.pipeline_class
+            home = "diffusers" if pipeline.__module__.startswith("diffusers.") else pipeline.__module__
+            card = model_card(public(config), summary, counts, pipeline.__name__, self.argv, scheduler, home)
             write_text(run.folder / "README.md", card)
             checkpoint.prune(run.folder, config.checkpoints_total_limit)  # a process killed earlier may not have
             write_signed_json(run.folder / run_folder.SUMMARY, summary)  # last: it marks the run as finished

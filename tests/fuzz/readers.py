@@ -231,7 +231,7 @@ def _read_reference(folder: Path, changed: Iterable[str]) -> None:
 def _write_manifest(folder: Path) -> None:
     source = SimpleNamespace(
         description="pairs, split train",
-        identity=Identity("pairs", "", ""),
+        identity=Identity("pairs", ""),
         columns=open_pairs(_pairs(folder.parent)).columns,
     )
     manifest = Manifest(folder)

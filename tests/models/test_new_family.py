@@ -3,13 +3,18 @@
 import json
 
 import pytest
+import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from dpo_fast.models import kinds
+from dpo_fast.command_line import parse
+from dpo_fast.models import kinds, load
 from dpo_fast.models.family import Conditioning
+from dpo_fast.models.opened import settled
 from dpo_fast.models.sd15 import SD15
-from tests.helpers.pipelines import make_sd15
+from dpo_fast.models.source import ModelSource
+from dpo_fast.training.plan import plan
+from tests.helpers.pipelines import load_model, make_sd15
 from tests.helpers.runs import STEPS, lines, train
 
 
@@ -25,6 +30,7 @@ class Other(SD15):
     image_to_image_class = StableDiffusionImg2ImgPipeline
     text_kind = "half of the last hidden state"
     sampling_steps = 2
+    usual_resolution = 80
 
     def _encode(self, prompts: list[str]) -> Conditioning:
         return {name: tensor / 2 for name, tensor in super()._encode(prompts).items()}
@@ -50,7 +56,30 @@ def test_a_family_added_in_a_test_trains(other, pairs, tmp_path, tuning):
         assert load_file(out / "pytorch_lora_weights.safetensors")
     else:
         assert json.loads((out / "model_index.json").read_text())["_class_name"] == "OtherPipeline"
-    assert "OtherPipeline" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert f"from {__name__} import OtherPipeline\n" in card and "= OtherPipeline.from_pretrained(" in card
+
+
+def test_its_usual_settings_are_those_of_every_command(other, tmp_path):
+    assert load_model(other, dtype=torch.float32, device="cpu").default_resolution == 80
+    source = settled(ModelSource(str(other)))
+    assert (source.resolution, source.steps) == (80, 2)
+    config, _ = parse(["--pretrained_model_name_or_path", str(other), "--dataset_name", "x", "--max_train_steps", "1"])
+    assert "at 80 x 80" in plan(config)
+
+
+def test_a_hub_id_is_downloaded_by_its_own_class(other, monkeypatch):
+    """diffusers looks for the class of a plain DiffusionPipeline among its own, where this one is not."""
+    asked = []
+
+    def download(cls, path, **kwargs):
+        asked.append((cls, path))
+        return str(other)
+
+    monkeypatch.setattr(kinds, "hf_hub_download", lambda *args, **kwargs: str(other / "model_index.json"))
+    monkeypatch.setattr(load.DiffusionPipeline, "download", classmethod(download))
+    load_model("owner/name", dtype=torch.float32, device="cpu")
+    assert asked == [(OtherPipeline, "owner/name")]
 
 
 def test_its_own_encoding_is_used(other, sd15_path, pairs, tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from dpo_fast import cli, hub_revisions, parallel
 from dpo_fast.caching.manifest import Manifest
 from dpo_fast.caching.upkeep import verify
-from dpo_fast.checksums import Damaged, delete_damaged, file_digest, signed, signed_text, write_signed_json
+from dpo_fast.checksums import Damaged, file_digest, signed, signed_text, write_signed_json
 from dpo_fast.command_line import parse
 from dpo_fast.data import build_index
 from dpo_fast.data.relabelled import check_labels
@@ -127,15 +127,19 @@ def test_a_checkpoint_that_names_files_elsewhere_is_refused(tmp_path):
         one_line("not in its folder", checkpoint.load, tmp_path / "checkpoint-1")
 
 
-@pytest.mark.parametrize("lacking", ["step", "config", "config.seed", "notes", "bad_rows", "weights"])
+@pytest.mark.parametrize(
+    "lacking", ["step", "config", "config.seed", "notes", "bad_rows", "weights", "kl", "loss_scale", "pairs"]
+)
 def test_a_state_that_is_not_of_a_run_is_refused(tmp_path, lacking):
     """One without a digest, as earlier versions wrote them, is not checked for damage."""
     config = {"seed": 1, "resolution": 64, "max_train_steps": 2}
-    state = {"step": 1, "config": config, "fingerprints": {}, "notes": {}, "bad_rows": [], "optimizer_values": {}}
-    files = {"weights": {"a": torch.ones(1)}, "optimizer": {"a": torch.ones(1)}}
+    state = {"step": 1, "config": config, "notes": {}, "bad_rows": [], "optimizer_values": {}}
+    state["fingerprints"] = fingerprints = {"pairs": "p", "base weights": "w"}
+    counters = {name: torch.tensor(0.0) for name in resume.COUNTERS}
+    files = {"weights": {"a": torch.ones(1)}, "optimizer": {"a": torch.ones(1)}, "counters": counters}
     checkpoint.save(tmp_path, 1, files, state)
     assert resume._load_checkpoint(tmp_path / "checkpoint-1")[1]["step"] == 1
-    for place in (state, config, files):
+    for place in (state, config, files, counters, fingerprints):
         place.pop(lacking.removeprefix("config."), None)
     checkpoint.save(tmp_path, 2, files, state)
     one_line(f"it lacks .*{lacking}", resume._load_checkpoint, tmp_path / "checkpoint-2")
@@ -209,11 +213,13 @@ def test_nested_json_in_the_place_of_every_note(tmp_path):
 
 
 def test_links_to_nowhere_and_without_an_end(tmp_path):
-    for name, target in (("rank-0.json", "nowhere"), ("rank-1.json", "/dev/zero")):
-        (tmp_path / name).symlink_to(target)
+    recipe = Recipe("x", {}, (Field("score", (), "float64"),))
+    (tmp_path / "scores" / recipe.folder_name).mkdir(parents=True)
+    for number, target in enumerate(("nowhere", "/dev/zero")):
+        (tmp_path / "scores" / recipe.folder_name / f"shard-0-{number:05d}.json").symlink_to(target)
     assert hub_revisions.revision_of(tmp_path).startswith("files ")
-    delete_damaged(sorted(tmp_path.glob("*.json")), "they are made again")
-    assert not os.listdir(tmp_path)
+    mend(tmp_path / "scores", recipe)
+    assert os.listdir(tmp_path / "scores" / recipe.folder_name) == ["recipe.json"]
     (tmp_path / "shard-0-00000.log").symlink_to("nowhere")
     assert log_keys(tmp_path) == set()
     notes = tmp_path / ".cache" / "huggingface" / "download"

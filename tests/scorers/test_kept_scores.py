@@ -115,7 +115,7 @@ def test_files_that_come_or_change_as_the_scorer_is_loaded(images, tmp_path):
     torch.testing.assert_close(found, expected(files, changed))
     assert scorer.seen == len(SIZES) + 1 and scorer.loads == 1
     facts = [json.loads(file.read_text())["facts"] for file in (tmp_path / "s").glob("mean-*/recipe.json")]
-    assert sorted(fact["files"] for fact in facts) == ["not fetched", "one", "two"]
+    assert sorted(fact["files"] for fact in facts) == ["one", "two"]
 
 
 def flip(file: Path, place: int) -> None:
@@ -146,6 +146,13 @@ def test_a_damaged_file_of_scores_is_made_again(images, tmp_path, damage, caplog
     assert scorer.seen == len(SIZES)
     assert "shard-0-00000" in caplog.text and "deleted, and made again" in caplog.text
     assert run(files, prompts, scorer, tmp_path / "s").isfinite().all() and scorer.seen == len(SIZES)
+
+
+def test_scores_of_an_earlier_version_are_named(images, tmp_path, caplog):
+    files, prompts = images
+    (tmp_path / "s" / "mean").mkdir(parents=True)
+    run(files, prompts, Counting(), tmp_path / "s")
+    assert f"{tmp_path / 's' / 'mean'} holds scores of an earlier version" in caplog.text
 
 
 def test_batches_are_as_large_as_is_said_and_few_images_wait(tmp_path, seed):

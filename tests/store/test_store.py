@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import resource
 import shutil
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from dpo_fast.store import (
     finish_orphans,
     locked,
     log_keys,
+    mend,
     remove_shard,
     writing,
 )
@@ -309,3 +311,35 @@ def test_a_shard_that_the_disk_does_not_give_is_not_dropped(tmp_path, monkeypatc
             drop_damaged(tmp_path, RECIPE)
     assert caught.value.errno == number and caught.value.filename
     assert Store(tmp_path, RECIPE).keys() == set(entries)
+
+
+def test_thousands_of_small_shards_need_few_open_files(tmp_path):
+    begin_folder(tmp_path, RECIPE)
+    entries = items(64)
+    with Writer(tmp_path, RECIPE, 0, capacity=1) as writer:
+        for key, (record, meta) in entries.items():
+            writer.add(key, record, meta)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 16, before[1]))
+    try:
+        assert_holds(tmp_path, entries)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_rank_on_another_disk_makes_its_own_folder(tmp_path):
+    """What it writes is then missing on the shared one, which the callers report."""
+    with Writer(tmp_path / "elsewhere", RECIPE, 1) as writer:
+        writer.add(b"k" * 16, bytes(SIZE))
+    assert len(Store(tmp_path / "elsewhere", RECIPE)) == 1 and len(Store(tmp_path, RECIPE)) == 0
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"format": 1}'])
+def test_mend_writes_a_damaged_recipe_again(tmp_path, text, caplog):
+    entries = items(3)
+    write(tmp_path, entries)
+    mark = tmp_path / RECIPE.folder_name / "recipe.json"
+    mark.write_text(text)
+    mend(tmp_path, RECIPE)
+    assert json.loads(mark.read_text()) == RECIPE.as_json() and "recipe.json is damaged" in caplog.text
+    assert_holds(tmp_path, entries)

@@ -153,6 +153,9 @@ def test_differences_that_change_the_result_are_shown():
     assert checkpoint.differences(saved, saved) == []
     assert checkpoint.differences({}, {"new": 1}) == ["new: None -> 1"]
     assert checkpoint.differences({"old": 1}, {}) == ["old: 1 -> None"]
+    newer = {name: getattr(TrainConfig(), name) for name in ("label_smoothing", "hflip", "time_ids")}
+    assert checkpoint.differences({}, newer) == []  # flags that came later, at their defaults
+    assert checkpoint.differences({}, newer | {"hflip": True}) == ["hflip: False -> True"]
     assert checkpoint.differences({}, {"scorer_models": "elsewhere"}) == []  # it changes no weight
 
 
