@@ -15,7 +15,7 @@ import xxhash
 
 from dpo_fast import locks
 from dpo_fast.checksums import Damaged, digest, parse_signed
-from dpo_fast.errors import DISK_ERRORS, FORBIDDEN, BadInput, remedy
+from dpo_fast.errors import DISK_ERRORS, FORBIDDEN, BadInput, printable, remedy
 from dpo_fast.files import parse_json, read_bytes, read_json
 from dpo_fast.store.recipe import DEFAULT_REMEDIES, KEY_BYTES, Recipe, Remedies
 
@@ -121,7 +121,7 @@ def drop_damaged(root: Path, recipe: Recipe, *, every_record: bool = False) -> N
             if every_record and (rows := damaged_records(shard)):
                 raise Damaged(f"{shard.path} is damaged (records {rows[0]}, ...)")
         except Damaged as error:
-            logger.warning("%s: deleted, and made again", error)
+            logger.warning("%s: deleted, and made again", printable(str(error)))
             damaged.append(path)
     if damaged:
         with locked(folder, recipe.remedies):

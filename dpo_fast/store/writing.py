@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import xxhash
 
 from dpo_fast.checksums import sha256_of, write_signed_json
-from dpo_fast.errors import BadInput
+from dpo_fast.errors import BadInput, printable
 from dpo_fast.files import flush, has_temporaries, naming, read_bytes, regular_file, remove_temporaries, write_json
 from dpo_fast.store.recipe import Recipe
 from dpo_fast.store.shards import check_recipe, drop_damaged, locked, log_entry, log_line, not_writable, shard_files
@@ -164,7 +164,7 @@ def mend(root: Path, recipe: Recipe) -> None:
     try:
         check_recipe(mark.parent, recipe)
     except BadInput as error:  # the folder's name says what the recipe is
-        logger.warning("%s is damaged (%s): it is written again", mark, error)
+        logger.warning("%s is damaged (%s): it is written again", mark, printable(str(error)))
         mark.unlink(missing_ok=True)
     begin_folder(root, recipe)
     finish_orphans(root, recipe, 0)

@@ -334,7 +334,7 @@ def test_a_rank_on_another_disk_makes_its_own_folder(tmp_path):
     assert len(Store(tmp_path / "elsewhere", RECIPE)) == 1 and len(Store(tmp_path, RECIPE)) == 0
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"format": 1}'])
+@pytest.mark.parametrize("text", ["", "{", '{"format": 1}', '{"kind": "\\ud800\\u001b[31m"}'])
 def test_mend_writes_a_damaged_recipe_again(tmp_path, text, caplog):
     entries = items(3)
     write(tmp_path, entries)
@@ -342,4 +342,5 @@ def test_mend_writes_a_damaged_recipe_again(tmp_path, text, caplog):
     mark.write_text(text)
     mend(tmp_path, RECIPE)
     assert json.loads(mark.read_text()) == RECIPE.as_json() and "recipe.json is damaged" in caplog.text
+    assert "\x1b" not in caplog.text and caplog.text.encode()  # a log in UTF-8 takes it
     assert_holds(tmp_path, entries)
