@@ -10,6 +10,7 @@ from dpo_fast.checksums import read_signed_json, write_signed_json
 from dpo_fast.errors import BadInput
 from dpo_fast.files import contents, remove_temporaries
 
+LONGEST = 80  # characters of a value in an error
 BAD_ROWS = "bad_rows.jsonl"  # a report that is written before anything else
 
 
@@ -68,7 +69,7 @@ def claim(
 
 def differences(before: object, now: object, name: str = "") -> list[str]:
     """List what differs between two settings, as `name: X before, Y now`."""
-    if isinstance(before, list) and isinstance(now, list) and before != now:
+    if isinstance(before, list) and isinstance(now, list) and max(len(str(before)), len(str(now))) > LONGEST:
         gone, new = ([word for word in one if word not in other] for one, other in ((before, now), (now, before)))
         before, now = " ".join(map(str, gone)) or "nothing", " ".join(map(str, new)) or "nothing"
     if isinstance(before, dict) and isinstance(now, dict):
@@ -79,7 +80,7 @@ def differences(before: object, now: object, name: str = "") -> list[str]:
 
 def _short(value: object) -> str:
     text = ", ".join(value) if isinstance(value, dict) else str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 
 
 def refuse_file(folder: Path) -> None:

@@ -99,7 +99,8 @@ def test_every_combination_is_run_once_and_reported(sdxl_path, pairs, tmp_path, 
     # with other flags for all it would be another sweep
     capfd.readouterr()
     assert sweep.main([*argv, "--hflip"]) == 2
-    assert "holds a sweep of other settings" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert "holds a sweep of other settings" in error and "--hflip now" in error
 
 
 def test_an_interrupted_run_is_gone_on_with(sdxl_path, pairs, tmp_path, runs, monkeypatch):
