@@ -38,7 +38,7 @@ from dpo_fast.forward import NoReference, conditioning_of, predict
 from dpo_fast.kernels import dispatch, pair_errors
 from dpo_fast.models import Family
 from dpo_fast.parallel import Ranks
-from dpo_fast.store import Store, Writer, begin_folder, drop_damaged, finish_orphans, locked, log_keys, tidy
+from dpo_fast.store import Store, Writer, begin_folder, changes, drop_damaged, finish_orphans, locked, log_keys, tidy
 from dpo_fast.threads import ahead
 
 SCORING_BATCHES = 4  # training batches scored at once: without a backward pass activations are not kept
@@ -175,7 +175,7 @@ class Scoring:
 
         def check() -> StartCheck:
             start = self._compare(scored.errors)
-            other = sorted({line for made in scored.errors.made_by for line in _differences(made, self.numerics)})
+            other = sorted({line for made in scored.errors.made_by for line in changes(made, self.numerics)})
             if other:
                 logger.warning(
                     "the cached reference errors were computed otherwise (%s): of %d computed again the margins differ"
@@ -333,11 +333,6 @@ def _numerics(settings: ScoringSettings, device: torch.device) -> dict[str, str]
         "attention": settings.attention,
         "tf32": "on" if device.type == "cuda" and settings.allow_tf32 else "off",
     }
-
-
-def _differences(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return [f"{name}: {before.get(name)} -> {now.get(name)}" for name in names]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ and gets its JSON last. Nothing in these files depends on when or how often the 
 """
 
 from dpo_fast.store.reading import Found, Store
-from dpo_fast.store.recipe import KEY_BYTES, Field, Recipe, Remedies
+from dpo_fast.store.recipe import KEY_BYTES, Field, Recipe, Remedies, changes
 from dpo_fast.store.shards import (
     Shard,
     damaged_records,
@@ -38,6 +38,7 @@ __all__ = [
     "Store",
     "Writer",
     "begin_folder",
+    "changes",
     "damaged_records",
     "drop_damaged",
     "finish_orphans",

@@ -89,9 +89,13 @@ class Recipe:
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """List how another recipe.json differs from this, as `name: here -> there`."""
-        here, there = _flat(self.as_json()), _flat(other)
-        names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
-        return [f"{name}: {here.get(name)} -> {there.get(name)}" for name in names]
+        return changes(_flat(self.as_json()), _flat(other))
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """List what differs between two flat dictionaries, as `name: before -> now`."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return [f"{name}: {before.get(name)} -> {now.get(name)}" for name in names]
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

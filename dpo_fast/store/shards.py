@@ -27,7 +27,7 @@ _SHARD = re.compile(r"shard-(\d+)-(\d+)\.(json|bin|part|log)$")
 
 @dataclass
 class Shard:
-    """One complete shard, memory-mapped."""
+    """One complete shard: in memory up to SMALL_SHARD, memory-mapped above."""
 
     path: Path  # of the .bin
     key_bytes: np.ndarray  # uint8 [n, KEY_BYTES]

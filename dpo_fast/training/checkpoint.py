@@ -23,6 +23,7 @@ from dpo_fast.checksums import file_digest, parse_signed, write_signed_json
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput, disk_error
 from dpo_fast.files import atomic_folder, is_inside, read_bytes, regular_file, remove_folder, rename_away
+from dpo_fast.store import changes
 
 PREFIX = "checkpoint-"
 
@@ -155,5 +156,5 @@ def prune(output_dir: Path, keep: int | None) -> None:
 def differences(saved: dict[str, object], now: dict[str, object]) -> list[str]:
     """List the differing settings that would change the result, as `name: saved -> now`."""
     before = {**DEFAULTS, **saved}  # a checkpoint of an earlier version lacks newer flags
-    names = [n for n in {**saved, **now} if n not in MAY_CHANGE and before.get(n) != now.get(n)]
-    return [f"{n}: {before.get(n)} -> {now.get(n)}" for n in names]
+    names = [name for name in {**saved, **now} if name not in MAY_CHANGE]
+    return changes({name: before.get(name) for name in names}, {name: now.get(name) for name in names})

@@ -21,6 +21,8 @@ from dpo_fast.parallel import Ranks
 INITIAL_LOSS_SCALE = 2.0**8
 LOSS_SCALE_GROWTH_INTERVAL = 1000  # finite updates before the scale doubles; one overflow halves it
 
+COUNTERS = ("loss_scale", "good_updates", "skipped", "skipped_in_a_row")  # attributes that a checkpoint keeps
+
 
 class MasterOptimizer:
     """The trained state of a run: masters, optimizer, loss scale and EMA.
@@ -183,12 +185,7 @@ class MasterOptimizer:
 
     def _counters(self) -> dict[str, torch.Tensor]:
         """The loss scale and the counts of updates, fp32 [] on the device."""
-        return {
-            "loss_scale": self.loss_scale,
-            "good_updates": self.good_updates,
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-        }
+        return {name: getattr(self, name) for name in COUNTERS}
 
     @torch.no_grad()
     def load_state(self, files: dict[str, dict[str, torch.Tensor]], values: dict[str, object]) -> None:

@@ -11,9 +11,9 @@ from dpo_fast.models import Family
 from dpo_fast.parallel import Ranks
 from dpo_fast.training import checkpoint, run_folder
 from dpo_fast.training.metrics import LOGS, Extent, kept_lines
-from dpo_fast.training.optim import MasterOptimizer
+from dpo_fast.training.optim import COUNTERS, MasterOptimizer
 
-COUNTERS = ("kl", "loss_scale", "good_updates", "skipped", "skipped_in_a_row")  # tensors of one element
+KEPT_COUNTERS = ("kl", *COUNTERS)  # of a checkpoint: tensors without dimensions
 
 
 class AlreadyDone(Exception):
@@ -39,7 +39,7 @@ def _load_checkpoint(folder: Path) -> tuple[dict, dict]:
         config = saved["config"]
         lacking = [f"config.{name}" for name in ("seed", "resolution", "max_train_steps") if name not in config]
     lacking += [f"{name}.safetensors" for name in ("weights", "optimizer") if name not in files]
-    lacking += [f"the counter {name}" for name in COUNTERS if not _is_counter(files, name)]
+    lacking += [f"the counter {name}" for name in KEPT_COUNTERS if not _is_counter(files, name)]
     known = saved.get("fingerprints")
     if isinstance(known, dict) and not ("pairs" in known and ("base weights" in known or "base model" in known)):
         lacking.append("fingerprints of model and pairs")

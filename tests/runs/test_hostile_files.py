@@ -135,7 +135,7 @@ def test_a_state_that_is_not_of_a_run_is_refused(tmp_path, lacking):
     config = {"seed": 1, "resolution": 64, "max_train_steps": 2}
     state = {"step": 1, "config": config, "notes": {}, "bad_rows": [], "optimizer_values": {}}
     state["fingerprints"] = fingerprints = {"pairs": "p", "base weights": "w"}
-    counters = {name: torch.tensor(0.0) for name in resume.COUNTERS}
+    counters = {name: torch.tensor(0.0) for name in resume.KEPT_COUNTERS}
     files = {"weights": {"a": torch.ones(1)}, "optimizer": {"a": torch.ones(1)}, "counters": counters}
     checkpoint.save(tmp_path, 1, files, state)
     assert resume._load_checkpoint(tmp_path / "checkpoint-1")[1]["step"] == 1
