@@ -7,8 +7,10 @@ Exit status: 0 done, 2 input that cannot be used (one line on stderr), 130 inter
 traceback), or something that never answers (one line).
 """
 
+import _thread
 import dataclasses
 import difflib
+import faulthandler
 import io
 import logging
 import multiprocessing
@@ -17,6 +19,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -31,12 +34,12 @@ def guarded(work: Callable[[], int], *, kept: str, go_on: str) -> int:
     """Run `work` and return its exit status, or print what it raised in one line and return the status for that.
 
     kept: what an interruption leaves. go_on: what to do once the disk can be written again.
-    SIGTERM, SIGHUP and SIGUSR1 end `work` as Ctrl-C does, and its output to a closed or full stream is dropped.
-    Internal errors are raised again.
+    SIGTERM, SIGHUP and SIGUSR1 end `work` as Ctrl-C does, even if a library turns them into an error of its own. Output
+    to a closed or full stream is dropped. Internal errors are raised again.
     """
     if sys.excepthook is sys.__excepthook__:  # Python calls it after the original streams are restored
         sys.excepthook = _print_traceback
-    with steady_output(), on_signals(_ENDING, _interrupt):
+    with steady_output():
         return _guarded(work, kept, go_on)
 
 
@@ -45,10 +48,9 @@ def _print_traceback(kind: type[BaseException], error: BaseException, where: Tra
 
 
 def _guarded(work: Callable[[], int], kept: str, go_on: str) -> int:
-    if not has_home():  # libraries would create a folder named ~
-        return refuse(NO_HOME)
     try:
-        return work()
+        with _interruptible():
+            return work() if has_home() else refuse(NO_HOME)  # without one, libraries would create a folder named ~
     except BadInput as error:
         return refuse(str(error), any_rank=hasattr(error, "of_this_rank"))
     except UnicodeEncodeError as error:
@@ -65,6 +67,7 @@ def _guarded(work: Callable[[], int], kept: str, go_on: str) -> int:
         return 1
     except KeyboardInterrupt as error:
         say(f"interrupted at once{f' by {error}' if str(error) else ''}; {kept}")
+        _unresponsive.set()  # a thread may wait for what the interruption left undone
         return 130
     except Exception as error:
         if (disk := disk_error(error)) is None:
@@ -77,6 +80,8 @@ def _guarded(work: Callable[[], int], kept: str, go_on: str) -> int:
 
 _unresponsive = threading.Event()  # a thread or a worker of this process may never answer
 LEAVING_SECONDS = 5.0
+ENDING_SECONDS = 60.0  # from a signal until the process is ended, if it has not ended by then
+AGAIN_SECONDS = 0.01  # until a signal is sent again
 
 
 def leave(status: int) -> NoReturn:
@@ -90,13 +95,52 @@ def leave(status: int) -> NoReturn:
     sys.exit(status)
 
 
-_ENDING = tuple(  # signals that end a command as Ctrl-C does; not every system has SIGHUP and SIGUSR1
-    getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+_ENDING = tuple(  # signals that end a command; not every system has SIGHUP and SIGUSR1
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
 )
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt(signal.Signals(number).name)
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within the block a signal of _ENDING raises KeyboardInterrupt, with the signal's name unless it is Ctrl-C's.
+
+    Some libraries turn that into an error of their own (safetensors: the file cannot be loaded). An error that comes
+    after the signal is raised as the KeyboardInterrupt that it was. Python itself drops one that is raised in a
+    finalizer; then the signal is sent again. One that is raised as a lock is taken can leave it taken for ever: after
+    ENDING_SECONDS the process prints where its threads are and ends, which is as safe as a kill.
+    """
+    came: list[KeyboardInterrupt] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        faulthandler.dump_traceback_later(ENDING_SECONDS, exit=True, file=2)
+        came.append(KeyboardInterrupt("" if number == signal.SIGINT else signal.Signals(number).name))
+        came[-1].number = number
+        raise came[-1]
+
+    def dropped(unraisable: "sys.UnraisableHookArgs") -> None:
+        if unraisable.exc_value in came:
+            # by a thread, or it would be raised in this hook; threading's own need locks that may be taken here
+            _thread.start_new_thread(_send_again, (unraisable.exc_value.number,))
+        else:
+            hook(unraisable)
+
+    hook, sys.unraisablehook = sys.unraisablehook, dropped
+    try:
+        with on_signals(_ENDING, interrupt):
+            yield
+    except Exception as error:
+        if came:
+            raise came[0] from error
+        raise
+    finally:
+        if came:
+            faulthandler.cancel_dump_traceback_later()
+        sys.unraisablehook = hook
+
+
+def _send_again(number: int) -> None:
+    time.sleep(AGAIN_SECONDS)
+    os.kill(os.getpid(), number)
 
 
 @contextmanager
@@ -110,9 +154,9 @@ def on_signals(numbers: Iterable[int], handler: Callable[[int, object], None]) -
         return
     before = {number: signal.getsignal(number) for number in numbers}
     answered = [number for number, old in before.items() if old is not signal.SIG_IGN]
-    for number in answered:
-        signal.signal(number, handler)
     try:
+        for number in answered:
+            signal.signal(number, handler)
         yield
     finally:
         for number in answered:

@@ -58,7 +58,9 @@ def _run(config: RelabelConfig) -> int:
         loaded = ranks.on_all(
             lambda: {name: scorers.load_scorer(name, ranks.device, **scoring) for name in config.weights}
         )
-        _relabel(config, ranks, source, loaded)
+        with ExitStack() as scoring_alone:
+            ranks.on_main(lambda: scoring_alone.enter_context(_hold_scores(config)))
+            _relabel(config, ranks, source, loaded)
     except torch.OutOfMemoryError as error:
         return refuse(f"out of GPU memory ({str(error).split('.')[0]}); lower --batch_size", any_rank=True)
     except BadInput:
@@ -114,6 +116,17 @@ def _hold_output(config: RelabelConfig) -> "Hold":
     held = locks.hold_file(config.output, otherwise="wait until it is done, or name another --output")
     for path in (config.output, config.output.with_suffix(".json")):
         remove_temporaries_of(path)
+    return held
+
+
+def _hold_scores(config: RelabelConfig) -> "Hold":
+    """Hold the folder of the scores, waiting for another process, and clear away what a killed one left."""
+    from dpo_fast import locks
+    from dpo_fast.files import remove_temporaries
+
+    otherwise = "wait until it is done, or name another --scores_dir"
+    held = locks.hold(config.scores, otherwise=otherwise, waiting=say)
+    remove_temporaries(config.scores)
     return held
 
 
@@ -196,7 +209,6 @@ def _relabel(config: RelabelConfig, ranks: "Ranks", source: "Source", scorers: d
         batch_size=config.batch_size,
         num_workers=config.dataloader_num_workers,
         max_bad_fraction=config.max_bad_fraction,
-        waiting=say,
     )
 
     files = {"where": config.scorer_models, "cache_dir": config.cache_dir}

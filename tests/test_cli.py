@@ -13,6 +13,7 @@ import unicodedata
 import pytest
 from tqdm import tqdm
 
+from dpo_fast import cli
 from dpo_fast.cli import SteadyStream, guarded, on_signals, say, show_log
 from dpo_fast.errors import BadInput, Unresponsive, printable
 from tests.helpers.runs import environment
@@ -79,6 +80,67 @@ def test_signals_end_a_command_with_a_line(default_signals, capsys, name):
     assert guarded(work, kept="kept", go_on="") == 130
     assert capsys.readouterr().err == f"dpo_fast: interrupted at once by {name}; kept\n"
     assert signal.getsignal(getattr(signal, name)) == before
+
+
+@pytest.mark.parametrize(("name", "by"), [("SIGTERM", " by SIGTERM"), ("SIGINT", "")])
+@pytest.mark.parametrize("then", [ValueError("the file cannot be loaded"), BadInput("convert it"), OSError(5, "I/O")])
+def test_an_interruption_that_a_library_makes_an_error_of_its_own_is_still_one(capsys, name, by, then):
+    """safetensors does: its error says that the file cannot be loaded."""
+
+    def work() -> int:
+        try:
+            os.kill(os.getpid(), getattr(signal, name))
+            time.sleep(10)
+        except BaseException:
+            raise then from None
+        return 0
+
+    assert guarded(work, kept="kept", go_on="") == 130
+    assert capsys.readouterr().err == f"dpo_fast: interrupted at once{by}; kept\n"
+
+
+def test_an_interruption_in_a_finalizer_is_not_lost(capsys):
+    class Ending:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    def work() -> int:
+        Ending()
+        time.sleep(10)
+        return 0
+
+    before = sys.unraisablehook
+    assert guarded(work, kept="kept", go_on="") == 130
+    assert capsys.readouterr().err == "dpo_fast: interrupted at once by SIGTERM; kept\n"
+    assert sys.unraisablehook is before
+
+
+def test_an_interruption_that_ends_nothing_ends_the_process():
+    script = """
+import signal, threading
+from dpo_fast import cli
+cli.ENDING_SECONDS = 0.5
+def work():
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except BaseException:
+        threading.Event().wait()
+cli.leave(cli.guarded(work, kept="", go_on=""))
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "Timeout" in done.stderr and "in work" in done.stderr
+
+
+def test_a_signal_is_answered_from_the_first_call(monkeypatch, capsys):
+    def has_home() -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+        return True
+
+    monkeypatch.setattr(cli, "has_home", has_home)
+    assert guarded(lambda: 0, kept="kept", go_on="") == 130
+    assert capsys.readouterr().err == "dpo_fast: interrupted at once by SIGTERM; kept\n"
 
 
 def test_an_ignored_signal_stays_ignored():

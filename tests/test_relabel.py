@@ -24,6 +24,7 @@ from dpo_fast.data import build_index
 from dpo_fast.presets import PRESETS
 from dpo_fast.relabeling import pair_scores
 from dpo_fast.store import locked
+from tests.faults.commands import contents
 from tests.helpers import fake_scorers
 from tests.helpers.pairs import (
     as_image_feature,
@@ -336,6 +337,29 @@ def test_a_second_process_waits_and_finds_the_scores_there(tmp_path, log, capfd)
             assert not second.done(), said
         assert "waiting until it is done" in said
     assert second.result() == 0 and log.read_text() == ""
+
+
+def test_an_interruption_changes_no_file(tmp_path, log, capfd, monkeypatch):
+    pairs = write_table(tmp_path / "pairs.parquet", random_pairs(n=N, size=24))
+    both = ["--scorer", "red", "--scorer", "left"]
+    assert relabel.main(flags(pairs, tmp_path / "whole.parquet", *both)) == 0
+    load, calls = scorers.load_scorer, iter(())
+
+    def stopping(name: str, device: object, **rest: object) -> scorers.Scorer:
+        def score(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+            if next(calls, None) == "stop":
+                raise KeyboardInterrupt
+            return load(name, device).score(images, prompts)
+
+        return scorers.Scorer(score)
+
+    monkeypatch.setattr(scorers, "load_scorer", stopping)
+    for before in (3, 2, 5):
+        calls = iter([*range(before), "stop"])
+        assert relabel.main(flags(pairs, tmp_path / "stopped.parquet", *both)) == 130
+        (tmp_path / "stopped.scores" / ".tmp-12345678-bad_rows.jsonl").write_text("half")  # as a kill leaves it
+    assert relabel.main(flags(pairs, tmp_path / "stopped.parquet", *both)) == 0
+    assert contents(tmp_path / "stopped.scores") == contents(tmp_path / "whole.scores")
 
 
 @pytest.mark.faults

@@ -11,7 +11,7 @@ a pair of equal images is a tie.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dpo_fast import locks
 from dpo_fast.data import BadImage, BadRow, PairIndex, Source
 from dpo_fast.data.images import decode, decoded_bytes, image_key
 from dpo_fast.data.pairs import too_many_bad
@@ -33,7 +32,7 @@ from dpo_fast.parallel import Ranks
 from dpo_fast.scorers import Scorer
 from dpo_fast.scorers.by_size import batches_by_size
 from dpo_fast.scorers.kept_scores import warn_of_older_scores
-from dpo_fast.store import KEY_BYTES, Field, Recipe, Remedies, Store, Writer, mend
+from dpo_fast.store import KEY_BYTES, Field, Recipe, Remedies, Store, Writer, log_keys, mend
 from dpo_fast.threads import Sized, ahead
 
 PART_ROWS = 256  # of the source; the most that a killed process loses on each rank, and a damaged file
@@ -74,32 +73,28 @@ def score_pairs(
     batch_size: int,
     num_workers: int,
     max_bad_fraction: float,
-    waiting: Callable[[str], None],
 ) -> Scores | None:
-    """Score what `folder` does not hold yet, each rank its share of the parts; return all scores on the main rank.
+    """Score what `folder` does not have yet, each rank its share of the parts; return all scores on the main rank.
 
-    Other ranks get None. While another process scores into the folder, `waiting` gets a message and the call waits.
-    Raises BadInput, on every rank, if more than `max_bad_fraction` of the rows do not decode, and for what a scorer
-    cannot judge.
+    Other ranks get None. The caller holds the folder (`locks.hold`). Raises BadInput, on every rank, if more than
+    `max_bad_fraction` of the rows do not decode, and for what a scorer cannot judge.
     """
     work = PairScoring(source, index, scorers, facts, folder, batch_size, max_bad_fraction)
-    with ExitStack() as held:
 
-        def begin() -> None:
-            otherwise = "wait until it is done, or name another --scores_dir"
-            held.enter_context(locks.hold(folder, otherwise=otherwise, waiting=waiting))
-            warn_of_older_scores(folder, scorers)
-            for recipe in work.recipes.values():
-                mend(folder, recipe)
+    def begin() -> None:
+        warn_of_older_scores(folder, scorers)
+        for recipe in work.recipes.values():
+            mend(folder, recipe, ranks.world_size)
 
-        ranks.on_main(begin)
-        ranks.on_all(work.find_stores)
-        missing = [first for first in work.parts if work.missing(first)]
-        ranks.wait()  # every rank has seen the same parts before one of them writes
-        mine = missing[ranks.rank :: ranks.world_size]
-        ranks.on_all(lambda: work.score_all(mine, ranks.rank, num_workers, _title(ranks)))
-        done = sum(ranks.gather(sum(len(work.parts[first]) for first in mine)))
-        return ranks.on_main(lambda: work.collect(done))
+    ranks.on_main(begin)
+    writers = ranks.on_all(lambda: work.open_writers(ranks.rank))  # which resume this rank's unfinished shards
+    ranks.on_all(work.find_scored)
+    missing = [first for first in work.parts if work.missing(first)]
+    ranks.wait()  # every rank has seen the same parts before one of them writes
+    mine = missing[ranks.rank :: ranks.world_size]
+    ranks.on_all(lambda: work.score_all(mine, writers, num_workers, _title(ranks)))
+    done = sum(ranks.gather(sum(len(work.parts[first]) for first in mine)))
+    return ranks.on_main(lambda: work.collect(done))
 
 
 def _title(ranks: Ranks) -> str | None:
@@ -133,11 +128,18 @@ class PairScoring:
             self.parts[row - row % PART_ROWS].append(row)
         self.keys = {row: _key(row, source.row_stamp(row), caption) for row, caption in self.captions.items()}
         self.bad: dict[int, BadRow] = {}  # found by this rank
-        self.scored: dict[str, set[bytes]] = {}  # scorer -> keys of its records; set by `find_stores`
+        self.scored: dict[str, set[bytes]] = {}  # scorer -> keys of its records; set by `find_scored`
 
-    def find_stores(self) -> None:
-        """Read which records the stores hold."""
-        self.scored = {name: Store(self.folder, recipe).keys() for name, recipe in self.recipes.items()}
+    def open_writers(self, rank: int) -> dict[str, Writer]:
+        """Open a writer for each scorer's store; `score_all` closes them."""
+        return {name: Writer(self.folder, recipe, rank, capacity=PART_ROWS) for name, recipe in self.recipes.items()}
+
+    def find_scored(self) -> None:
+        """Read which records the stores hold, in complete shards and in those that writers have resumed."""
+        self.scored = {
+            name: Store(self.folder, recipe).keys() | log_keys(self.folder / recipe.folder_name)
+            for name, recipe in self.recipes.items()
+        }
 
     def missing(self, first: int) -> list[str]:
         """The scorers that have not judged all rows of a part."""
@@ -166,20 +168,19 @@ class PairScoring:
         arrays = {name: np.array([scores[row] for row in rows]).reshape(-1, 2) for name, scores in of.items()}
         return Scores(np.array(rows, dtype=np.int64), arrays, sorted(bad.values()), scored_now)
 
-    def score_all(self, parts: Sequence[int], rank: int, num_workers: int, title: str | None) -> None:
-        """Score these parts and write each, as rank `rank`."""
-        if not parts:
-            return
-        total = sum(len(self.parts[first]) for first in parts)
-        bar = tqdm(total=total, desc=title, unit=" pairs", disable=not title)
-        pool = ThreadPoolExecutor(num_workers)
+    def score_all(
+        self, parts: Sequence[int], writers: Mapping[str, Writer], num_workers: int, title: str | None
+    ) -> None:
+        """Score these parts and write each; complete the stores' last shards."""
         with ExitStack() as ends:
+            for writer in writers.values():
+                ends.enter_context(writer)
+            if not parts:
+                return
+            total = sum(len(self.parts[first]) for first in parts)
+            bar = ends.enter_context(tqdm(total=total, desc=title, unit=" pairs", disable=not title))
+            pool = ThreadPoolExecutor(num_workers)
             ends.callback(pool.shutdown, wait=False, cancel_futures=True)
-            ends.callback(bar.close)
-            writers = {
-                name: ends.enter_context(Writer(self.folder, recipe, rank, capacity=PART_ROWS))
-                for name, recipe in self.recipes.items()
-            }
             for first in parts:
                 self.score(first, pool, writers)
                 bar.update(len(self.parts[first]))

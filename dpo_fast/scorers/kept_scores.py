@@ -25,7 +25,7 @@ from dpo_fast.files import read_bytes
 from dpo_fast.parallel import Ranks
 from dpo_fast.scorers import Scorer
 from dpo_fast.scorers.by_size import batches_by_size
-from dpo_fast.store import KEY_BYTES, Field, Recipe, Remedies, Store, Writer, has_store, mend
+from dpo_fast.store import KEY_BYTES, Field, Recipe, Remedies, Store, Writer, has_store, log_keys, mend
 from dpo_fast.threads import Sized, ahead
 
 logger = logging.getLogger(__name__)
@@ -89,23 +89,25 @@ def _scores(
         return lacking()[ranks.rank :: ranks.world_size]
 
     def found(writing: bool) -> tuple[Recipe, dict[bytes, float]]:
-        """Return the recipe of the store for the scorer's present facts, and the scores in that store."""
+        """Return the recipe of the store for the scorer's present facts, and the scores in its complete shards."""
         about = ranks.from_main(describe)
         recipe = Recipe(name, about, (Field("score", (), "float64"),), REMEDIES)
-        ranks.on_main(lambda: mend(folder, recipe) if writing or has_store(folder, recipe) else None)
+        ranks.on_main(lambda: mend(folder, recipe, ranks.world_size) if writing or has_store(folder, recipe) else None)
         return recipe, ranks.on_all(lambda: read_scores(folder, recipe))
 
     recipe, kept = found(writing=False)
     if ranks.any(bool(lacking())):
         ranks.on_all(lambda: load() if share() else None)
         recipe, kept = found(writing=True)
-        mine = share()
+        writer = ranks.on_all(lambda: Writer(folder, recipe, ranks.rank, capacity=SHARD_IMAGES))
+        resumed = ranks.on_all(lambda: log_keys(folder / recipe.folder_name))  # of all ranks' unfinished shards
+        mine = [unit for unit in lacking() if unit.key not in resumed][ranks.rank :: ranks.world_size]
         ranks.wait()  # every rank has seen the same scores before one of them writes
         work = ScorerRun(name, load, images, prompts, batch_size)
 
         def score() -> None:
-            if mine:
-                with Writer(folder, recipe, ranks.rank, capacity=SHARD_IMAGES) as writer:
+            with writer:
+                if mine:
                     work.score(mine, writer, show=ranks.is_main)
 
         ranks.on_all(score)

@@ -155,10 +155,11 @@ def finish_orphans(root: Path, recipe: Recipe, ranks: int) -> None:
             pass
 
 
-def mend(root: Path, recipe: Recipe) -> None:
-    """Make the recipe's folder, take over what killed processes left, and delete what is damaged, which is logged.
+def mend(root: Path, recipe: Recipe, ranks: int) -> None:
+    """Make the recipe's folder, complete what earlier ranks >= `ranks` left, and delete what is damaged, logging it.
 
-    Every record is read: for stores of small records into which no other process is writing.
+    Every record is read: for stores of small records into which no other process is writing. Ranks below `ranks` resume
+    their own unfinished shards (`Writer`), so that an interruption changes no file.
     """
     mark = root / recipe.folder_name / "recipe.json"
     try:
@@ -167,7 +168,7 @@ def mend(root: Path, recipe: Recipe) -> None:
         logger.warning("%s is damaged (%s): it is written again", mark, printable(str(error)))
         mark.unlink(missing_ok=True)
     begin_folder(root, recipe)
-    finish_orphans(root, recipe, 0)
+    finish_orphans(root, recipe, ranks)
     drop_damaged(root, recipe, every_record=True)
 
 

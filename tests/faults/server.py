@@ -5,6 +5,7 @@ has no threads of its own, so that a forked process is as good as a new one. One
 """
 
 import ctypes
+import faulthandler
 import json
 import os
 import select
@@ -189,7 +190,8 @@ def _serve(library: Path) -> None:
         *[ctypes.c_int, ctypes.c_long, ctypes.c_int, ctypes.c_uint],
         ctypes.c_int,
     ]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a server that was started in the background
+    # Ignored in a server that was started in the background; as a Python handler, hooks of a fork would swallow it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)
@@ -210,6 +212,7 @@ def _become(request: dict, shim: ctypes.CDLL) -> None:
     os.dup2(nothing, 0)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(streams / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    faulthandler.enable(2)
     log = os.open(streams / "calls", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.chdir(request["folder"])
     sys.argv = [request["module"], *request["argv"]]
@@ -230,7 +233,8 @@ def _become(request: dict, shim: ctypes.CDLL) -> None:
 
 
 def _wait(process: int, sent: list | None) -> int | None:
-    """Send the signal at its moment and wait for the end; the status as subprocess has it, or None after LIMIT."""
+    """Send the signal at its moment and wait for the end; the status as subprocess has it, or None after LIMIT, when
+    the process prints where its threads are (`faulthandler`)."""
     descriptor = os.pidfd_open(process)
     try:
         if sent is not None:
@@ -239,6 +243,8 @@ def _wait(process: int, sent: list | None) -> int | None:
                 signal.pidfd_send_signal(descriptor, number)
         ended = select.select([descriptor], [], [], LIMIT)[0]
         if not ended:
+            signal.pidfd_send_signal(descriptor, signal.SIGABRT)
+            select.select([descriptor], [], [], 5.0)
             os.killpg(process, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         return status if ended else None

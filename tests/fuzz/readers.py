@@ -346,7 +346,7 @@ def _write_scores(folder: Path) -> None:
 
 def _read_scores(folder: Path, changed: Iterable[str]) -> None:
     with refused(BadInput):
-        store.mend(folder, _SCORES)
+        store.mend(folder, _SCORES, ranks=0)
         kept_scores.read_scores(folder, _SCORES)
     with refused(BadInput):
         generation._listing(folder)

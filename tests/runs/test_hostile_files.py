@@ -198,7 +198,7 @@ def test_nested_json_in_the_place_of_every_note(tmp_path):
     recipe = Recipe("x", {}, (Field("score", (), "float64"),))
     (tmp_path / recipe.folder_name).mkdir()
     (tmp_path / recipe.folder_name / "shard-0-00000.json").write_text(signed(f'{{"keys":{DEEP}}}'))
-    mend(tmp_path, recipe)
+    mend(tmp_path, recipe, ranks=0)
     assert kept_scores.read_scores(tmp_path, recipe) == {}
 
     (tmp_path / "hps").mkdir()
@@ -218,7 +218,7 @@ def test_links_to_nowhere_and_without_an_end(tmp_path):
     for number, target in enumerate(("nowhere", "/dev/zero")):
         (tmp_path / "scores" / recipe.folder_name / f"shard-0-{number:05d}.json").symlink_to(target)
     assert hub_revisions.revision_of(tmp_path).startswith("files ")
-    mend(tmp_path / "scores", recipe)
+    mend(tmp_path / "scores", recipe, ranks=0)
     assert os.listdir(tmp_path / "scores" / recipe.folder_name) == ["recipe.json"]
     (tmp_path / "shard-0-00000.log").symlink_to("nowhere")
     assert log_keys(tmp_path) == set()

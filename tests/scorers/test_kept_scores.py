@@ -13,6 +13,7 @@ from dpo_fast.data.image_files import Files
 from dpo_fast.errors import BadInput
 from dpo_fast.scorers import Scorer
 from dpo_fast.scorers.kept_scores import score_images
+from tests.faults.commands import contents
 
 SIZES = ((8, 8), (8, 8), (6, 9), (8, 8), (6, 9), (5, 5))
 
@@ -89,6 +90,17 @@ def test_an_interruption_keeps_what_was_scored(images, tmp_path):
     scorer = Counting()
     torch.testing.assert_close(run(files, prompts, scorer, tmp_path / "s"), expected(files, prompts))
     assert scorer.seen == len(SIZES) - 4
+
+
+def test_an_interruption_changes_no_file(images, tmp_path):
+    files, prompts = images
+    run(files, prompts, Counting(), tmp_path / "whole", batch_size=1)
+    for after in (1, 2, 2):
+        with pytest.raises(KeyboardInterrupt):
+            run(files, prompts, Counting(fails_after=after), tmp_path / "s", batch_size=1)
+    assert (unfinished := list(tmp_path.glob("s/*/*.part"))), "it was not interrupted in a shard"
+    run(files, prompts, Counting(), tmp_path / "s", batch_size=1)
+    assert not unfinished[0].exists() and contents(tmp_path / "s") == contents(tmp_path / "whole")
 
 
 def test_files_that_come_or_change_as_the_scorer_is_loaded(images, tmp_path):

@@ -340,7 +340,7 @@ def test_mend_writes_a_damaged_recipe_again(tmp_path, text, caplog):
     write(tmp_path, entries)
     mark = tmp_path / RECIPE.folder_name / "recipe.json"
     mark.write_text(text)
-    mend(tmp_path, RECIPE)
+    mend(tmp_path, RECIPE, ranks=1)
     assert json.loads(mark.read_text()) == RECIPE.as_json() and "recipe.json is damaged" in caplog.text
     assert "\x1b" not in caplog.text and caplog.text.encode()  # a log in UTF-8 takes it
     assert_holds(tmp_path, entries)
