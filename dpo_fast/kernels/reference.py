@@ -84,6 +84,11 @@ def noise_pair(
     prediction_type: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
+    """Return noisy latents [2B,C,H,W] in `dtype` and the float32 target, in the latents' memory format; no checks.
+
+    x_t = sqrt(abar_t) x_0 + sqrt(1-abar_t) eps (arXiv 2006.11239 eq. 4). The target is eps [B,C,H,W] for "epsilon",
+    else the velocity sqrt(abar_t) eps - sqrt(1-abar_t) x_0 [2B,C,H,W] (arXiv 2202.00512).
+    """
     _, channels, height, width = latents.shape
     noise = normal_noise(seed, pair_id, draw, channels, height, width)
     x0 = latents.float().unflatten(0, (2, -1))
@@ -101,7 +106,11 @@ noise_pair_fwd = noise_pair
 
 
 def pair_errors(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return policy_error, ref_error and error_delta, each [2B]."""
+    """Return policy_error, ref_error (0 without ref) and error_delta = policy_error - ref_error, each [2B].
+
+    policy_pred [2B,C,H,W]; ref: predictions [2B,C,H,W], errors [2B] or None; target [B,C,H,W], shared by the images of
+    a pair, or [2B,C,H,W]. An error is the mean over C, H, W of (prediction - target)^2. Nothing is checked.
+    """
     p, t = _halves(policy_pred, target)
     policy_residual = p - t
     policy_error = _image_mean(policy_residual.square())
@@ -118,6 +127,7 @@ def pair_errors(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> tupl
 
 
 def pair_errors_fwd(policy_pred: Tensor, ref: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `pair_errors` does, [2B] each, in tensors that share no memory with each other or the inputs."""
     policy_error, ref_error, error_delta = pair_errors(policy_pred, ref, target)
     if ref is None:  # a custom op's outputs may alias neither its inputs nor one another
         error_delta = error_delta.clone()
@@ -171,7 +181,11 @@ def dpo_loss(
     label: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return loss [], margin [B], policy_error [2B] and ref_error [2B]."""
+    """Return loss [], margin [B], policy_error [2B] and ref_error [2B] (arXiv 2311.12908 eq. 14, its code's beta).
+
+    loss = (1/B) sum of weight * -[y logsigmoid(margin) + (1-y) logsigmoid(-margin)], y = label. policy_pred, ref and
+    target are as in `pair_errors`, with ref not None; label [B] in [0, 1] and weight [B], None: all 1. No checks.
+    """
     policy_error, ref_error, error_delta = pair_errors(policy_pred, ref, target)
     margin = pair_margin(error_delta, beta)
     pair_loss = -F.logsigmoid(margin)
@@ -184,6 +198,7 @@ def dpo_loss(
 def dpo_loss_fwd(
     policy_pred: Tensor, ref: Tensor, target: Tensor, beta: float, label: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `dpo_loss` does, in tensors that share no memory with each other or the inputs."""
     loss, margin, policy_error, ref_error = dpo_loss(policy_pred, ref, target, beta, label, weight)
     return loss, margin, policy_error, ref_error.clone() if ref.dim() == 1 else ref_error
 

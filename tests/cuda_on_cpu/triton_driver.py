@@ -27,7 +27,8 @@ from dpo_fast.kernels import dispatch
 Launch = Callable[[str, str, tuple[int, int, int], int, int, list[bytes]], None]
 
 BACKEND = "dpo_fast.kernels.triton"
-OPS = ("noise_pair", "pair_errors", "dpo_loss")
+TRITON = Path(__file__).parents[2] / "dpo_fast" / "kernels" / "triton"
+OPS = tuple(sorted(file.stem for file in TRITON.glob("*.py") if file.stem not in ("__init__", "common", "arithmetic")))
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_BYTES = 227 << 10  # that a block of an H100 can have
 NULL = bytes(8)  # an address

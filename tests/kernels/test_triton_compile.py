@@ -64,9 +64,8 @@ def kernels():
     """The backend's modules, which without a GPU cannot be imported as they are, and are forgotten afterwards."""
     before = set(sys.modules)
     with mock.patch("torch.cuda.is_available", return_value=True):
-        modules = {
-            name: import_module(f"dpo_fast.kernels.triton.{name}") for name in ("noise_pair", "pair_errors", "dpo_loss")
-        }
+        names = {kernel.partition(".")[0] for kernel, _ in KERNELS}
+        modules = {name: import_module(f"dpo_fast.kernels.triton.{name}") for name in names}
     yield SimpleNamespace(**modules)
     if not torch.cuda.is_available():
         for name in set(sys.modules) - before:
@@ -85,6 +84,7 @@ def compile_for(kernels, kernel: str, row: dict, capability: int, aligned: bool 
     given = {**FLOAT, **SCALAR, **row}
     signature, constexprs, attributes = {}, {}, {}
     for i, argument in enumerate(function.arg_names):
+        assert argument in given or argument in constants, f"{kernel}: add the type of {argument} to FLOAT or SCALAR"
         kind = given.get(argument, constants.get(argument))
         if isinstance(kind, str):
             signature[argument] = kind
