@@ -1,7 +1,7 @@
 """Run the tests under many seeds; print which failed under which.
 
 python -m tests.many_seeds 20                          all tests, exhaustive ones too, under the seeds 1 to 20
-python -m tests.many_seeds 7-20                        under the seeds 7 to 20
+python -m tests.many_seeds 3,7-20                      under the seeds 3 and 7 to 20
 python -m tests.many_seeds 20 tests/kernels -n 0       further arguments are pytest's
 
 The first seed runs everything and shows which tests draw from the seed; the others run only those, since the rest
@@ -42,11 +42,23 @@ def run(seed: int, arguments: list[str]) -> tuple[set[str], dict[str, str]]:
     return drew, failed
 
 
+def seeds_of(given: str) -> list[int]:
+    """The seeds that `given` names: a number N stands for 1 to N, a list for its seeds and ranges; none if neither."""
+    if given.isdecimal():
+        return [*range(1, int(given) + 1)]
+    seeds: list[int] = []
+    for part in given.split(","):
+        first, _, last = part.rpartition("-")
+        if not last.isdecimal() or not (first or last).isdecimal():
+            return []
+        seeds += range(int(first or last), int(last) + 1)
+    return seeds
+
+
 def main(arguments: list[str]) -> int:
-    first, _, last = (arguments or [""])[0].rpartition("-")
-    if not last.isdecimal() or not (first or "1").isdecimal() or not 1 <= int(first or 1) <= int(last):
-        sys.exit("usage: python -m tests.many_seeds NUMBER|FIRST-LAST [arguments of pytest]")
-    seeds, given = range(int(first or 1), int(last) + 1), arguments[1:]
+    seeds, given = seeds_of((arguments or [""])[0]), arguments[1:]
+    if not seeds:
+        sys.exit("usage: python -m tests.many_seeds NUMBER|SEED,FIRST-LAST,... [arguments of pytest]")
     options = [one for one in given if not Path(one.split("::")[0]).exists()]  # the rest selects tests
     failures: dict[str, dict[int, str]] = {}  # test -> seed -> message
     chosen = given
