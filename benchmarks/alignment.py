@@ -3,7 +3,8 @@
     python benchmarks/alignment.py [--variants default swapped ...] [--seeds 1 2 3] [--output_dir DIR] [--json FILE]
 
 Every run is `python -m dpo_fast.train` with the flags of its variant and what follows `--` on this command line. Runs
-that are finished in DIR are not repeated. The line `all` is the mean over seeds, its interval from theirs.
+that are finished in DIR are not repeated. All are compared with the base on the same prompts and the same noise; the
+line `all` is over the images of all seeds.
 """
 
 import argparse
@@ -21,8 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from dpo_fast.evaluation.scored import COLUMNS
 from dpo_fast.files import write_json
 from dpo_fast.presets import PRESETS
+from dpo_fast.statistics import win_rate
 
 PAIRS = Path(str(PRESETS["shapes"]["dataset_name"]))
 VARIANTS = {
@@ -64,7 +67,8 @@ def main() -> None:
         for seed, summary in mine:
             print(line(variant, str(seed), summary))
             rows.append({"variant": variant, "seed": seed, "flags": VARIANTS[variant], **summary})
-        print(f"{variant:10} all  {pooled([summary for _, summary in mine])}\n")
+        folders = [arguments.output_dir / f"{variant}-{seed}" for seed, _ in mine]
+        print(f"{variant:10} all  {pooled(folders)}\n")
     if arguments.json:
         packages = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
         command = "python benchmarks/alignment.py " + " ".join(sys.argv[1:])
@@ -119,12 +123,22 @@ def line(variant: str, seed: str, summary: dict) -> str:
     )
 
 
-def pooled(summaries: list[dict]) -> str:
-    """Format the mean win rate of runs, with an interval from those of the runs (independent seeds: variances add)."""
-    rate = sum(s["win_rate"] for s in summaries) / len(summaries)
-    halves = [(s["win_rate_ci95"][1] - s["win_rate_ci95"][0]) / 2 for s in summaries]
-    half = sum(h * h for h in halves) ** 0.5 / len(summaries)
-    return f"{rate:.3f} [{rate - half:.3f}, {rate + half:.3f}]"
+def pooled(folders: list[Path], scorer: str | None = None) -> str:
+    """Format the win rate over the images of all runs, with its interval over prompts, which all runs share.
+
+    scorer: None: the first.
+    """
+    tables = [pq.read_table(folder / "scores.parquet").to_pydict() for folder in folders]
+    if any((table["prompt"], table["seed"]) != (tables[0]["prompt"], tables[0]["seed"]) for table in tables):
+        raise SystemExit(f"{', '.join(map(str, folders))} were compared on different noise: delete the older ones")
+    scorer = scorer or list(tables[0])[len(COLUMNS)]
+    prompts, base, policy = [], [], []
+    for table in tables:
+        number = len(table["prompt"]) // 2  # the base's rows come first
+        prompts += table["prompt"][:number]
+        base += table[scorer][:number]
+        policy += table[scorer][number:]
+    return str(win_rate(torch.tensor(base, dtype=torch.float64), torch.tensor(policy, dtype=torch.float64), prompts))
 
 
 if __name__ == "__main__":

@@ -41,14 +41,15 @@ def main() -> None:
     for scorer in SCORERS:
         for fraction in arguments.keep_fractions:
             labelled, report = relabelled(scorer, fraction, arguments.output_dir)
-            summaries = []
+            summaries, folders = [], []
             for seed in arguments.seeds:
                 flags = ["--dataset_name", str(labelled), "--label_column", "label_0", "--seed", str(seed)]
                 flags += ["--eval_scorers", scorer, *(other for other in SCORERS if other != scorer), *more]
-                summary = finished(arguments.output_dir / f"{scorer}-{fraction:g}-{seed}", flags, jobs=1)
+                folders.append(arguments.output_dir / f"{scorer}-{fraction:g}-{seed}")
+                summary = finished(folders[-1], flags, jobs=1)
                 summaries.append(summary)
                 rows.append({"scorer": scorer, "seed": seed, "labels": report, "flags": more, **summary})
-            print(line(scorer, fraction, report, summaries), flush=True)
+            print(line(scorer, fraction, report, summaries, folders), flush=True)
     if arguments.json:
         packages = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
         command = "python benchmarks/relabel.py " + " ".join(sys.argv[1:])
@@ -78,12 +79,9 @@ def relabelled(scorer: str, fraction: float, root: Path) -> tuple[Path, dict]:
     return path, json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
 
 
-def line(scorer: str, fraction: float, report: dict, summaries: list[dict]) -> str:
+def line(scorer: str, fraction: float, report: dict, summaries: list[dict], folders: list[Path]) -> str:
     """Format a row of the table: pooled win rates by every scorer, and the mean scores by the one that labelled."""
-    rates = []
-    for name in SCORERS:
-        found = [summary["scores"][name]["win_rate"] for summary in summaries]
-        rates.append(pooled([{"win_rate": w["rate"], "win_rate_ci95": [w["low"], w["high"]]} for w in found]))
+    rates = [pooled(folders, name) for name in SCORERS]
     means = [sum(s["scores"][scorer][which] for s in summaries) / len(summaries) for which in ("base", "policy")]
     return (
         f"{scorer:14}{fraction:6g}{report['kept']:7}{report['smallest_kept_margin']:14.4f}   "

@@ -220,10 +220,11 @@ class TrainConfig:
     sampling_guidance: float | None = None
     """Classifier-free guidance scale of both; None: the model's usual (SD1.5 7.5, SDXL 5, Turbo 0)."""
     eval_scorers: tuple[str, ...] = ()
-    """After training, compare base and result by these scorers on the same prompts and seeds (report.html,
-    summary.json, scores.parquet, samples.png). The first is what was trained towards. Names: docs/evaluation.md."""
+    """After training, compare base and result by these scorers on the same prompts and seeds, as `dpo_fast.evaluate`
+    does (report.html, summary.json, scores.parquet, samples.png). The first is what was trained towards. Names:
+    docs/evaluation.md."""
     eval_prompts: Path | None = None
-    """Prompts of that comparison: a text file, one a line."""
+    """Prompts of that comparison: a text file, one a line, or a set of `dpo_fast.evaluate` (partiprompts, hps, ...)."""
     eval_images: int | None = None
     """Images a model in that comparison, the prompts taken in turn with other seeds; None: one a prompt."""
     eval_batch_size: int = 8

@@ -46,8 +46,9 @@ def _run(config: EvaluateConfig) -> int:
     import torch
 
     from dpo_fast import output_folder, parallel
-    from dpo_fast.evaluation.comparison import RECORD, compare, prepare
+    from dpo_fast.evaluation.comparison import RECORD, check_scorers, compare, find_pairs, unscored
     from dpo_fast.evaluation.sides import (
+        batch_size_of,
         comparison_of,
         evaluation_name,
         is_run,
@@ -59,6 +60,9 @@ def _run(config: EvaluateConfig) -> int:
 
     started = time.perf_counter()
     run = read_run(config.policy) if is_run(config.policy) else None
+    config = replace(config, batch_size=batch_size_of(config, run))
+    # fp32 is fp32, as in training
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run is not None and run.allow_tf32
     models, sides = sides_of(config)
     comparison = None
     if config.prompts or config.dataset_name is None:
@@ -78,7 +82,9 @@ def _run(config: EvaluateConfig) -> int:
         ranks.on_main(lambda: output_folder.claim(out, RECORD, settings, what="an evaluation"))
         pairs = result = implicit = None
         if comparison is not None:
-            comparison, pairs = prepare(comparison, out, ranks)
+            texts = [prompt.text for prompt in comparison.wanted.prompts]
+            ranks.on_main(lambda: check_scorers(unscored(comparison, out), comparison.scoring, texts))
+            comparison, pairs = find_pairs(comparison, out, ranks)
             result = compare(comparison, pairs, out, ranks, config.batch_size)
         if reference is not None:
             implicit = _implicit(config, run, models[sides[1].name], reference, held_out, ranks)
@@ -100,15 +106,17 @@ def _tell(
     implicit: "ImplicitAccuracy | None",
 ) -> None:
     """Write and print what was found."""
-    from dpo_fast.evaluation.comparison import REPORT, SUMMARY, write
+    from dpo_fast.evaluation.comparison import REPORT, SUMMARY, write_report
     from dpo_fast.files import write_json
 
+    of_pairs = {} if implicit is None else {"implicit": implicit.for_summary()}
     if result is None:
-        write_json(out / SUMMARY, {"implicit": implicit.for_summary()})
+        write_json(out / SUMMARY, of_pairs)
         print(f"\n{implicit}", flush=True)
         return
     findings, scored = result
-    write(out, findings, scored, pairs, implicit)
+    write_report(out, findings, scored, pairs, implicit)
+    write_json(out / SUMMARY, findings.for_summary() | of_pairs)
     print("", findings, *([implicit] if implicit is not None else []), sep="\n\n", flush=True)
     print(f"\nreport: {out / REPORT}", flush=True)
 

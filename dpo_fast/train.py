@@ -14,7 +14,7 @@ from dpo_fast.command_line import parse
 from dpo_fast.config import TrainConfig
 
 if TYPE_CHECKING:
-    from dpo_fast.evaluation.compare import Evaluation
+    from dpo_fast.evaluation.prompts import Prompt
     from dpo_fast.parallel import Ranks
 
 
@@ -52,7 +52,6 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
     from dpo_fast.training.trainer import Interrupted, Trainer
 
     show_log()
-    evaluation = None
     remedy = (
         "lower --train_batch_size (with --pairs_per_step the result stays the same), or add --gradient_checkpointing,"
         " or --mixed_precision bf16, or --tuning lora"
@@ -62,16 +61,16 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
         config = settle(config, ranks)
         hold = ranks.on_main(lambda: held.enter_context(output_folder.hold(config.output_dir)))  # also while evaluating
         if config.eval_scorers:
-            from dpo_fast.evaluation.compare import Evaluation
+            from dpo_fast.evaluation.run_evaluation import check_request
 
-            evaluation = Evaluation(config, ranks)  # scorers and prompts are checked before the training
+            prompts = check_request(config, ranks)
         run = open_run(config, ranks)
         Trainer(run, argv, hold).train()
-        if evaluation is not None:
+        if config.eval_scorers:
             config = run.config
             del run  # free its memory before the evaluation loads models
-            remedy = f"the run is done: `python -m dpo_fast.evaluate --policy {config.output_dir} --batch_size 1`"
-            _evaluate(evaluation, config, ranks)
+            remedy = "the training is done: the same command with --resume_from_checkpoint auto --eval_batch_size 1"
+            _evaluate(config, prompts, ranks)
     except AlreadyDone as done:
         say(str(done))
     except Interrupted as stop:
@@ -85,12 +84,12 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
     return 0
 
 
-def _evaluate(evaluation: "Evaluation", config: TrainConfig, ranks: "Ranks") -> None:
+def _evaluate(config: TrainConfig, prompts: "list[Prompt]", ranks: "Ranks") -> None:
     """Compare the result with its base and print what came of the run."""
-    from dpo_fast.evaluation.compare import add_to_summary
+    from dpo_fast.evaluation.run_evaluation import add_to_summary, evaluate_run
 
     started = time.perf_counter()
-    findings = evaluation.compare(config, ranks)
+    findings = evaluate_run(config, prompts, ranks)
     if findings is None:  # not the main rank
         return
     summary = add_to_summary(config.output_dir, findings, time.perf_counter() - started)

@@ -198,10 +198,10 @@ def test_a_run_knows_its_own_evaluation(moved, prompts, published, tmp_path):
     assert main([str(word) for word in flags]) == 0
     found = summary(tmp_path / "out")
     assert list(found["scores"]) == ["clip", "aesthetic"] and found["about"]["prompt_set"] == "own.txt"
-    assert (found["prompts"], found["images"]) == (3, 6)
+    assert (found["prompts"], found["images"]) == (3, 7)
     more = ["--policy", run, "--scorer_models", published, "--sampling_steps", 2, "--max_prompts", 1]
     assert main([str(word) for word in (*more, "--output_dir", tmp_path / "one")]) == 0
-    assert summary(tmp_path / "one")["images"] == 2  # as many of a prompt as before
+    assert summary(tmp_path / "one")["images"] == 3  # as many of that prompt as before
 
 
 def test_a_name_that_both_sides_have(moved, tmp_path, evaluate, pairs):

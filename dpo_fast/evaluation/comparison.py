@@ -6,6 +6,7 @@ OUT/scores/           scores of single images (`scorers.kept_scores`)
 OUT/scores.parquet    OUT/summary.json    OUT/report.html
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from functools import partial
@@ -24,7 +25,7 @@ from dpo_fast.evaluation.report.page import page
 from dpo_fast.evaluation.scored import Scored, write_scores
 from dpo_fast.evaluation.sides import Comparison
 from dpo_fast.evaluation.signals import measure
-from dpo_fast.files import write_json, write_text
+from dpo_fast.files import write_text
 from dpo_fast.models.load import revisions
 from dpo_fast.parallel import Ranks
 from dpo_fast.scorers import default_dtype, facts, load_scorer, provenance
@@ -39,20 +40,30 @@ SHOWN = ("family", "weights", "sampler", "steps", "guidance", "resolution", "lay
 SAMPLING = ("family", "sampler", "steps", "guidance", "resolution", "layout", "strength")
 
 
-def prepare(comparison: Comparison, out: Path, ranks: Ranks) -> tuple[Comparison, ImagePairs]:
+def check_scorers(names: Sequence[str], scoring: Mapping[str, object], texts: Sequence[str]) -> None:
+    """Load every scorer on the CPU and release it. scoring: keywords of `load_scorer`.
+
+    Raises BadInput for a scorer that lacks its files or cannot judge `texts`.
+    """
+    for name in dict.fromkeys(names):
+        load_scorer(name, torch.device("cpu"), **scoring).check(texts)
+
+
+def unscored(comparison: Comparison, out: Path) -> list[str]:
+    """The scorers that have not scored anything yet, or have more to score once images are there."""
+    whole = _is_whole(comparison, out)
+    return [name for name in comparison.scorers if not (whole and has_scores(out / "scores", name))]
+
+
+def find_pairs(comparison: Comparison, out: Path, ranks: Ranks) -> tuple[Comparison, ImagePairs]:
     """Return the comparison restricted to prompts that have pairs, and those pairs, before generating anything.
 
-    Raises BadInput, on every rank, for whatever would be refused later: a scorer that is not available or cannot judge
-    the prompts, a folder without an image of any prompt, an image that does not open.
+    Raises BadInput, on every rank, for whatever would be refused later: a folder without an image of any prompt, an
+    image that does not open.
     """
 
     def work() -> tuple[Comparison, ImagePairs]:
-        texts = [prompt.text for prompt in comparison.wanted.prompts]
-        whole = not comparison.wanted.models or is_complete(out / "images")
-        for name in comparison.scorers:
-            if not (whole and has_scores(out / "scores", name)):
-                load_scorer(name, **comparison.scoring).check(texts)
-        pairs, wanted = _pairs(comparison, out), comparison.wanted
+        pairs, wanted, whole = _pairs(comparison, out), comparison.wanted, _is_whole(comparison, out)
         for side, files in ((comparison.base, pairs.base), (comparison.policy, pairs.policy)):
             if side.folder is not None and not whole:
                 files.check(f"opening, {side.name}")
@@ -91,6 +102,7 @@ def compare(
     sources = pairs.base.paths, pairs.policy.paths
     signals = measure(pairs.base, pairs.policy, pairs.prompts, sources=sources, show=True)
     settings, remarks = _settings(comparison, pairs, ranks.device)
+    settings |= comparison.training
     about = About(
         comparison.base.name,
         comparison.policy.name,
@@ -98,6 +110,7 @@ def compare(
         date.today().isoformat(),
         settings,
         [*pairs.remarks, *remarks],
+        trained_towards_the_first=comparison.trained_towards_the_first,
         models={
             title: revisions(comparison.wanted.models[side.name])
             for title, side in (("base", comparison.base), ("policy", comparison.policy))
@@ -108,14 +121,17 @@ def compare(
     return judge(scored, signals, about, compare_medians=comparison.compare_medians), scored
 
 
-def write(
+def write_report(
     out: Path, findings: Findings, scored: Scored, pairs: ImagePairs, implicit: "ImplicitAccuracy | None" = None
 ) -> None:
-    """Write scores.parquet, report.html and summary.json, each atomically."""
+    """Write scores.parquet and report.html, each atomically."""
     write_scores(out / SCORES, scored)
     write_text(out / REPORT, page(findings, scored, pairs.base, pairs.policy, implicit=implicit))
-    summary = findings.for_summary()
-    write_json(out / SUMMARY, summary if implicit is None else summary | {"implicit": implicit.for_summary()})
+
+
+def _is_whole(comparison: Comparison, out: Path) -> bool:
+    """Whether all images are there."""
+    return not comparison.wanted.models or is_complete(out / "images")
 
 
 def _pairs(comparison: Comparison, out: Path) -> ImagePairs:
@@ -134,7 +150,7 @@ def _pairs(comparison: Comparison, out: Path) -> ImagePairs:
             if row.model == side.name:
                 rows.setdefault(row.prompt, {})[row.seed] = PromptImage(out / "images" / row.file, row.seed)
         images.append({prompt: [*of_seed.values()] for prompt, of_seed in rows.items()})
-    seeds = None if comparison.all_images else wanted.seeds
+    seeds = None if comparison.all_images else {text: wanted.seeds_of(text) for text in texts}
     paired = pair_up(wanted.prompts, seeds, *images, (sides[0].name, sides[1].name))
     paired.remarks.extend(remarks)
     return paired

@@ -13,6 +13,7 @@ from dpo_fast.errors import BadInput
 from dpo_fast.evaluation import generate_options
 from dpo_fast.evaluation.generate_options import GenerateConfig, gathered
 
+BATCH_SIZE = 8
 OF_PAIRS = (
     "dataset_config_name",
     "dataset_split_name",
@@ -50,8 +51,9 @@ class EvaluateConfig(GenerateConfig):
     seeds: str | None = None
     """Images a prompt: N takes the seeds 0 to N-1; a list with commas takes those (the single seed 7: `7,`). None: as
     many as the run had of a prompt in training where --prompts is its own, else 1; of two folders of images all."""
-    batch_size: int = 8
-    """Images generated, or scored, at once by a rank; of held-out pairs as many images."""
+    batch_size: int | None = None
+    """Images generated, or scored, at once by a rank; of held-out pairs as many images. None: the run's
+    --eval_batch_size, else 8."""
     output_dir: Path | None = None
     """None: evaluations/<policy>-against-<baseline>. The same command goes on with what is missing there."""
 

@@ -150,7 +150,6 @@ class Findings:
         return {
             "about": asdict(self.about),
             **self.numbers(),
-            "categories": {c: {v.scorer: v.for_summary() for v in self.of(c)} for c in self.categories},
             "notes": self.notes(),
         }
 
@@ -171,6 +170,7 @@ class Findings:
             "diversity_base": diversity.base if diversity else None,
             "diversity_policy": diversity.policy if diversity else None,
             "scores": {verdict.scorer: verdict.for_summary() for verdict in self.overall},
+            "categories": {c: {v.scorer: v.for_summary() for v in self.of(c)} for c in self.categories},
             "models": self.about.models,
             "scorers": self.about.scorers,
             "signals": {s.name: asdict(s) | {"difference": s.difference._asdict()} for s in self.signals},

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -64,7 +64,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """What to generate: every prompt with every seed from every model.
+    """What to generate: every prompt with its seeds from every model.
 
     Raises BadInput if the strength leaves a model less than one step.
     """
@@ -72,6 +72,7 @@ class ImageRequest:
     models: Mapping[str, ModelSource]  # name of its folder -> model, settled
     prompts: Sequence[Prompt]
     seeds: Sequence[int]
+    without_last: Collection[str] = frozenset()  # prompts without an image of the last seed
     layouts: Mapping[str, Layout] | None = None  # prompt -> where to start from; None: from noise
     strength: float | None = None  # of the noise put on layouts, in (0, 1]; None without them
     batch_size: int = 8  # images that a rank generates at once
@@ -97,12 +98,20 @@ class ImageRequest:
             )
             for name in self.models
             for prompt in self.prompts
-            for seed in self.seeds
+            for seed in self.seeds_of(prompt.text)
         ]
+
+    def seeds_of(self, prompt: str) -> Sequence[int]:
+        """The seeds of a prompt's images."""
+        return self.seeds[:-1] if prompt in self.without_last else self.seeds
 
 
 def wanted_of(
-    config: GenerateConfig, models: Mapping[str, ModelSource], prompts: Sequence[Prompt], seeds: Sequence[int]
+    config: GenerateConfig,
+    models: Mapping[str, ModelSource],
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    without_last: Collection[str] = frozenset(),
 ) -> ImageRequest:
     """Build the request from the flags of generation. Raises BadInput for layouts that are missing or do not open."""
     of_layouts = config.layout is not None
@@ -110,6 +119,7 @@ def wanted_of(
         models,
         prompts,
         seeds,
+        without_last,
         layouts=read_layouts(user_path(config.layout), prompts) if of_layouts else None,
         strength=(config.strength or STRENGTH) if of_layouts else None,
         batch_size=config.batch_size,
@@ -285,7 +295,7 @@ def _texts(row: ImageRow, strength: float | None) -> dict[str, str]:
 # ---- the folder --------------------------------------------------------------------------------------------------
 
 
-def _settings(wanted: ImageRequest, device: torch.device) -> dict[str, object]:
+def settings_of_images(wanted: ImageRequest, device: torch.device) -> dict[str, object]:
     """The settings that determine the images, as JSON values."""
     models = {}
     for name, source in wanted.models.items():
@@ -302,6 +312,8 @@ def _settings(wanted: ImageRequest, device: torch.device) -> dict[str, object]:
         "layouts": wanted.layouts and _digest({text: layout.digest for text, layout in wanted.layouts.items()}),
         "strength": wanted.strength,
     }
+    if wanted.without_last:
+        settings["images"] = len(wanted.rows()) // len(wanted.models)
     return json.loads(json.dumps(settings))
 
 
@@ -311,7 +323,13 @@ def _digest(value: object) -> str:
 
 def _claim(wanted: ImageRequest, rows: Sequence[ImageRow], out: Path, device: torch.device) -> None:
     """Claim `out` for this request, or resume it. Raises BadInput if it holds anything else."""
-    new = {"settings": _settings(wanted, device), "weights": {}, "stamps": {}, "signed": True, "complete": False}
+    new = {
+        "settings": settings_of_images(wanted, device),
+        "weights": {},
+        "stamps": {},
+        "signed": True,
+        "complete": False,
+    }
     output_folder.claim(out, LISTING, _with_rows(new, rows), what="images", key="settings", names=NAMES)
     for name in wanted.models:
         remove_temporaries(out / name)

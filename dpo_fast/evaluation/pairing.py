@@ -32,7 +32,7 @@ class _Row(NamedTuple):
 
 def pair_up(
     prompts: Sequence[Prompt],
-    seeds: Sequence[int] | None,  # of a prompt's images, in order; None: as many as the side with fewer has
+    seeds: Mapping[str, Sequence[int]] | None,  # of each prompt's images; None: as many as the side with fewer has
     base: Mapping[str, Sequence[PromptImage]],  # prompt -> its images
     policy: Mapping[str, Sequence[PromptImage]],
     names: tuple[str, str],  # of base and policy, for the remarks
@@ -49,7 +49,7 @@ def pair_up(
     for name, side in zip(names, sides, strict=True):
         if absent := sum(text not in side for text in first):
             remarks.append(f"{absent} of {len(first)} prompts have no image in {name} and are left out")
-        if seeds is not None and (few := sum(len(side[text]) < len(seeds) for text in first if text in side)):
+        if seeds is not None and (few := sum(len(side[text]) < len(seeds[text]) for text in first if text in side)):
             remarks.append(f"{few} prompts have fewer images in {name} than seeds: some stand in several pairs")
     texts = [text for text in first if text in base and text in policy]
     if not texts:
@@ -57,7 +57,7 @@ def pair_up(
             f"no prompt has an image in both {names[0]} and {names[1]} ({'; '.join(remarks)}): images are found by"
             " their names, which must be the prompts (letters and digits count)"
         )
-    rows = [(text, row) for text in texts for row in _rows(seeds, base[text], policy[text])]
+    rows = [(text, row) for text in texts for row in _rows(seeds and seeds[text], base[text], policy[text])]
     known = [row for _, row in rows if None not in (row.base.seed, row.policy.seed)]
     if other := sum(row.base.seed != row.policy.seed for row in known):
         remarks.append(f"{other} of {len(rows)} pairs are of different noise: their seeds differ")

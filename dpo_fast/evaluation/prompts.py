@@ -44,10 +44,11 @@ class Prompt(NamedTuple):
 
 
 class Where(NamedTuple):
-    """Options for reading from the hub."""
+    """Where prompts are read from, and the flag that errors name."""
 
-    cache_dir: str | None = None
+    cache_dir: str | None = None  # of the hub's downloads
     token: str | None = None
+    flag: str = "--prompts"
 
 
 def read_prompts(
@@ -65,15 +66,23 @@ def read_prompts(
     """
     if not given:
         raise BadInput(f"no prompt is named: give --prompts a text, a file (one a line), or a set ({', '.join(SETS)})")
-    found = []
-    for one in given:
-        part = _read(one, where or Where())
-        found += [prompt for prompt in part if not people or _about_people(prompt, part)]
+    parts = [_read(one, where or Where()) for one in given]
+    return narrowed(parts, people=people, most=most)
+
+
+def narrowed(parts: Sequence[Sequence[Prompt]], *, people: bool, most: int | None) -> list[Prompt]:
+    """Return the prompts of all parts that `read_prompts` keeps. Raises BadInput if none is left."""
+    found = [prompt for part in parts for prompt in part if not people or _about_people(prompt, part)]
     if not found:
         raise BadInput("--slice people leaves no prompt: none has the category People or a word that names a person")
     if most is not None and most < len(found):
         found = [found[k * len(found) // most] for k in range(most)]
     return found
+
+
+def is_set(given: str) -> bool:
+    """Whether `given` names a published set, or NAME=PATH."""
+    return given.partition("=")[0] in SETS
 
 
 def read_lines(path: Path, flag: str) -> list[str]:
@@ -95,11 +104,11 @@ def _read(given: str, where: Where) -> list[Prompt]:
     path = user_path(given)
     if _is_file(path):
         if path.suffix == ".tsv":
-            return _parti_table(path, path.name)
-        return [Prompt(line, path.name) for line in read_lines(path, "--prompts")]
+            return _parti_table(path, path.name, where)
+        return [Prompt(line, path.name) for line in read_lines(path, where.flag)]
     if len(given.split()) < 2 or path.suffix in (".txt", ".tsv"):
         raise BadInput(
-            f"--prompts {given} is no set ({', '.join(SETS)}), no file and no text of several words; a prompt of one"
+            f"{where.flag} {given} is no set ({', '.join(SETS)}), no file and no text of several words; a prompt of one"
             " word goes into a file"
         )
     return [Prompt(given.strip(), "text")]
@@ -123,19 +132,20 @@ def _about_people(prompt: Prompt, of_its_set: Sequence[Prompt]) -> bool:
 
 def _partiprompts(copy: Path | None, where: Where) -> list[Prompt]:
     file = copy or _from_hub("partiprompts", "nateraw/parti-prompts", "PartiPrompts.tsv", where)
-    return _parti_table(file, "partiprompts", f"partiprompts={file}")
+    return _parti_table(file, "partiprompts", where, f"partiprompts={file}")
 
 
-def _parti_table(path: Path, source: str, given: str | None = None) -> list[Prompt]:
+def _parti_table(path: Path, source: str, where: Where, given: str | None = None) -> list[Prompt]:
     """Read the columns Prompt, Category and, if present, Challenge. Quotation marks have no special meaning."""
     try:
-        with regular_file(path, "--prompts").open(encoding="utf-8-sig", newline="") as file:
+        with regular_file(path, where.flag).open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise BadInput(f"--prompts {given or path} cannot be read ({error}); name a tab-separated table") from error
+        raise BadInput(f"{where.flag} {given or path} cannot be read ({error}); name a tab-separated table") from error
     if not rows or not {"Prompt", "Category"} <= set(rows[0]):
         raise BadInput(
-            f"--prompts {given or path} is no table of prompts: its first line must name the columns Prompt, Category"
+            f"{where.flag} {given or path} is no table of prompts: its first line must name the columns Prompt,"
+            " Category"
         )
     prompts = [
         Prompt(row["Prompt"].strip(), source, row["Category"] or None, row.get("Challenge") or None)
@@ -143,7 +153,7 @@ def _parti_table(path: Path, source: str, given: str | None = None) -> list[Prom
         if row["Prompt"] and row["Prompt"].strip()
     ]
     if not prompts:
-        raise BadInput(f"--prompts {given or path} holds no prompt; its column Prompt is empty")
+        raise BadInput(f"{where.flag} {given or path} holds no prompt; its column Prompt is empty")
     return prompts
 
 
@@ -158,13 +168,15 @@ def _hps(copy: Path | None, where: Where) -> list[Prompt]:
                 (f for f in (copy / "benchmark" / f"{style}.json", copy / f"{style}.json") if f.is_file()), None
             )
         if file is None:
-            raise BadInput(f"--prompts hps={copy} holds no {style}.json: name the folder with {', '.join(HPS_STYLES)}")
+            raise BadInput(
+                f"{where.flag} hps={copy} holds no {style}.json: name the folder with {', '.join(HPS_STYLES)}"
+            )
         try:
             texts = read_json(file)
         except (OSError, ValueError) as error:
-            raise BadInput(f"--prompts hps: {file} cannot be read ({error}); copy it again") from error
+            raise BadInput(f"{where.flag} hps: {file} cannot be read ({error}); copy it again") from error
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-            raise BadInput(f"--prompts hps: {file} is no list of texts; copy it again")
+            raise BadInput(f"{where.flag} hps: {file} is no list of texts; copy it again")
         prompts += [Prompt(text.strip(), "hps", style) for text in texts]
     return prompts
 
@@ -183,8 +195,8 @@ def _pickapic(copy: Path | None, where: Where) -> list[Prompt]:
     local = copy is not None and copy.exists()
     if copy is not None and not local and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise BadInput(
-            f"--prompts pickapic-validation={copy} does not exist: name the set's folder, parquet file or repository on"
-            " the hub"
+            f"{where.flag} pickapic-validation={copy} does not exist: name the set's folder, parquet file or repository"
+            " on the hub"
         )
     try:
         if local:
@@ -199,15 +211,15 @@ def _pickapic(copy: Path | None, where: Where) -> list[Prompt]:
         if not all(text is None or isinstance(text, str) for text in captions):
             raise ValueError("its column caption holds no texts")
     except Exception as error:  # network and file-format libraries raise nearly anything
-        raise _unreachable("pickapic-validation", error) from error
+        raise _unreachable("pickapic-validation", error, where) from error
     if split is None:
         raise BadInput(
-            f"--prompts pickapic-validation: {name} has no split {' or '.join(PICKAPIC_SPLITS)}, only"
-            f" {', '.join(splits)}: name another repository, or one parquet file, --prompts pickapic-validation=PATH"
+            f"{where.flag} pickapic-validation: {name} has no split {' or '.join(PICKAPIC_SPLITS)}, only"
+            f" {', '.join(splits)}: name another repository, or one parquet file, {where.flag} pickapic-validation=PATH"
         )
     texts = list(dict.fromkeys(text.strip() for text in captions if text and text.strip()))
     if not texts:
-        raise BadInput(f"--prompts pickapic-validation: the column caption of {name} is empty; copy it again")
+        raise BadInput(f"{where.flag} pickapic-validation: the column caption of {name} is empty; copy it again")
     source = "pickapic-validation" if split != PICKAPIC_SPLITS[1] else f"pickapic-validation (split {split})"
     if copy is not None and not local:  # another repository on the hub
         source = f"{source} of {name}"
@@ -216,9 +228,9 @@ def _pickapic(copy: Path | None, where: Where) -> list[Prompt]:
 
 def _shapes(copy: Path | None, where: Where) -> list[Prompt]:
     if copy is not None:
-        raise BadInput(f"--prompts shapes={copy}: this set is built in; give --prompts shapes, or {copy} alone")
+        raise BadInput(f"{where.flag} shapes={copy}: this set is built in; give {where.flag} shapes, or {copy} alone")
     file = Path(__file__).parents[1] / "shapes" / "held_out.txt"
-    return [Prompt(line, "shapes") for line in read_lines(file, "--prompts")]
+    return [Prompt(line, "shapes") for line in read_lines(file, where.flag)]
 
 
 SETS: dict[str, Callable[[Path | None, Where], list[Prompt]]] = {
@@ -237,10 +249,9 @@ def _from_hub(name: str, repository: str, file: str, where: Where) -> Path:
             hf_hub_download(repository, file, repo_type="dataset", cache_dir=where.cache_dir, token=where.token)
         )
     except Exception as error:  # the HTTP library under the hub's client raises its own errors
-        raise _unreachable(name, error) from error
+        raise _unreachable(name, error, where) from error
 
 
-def _unreachable(name: str, error: Exception) -> BadInput:
-    return BadInput(
-        f"--prompts {name} cannot be read ({one_line(error, 200)}); name a copy of yours, --prompts {name}=PATH"
-    )
+def _unreachable(name: str, error: Exception, where: Where) -> BadInput:
+    flag = where.flag
+    return BadInput(f"{flag} {name} cannot be read ({one_line(error, 200)}); name a copy of yours, {flag} {name}=PATH")

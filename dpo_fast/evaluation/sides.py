@@ -4,17 +4,17 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dpo_fast.command_line import parse
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation.evaluate_options import OF_GENERATION, EvaluateConfig, refuse_idle
+from dpo_fast.evaluation.evaluate_options import BATCH_SIZE, OF_GENERATION, EvaluateConfig, refuse_idle
 from dpo_fast.evaluation.generate_options import GenerateConfig, seeds_of
 from dpo_fast.evaluation.generation import ImageRequest, wanted_of
 from dpo_fast.evaluation.image_names import image_files
-from dpo_fast.evaluation.prompts import Prompt, Where, read_prompts
+from dpo_fast.evaluation.prompts import SETS, Prompt, Where, is_set, narrowed, read_prompts
 from dpo_fast.files import exists, user_path
 from dpo_fast.models.load import family_of
 from dpo_fast.models.lora import WEIGHT_NAME
@@ -44,6 +44,8 @@ class Comparison:
     scorers: Sequence[str]
     scoring: Mapping[str, object]  # keywords of load_scorer: where its files are
     compare_medians: bool
+    training: Mapping[str, str] = field(default_factory=dict)  # how the policy was trained from the base
+    trained_towards_the_first: bool = False  # the policy was trained from the base, towards the first scorer
 
 
 def is_run(path: str) -> bool:
@@ -170,39 +172,78 @@ def sides_of(config: EvaluateConfig) -> tuple[dict[str, ModelSource], tuple[Side
 
 
 def comparison_of(
-    config: EvaluateConfig, run: TrainConfig | None, models: dict[str, ModelSource], sides: tuple[Side, Side]
+    config: EvaluateConfig,
+    run: TrainConfig | None,
+    models: dict[str, ModelSource],
+    sides: tuple[Side, Side],
+    in_training: Sequence[Prompt] | None = None,  # the prompts of the run's own evaluation; None: they are read
 ) -> Comparison:
     """Build the comparison that the flags ask for; what they leave out is as in the run's own evaluation."""
-    given = config.prompts
-    if not given and run is not None and run.eval_prompts is not None:
-        given = (str(run.eval_prompts),)
-    prompts = read_prompts(
-        given,
-        people=config.slice == "people",
-        most=config.max_prompts,
-        where=Where(config.cache_dir, config.hub_token),
-    )
+    where, people = Where(config.cache_dir, config.hub_token), config.slice == "people"
+    seeds, without_last = (0,) if config.seeds is None else seeds_of(config.seeds), frozenset()
+    if config.prompts or run is None or run.eval_prompts is None:
+        prompts = read_prompts(config.prompts, people=people, most=config.max_prompts, where=where)
+    else:
+        every = in_training or prompts_in_training(run, where)
+        if config.seeds is None and run.eval_images:
+            asked, seeds, without_last = seeds_in_training(every, run.eval_images)
+            every = [prompt for prompt in every if prompt.text in asked]
+        prompts = narrowed([every], people=people, most=config.max_prompts)
     scorers = tuple(dict.fromkeys(config.scorers)) or (run.eval_scorers if run is not None else ())
     if not scorers:
         raise BadInput(f"no scorer is named: give --scorers, the one that leads first, of {', '.join(MODULE_OF)}")
     check_names(scorers)
-    seeds = (0,) if config.seeds is None else seeds_of(config.seeds)
-    if config.seeds is None and run is not None and not config.prompts and run.eval_images:
-        seeds = tuple(range(max(1, run.eval_images // len(read_prompts(given)))))
-    where = config.scorer_models or (run and run.scorer_models)
+    with_base = run is not None and config.baseline in (None, "base")
     return Comparison(
         *sides,
-        wanted_of(config, models, prompts, seeds),
+        wanted_of(config, models, prompts, seeds, without_last),
         all_images=not models and config.seeds is None,
         prompt_set=_in_words(config, prompts),
         scorers=scorers,
-        scoring={
-            "where": where and user_path(where),
-            "cache_dir": config.cache_dir,
-            "token": config.hub_token,
-        },
+        scoring=scoring_of(config, run),
         compare_medians=config.compare == "medians",
+        training=_training(run) if with_base else {},
+        trained_towards_the_first=with_base and scorers[:1] == run.eval_scorers[:1],
     )
+
+
+def prompts_in_training(run: TrainConfig, where: Where) -> list[Prompt]:
+    """The prompts that a run's own evaluation shares its images out among. Raises BadInput if they cannot be read."""
+    given, where = str(run.eval_prompts), where._replace(flag="--eval_prompts")
+    if not is_set(given) and not exists(user_path(given)):  # a path must not be taken for the text of a prompt
+        raise BadInput(
+            f"--eval_prompts {given} cannot be read: it is no file and no set ({', '.join(SETS)}); name a text file,"
+            " one prompt a line"
+        )
+    return read_prompts([given], where=where)
+
+
+def batch_size_of(config: EvaluateConfig, run: TrainConfig | None) -> int:
+    """How many images are generated and scored at once: by default as many as in the run's own evaluation."""
+    return config.batch_size or (run.eval_batch_size if run is not None else BATCH_SIZE)
+
+
+def seeds_in_training(prompts: Sequence[Prompt], images: int) -> tuple[set[str], tuple[int, ...], frozenset[str]]:
+    """Share out `images` among prompts, which are taken in turn, each time with the next seed.
+
+    Returns the prompts that get any, the seeds, and the prompts that do not get the last seed.
+    """
+    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+    rounds, rest = divmod(images, len(texts))
+    asked = texts if rounds else texts[:rest]
+    return set(asked), tuple(range(rounds + (rest > 0))), frozenset(texts[rest:] if rounds and rest else ())
+
+
+def scoring_of(config: EvaluateConfig, run: TrainConfig | None) -> dict[str, object]:
+    """The keywords of `load_scorer` that say where its files are."""
+    where = config.scorer_models or (run and run.scorer_models)
+    return {"where": where and user_path(where), "cache_dir": config.cache_dir, "token": config.hub_token}
+
+
+def _training(run: TrainConfig) -> dict[str, str]:
+    """How a run was trained, for the report."""
+    how = f"{run.tuning}, {run.objective}, beta {run.beta_dpo:g}, learning rate {run.learning_rate:g}"
+    return {"Trained": f"{how}, {run.max_train_steps} steps of {run.pairs_per_step} pairs, seed {run.seed}"}
 
 
 def _in_words(config: EvaluateConfig, prompts: list[Prompt]) -> str:
@@ -250,5 +291,7 @@ def settings_of(
         digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=8).hexdigest()
         settings["prompts"] = f"{comparison.prompt_set}: {len(texts)} of digest {digest}"
         settings["seeds"] = "all" if comparison.all_images else list(comparison.wanted.seeds)
+        if comparison.wanted.without_last:
+            settings["images"] = sum(len(comparison.wanted.seeds_of(text)) for text in texts)
     settings["held_out"] = config.dataset_name
     return settings

@@ -11,7 +11,7 @@ from dpo_fast.files import read_text
 from dpo_fast.hub_revisions import public_name
 
 CONFIG = "config.yaml"  # uploaded with paths shortened by `public_name`
-NOT_UPLOADED = ["checkpoint-*", "logs/*", ".tmp-*", ".lock*", ".publishing/*", CONFIG]
+NOT_UPLOADED = ["checkpoint-*", "evaluation/*", "logs/*", ".tmp-*", ".lock*", ".publishing/*", CONFIG]
 
 # Every exception of the hub client is caught: it passes on the errors of its HTTP library, which has changed twice.
 

@@ -1,7 +1,7 @@
 """The output folder of a run: claimed at the start, filled atomically, never overwritten by accident.
 
 config.yaml  metrics.jsonl  summary.json  bad_rows.jsonl  samples/  checkpoint-N/  README.md (the model card)
-with an evaluation: report.html  scores.parquet  samples.png
+with an evaluation: report.html  scores.parquet  samples.png  evaluation/ (images and their scores)
 and the result: pytorch_lora_weights.safetensors, or a diffusers pipeline
 """
 
@@ -121,12 +121,12 @@ def release(folder: Path) -> None:
         folder.rmdir()
 
 
-def check_space(folder: Path, needed_bytes: int) -> None:
+def check_space(folder: Path, needed_bytes: int, what: str = "one checkpoint and the result") -> None:
     """Raise BadInput when the disk under `folder` cannot hold `needed_bytes` more."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise BadInput(
-            f"--output_dir {folder} has {free / 2**20:.1f} MiB free, but one checkpoint and the result need"
+            f"--output_dir {folder} has {free / 2**20:.1f} MiB free, but {what} need"
             f" {needed_bytes / 2**20:.1f} MiB; free some space or name another disk"
         )
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.generate_options import seeds_of
-from dpo_fast.evaluation.generation import ImageRequest, ImageRow, _settings, noise_seed, read_layouts
+from dpo_fast.evaluation.generation import ImageRequest, ImageRow, noise_seed, read_layouts, settings_of_images
 from dpo_fast.evaluation.image_names import file_stem
 from dpo_fast.evaluation.prompts import Prompt
 from dpo_fast.evaluation.sides import model_sources, read_run
@@ -276,10 +276,13 @@ def test_the_schedule_that_was_trained_decides_the_images(sdxl_path, generate):
     """But a listing of a time when samplers did not follow it is gone on with."""
     model = model_sources(str(sdxl_path), steps=2, resolution=64)["sdxl"]
     wanted = ImageRequest({"sdxl": model}, [Prompt("a cat", "text")], [0])
-    plain = _settings(wanted, CPU)
+    plain = settings_of_images(wanted, CPU)
     assert "zero_terminal_snr" not in plain["models"]["sdxl"]
     trained = replace(model, zero_terminal_snr="on", prediction_type="v_prediction")
-    assert _settings(replace(wanted, models={"sdxl": trained}), CPU)["models"]["sdxl"]["zero_terminal_snr"] == "on"
+    assert (
+        settings_of_images(replace(wanted, models={"sdxl": trained}), CPU)["models"]["sdxl"]["zero_terminal_snr"]
+        == "on"
+    )
     config = OneAtATime(CPU).open(trained).pipeline.scheduler.config
     assert (config.rescale_betas_zero_snr, config.timestep_spacing) == (True, "trailing")
 

@@ -24,10 +24,15 @@ def seeded(name: str, *seeds: int) -> list[PromptImage]:
     return [PromptImage(Path(f"{name}{seed}"), seed) for seed in seeds]
 
 
+def each(*seeds: int) -> dict[str, tuple[int, ...]]:
+    """These seeds for every prompt."""
+    return dict.fromkeys((prompt.text for prompt in PROMPTS), seeds)
+
+
 def test_with_seeds_a_side_that_has_fewer_starts_again():
     base = {"one": files("b0", "b1"), "two": files("b2")}
     policy = {"one": files("p0", "p1", "p2"), "two": files("p3", "p4", "p5"), "three": files("p6")}
-    pairs = pair_up(PROMPTS, (5, 7, 9), base, policy, ("them", "us"))
+    pairs = pair_up(PROMPTS, each(5, 7, 9), base, policy, ("them", "us"))
     assert pairs.prompts == ["one"] * 3 + ["two"] * 3 and pairs.seeds == [5, 7, 9] * 2
     assert [path.name for path in pairs.base.paths] == ["b0", "b1", "b0", "b2", "b2", "b2"]
     assert [path.name for path in pairs.policy.paths] == ["p0", "p1", "p2", "p3", "p4", "p5"]
@@ -45,11 +50,18 @@ def test_without_seeds_as_many_as_both_have():
     assert [path.name for path in pairs.policy.paths] == ["p0", "p1", "p3"]
 
 
+def test_prompts_may_have_seeds_of_their_own():
+    sides = ({"one": seeded(name, 0, 1), "two": seeded(f"{name}'", 0)} for name in "bp")
+    pairs = pair_up(PROMPTS[:2], {"one": (0, 1), "two": (0,)}, *sides, ("them", "us"))
+    assert pairs.prompts == ["one", "one", "two"] and pairs.seeds == [0, 1, 0] and not pairs.remarks
+    assert [path.name for path in pairs.policy.paths] == ["p0", "p1", "p'0"]
+
+
 def test_images_of_one_seed_stand_against_each_other():
     base, policy = {"two": seeded("b", 17, 3, 5)}, {"two": seeded("p", 3, 4, 17)}
 
     def paired(seeds, base=base, policy=policy) -> tuple[list[str], list[int], list[str]]:
-        found = pair_up([PROMPTS[1]], seeds, base, policy, ("b", "p"))
+        found = pair_up([PROMPTS[1]], seeds and each(*seeds), base, policy, ("b", "p"))
         both = zip(found.base.paths, found.policy.paths, strict=True)
         return [f"{one} {other}" for one, other in both], found.seeds, found.remarks
 
@@ -63,12 +75,12 @@ def test_images_of_one_seed_stand_against_each_other():
 
 
 def test_prompts_without_categories_have_none():
-    assert pair_up([PROMPTS[1]], (0,), {"two": files("b")}, {"two": files("p")}, ("b", "p")).categories is None
+    assert pair_up([PROMPTS[1]], each(0), {"two": files("b")}, {"two": files("p")}, ("b", "p")).categories is None
 
 
 def test_nothing_in_common_is_refused():
     with pytest.raises(BadInput, match=r"no prompt has an image in both them and us .*must be the prompts"):
-        pair_up(PROMPTS, (0,), {"one": files("b")}, {"two": files("p")}, ("them", "us"))
+        pair_up(PROMPTS, each(0), {"one": files("b")}, {"two": files("p")}, ("them", "us"))
 
 
 def test_files_are_read_when_asked_for(tmp_path):

@@ -23,7 +23,7 @@ SHAPES = Path(shapes.__file__).parent
 # Of two runs that do the same, these differ: how long it took, and how much memory there was.
 MEASURED = frozenset(
     "seconds evaluation_seconds training_seconds pairs_per_second step_time data_wait peak_memory_gib"
-    " digest logs revisions".split()  # checksums of measurements; a file that could not be read has no revision
+    " digest logs revisions stamps".split()  # checksums of measurements and times; what is unreadable has no revision
 )
 
 

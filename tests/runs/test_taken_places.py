@@ -60,16 +60,13 @@ def test_a_second_run_is_refused_and_the_first_goes_on(sdxl_path, pairs, tmp_pat
 def test_a_run_holds_its_folder_through_its_evaluation(sdxl_path, pairs, tmp_path, monkeypatch):
     out, seen = tmp_path / "out", []
 
-    class Evaluation:
-        def __init__(self, config, ranks) -> None:
-            pass
+    def evaluate_run(config, ranks) -> None:
+        with pytest.raises(BadInput, match="is being written by"):
+            output_folder.hold(out)
+        seen.append(entries(out))
 
-        def compare(self, config, ranks) -> None:
-            with pytest.raises(BadInput, match="is being written by"):
-                output_folder.hold(out)
-            seen.append(entries(out))
-
-    monkeypatch.setattr("dpo_fast.evaluation.compare.Evaluation", Evaluation)
+    monkeypatch.setattr("dpo_fast.evaluation.run_evaluation.check_request", lambda config, ranks: None)
+    monkeypatch.setattr("dpo_fast.evaluation.run_evaluation.evaluate_run", evaluate_run)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat on a mat\n")
     flags = flags_for(sdxl_path, pairs, out, "--eval_scorers", "clip", "--eval_prompts", prompts)

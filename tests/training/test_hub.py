@@ -54,7 +54,7 @@ def api(monkeypatch) -> type[FakeApi]:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     names = ["README.md", "unet/a.safetensors", "checkpoint-5/weights.safetensors", "logs/events/x", ".tmp-a/b"]
-    names += [".lock", ".lock.lease"]
+    names += [".lock", ".lock.lease", "evaluation/images/base/a.png", "evaluation/evaluation.json"]
     for name in ["metrics.jsonl", "samples/step-1.png", "checkpoint-5/sub/x", *names]:
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).touch()
