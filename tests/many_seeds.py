@@ -35,7 +35,7 @@ def run(seed: int, arguments: list[str]) -> tuple[set[str], dict[str, str]]:
             failed[name] = (problem.get("message") or "no message").strip().splitlines()[0]
     print(
         f"seed {seed}: {len(cases)} tests, {len(drew)} draw, {len(failed)} failed",
-        *sorted(failed),
+        *(f"{name}: {message}" for name, message in sorted(failed.items())),
         sep="\n    ",
         flush=True,
     )

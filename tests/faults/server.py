@@ -170,7 +170,7 @@ def _serve(library: Path) -> None:
         import_module(f"dpo_fast.{name}")
     for name in ("relabeling.pair_scores", "relabeling.labels"):
         import_module(f"dpo_fast.{name}")
-    for name in ("compare", "comparison", "generation", "implicit"):
+    for name in ("run_evaluation", "comparison", "generation", "implicit"):
         import_module(f"dpo_fast.evaluation.{name}")
     for name in ("StableDiffusionPipeline", "AutoencoderKL", "UNet2DConditionModel", "PNDMScheduler"):
         getattr(import_module("diffusers"), name)
