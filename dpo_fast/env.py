@@ -1,9 +1,22 @@
-"""`python -m dpo_fast.env`: versions, devices and what can run here. Paste it into a bug report."""
+"""`python -m dpo_fast.env`: versions, devices and what can run here. Paste it into a bug report.
 
+With --prove every backend of the pair ops is proven and timed on every device, at the shapes of SD1.5 and SDXL.
+"""
+
+import argparse
 import os
 import platform
-import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpo_fast.cli import guarded, leave, say
+from dpo_fast.errors import BadInput
+from dpo_fast.files import write_json
+
+if TYPE_CHECKING:
+    from dpo_fast.choices import Outcome
 
 PACKAGES = (
     "dpo_fast torch triton diffusers transformers accelerate peft datasets pyarrow safetensors numpy pillow"
@@ -62,6 +75,56 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
+def proofs() -> "Iterator[Outcome]":
+    """Prove and time the backends of the pair ops on every GPU, or on the CPU where there is none."""
+    import torch
+
+    from dpo_fast.choices import Limits, decide, prove, times
+    from dpo_fast.choices.pair_ops import BACKENDS, BASELINE, Shape
+
+    plan = "dpo_fast.choices.pair_ops"
+    shapes = {
+        "SD1.5, 512 px, fp16, 8 pairs": Shape(8, (4, 64, 64), torch.float16),
+        "SDXL, 1024 px, bf16, 4 pairs, channels_last": Shape(4, (4, 128, 128), torch.bfloat16, channels_last=True),
+    }
+    devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+    for device in devices:
+        for what, shape in shapes.items():
+            say(f"proving the pair ops on {device}: {what}")
+            arguments = shape.as_arguments(device)
+            reasons = prove(plan, BACKENDS, arguments, Limits())
+            proven = [name for name, reason in reasons.items() if not reason]
+            seconds = times(plan, [BASELINE, *proven], arguments, Limits())
+            yield decide(f"pair ops on {device}, forward and backward: {what}", BASELINE, reasons, seconds)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's) and return its exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m dpo_fast.env", description="Print versions, devices and what runs here."
+    )
+    parser.add_argument(
+        "--prove",
+        action="store_true",
+        help="also prove and time every backend of the pair ops on every device, in processes of their own (a minute)",
+    )
+    parser.add_argument("--json", type=Path, help="with --prove: also write the tables to this file")
+    arguments = parser.parse_args(argv)
+
+    def work() -> int:
+        if arguments.json is not None and not arguments.prove:
+            raise BadInput(f"--json {arguments.json} is for the tables of --prove: add it, or leave --json out")
+        print(report(), flush=True)
+        outcomes = []
+        for outcome in proofs() if arguments.prove else ():
+            print(f"\n{outcome}", flush=True)
+            outcomes.append(outcome.as_json())
+        if arguments.json is not None:
+            write_json(arguments.json, {"versions": {name: version_of(name) for name in PACKAGES}, "choices": outcomes})
+        return 0
+
+    return guarded(work, kept="nothing was written", go_on="start the same command again")
+
+
 if __name__ == "__main__":
-    print(report())
-    sys.exit(0)
+    leave(main())

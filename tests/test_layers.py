@@ -19,7 +19,7 @@ LEVELS = [
     ["command_line"],
     ["models", "data"],
     ["shapes", "forward"],
-    ["caching", "scorers"],
+    ["caching", "scorers", "choices"],
     ["training"],
     ["evaluation"],
     ["relabeling"],

@@ -23,6 +23,7 @@ def stages(device: str, work: Path, architecture: str | None) -> list[Stage]:
         _build(device, architecture),
         _environment(),
         _tests(device),
+        _proof(),
         _kernels(device),
         _sanitizer(device, memcheck),
         _ceilings(device),
@@ -46,6 +47,10 @@ def _build(device: str, architecture: str | None) -> Stage:
 
 def _environment() -> Stage:
     return Stage("environment", ((PYTHON, "-m", "dpo_fast.env"),), 0.2, reading.named_lines)
+
+
+def _proof() -> Stage:
+    return Stage("proof", ((PYTHON, "-m", "dpo_fast.env", "--prove", "--json", "{file}"),), 0.2, reading.json_file)
 
 
 def _pytest(*words: str) -> tuple[str, ...]:

@@ -240,7 +240,7 @@ def test_the_stages(tmp_path, device):
     """Programs that exist, the real cases with SDXL's LoRA first, and a share for each."""
     every = stages(device, tmp_path, "90")
     names = [stage.name for stage in every]
-    assert len(set(names)) == len(names) and names[:4] == ["build", "environment", "tests", "kernels"]
+    assert len(set(names)) == len(names) and names[:5] == ["build", "environment", "tests", "proof", "kernels"]
     mini = "mini-" if device == "cpu" else ""
     steps = [name.removeprefix("step ") for name in names if name.startswith("step ")]
     assert steps[0] == f"{mini}sdxl-1024-lora"

@@ -1,0 +1,351 @@
+"""A plan: the backends of the pair ops (`dpo_fast.kernels`), proven and timed at the shapes of a run.
+
+A backend is proven if, at the run's own shape and at odd ones,
+
+- noise, noisy latents and gradients have the bits of the CPU's native ops, where those are built and are not what is
+  being proven; else noise is within 2e-6 of the reference's, gradients within the bound below;
+- errors, margins and losses are within twice PyTorch's own error, plus 4 ulp of the terms, of float64;
+- three calls with inputs at different addresses, two of them odd, give the same bits, with outputs poisoned before;
+- inputs and what surrounds them in memory are left alone;
+- on CUDA, a call on another stream waits for what that stream does before.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpo_fast.choices.child import Disproved, Unusable
+from dpo_fast.kernels import dispatch, reference
+
+BASELINE = "reference"
+BACKENDS = ("native", "triton")
+GUARD = 64  # elements before and after an input
+OFFSETS = (0, 1, 3)  # elements by which the three calls' inputs are moved
+ROUNDS, ROUND_SECONDS = 15, 4e-3
+NOISE_BOUND = 2e-6  # of normals, against the reference's, which are float64's rounded once
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One call of the ops."""
+
+    pairs: int
+    image: tuple[int, int, int]  # C, H, W
+    dtype: torch.dtype  # of latents and predictions
+    prediction_type: str = "epsilon"
+    reference_errors: bool = False  # the reference gives its errors [2B] instead of predictions
+    channels_last: bool = False
+    labels: bool = False
+
+    @staticmethod
+    def of(arguments: dict[str, Any]) -> "Shape":
+        """Read a shape from JSON values, as `as_arguments` makes them."""
+        values = {name: value for name, value in arguments.items() if name != "device"}
+        return Shape(**values | {"image": tuple(values["image"]), "dtype": getattr(torch, values["dtype"])})
+
+    def as_arguments(self, device: str) -> dict[str, Any]:
+        """The arguments of this plan."""
+        return vars(self) | {"dtype": str(self.dtype).removeprefix("torch."), "device": device}
+
+
+def prove(candidate: str, arguments: dict[str, Any]) -> None:
+    """Raise Disproved if a backend is wrong at a run's shape or an odd one, Unusable if it cannot be used here."""
+    device, own = torch.device(arguments["device"]), Shape.of(arguments)
+    modules = _modules(candidate, device)
+    with _poisoned_outputs():
+        for number, shape in enumerate(_shapes(own)):
+            inputs = _inputs(shape, seed=number)
+            truth = _truth(inputs, candidate, device)
+            first = None
+            for offset in OFFSETS:
+                results = _run(modules, _Placed(inputs, device, offset))
+                _check(truth, results, f"{shape}, inputs moved by {offset} elements")
+                if first is not None and any(_bits(a) != _bits(b) for a, b in zip(first, results, strict=True)):
+                    raise Disproved(f"the same call gives other bits at {shape}")
+                first = results
+        if device.type == "cuda":
+            _check_stream(modules, _inputs(own, seed=0), device)
+
+
+def times(candidates: Sequence[str], arguments: dict[str, Any]) -> dict[str, list[float]]:
+    """Return backend -> seconds of ROUNDS rounds, in turn, of all ops forward and backward at a run's shape."""
+    device = torch.device(arguments["device"])
+    inputs = _Placed(_inputs(Shape.of(arguments), seed=0), device, 0).values
+    calls = {name: partial(_run_once, _modules(name, device), inputs) for name in candidates}
+    repeats = {}
+    for name, call in calls.items():
+        call()  # compiles, allocates
+        repeats[name] = max(1, round(ROUND_SECONDS / max(_seconds(call, 1, device), 1e-6)))
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            found[name].append(_seconds(call, repeats[name], device))
+    return found
+
+
+# ---- what is run -------------------------------------------------------------------------------------------------
+
+
+def _modules(name: str, device: torch.device) -> dict[str, ModuleType]:
+    sample = torch.zeros(1, device=device)
+    try:
+        return {op: dispatch.module_for(op, name, sample) for op in ("noise_pair", "pair_errors", "dpo_loss")}
+    except RuntimeError as error:
+        raise Unusable(dispatch.usable_backends(device.type).get(name) or str(error)) from error
+
+
+def _shapes(own: Shape) -> Iterator[Shape]:
+    """The run's shape, one pair of it, and odd ones: sizes, channels, layouts, soft labels, a reference's errors."""
+    yield own
+    yield replace(own, pairs=1, labels=True)
+    for image, changes in (
+        ((4, 7, 5), {"labels": True}),
+        ((5, 3, 9), {"prediction_type": "v_prediction", "reference_errors": True}),
+        ((1, 1, 1031), {}),
+        ((3, 5, 7), {"channels_last": True}),
+        ((1, 1, 1), {"reference_errors": True}),
+    ):
+        yield replace(own, pairs=3, image=image, **{"channels_last": False} | changes)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Inputs of all ops, on the CPU."""
+
+    shape: Shape
+    latents: Tensor
+    signal: Tensor
+    sigma: Tensor
+    pair_id: Tensor
+    draw: Tensor
+    seed: int
+    policy: Tensor
+    ref: Tensor
+    target: Tensor
+    label: Tensor | None
+    beta: float = 2000.0
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+
+def _inputs(shape: Shape, seed: int) -> _Inputs:
+    """Draw inputs like a training step's: unit targets, a policy close to its reference, all timesteps."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(images: int) -> Tensor:
+        return torch.randn(images, *shape.image, generator=generator)
+
+    def laid(x: Tensor, dtype: torch.dtype) -> Tensor:
+        layout = torch.channels_last if shape.channels_last else torch.contiguous_format
+        return x.to(dtype).contiguous(memory_format=layout)
+
+    pairs = shape.pairs
+    shared = shape.prediction_type == "epsilon"
+    target = normal(pairs if shared else 2 * pairs)
+    every = target.repeat(2, 1, 1, 1) if shared else target
+    ref = every + 0.3 * normal(2 * pairs)
+    policy = ref + 3e-3 * normal(2 * pairs)
+    alpha_bar = torch.rand(pairs, generator=generator, dtype=torch.float64)
+    return _Inputs(
+        shape,
+        laid(normal(2 * pairs), shape.dtype),
+        alpha_bar.sqrt().float(),
+        (1 - alpha_bar).sqrt().float(),
+        torch.randint(1 << 40, (pairs,), generator=generator),
+        torch.randint(1 << 28, (pairs,), generator=generator),
+        int(torch.randint(1 << 62, (), generator=generator)),
+        laid(policy, shape.dtype),
+        (ref - every).square().mean((1, 2, 3)) if shape.reference_errors else laid(ref, shape.dtype),
+        laid(target, torch.float32),
+        torch.rand(pairs, generator=generator) if shape.labels else None,
+    )
+
+
+class _Placed:
+    """Inputs on a device, each inside a buffer of its own that nothing may change."""
+
+    def __init__(self, inputs: _Inputs, device: torch.device, offset: int) -> None:
+        self.buffers, self.before, placed = [], [], {}
+        for name, tensor in inputs.tensors().items():
+            filling = float("nan") if tensor.is_floating_point() else -1
+            buffer = torch.full((tensor.numel() + 2 * GUARD + offset,), filling, dtype=tensor.dtype, device=device)
+            inside = buffer[GUARD + offset : GUARD + offset + tensor.numel()]
+            placed[name] = inside.as_strided(tensor.shape, tensor.stride(), inside.storage_offset())
+            placed[name].copy_(tensor)
+            self.buffers.append(buffer)
+            self.before.append(_bits(buffer))
+        self.values = replace(inputs, **placed)
+
+    def check(self) -> None:
+        """Raise Disproved if an input or what surrounds it has changed."""
+        if any(_bits(buffer) != before for buffer, before in zip(self.buffers, self.before, strict=True)):
+            raise Disproved(f"an input, or memory beside it, was written at {self.values.shape}")
+
+
+def _run_once(modules: dict[str, ModuleType], x: _Inputs) -> tuple[Tensor, ...]:
+    """All outputs of all ops: noisy, target; policy_error, ref_error, error_delta; loss, margin; two gradients."""
+    noise = modules["noise_pair"].noise_pair_fwd(
+        x.latents, x.signal, x.sigma, x.seed, x.pair_id, x.draw, x.shape.prediction_type, x.shape.dtype
+    )
+    errors = modules["pair_errors"].pair_errors_fwd(x.policy, x.ref, x.target)
+    loss, margin, *_ = modules["dpo_loss"].dpo_loss_fwd(x.policy, x.ref, x.target, x.beta, x.label, None)
+    # gradients are of these numbers, not of its own margins, which differ between backends in the last bits
+    upstream = torch.linspace(-1, 1, len(x.policy), device=x.policy.device)
+    margins = torch.linspace(-9, 9, x.shape.pairs, device=x.policy.device)
+    one = torch.ones((), device=x.policy.device)
+    grads = (
+        modules["pair_errors"].pair_errors_bwd(upstream, x.policy, x.target),
+        modules["dpo_loss"].dpo_loss_bwd(one, x.policy, x.target, margins, x.beta, x.label, None),
+    )
+    return *noise, *errors, loss, margin, *grads
+
+
+def _run(modules: dict[str, ModuleType], placed: _Placed) -> tuple[Tensor, ...]:
+    """Return the outputs on the CPU, after checking that the inputs are as they were."""
+    outputs = tuple(value.cpu() for value in _run_once(modules, placed.values))
+    placed.check()
+    return outputs
+
+
+@contextmanager
+def _poisoned_outputs() -> Iterator[None]:
+    """Within the block memory that PyTorch allocates without a value is NaN, or the largest integer."""
+    before, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def _seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Seconds of one call: by events on CUDA, else by the clock."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - started) / repeats
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+# ---- what must come of it ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """What outputs must be: the same bits as `exact`, where it is known, and near `truth`."""
+
+    names: tuple[str, ...]
+    exact: tuple[Tensor | None, ...]
+    truth: tuple[Tensor, ...]  # float64
+    allowed: tuple[Tensor, ...]  # float64: how far from the truth
+
+
+def _truth(x: _Inputs, candidate: str, device: torch.device) -> _Truth:
+    baseline = _run_once(dict.fromkeys(("noise_pair", "pair_errors", "dpo_loss"), reference), x)
+    target = x.target.double()
+    target = target.repeat(2, 1, 1, 1) if len(target) < len(x.policy) else target
+    policy, ref = x.policy.double(), x.ref.double()
+    error = (policy - target).square().mean((1, 2, 3))
+    if x.shape.reference_errors:
+        ref_error, terms = ref, error + ref
+        delta = error - ref
+    else:
+        ref_error = (ref - target).square().mean((1, 2, 3))
+        products = (policy - ref) * (policy + ref - 2 * target)
+        delta, terms = products.mean((1, 2, 3)), products.abs().mean((1, 2, 3))
+    pairs = x.shape.pairs
+    margin = -x.beta / 2 * (delta[:pairs] - delta[pairs:])
+    margin_terms = x.beta / 2 * (terms[:pairs] + terms[pairs:])
+    label = torch.ones(pairs, dtype=torch.float64) if x.label is None else x.label.double()
+    loss = (label * -F.logsigmoid(margin) + (1 - label) * -F.logsigmoid(-margin)).mean()
+
+    def gradient(per_image: Tensor) -> tuple[Tensor, Tensor]:
+        scale = (2 * per_image / x.policy[0].numel()).view(-1, 1, 1, 1)
+        return scale * (policy - target), (scale * (policy - target)).abs()
+
+    upstream, margins = torch.linspace(-1, 1, 2 * pairs).double(), torch.linspace(-9, 9, pairs).double()
+    descent = label * torch.sigmoid(-margins) - (1 - label) * torch.sigmoid(margins)
+    size = label * torch.sigmoid(-margins) + (1 - label) * torch.sigmoid(margins)
+    slope = x.beta / 2 / pairs
+    grad_errors, size_errors = gradient(upstream)
+    grad_loss, _ = gradient(torch.cat([slope * descent, -slope * descent]))
+    _, size_loss = gradient(torch.cat([slope * size, slope * size]))
+    noisy, noise_target = (value.double() for value in baseline[:2])
+    truth = (noisy, noise_target, error, ref_error, delta, loss, margin, grad_errors, grad_loss)
+    # the loss moves at most as far as its margins do
+    magnitudes = (error, ref_error, terms, loss + margin_terms.mean(), margin_terms, size_errors, size_loss)
+    allowed = [
+        NOISE_BOUND * (1 + noisy.abs()) + 2 * noisy.abs() * torch.finfo(x.shape.dtype).eps,
+        NOISE_BOUND * (1 + noise_target.abs()),
+    ]
+    for value, true, magnitude in zip(baseline[2:], truth[2:], magnitudes, strict=True):
+        info = torch.finfo(value.dtype)
+        ulp = (magnitude * info.eps).clamp(min=info.smallest_normal * info.eps)
+        allowed.append(2 * (value.double() - true).abs().max() + 4 * ulp)
+    names = "noisy latents|target|policy_error|ref_error|error_delta|loss|margin|gradient of the errors|of the loss"
+    exact: list[Tensor | None] = [None] * len(truth)
+    if (candidate, device.type) != ("native", "cpu") and not dispatch.usable_backends("cpu")["native"]:
+        of_cpu = _run_once(_modules("native", torch.device("cpu")), x)
+        for place in (0, 1, len(truth) - 2, len(truth) - 1):
+            exact[place] = of_cpu[place]
+    return _Truth(tuple(names.split("|")), tuple(exact), truth, tuple(allowed))
+
+
+def _check(expected: _Truth, results: Sequence[Tensor], where: str) -> None:
+    for name, exact, truth, allowed, result in zip(
+        expected.names, expected.exact, expected.truth, expected.allowed, results, strict=True
+    ):
+        if result.shape != truth.shape:
+            raise Disproved(f"{name} is {list(result.shape)}, not {list(truth.shape)}, at {where}")
+        if not result.isfinite().all():
+            raise Disproved(f"{name} is not finite, or was not written, at {where}")
+        if exact is not None and _bits(result) != _bits(exact):
+            differing = int((result != exact).sum())
+            raise Disproved(f"{name} differs from the CPU's in {differing} of {result.numel()} numbers, at {where}")
+        error = (result.double() - truth).abs()
+        if not (error <= allowed).all():
+            worst = float((error - allowed).max())
+            raise Disproved(f"{name} is {worst:.3g} further from float64 than allowed, at {where}")
+
+
+def _check_stream(modules: dict[str, ModuleType], inputs: _Inputs, device: torch.device) -> None:
+    """Raise Disproved if a call does not wait for what its own stream does before it."""
+    placed = _Placed(inputs, device, 0).values
+    expected = tuple(value.cpu() for value in _run_once(modules, placed))
+    late, side = _Placed(inputs, device, 0).values, torch.cuda.Stream(device)
+    originals = {name: tensor.clone() for name, tensor in late.tensors().items()}
+    for tensor in late.tensors().values():
+        tensor.zero_()
+    torch.cuda.synchronize(device)
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)  # cycles, some 50 ms
+        for name, tensor in late.tensors().items():
+            tensor.copy_(originals[name])
+        results = _run_once(modules, late)
+    side.synchronize()
+    if any(_bits(one) != _bits(other.cpu()) for one, other in zip(expected, results, strict=True)):
+        raise Disproved("a call on another stream does not wait for that stream")
+
+
+def _bits(x: Tensor) -> bytes:
+    """The bits of a tensor in its logical order."""
+    return x.detach().cpu().contiguous().view(_INTEGERS[x.element_size()]).numpy().tobytes()

@@ -1,0 +1,42 @@
+"""A plan whose candidates are right, wrong, slow, or end badly. It imports nothing heavy."""
+
+import os
+import signal
+import sys
+import time
+
+from dpo_fast.choices.child import Disproved, Unusable
+
+
+def prove(candidate: str, arguments: dict) -> None:
+    if candidate == "wrong":
+        raise Disproved(f"the sum is {arguments['sum'] + 1}")
+    if candidate == "elsewhere":
+        raise Unusable("needs another machine")
+    if candidate == "raising":
+        raise ValueError("no\nkernel")
+    if candidate == "crashing":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if candidate == "leaving":
+        os._exit(3)
+    if candidate == "hanging":
+        time.sleep(600)
+    if candidate == "spinning":
+        while True:
+            pass
+    if candidate == "hungry":
+        held = []
+        while True:
+            held.append(bytearray(b"x" * (8 << 20)))
+    if candidate == "talking":
+        print('["proven", "wrong", null]')
+        os.write(1, b"not JSON\n")
+        sys.stdout.flush()
+
+
+def times(candidates: list[str], arguments: dict) -> dict[str, list[float]]:
+    if "crashing" in candidates:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if "hanging" in candidates:
+        time.sleep(600)
+    return {name: arguments["seconds"][name] for name in candidates}
