@@ -60,7 +60,7 @@ def test_a_second_run_is_refused_and_the_first_goes_on(sdxl_path, pairs, tmp_pat
 def test_a_run_holds_its_folder_through_its_evaluation(sdxl_path, pairs, tmp_path, monkeypatch):
     out, seen = tmp_path / "out", []
 
-    def evaluate_run(config, ranks) -> None:
+    def evaluate_run(config, prompts, ranks) -> None:
         with pytest.raises(BadInput, match="is being written by"):
             output_folder.hold(out)
         seen.append(entries(out))
