@@ -80,7 +80,7 @@ def _guarded(work: Callable[[], int], kept: str, go_on: str) -> int:
 
 _unresponsive = threading.Event()  # a thread or a worker of this process may never answer
 LEAVING_SECONDS = 5.0
-ENDING_SECONDS = 60.0  # from a signal until the process is ended, if it has not ended by then
+ENDING_SECONDS = 60.0  # from a signal, once Python answers it, until a process that has not ended is ended
 AGAIN_SECONDS = 0.01  # until a signal is sent again
 
 
@@ -106,19 +106,27 @@ def _interruptible() -> Iterator[None]:
 
     Some libraries turn that into an error of their own (safetensors: the file cannot be loaded). An error that comes
     after the signal is raised as the KeyboardInterrupt that it was. Python itself drops one that is raised in a
-    finalizer; then the signal is sent again. One that is raised as a lock is taken can leave it taken for ever: after
-    ENDING_SECONDS the process prints where its threads are and ends, which is as safe as a kill.
+    finalizer; then the signal is sent again. One that is raised as a lock is taken can leave it taken for ever:
+    ENDING_SECONDS after Python has answered a signal the process prints where its threads are and ends, which is as
+    safe as a kill. `unhurried` lifts that.
     """
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
     came: list[KeyboardInterrupt] = []
 
     def interrupt(number: int, frame: object) -> None:
-        faulthandler.dump_traceback_later(ENDING_SECONDS, exit=True, file=2)
         came.append(KeyboardInterrupt("" if number == signal.SIGINT else signal.Signals(number).name))
         came[-1].number = number
+        if len(came) == 1:
+            with suppress(RuntimeError):  # no thread can be started
+                faulthandler.dump_traceback_later(ENDING_SECONDS, exit=True, file=2)
         raise came[-1]
 
     def dropped(unraisable: "sys.UnraisableHookArgs") -> None:
         if unraisable.exc_value in came:
+            came.remove(unraisable.exc_value)
+            unhurried()
             # by a thread, or it would be raised in this hook; threading's own need locks that may be taken here
             _thread.start_new_thread(_send_again, (unraisable.exc_value.number,))
         else:
@@ -133,14 +141,21 @@ def _interruptible() -> Iterator[None]:
             raise came[0] from error
         raise
     finally:
-        if came:
-            faulthandler.cancel_dump_traceback_later()
+        unhurried()
         sys.unraisablehook = hook
+
+
+def unhurried() -> None:
+    """Let an interruption take its time: for work that waits, rightly, for something else to save and end."""
+    faulthandler.cancel_dump_traceback_later()
 
 
 def _send_again(number: int) -> None:
     time.sleep(AGAIN_SECONDS)
-    os.kill(os.getpid(), number)
+    if os.name == "posix":
+        os.kill(os.getpid(), number)
+    else:  # there os.kill would end the process
+        signal.raise_signal(number)
 
 
 @contextmanager
@@ -154,13 +169,28 @@ def on_signals(numbers: Iterable[int], handler: Callable[[int, object], None]) -
         return
     before = {number: signal.getsignal(number) for number in numbers}
     answered = [number for number, old in before.items() if old is not signal.SIG_IGN]
+    unhurried()  # a signal that was lost before must not end what handles them here
     try:
         for number in answered:
             signal.signal(number, handler)
         yield
     finally:
-        for number in answered:
-            signal.signal(number, before[number] or signal.SIG_DFL)  # None: it was not set from Python
+        with _blocked(answered):  # or one that comes now would leave the others unrestored
+            for number in answered:
+                signal.signal(number, before[number] or signal.SIG_DFL)  # None: it was not set from Python
+
+
+@contextmanager
+def _blocked(numbers: Iterable[int]) -> Iterator[None]:
+    """Within the block signals wait, where the system can do that."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def acknowledge(message: str) -> None:

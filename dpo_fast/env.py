@@ -1,6 +1,7 @@
 """`python -m dpo_fast.env`: versions, devices and what can run here. Paste it into a bug report.
 
-With --prove every backend of the pair ops is proven and timed on every device, at the shapes of SD1.5 and SDXL.
+With --prove every backend of the pair ops is proven and timed on every GPU, or on the CPU where there is none, at the
+shapes of SD1.5 and SDXL. Exit status: 0 done, 1 a backend that can be used here is wrong or failed, 2 bad input.
 """
 
 import argparse
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--prove",
         action="store_true",
-        help="also prove and time every backend of the pair ops on every device, in processes of their own (a minute)",
+        help="also prove and time the backends of the pair ops on every GPU, or else the CPU, in other processes",
     )
     parser.add_argument("--json", type=Path, help="with --prove: also write the tables to this file")
     arguments = parser.parse_args(argv)
@@ -114,14 +115,23 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> int:
         if arguments.json is not None and not arguments.prove:
             raise BadInput(f"--json {arguments.json} is for the tables of --prove: add it, or leave --json out")
+        if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+            raise BadInput(f"--json {arguments.json}: its folder does not exist; make it, or name another file")
         print(report(), flush=True)
         outcomes = []
         for outcome in proofs() if arguments.prove else ():
             print(f"\n{outcome}", flush=True)
-            outcomes.append(outcome.as_json())
+            outcomes.append(outcome)
         if arguments.json is not None:
-            write_json(arguments.json, {"versions": {name: version_of(name) for name in PACKAGES}, "choices": outcomes})
-        return 0
+            write_json(
+                arguments.json,
+                {
+                    "versions": {name: version_of(name) for name in PACKAGES},
+                    "choices": [outcome.as_json() for outcome in outcomes],
+                },
+            )
+        wrong = [row for outcome in outcomes for row in outcome.rows if row.reason and not row.unusable]
+        return int(bool(wrong))
 
     return guarded(work, kept="nothing was written", go_on="start the same command again")
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from dpo_fast import locks, output_folder
 from dpo_fast.checksums import read_signed_json, write_signed_json
-from dpo_fast.cli import guarded, leave, say
+from dpo_fast.cli import guarded, leave, say, unhurried
 from dpo_fast.command_line import parse
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput, printable
@@ -160,6 +160,7 @@ def _train(command: list[str]) -> int:
     try:
         return run.wait()
     except KeyboardInterrupt as error:
+        unhurried()
         if str(error):  # a signal to this process alone; Ctrl-C reaches both
             run.send_signal(signal.SIGTERM)
         run.wait()

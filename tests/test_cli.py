@@ -132,6 +132,24 @@ cli.leave(cli.guarded(work, kept="", go_on=""))
     assert done.returncode == 1 and "Timeout" in done.stderr and "in work" in done.stderr
 
 
+def test_what_waits_rightly_may_take_its_time():
+    script = """
+import signal, time
+from dpo_fast import cli
+cli.ENDING_SECONDS = 0.3
+def work():
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except KeyboardInterrupt:
+        cli.unhurried()
+        time.sleep(1.0)
+        raise
+cli.leave(cli.guarded(work, kept="kept", go_on=""))
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "dpo_fast: interrupted at once by SIGTERM; kept\n")
+
+
 def test_a_signal_is_answered_from_the_first_call(monkeypatch, capsys):
     def has_home() -> bool:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dpo_fast import env
+from dpo_fast.choices import decide
 from dpo_fast.kernels import dispatch
 
 
@@ -36,3 +37,11 @@ def test_a_file_for_nothing_is_refused(tmp_path, capsys):
     assert env.main(["--json", str(tmp_path / "x.json")]) == 2
     assert "is for the tables of --prove" in capsys.readouterr().err
     assert not (tmp_path / "x.json").exists()
+    assert env.main(["--prove", "--json", str(tmp_path / "nowhere" / "x.json")]) == 2
+    assert "its folder does not exist" in capsys.readouterr().err
+
+
+def test_a_wrong_backend_is_in_the_exit_status(monkeypatch, capsys):
+    for reason, status in (("", 0), ("cannot be used: no GPU", 0), ("wrong: noise", 1), ("ended with status 3", 1)):
+        monkeypatch.setattr(env, "proofs", lambda reason=reason: iter([decide("ops", "reference", {"a": reason}, {})]))
+        assert env.main(["--prove"]) == status

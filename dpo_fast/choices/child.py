@@ -1,12 +1,13 @@
 """The process that a plan's candidates are proven or timed in: reads a request from stdin, answers in lines of JSON.
 
 Each answer is [kind, candidate, value]: began; proven; disproved, unusable or failed, with the reason; timed, with
-seconds.
+seconds. After a candidate that was disproved or failed the process ends: it may have left a broken CUDA context.
 """
 
 import json
 import os
 import sys
+import threading
 from importlib import import_module
 from typing import Any
 
@@ -22,7 +23,8 @@ class Unusable(Exception):
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever libraries print must not stand among the answers
-    request = json.load(sys.stdin)
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     plan, candidates, arguments = import_module(request["plan"]), request["candidates"], request["arguments"]
 
     def answer(kind: str, candidate: str, value: Any = None) -> None:
@@ -38,11 +40,19 @@ def main() -> None:
         answer("began", candidate)
         try:
             plan.prove(candidate, arguments)
-        except Disproved as error:
-            answer("disproved", candidate, str(error))
         except Unusable as error:
             answer("unusable", candidate, str(error))
+        except Disproved as error:
+            answer("disproved", candidate, str(error))
+            return
         except Exception as error:  # whatever it raises, it cannot be used
             answer("failed", candidate, f"{type(error).__name__}: {error}")
+            return
         else:
             answer("proven", candidate)
+
+
+def _end_with_parent() -> None:
+    """End this process once the parent is gone: then the other end of stdin is closed."""
+    sys.stdin.read()
+    os._exit(1)

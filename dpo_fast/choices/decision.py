@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dpo_fast.choices.trial import WORDS
+
 
 @dataclass(frozen=True)
 class Row:
@@ -15,6 +17,11 @@ class Row:
     median: float | None = None  # milliseconds; None: not timed
     low: float | None = None  # quartiles
     high: float | None = None
+
+    @property
+    def unusable(self) -> bool:
+        """Whether it is not for this machine, which is no fault."""
+        return self.reason.startswith(WORDS["unusable"])
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,18 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 PROGRAM = "from dpo_fast.choices.child import main; main()"
 POLL_SECONDS = 0.05
+KILL_SECONDS = 10.0  # a process that waits for a driver may not end at once
 WORDS = {"disproved": "wrong", "unusable": "cannot be used", "failed": "failed"}
 
 
@@ -23,31 +25,31 @@ WORDS = {"disproved": "wrong", "unusable": "cannot be used", "failed": "failed"}
 class Limits:
     """What one candidate may take."""
 
-    seconds: float = 60.0
-    memory_mib: float = 8192.0  # resident in the child, where /proc says how much that is
+    seconds: float = 300.0  # with imports and compilation
+    memory_mib: float = 8192.0  # of the host, resident in the child, where /proc says how much that is
 
 
 def prove(plan: str, candidates: Sequence[str], arguments: dict[str, Any], limits: Limits) -> dict[str, str]:
     """Return candidate -> "" if it is proven, else why not, in the order of `candidates`.
 
-    plan: a module's name. arguments: JSON values for it. After a candidate that ends the process or exceeds a limit,
-    the others are proven in a new one.
+    plan: a module's name. arguments: JSON values for it. After a candidate that is wrong, ends the process or exceeds a
+    limit, the others are proven in a new one.
     """
     verdicts: dict[str, str] = {}
     while left := [name for name in candidates if name not in verdicts]:
-        current = None
+        current, before = None, len(verdicts)
         with _child({"task": "prove", "plan": plan, "candidates": left, "arguments": arguments}, limits) as answers:
             for kind, name, value in answers:
                 if kind == "began":
                     current = name
-                elif kind == "ended":  # the process; `value` says how
-                    if current is not None:
-                        verdicts[current] = value
-                    elif value:
-                        return verdicts | dict.fromkeys(left, f"could not be proven: {value}")
-                else:
+                elif kind != "ended":
                     verdicts[name] = "" if kind == "proven" else f"{WORDS[kind]}: {value}"
                     current = None
+                elif current is not None:
+                    verdicts[current] = value or "ended with status 0"
+                elif len(verdicts) == before:
+                    reason = f"could not be proven: {value or 'the process ended before its first answer'}"
+                    return {name: verdicts.get(name, reason) for name in candidates}
     return {name: verdicts[name] for name in candidates}
 
 
@@ -67,26 +69,28 @@ def times(plan: str, candidates: Sequence[str], arguments: dict[str, Any], limit
 @contextmanager
 def _child(request: dict[str, Any], limits: Limits) -> Iterator[Iterator[tuple[str, str, Any]]]:
     """Start the child; yield its answers, the last one ("ended", "", why or ""). It is gone at the end of the block."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        start_new_session=True,
-        text=True,
-        encoding="utf-8",
-    )
-    try:
-        with suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(request))
-            process.stdin.close()
-        yield _answers(process, limits)
-    finally:
-        _kill(process)
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+        try:
+            with suppress(BrokenPipeError):  # stdin stays open: the child ends when it is closed
+                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.flush()
+            yield _answers(process, errors, limits)
+        finally:
+            _kill(process)
 
 
-def _answers(process: subprocess.Popen, limits: Limits) -> Iterator[tuple[str, str, Any]]:
+def _answers(process: subprocess.Popen, errors: IO[bytes], limits: Limits) -> Iterator[tuple[str, str, Any]]:
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def read() -> None:
@@ -100,8 +104,7 @@ def _answers(process: subprocess.Popen, limits: Limits) -> Iterator[tuple[str, s
         try:
             line = lines.get(timeout=POLL_SECONDS)
         except queue.Empty:
-            memory = _resident_mib(process.pid)
-            if memory > limits.memory_mib:
+            if _resident_mib(process.pid) > limits.memory_mib:
                 yield "ended", "", f"took more than {limits.memory_mib:.0f} MiB"
                 return
             if time.monotonic() > deadline:
@@ -110,11 +113,29 @@ def _answers(process: subprocess.Popen, limits: Limits) -> Iterator[tuple[str, s
             continue
         if line is None:
             break
-        yield tuple(json.loads(line))
-        deadline = time.monotonic() + limits.seconds
-    status = process.wait()
-    reason = f"ended the process by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    yield "ended", "", reason * bool(status)
+        with suppress(ValueError):  # something printed as Python started
+            kind, name, value = json.loads(line)
+            yield kind, name, value
+            deadline = time.monotonic() + limits.seconds
+    try:
+        status = process.wait(timeout=max(POLL_SECONDS, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        yield "ended", "", f"did not end within {limits.seconds:g} s"
+        return
+    yield "ended", "", _reason(status, errors)
+
+
+def _reason(status: int, errors: IO[bytes]) -> str:
+    """How a process ended, with the last line that it printed; "" if it ended as it should."""
+    if not status:
+        return ""
+    how = f"ended with status {status}"
+    if status < 0:
+        names = {number.value: number.name for number in signal.Signals}
+        how = f"ended the process by {names.get(-status, f'signal {-status}')}"
+    errors.seek(0)
+    printed = [line.strip() for line in errors.read().decode(errors="replace").splitlines() if line.strip()]
+    return f"{how} ({printed[-1][:200]})" if printed else how
 
 
 def _resident_mib(process: int) -> float:
@@ -126,7 +147,10 @@ def _resident_mib(process: int) -> float:
 
 
 def _kill(process: subprocess.Popen) -> None:
+    if process.poll() is None:  # else its number may be another's by now
+        with suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=KILL_SECONDS)
     with suppress(OSError):
-        os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
-    process.wait()
-    process.stdout.close()
+        process.stdin.close()

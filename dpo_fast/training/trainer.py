@@ -412,10 +412,14 @@ class Trainer:
         Signals that the process was started to ignore (nohup) stay ignored.
         """
 
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
         def ask(number: int, frame: object) -> None:
             name = signal.Signals(number).name
             if self.signal is not None:
                 if time.monotonic() - self.signalled_at > REPEAT_SECONDS:
+                    if callable(before[number]):  # the command's own: its interruption cannot be lost
+                        before[number](number, frame)
                     raise KeyboardInterrupt
                 return
             self.signal, self.signalled_at = name, time.monotonic()

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 
 from dpo_fast.choices.child import Disproved, Unusable
@@ -19,6 +20,12 @@ def prove(candidate: str, arguments: dict) -> None:
         os.kill(os.getpid(), signal.SIGSEGV)
     if candidate == "leaving":
         os._exit(3)
+    if candidate == "leaving well":
+        os._exit(0)
+    if candidate == "ending late":
+        threading.Thread(target=time.sleep, args=(600,)).start()
+    if candidate == "signed":
+        os.kill(os.getpid(), signal.SIGRTMIN + 1)
     if candidate == "hanging":
         time.sleep(600)
     if candidate == "spinning":

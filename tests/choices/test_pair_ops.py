@@ -84,6 +84,20 @@ def _by_address(policy: Tensor, error: Tensor, ref_error: Tensor, delta: Tensor)
     return error * (1 + moved * 2**-23), ref_error, delta
 
 
+def _loss(place: int, change: Callable[[Tensor], Tensor]) -> dict[str, Callable]:
+    def dpo_loss_fwd(*args: object) -> tuple[Tensor, ...]:
+        return tuple(change(v) if k == place else v for k, v in enumerate(reference.dpo_loss_fwd(*args)))
+
+    return dict(dpo_loss_fwd=dpo_loss_fwd)
+
+
+def _without_last_pair(*args: object) -> Tensor:
+    grad = reference.dpo_loss_bwd(*args)
+    if len(grad) == 4:  # margin 9: its gradient is small beside the other pair's
+        grad[[1, 3]] = 0
+    return grad
+
+
 FAULTS = {
     "target is .* further from float64": dict(noise_pair_fwd=_noise(lambda noisy, target: target.mul_(1 + 1e-4))),
     "noisy latents is .* further": dict(noise_pair_fwd=_noise(lambda noisy, target: noisy.view(-1)[-1:].add_(1))),
@@ -94,10 +108,19 @@ FAULTS = {
     "the same call gives other bits": dict(pair_errors_fwd=_errors(_by_address)),
     "memory beside it, was written": dict(pair_errors_fwd=_errors(_write_beside)),
     "an input, or memory": dict(pair_errors_fwd=_errors(_write_input)),
-    "margin is .* further": dict(
-        dpo_loss_fwd=lambda *args: tuple(v * (1 + 1e-3 * (k == 1)) for k, v in enumerate(reference.dpo_loss_fwd(*args)))
+    "margin is .* further": _loss(1, lambda value: value * 1.001),
+    "the loss's policy_error is not finite": _loss(2, lambda value: value * float("nan")),
+    "the loss's ref_error is .* further": _loss(3, lambda value: value * 0 - 7),
+    "loss is .* further": dict(dpo_loss_fwd=lambda *args: reference.dpo_loss_fwd(*args[:-1], None)),  # no weights
+    "gradient of the loss is .* further": dict(dpo_loss_bwd=lambda *args: reference.dpo_loss_bwd(*args) * 1.004),
+    r"gradient of the loss is \d\S* further": dict(dpo_loss_bwd=_without_last_pair),
+    "error_delta without a reference is": dict(
+        pair_errors_fwd=lambda policy, ref, target: (
+            reference.pair_errors_fwd(policy, ref, target)
+            if ref is not None
+            else (*reference.pair_errors_fwd(policy, ref, target)[:2], torch.zeros(len(policy)))
+        )
     ),
-    "of the loss is .* further": dict(dpo_loss_bwd=lambda *args: reference.dpo_loss_bwd(*args) * 1.1),
     "gradient of the errors is .* further": dict(pair_errors_bwd=lambda *args: -reference.pair_errors_bwd(*args)),
 }
 
