@@ -9,6 +9,9 @@ from dpo_fast.choices import decide
 from dpo_fast.kernels import dispatch
 
 
+SECONDS = {"reference": [1.0, 1.1, 1.2], "a": [1.0, 1.1, 1.2]}
+
+
 def test_the_report_names_versions_and_devices(capsys):
     assert env.main([]) == 0
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
@@ -43,5 +46,7 @@ def test_a_file_for_nothing_is_refused(tmp_path, capsys):
 
 def test_a_wrong_backend_is_in_the_exit_status(monkeypatch, capsys):
     for reason, status in (("", 0), ("cannot be used: no GPU", 0), ("wrong: noise", 1), ("ended with status 3", 1)):
-        monkeypatch.setattr(env, "proofs", lambda reason=reason: iter([decide("ops", "reference", {"a": reason}, {})]))
+        monkeypatch.setattr(
+            env, "proofs", lambda reason=reason: iter([decide("ops", "reference", {"a": reason}, SECONDS)])
+        )
         assert env.main(["--prove"]) == status
