@@ -8,7 +8,6 @@ from dpo_fast import env
 from dpo_fast.choices import decide
 from dpo_fast.kernels import dispatch
 
-
 SECONDS = {"reference": [1.0, 1.1, 1.2], "a": [1.0, 1.1, 1.2]}
 
 
