@@ -168,6 +168,11 @@ def mend(root: Path, recipe: Recipe, ranks: int) -> None:
         logger.warning("%s is damaged (%s): it is written again", mark, printable(str(error)))
         mark.unlink(missing_ok=True)
     begin_folder(root, recipe)
+    files = shard_files(mark.parent)
+    complete = {(rank, number) for rank, number, kind in files if kind == "json"}
+    for rank, number, kind in files:
+        if kind == "log" and (rank, number) in complete:  # the last thing to be deleted was not
+            (mark.parent / f"shard-{rank}-{number:05d}.log").unlink()
     finish_orphans(root, recipe, ranks)
     drop_damaged(root, recipe, every_record=True)
 

@@ -344,3 +344,15 @@ def test_mend_writes_a_damaged_recipe_again(tmp_path, text, caplog):
     assert json.loads(mark.read_text()) == RECIPE.as_json() and "recipe.json is damaged" in caplog.text
     assert "\x1b" not in caplog.text and caplog.text.encode()  # a log in UTF-8 takes it
     assert_holds(tmp_path, entries)
+
+
+def test_mend_removes_the_log_of_a_complete_shard(tmp_path):
+    """Left where the process could not delete it; nobody would open a writer when no record is missing."""
+    entries = items(3)
+    write(tmp_path, entries)
+    folder = tmp_path / RECIPE.folder_name
+    before = sorted(path.name for path in folder.iterdir())
+    (folder / "shard-0-00000.log").write_text("a line\n")
+    mend(tmp_path, RECIPE, ranks=1)
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert_holds(tmp_path, entries)
