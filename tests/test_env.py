@@ -18,7 +18,7 @@ def test_the_report_names_versions_and_devices(capsys):
     assert lines["cpu kernels reference" if "gpu" in lines else "cuda kernels reference"] == "usable"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_prove_prints_a_table_for_each_shape(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert env.main(["--prove", "--json", str(tmp_path / "proof.json")]) == 0

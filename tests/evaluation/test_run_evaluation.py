@@ -208,7 +208,7 @@ def interrupted(work: Callable) -> Callable:
 
 
 @pytest.mark.usefixtures("red")
-@pytest.mark.parametrize("name", ["evaluation.json", "images/images.json"])
+@pytest.mark.parametrize("name", ["evaluation.json", pytest.param("images/images.json", marks=pytest.mark.exhaustive)])
 def test_a_damaged_record_is_made_again(sd15_path, pairs, tmp_path, monkeypatch, name, caplog):
     flags = [*evaluated(sd15_path, pairs, tmp_path / "run"), "--resume_from_checkpoint", "auto"]
     with monkeypatch.context() as patched:
