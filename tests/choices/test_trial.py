@@ -45,8 +45,8 @@ def test_each_candidate_has_its_verdict():
 @pytest.mark.parametrize("name", ["hanging", "spinning"])
 def test_a_hang_ends_at_its_limit_and_leaves_no_process(name):
     started = time.monotonic()
-    found = prove(PLAN, [name, "right"], {}, Limits(seconds=1.5))
-    assert found == {name: "did not end within 1.5 s", "right": ""}
+    found = prove(PLAN, [name, "right"], {}, Limits(seconds=4.0))
+    assert found == {name: "did not end within 4 s", "right": ""}
     assert time.monotonic() - started < 60
 
 
@@ -58,7 +58,7 @@ def test_a_signal_without_a_name_is_told(monkeypatch):
 
 def test_a_process_that_does_not_end_is_ended():
     started = time.monotonic()
-    assert prove(PLAN, ["ending late"], {}, Limits(seconds=1.5)) == {"ending late": ""}
+    assert prove(PLAN, ["ending late"], {}, Limits(seconds=4.0)) == {"ending late": ""}
     assert time.monotonic() - started < 60
 
 
@@ -107,4 +107,4 @@ def test_times_are_of_all_or_of_none():
     seconds = {"right": [0.1, 0.2], "slow": [0.3, 0.4]}
     assert times(PLAN, ["right", "slow"], {"seconds": seconds}, LIMITS) == seconds
     assert times(PLAN, ["right", "crashing"], {"seconds": seconds}, LIMITS) == {}
-    assert times(PLAN, ["right", "hanging"], {"seconds": seconds}, Limits(seconds=1.5)) == {}
+    assert times(PLAN, ["right", "hanging"], {"seconds": seconds}, Limits(seconds=4.0)) == {}
