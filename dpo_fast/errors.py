@@ -16,7 +16,7 @@ _FAILING = (errno.EIO, errno.ESTALE, errno.EBUSY, errno.ETXTBSY, errno.ENODEV, e
 # Errors of a disk that is full, failing or not writable: for the user to fix, not internal errors.
 DISK_ERRORS = (*_FULL, *FORBIDDEN, *_OPEN_FILES, *_IN_THE_WAY, *_FAILING)
 
-# "[Errno 5] Input/output error: 'path'" of Python and pyarrow, "(os error 5)" of safetensors
+# "[Errno 5] Input/output error: 'path'" of Python and pyarrow, "(os error 5)" of safetensors and tokenizers
 _NUMBER = re.compile(r"(?:\berrno|\bos error) (\d+)", re.IGNORECASE)
 _NAME = re.compile(r"\[Errno \d+\][^\n]*?: '([^'\n]+)'")
 
@@ -73,13 +73,14 @@ def missing_extra(package: str, extra: str, needed_for: str) -> BadInput:
 def disk_error(error: BaseException | None) -> OSError | None:
     """Return the disk error that `error` is, wraps or was raised from, as an OSError with errno (and path), or None.
 
-    Libraries report disk errors in their own ways: safetensors as SafetensorError, PyTorch's loader workers and
-    pyarrow as an OSError without errno, `datasets` as an error raised from an OSError.
+    Libraries report disk errors in their own ways: safetensors as SafetensorError, tokenizers as a plain Exception,
+    PyTorch's loader workers and pyarrow as an OSError without errno, `datasets` as an error raised from an OSError.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             return error
-        if (isinstance(error, OSError) and error.errno is None) or type(error).__name__ == "SafetensorError":
+        without_number = isinstance(error, OSError) and error.errno is None
+        if without_number or type(error) is Exception or type(error).__name__ == "SafetensorError":
             number, name = _NUMBER.search(str(error)), _NAME.search(str(error))
             if number is not None and int(number[1]) in DISK_ERRORS:
                 return OSError(int(number[1]), os.strerror(int(number[1])), name and name[1])

@@ -115,7 +115,9 @@ def naming(path: Path) -> Iterator[None]:
     """Raise disk errors of the block as OSErrors with an errno, and with `path` if they name no path."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:  # tokenizers raise that
+            raise
         found = disk_error(error)
         if found is None or (found is error and error.filename is not None):
             raise

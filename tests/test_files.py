@@ -23,6 +23,7 @@ from dpo_fast.files import (
     contents,
     filled,
     flush,
+    naming,
     regular_file,
     regular_files,
     remove_temporaries,
@@ -286,6 +287,13 @@ def test_errors_of_the_disk_are_found_behind_those_of_libraries():
     assert (
         disk_error(SafetensorError("Error while serializing: I/O error: Stale file handle (os error 116)")).errno == 116
     )
+    of_tokenizers = Exception("Device or resource busy (os error 16)")
+    assert disk_error(of_tokenizers).errno == errno.EBUSY
+    assert disk_error(Exception("no such token")) is None
+    with pytest.raises(OSError, match=r"busy.*tokenizer\.json"), naming(Path("tokenizer.json")):
+        raise of_tokenizers
+    with pytest.raises(ValueError, match="os error 16"), naming(Path("x")):
+        raise ValueError("os error 16")
     assert disk_error(OSError("Detail: [errno 28] No space left on device")).errno == errno.ENOSPC
     wrapped = RuntimeError("An error occurred while generating the dataset")
     wrapped.__cause__ = PermissionError(errno.EACCES, "Permission denied", "/data")
