@@ -106,9 +106,9 @@ def _interruptible() -> Iterator[None]:
 
     Some libraries turn that into an error of their own (safetensors: the file cannot be loaded). An error that comes
     after the signal is raised as the KeyboardInterrupt that it was. Python itself drops one that is raised in a
-    finalizer; then the signal is sent again. One that is raised as a lock is taken can leave it taken for ever:
-    ENDING_SECONDS after Python has answered a signal the process prints where its threads are and ends, which is as
-    safe as a kill. `unhurried` lifts that.
+    finalizer; then the signal is sent again. If it is raised while a lock is being acquired, the lock may stay held
+    for ever: ENDING_SECONDS after Python has handled a signal the process prints where its threads are and ends, which
+    is as safe as a kill. `unhurried` cancels that limit.
     """
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         yield
@@ -146,7 +146,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def unhurried() -> None:
-    """Let an interruption take its time: for work that waits, rightly, for something else to save and end."""
+    """Cancel the time limit of an interruption, for work that must wait until something else has saved and ended."""
     faulthandler.cancel_dump_traceback_later()
 
 

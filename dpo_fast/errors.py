@@ -70,6 +70,11 @@ def missing_extra(package: str, extra: str, needed_for: str) -> BadInput:
     )
 
 
+def may_be_of_disk(error: BaseException) -> bool:
+    """Whether libraries report disk errors in exceptions of this type: tokenizers use a plain Exception."""
+    return isinstance(error, OSError) or type(error) is Exception or type(error).__name__ == "SafetensorError"
+
+
 def disk_error(error: BaseException | None) -> OSError | None:
     """Return the disk error that `error` is, wraps or was raised from, as an OSError with errno (and path), or None.
 
@@ -79,8 +84,7 @@ def disk_error(error: BaseException | None) -> OSError | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             return error
-        without_number = isinstance(error, OSError) and error.errno is None
-        if without_number or type(error) is Exception or type(error).__name__ == "SafetensorError":
+        if may_be_of_disk(error) and getattr(error, "errno", None) is None:
             number, name = _NUMBER.search(str(error)), _NAME.search(str(error))
             if number is not None and int(number[1]) in DISK_ERRORS:
                 return OSError(int(number[1]), os.strerror(int(number[1])), name and name[1])

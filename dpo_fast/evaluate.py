@@ -61,8 +61,7 @@ def _run(config: EvaluateConfig) -> int:
     started = time.perf_counter()
     run = read_run(config.policy) if is_run(config.policy) else None
     config = replace(config, batch_size=batch_size_of(config, run))
-    # fp32 is fp32, as in training
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run is not None and run.allow_tf32
+    parallel.allow_tf32(run is not None and run.allow_tf32)  # as in training
     models, sides = sides_of(config)
     comparison = None
     if config.prompts or config.dataset_name is None:

@@ -15,9 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from dpo_fast.errors import BadInput, disk_error
+from dpo_fast.errors import BadInput, disk_error, may_be_of_disk
 
 LOCK = ".lock"  # prefix of the files of `locks`
 _TEMPORARY = ".tmp-"
@@ -116,9 +114,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:  # tokenizers raise that
-            raise
-        found = disk_error(error)
+        found = disk_error(error) if may_be_of_disk(error) else None
         if found is None or (found is error and error.filename is not None):
             raise
         raise OSError(found.errno, found.strerror, str(found.filename or path)) from error

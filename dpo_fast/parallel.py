@@ -206,6 +206,11 @@ class Ranks:
             dist.destroy_process_group()
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Let CUDA compute products and convolutions of fp32 in TF32, or not; the process's default is a mixture."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
 def start(report_to: str) -> Ranks:
     """Join the launched processes (`accelerate launch`, torchrun), or run alone.
 

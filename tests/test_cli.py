@@ -116,6 +116,11 @@ def test_an_interruption_in_a_finalizer_is_not_lost(capsys):
     assert sys.unraisablehook is before
 
 
+def ended(script: str) -> subprocess.CompletedProcess:
+    """What came of a script in a process of its own."""
+    return subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=60)
+
+
 def test_an_interruption_that_ends_nothing_ends_the_process():
     script = """
 import signal, threading
@@ -128,7 +133,7 @@ def work():
         threading.Event().wait()
 cli.leave(cli.guarded(work, kept="", go_on=""))
 """
-    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=60)
+    done = ended(script)
     assert done.returncode == 1 and "Timeout" in done.stderr and "in work" in done.stderr
 
 
@@ -146,7 +151,7 @@ def work():
         raise
 cli.leave(cli.guarded(work, kept="kept", go_on=""))
 """
-    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=60)
+    done = ended(script)
     assert (done.returncode, done.stderr) == (130, "dpo_fast: interrupted at once by SIGTERM; kept\n")
 
 
@@ -325,6 +330,6 @@ def work():
     raise RuntimeError("row \x1b]0;title\x07 \u202e is odd")
 leave(guarded(work, kept="", go_on=""))
 """
-    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=60)
+    done = ended(script)
     assert done.returncode == 1 and not obeyed(done.stderr)
     assert "Traceback" in done.stderr and r"RuntimeError: row \x1b]0;title\x07 \u202e is odd" in done.stderr

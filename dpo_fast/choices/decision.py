@@ -20,13 +20,13 @@ class Row:
 
     @property
     def unusable(self) -> bool:
-        """Whether it is not for this machine, which is no fault."""
+        """Whether it cannot run on this machine, which is not an error."""
         return self.reason.startswith(WORDS["unusable"])
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was chosen, and what it follows from."""
+    """The chosen candidate, and the measurements behind the choice."""
 
     choice: str  # what is chosen, in words
     baseline: str  # needs no proof: what every candidate is measured against

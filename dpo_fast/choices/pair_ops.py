@@ -234,7 +234,7 @@ def _every_output(modules: dict[str, ModuleType], x: _Inputs) -> tuple[Tensor, .
 
 @contextmanager
 def _poisoned_outputs() -> Iterator[None]:
-    """Within the block memory that PyTorch allocates without a value is NaN, or the largest integer."""
+    """Within the block, PyTorch fills new memory with NaN, or with the largest integer."""
     before, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

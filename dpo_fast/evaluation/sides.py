@@ -208,7 +208,7 @@ def comparison_of(
 
 
 def prompts_in_training(run: TrainConfig, where: Where) -> list[Prompt]:
-    """The prompts that a run's own evaluation shares its images out among. Raises BadInput if they cannot be read."""
+    """Return all prompts of a run's own evaluation. Raises BadInput if they cannot be read."""
     given, where = str(run.eval_prompts), where._replace(flag="--eval_prompts")
     if not is_set(given) and not exists(user_path(given)):  # a path must not be taken for the text of a prompt
         raise BadInput(

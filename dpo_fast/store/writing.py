@@ -81,9 +81,8 @@ class Writer:
 
     def _unfinished(self) -> list[int]:
         """The numbers of the shards that a killed process left without an index, ascending."""
+        _remove_finished_logs(self.folder, self.rank)
         done = self._numbers("json")
-        for number in self._numbers("log") & done:  # complete except for this
-            (self.folder / f"shard-{self.rank}-{number:05d}.log").unlink()
         return sorted(self._numbers("bin", "part", "log") - done)
 
     def _resume(self) -> None:
@@ -168,11 +167,7 @@ def mend(root: Path, recipe: Recipe, ranks: int) -> None:
         logger.warning("%s is damaged (%s): it is written again", mark, printable(str(error)))
         mark.unlink(missing_ok=True)
     begin_folder(root, recipe)
-    files = shard_files(mark.parent)
-    complete = {(rank, number) for rank, number, kind in files if kind == "json"}
-    for rank, number, kind in files:
-        if kind == "log" and (rank, number) in complete:  # the last thing to be deleted was not
-            (mark.parent / f"shard-{rank}-{number:05d}.log").unlink()
+    _remove_finished_logs(mark.parent)
     finish_orphans(root, recipe, ranks)
     drop_damaged(root, recipe, every_record=True)
 
@@ -190,6 +185,15 @@ def tidy(root: Path, recipe: Recipe) -> bool:
         begin_folder(root, recipe)
         finish_orphans(root, recipe, 0)
     return True
+
+
+def _remove_finished_logs(folder: Path, rank: int | None = None) -> None:
+    """Delete the logs of complete shards, which are the last files to go; rank: only of this one."""
+    files = shard_files(folder)
+    complete = {(of, number) for of, number, kind in files if kind == "json" and rank in (None, of)}
+    for of, number, kind in files:
+        if kind == "log" and (of, number) in complete:
+            (folder / f"shard-{of}-{number:05d}.log").unlink()
 
 
 def log_keys(folder: Path) -> set[bytes]:

@@ -44,7 +44,7 @@ from dpo_fast.models import (
 from dpo_fast.models.fingerprints import unet_digest
 from dpo_fast.models.sampling import SampleSettings, base_samples
 from dpo_fast.objectives import find_objective
-from dpo_fast.parallel import Ranks
+from dpo_fast.parallel import Ranks, allow_tf32
 from dpo_fast.training import checkpoint, hub, run_folder
 from dpo_fast.training.batches import (
     RunPairs,
@@ -239,7 +239,7 @@ def settle(config: TrainConfig, ranks: Ranks) -> TrainConfig:
             f"--pairs_per_step ({pairs}) must be a multiple of train_batch_size x processes"
             f" ({config.train_batch_size} x {ranks.world_size} = {a_pass})"
         )
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    allow_tf32(config.allow_tf32)
     folder = config.output_dir or Path("runs", f"{config.preset or 'train'}-{datetime.now():%Y%m%d-%H%M%S}")
     return replace(
         config,
