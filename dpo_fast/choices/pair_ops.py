@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,12 +69,12 @@ def prove(candidate: str, arguments: dict[str, Any]) -> None:
             first = None
             for offset in OFFSETS:
                 placed = _Placed(inputs, device, offset)
-                results = tuple(value.cpu() for value in _every_output(modules, placed.values))
+                results = {name: value.cpu() for name, value in _every_output(modules, placed.values).items()}
                 placed.check()
                 _check(truth, results, f"{shape}, inputs moved by {offset} elements")
-                if first is not None and any(_bits(a) != _bits(b) for a, b in zip(first, results, strict=True)):
+                bits = {name: _bits(value) for name, value in results.items()}
+                if bits != (first := first or bits):
                     raise Disproved(f"the same call gives other bits at {shape}")
-                first = results
         if device.type == "cuda":
             _check_stream(modules, _inputs(own, seed=0), device)
 
@@ -222,14 +222,15 @@ def _step(modules: dict[str, ModuleType], x: _Inputs) -> tuple[Tensor, ...]:
     return *noise, *loss, grad
 
 
-def _every_output(modules: dict[str, ModuleType], x: _Inputs) -> tuple[Tensor, ...]:
-    """The outputs of `_step` and of the errors on their own, with and without a reference, in the order of NAMES."""
-    return (
+def _every_output(modules: dict[str, ModuleType], x: _Inputs) -> dict[str, Tensor]:
+    """The outputs of `_step`, and of the errors on their own, with and without a reference."""
+    values = (
         *_step(modules, x),
         *modules["pair_errors"].pair_errors_fwd(x.policy, x.ref, x.target),
         *modules["pair_errors"].pair_errors_fwd(x.policy, None, x.target),
         modules["pair_errors"].pair_errors_bwd(x.grad_error, x.policy, x.target),
     )
+    return dict(zip(NAMES, values, strict=True))
 
 
 @contextmanager
@@ -269,19 +270,18 @@ NAMES = (
     *("the gradient of the loss", "policy_error", "ref_error", "error_delta", "policy_error without a reference"),
     *("ref_error without a reference", "error_delta without a reference", "the gradient of the errors"),
 )
-WITH_BITS = (0, 1, 6, 13)  # noise and gradients
+WITH_BITS = ("noisy latents", "target", "the gradient of the loss", "the gradient of the errors")
 
 
-@dataclass(frozen=True)
-class _Truth:
-    """What the outputs must be, in the order of NAMES: the bits of `exact`, where that is known, and near `truth`."""
+class _Expected(NamedTuple):
+    """What an output must be: the bits of `exact`, where that is known, and near `truth`."""
 
-    exact: tuple[Tensor | None, ...]
-    truth: tuple[Tensor, ...]  # float64
-    allowed: tuple[Tensor, ...]  # float64: how far from the truth
+    exact: Tensor | None
+    truth: Tensor  # float64
+    allowed: Tensor  # float64: how far from the truth
 
 
-def _truth(x: _Inputs, candidate: str, device: torch.device) -> _Truth:
+def _truth(x: _Inputs, candidate: str, device: torch.device) -> dict[str, _Expected]:
     plain = _every_output(dict.fromkeys(("noise_pair", "pair_errors", "dpo_loss"), reference), x)
     pairs, target = x.shape.pairs, x.target.double()
     target = target.repeat(2, 1, 1, 1) if len(target) < len(x.policy) else target
@@ -308,40 +308,45 @@ def _truth(x: _Inputs, candidate: str, device: torch.device) -> _Truth:
     loss_terms = gradient(torch.cat([slope * (up + down)] * 2)).abs()
     grad_errors = gradient(x.grad_error.double())
     draws = (x.signal, x.sigma, x.seed, x.pair_id, x.draw, x.shape.prediction_type)
-    noisy, noise_target = (v.double() for v in reference.noise_pair(x.latents, *draws, torch.float32))  # not rounded
-    of_sums = {  # place -> truth, and the sum of the absolute values of its terms; a loss moves at most as its margins
-        **{2: (loss, loss + (weight * margin_terms).mean()), 3: (margin, margin_terms)},
-        **{4: (error, error), 5: (ref_error, ref_error), 7: (error, error), 8: (ref_error, ref_error)},
-        **{9: (delta, terms), 10: (error, error), 11: (nothing, nothing), 12: (error, error)},
+    # not rounded to the latents' dtype
+    noisy, noise_target = (v.double() for v in reference.noise_pair(x.latents, *draws, torch.float32))
+    sums = {  # truth, and the sum of the absolute values of its terms; a loss moves at most as far as its margins
+        "loss": (loss, loss + (weight * margin_terms).mean()),
+        "margin": (margin, margin_terms),
+        "the loss's policy_error": (error, error),
+        "the loss's ref_error": (ref_error, ref_error),
+        "policy_error": (error, error),
+        "ref_error": (ref_error, ref_error),
+        "error_delta": (delta, terms),
+        "policy_error without a reference": (error, error),
+        "ref_error without a reference": (nothing, nothing),
+        "error_delta without a reference": (error, error),
     }
-    rounded = {  # place -> truth in float32 or better, and how far that is from it before it is rounded to the dtype
-        0: (noisy, NOISE_BOUND * (1 + noisy.abs())),
-        1: (noise_target, NOISE_BOUND * (1 + noise_target.abs())),
-        6: (grad_loss, 16 * torch.finfo(torch.float32).eps * loss_terms),
-        13: (grad_errors, 16 * torch.finfo(torch.float32).eps * grad_errors.abs()),
+    rounded = {  # truth in float32 or better, and how far a result may be from it before it is rounded to its dtype
+        "noisy latents": (noisy, NOISE_BOUND * (1 + noisy.abs())),
+        "target": (noise_target, NOISE_BOUND * (1 + noise_target.abs())),
+        "the gradient of the loss": (grad_loss, 16 * torch.finfo(torch.float32).eps * loss_terms),
+        "the gradient of the errors": (grad_errors, 16 * torch.finfo(torch.float32).eps * grad_errors.abs()),
     }
-    truth, allowed = {}, {}
-    for place, (value, magnitude) in of_sums.items():
-        info = torch.finfo(plain[place].dtype)
+    allowed = {}
+    for name, (truth, magnitude) in sums.items():
+        info = torch.finfo(plain[name].dtype)
         ulp = (magnitude * info.eps).clamp(min=info.smallest_normal * info.eps)
-        truth[place], allowed[place] = value, 2 * (plain[place].double() - value).abs().max() + 4 * ulp
-    for place, (value, before) in rounded.items():
-        info = torch.finfo(plain[place].dtype)
-        half_ulp = (value.abs() * info.eps / 2).clamp(min=info.smallest_normal * info.eps)
-        truth[place], allowed[place] = value, before + 1.01 * half_ulp * (1 + before)
-    exact: list[Tensor | None] = [None] * len(NAMES)
+        allowed[name] = 2 * (plain[name].double() - truth).abs().max() + 4 * ulp
+    for name, (truth, before) in rounded.items():
+        info = torch.finfo(plain[name].dtype)
+        half_ulp = (truth.abs() * info.eps / 2).clamp(min=info.smallest_normal * info.eps)
+        allowed[name] = before + 1.01 * half_ulp * (1 + before)
+    exact: dict[str, Tensor] = {}
     if (candidate, device.type) != ("native", "cpu") and not dispatch.usable_backends("cpu")["native"]:
         of_cpu = _every_output(_modules("native", torch.device("cpu")), x)
-        for place in WITH_BITS:
-            exact[place] = of_cpu[place]
-    places = range(len(NAMES))
-    return _Truth(tuple(exact), tuple(truth[k] for k in places), tuple(allowed[k] for k in places))
+        exact = {name: of_cpu[name] for name in WITH_BITS}
+    return {name: _Expected(exact.get(name), truth, allowed[name]) for name, (truth, _) in (sums | rounded).items()}
 
 
-def _check(expected: _Truth, results: Sequence[Tensor], where: str) -> None:
-    for name, exact, truth, allowed, result in zip(
-        NAMES, expected.exact, expected.truth, expected.allowed, results, strict=True
-    ):
+def _check(expected: dict[str, _Expected], results: dict[str, Tensor], where: str) -> None:
+    for name, result in results.items():
+        exact, truth, allowed = expected[name]
         if result.shape != truth.shape:
             raise Disproved(f"{name} is {list(result.shape)}, not {list(truth.shape)}, at {where}")
         if not result.isfinite().all():
@@ -356,7 +361,7 @@ def _check(expected: _Truth, results: Sequence[Tensor], where: str) -> None:
 
 def _check_stream(modules: dict[str, ModuleType], inputs: _Inputs, device: torch.device) -> None:
     """Raise Disproved if a call does not wait for what its own stream does before it."""
-    expected = tuple(value.cpu() for value in _every_output(modules, _Placed(inputs, device, 0).values))
+    expected = {name: _bits(x) for name, x in _every_output(modules, _Placed(inputs, device, 0).values).items()}
     late, side = _Placed(inputs, device, 0).values, torch.cuda.Stream(device)
     originals = {name: tensor.clone() for name, tensor in late.tensors().items()}
     torch.cuda.synchronize(device)
@@ -374,7 +379,7 @@ def _check_stream(modules: dict[str, ModuleType], inputs: _Inputs, device: torch
             if not waiting.query():  # the calls were made while the stream was still busy
                 break
     side.synchronize()
-    if any(_bits(one) != _bits(other) for one, other in zip(expected, results, strict=True)):
+    if expected != {name: _bits(x) for name, x in results.items()}:
         raise Disproved("a call on another stream does not wait for that stream")
 
 
