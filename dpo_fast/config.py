@@ -50,9 +50,11 @@ class TrainConfig:
     """Train at no timestep below this one: where there is little noise, the errors say little about the scene."""
     max_timestep: int | None = None
     """Train at no timestep from this one on; None: no limit."""
-    attention: Literal["auto", "sdpa", "cudnn", "flash", "xformers"] = "auto"
-    """Attention of the UNet, the same for policy and reference; sdpa: PyTorch's own choice; cudnn, flash: that kernel
-    first, where it can be used (experimental); auto: sdpa, until another has been measured to be faster."""
+    attention: Literal["auto", "sdpa", "cudnn", "flash", "efficient", "xformers"] = "auto"
+    """Attention of the UNet, the same for policy and reference; sdpa: PyTorch's own choice; cudnn, flash, efficient:
+    that kernel first, where it can be used; auto: what is proven and fastest on this machine (--prove), else sdpa."""
+    memory_order: Literal["auto", "channels_last", "contiguous"] = "auto"
+    """Memory order of the UNet's convolutions; auto: the faster one on this machine (--prove), else channels_last."""
     enable_xformers_memory_efficient_attention: bool = False
     """The name diffusers' scripts have for --attention xformers."""
     cache_dir: str | None = None
@@ -78,9 +80,10 @@ class TrainConfig:
     gradient_checkpointing: Literal["none", "selective", "full"] = "none"
     """Compute activations again in the backward pass, to save memory. full (also the bare flag): about a third more
     time; selective: keep what products, convolutions and attention give, and compute only the rest again."""
-    compile: Literal["off", "regional"] = "off"
+    compile: Literal["auto", "off", "regional", "resnets", "regional-tuned", "resnets-tuned"] = "auto"
     """torch.compile in the first step. regional: the UNet's transformer blocks, each kind once, rounding as eager ones
-    do. (The whole UNet as one program is not offered: see docs/performance.md.)"""
+    do; resnets: those and the resnets; -tuned: Inductor may time reductions; auto: what is proven and pays on this
+    machine (--prove), else off. (The whole UNet as one program is not offered: see docs/performance.md.)"""
 
     # The pairs.
     dataset_name: str | None = None
@@ -185,7 +188,13 @@ class TrainConfig:
     allow_tf32: bool = False
     """Let fp32 matrix products on the GPU use TF32."""
     backend: Literal["auto", "reference", "triton", "native"] = "auto"
-    """Which implementation of the pair kernels to run."""
+    """Which implementation of the pair kernels to run; auto: the fastest that is proven on this machine (--prove),
+    else native on a CPU and plain PyTorch (reference) on a GPU."""
+    prove: bool = True
+    """Before a run of 200 passes or more, prove and time what is "auto" above, in other processes, within a minute
+    (longer where compiling may pay); outcomes are kept in the cache folder. --no-prove takes the plain defaults."""
+    choices: Path | None = None
+    """A file that says what is "auto" above, instead of a proof: the config.yaml of another run."""
 
     # What comes out.
     output_dir: Path | None = None

@@ -1,7 +1,8 @@
 """`python -m dpo_fast.env`: versions, devices and what can run here. Paste it into a bug report.
 
-With --prove every backend of the pair ops is proven and timed on every GPU, or on the CPU where there is none, at the
-shapes of SD1.5 and SDXL. Exit status: 0 done, 1 a backend that can be used here is wrong or failed, 2 bad input.
+With --prove the candidates of every choice that a run makes (backend of the pair ops, attention, memory order; with
+--compiled also compilation) are proven and timed on every GPU, or on the CPU where there is none, at the shapes of
+SD1.5 and SDXL. Exit status: 0 done, 1 a candidate that can be used here is wrong or failed, 2 bad input.
 """
 
 import argparse
@@ -10,14 +11,14 @@ import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpo_fast.cli import guarded, leave, say
 from dpo_fast.errors import BadInput
-from dpo_fast.files import write_json
+from dpo_fast.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from dpo_fast.choices import Outcome
+    from dpo_fast.choices.decision import Outcome
 
 PACKAGES = (
     "dpo_fast torch triton diffusers transformers accelerate peft datasets pyarrow safetensors numpy pillow"
@@ -76,27 +77,44 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
-def proofs() -> "Iterator[Outcome]":
-    """Prove and time the backends of the pair ops on every GPU, or on the CPU where there is none."""
+def proofs(compiled: bool = False) -> "Iterator[Outcome]":
+    """Prove and time the candidates of every choice on every GPU, or on the CPU where there is none.
+
+    compiled: also ways to compile the UNet, which takes minutes.
+    """
     import torch
 
-    from dpo_fast.choices import Limits, decide, prove, times
-    from dpo_fast.choices.pair_ops import BACKENDS, BASELINE, Shape
+    from dpo_fast.choices.choose import Choices, compile_question, eager_question, pair_ops_question
+    from dpo_fast.choices.decision import decide
+    from dpo_fast.choices.unet import Variant
+    from dpo_fast.choices.workload import SD15, SDXL, Workload
 
-    plan = "dpo_fast.choices.pair_ops"
-    shapes = {
-        "SD1.5, 512 px, fp16, 8 pairs": Shape(8, (4, 64, 64), torch.float16),
-        "SDXL, 1024 px, bf16, 4 pairs, channels_last": Shape(4, (4, 128, 128), torch.bfloat16, channels_last=True),
-    }
-    devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
-    for device in devices:
-        for what, shape in shapes.items():
-            say(f"proving the pair ops on {device}: {what}")
-            arguments = shape.as_arguments(device)
-            reasons = prove(plan, BACKENDS, arguments, Limits())
-            proven = [name for name, reason in reasons.items() if not reason]
-            seconds = times(plan, [BASELINE, *proven], arguments, Limits())
-            yield decide(f"pair ops on {device}, forward and backward: {what}", BASELINE, reasons, seconds)
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    for device in gpus or ["cpu"]:
+        workloads = {
+            "SD1.5, 512 px, fp16, 8 pairs": Workload(device, "float16", 8, 64, SD15, 77),
+            "SDXL, 1024 px, bf16, 4 pairs": Workload(device, "bfloat16", 4, 128, SDXL, 77),
+            "the built-in model, fp32, 24 pairs": Workload(device, "float32", 24, **_built_in(), tuning="full"),
+        }
+        for what, workload in workloads.items():
+            questions = [pair_ops_question(workload, "channels_last")]
+            if gpus or what.startswith("the built-in"):  # a CPU would take minutes over a UNet of full width
+                questions.append(eager_question(workload, Choices(), Variant()))
+                questions += [compile_question(workload, Variant())] if compiled else []
+            for question in filter(None, questions):
+                say(f"proving {question.what}: {what}")
+                evidence = question.judge(lambda doing: say(f"  {doing}"))
+                yield decide(f"{question.what}: {what}", question.baseline, evidence)
+
+
+def _built_in() -> dict[str, Any]:
+    """The part of a workload that the built-in model decides."""
+    from dpo_fast.presets import PRESETS
+
+    folder = Path(PRESETS["shapes"]["pretrained_model_name_or_path"])
+    unet, text = (read_json(folder / part / "config.json") for part in ("unet", "text_encoder"))
+    kept = {name: value for name, value in unet.items() if not name.startswith("_")}
+    return {"latent": unet["sample_size"], "unet": kept, "tokens": text["max_position_embeddings"]}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,19 +125,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--prove",
         action="store_true",
-        help="also prove and time the backends of the pair ops on every GPU, or else the CPU, in other processes",
+        help="also prove and time the candidates of every choice on every GPU, or else the CPU, in other processes",
     )
+    parser.add_argument("--compiled", action="store_true", help="with --prove: also ways to compile the UNet; minutes")
     parser.add_argument("--json", type=Path, help="with --prove: also write the tables to this file")
     arguments = parser.parse_args(argv)
 
     def work() -> int:
+        if arguments.compiled and not arguments.prove:
+            raise BadInput("--compiled is for --prove: add it, or leave --compiled out")
         if arguments.json is not None and not arguments.prove:
             raise BadInput(f"--json {arguments.json} is for the tables of --prove: add it, or leave --json out")
         if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
             raise BadInput(f"--json {arguments.json}: its folder does not exist; make it, or name another file")
         print(report(), flush=True)
         outcomes = []
-        for outcome in proofs() if arguments.prove else ():
+        for outcome in proofs(arguments.compiled) if arguments.prove else ():
             print(f"\n{outcome}", flush=True)
             outcomes.append(outcome)
         if arguments.json is not None:

@@ -17,6 +17,7 @@ from dpo_fast.kernels import noise_pair
 from dpo_fast.models.compiling import compile_unet
 from dpo_fast.models.family import Conditioning, Family
 from dpo_fast.models.lora import AdapterSwitch
+from dpo_fast.models.memory_order import memory_format
 
 
 class Reference(Protocol):
@@ -124,7 +125,7 @@ def add_noise(family: Family, latents: Tensor, batch: Batch, seed: int) -> tuple
     """
     schedule = family.schedule
     return noise_pair(
-        latents.contiguous(memory_format=torch.channels_last),  # like the UNet's weights; values do not change
+        latents.contiguous(memory_format=memory_format(family.unet)),  # values do not change
         schedule.sqrt_alpha_bar[batch.timesteps],
         schedule.sqrt_one_minus_alpha_bar[batch.timesteps],
         seed,

@@ -5,10 +5,11 @@ import json
 import pytest
 
 from dpo_fast import env
-from dpo_fast.choices import decide
+from dpo_fast.choices.decision import decide
+from dpo_fast.choices.trial import Evidence
 from dpo_fast.kernels import dispatch
 
-SECONDS = {"reference": [1.0, 1.1, 1.2], "a": [1.0, 1.1, 1.2]}
+ROUNDS = {"reference": [1.0, 1.1, 1.2], "a": [1.0, 1.1, 1.2]}
 
 
 def test_the_report_names_versions_and_devices(capsys):
@@ -24,15 +25,18 @@ def test_prove_prints_a_table_for_each_shape(tmp_path, capsys, monkeypatch):
     assert env.main(["--prove", "--json", str(tmp_path / "proof.json")]) == 0
     printed = capsys.readouterr()
     found = json.loads((tmp_path / "proof.json").read_text())
-    assert set(found["versions"]) == set(env.PACKAGES) and len(found["choices"]) == 2
-    for outcome in found["choices"]:
+    assert set(found["versions"]) == set(env.PACKAGES) and len(found["choices"]) == 4
+    *of_ops, of_unet = found["choices"]
+    for outcome in of_ops:
         assert outcome["choice"] in printed.out and outcome["baseline"] == "reference"
         reasons = {row["candidate"]: row["reason"] for row in outcome["rows"]}
         assert list(reasons) == ["reference", "native", "triton"]
         for name in ("native", "triton"):
             usable = not dispatch.usable_backends("cpu")[name]
             assert (reasons[name] == "") if usable else reasons[name].startswith("cannot be used")
-    assert "proving the pair ops on cpu: SDXL" in printed.err
+    assert [row["candidate"] for row in of_unet["rows"]] == ["sdpa, channels_last, off", "sdpa, contiguous, off"]
+    assert all(row["reason"] == "" and row["median"] > 0 for row in of_unet["rows"])
+    assert "proving pair ops on cpu: SDXL" in printed.err
 
 
 def test_a_file_for_nothing_is_refused(tmp_path, capsys):
@@ -41,11 +45,15 @@ def test_a_file_for_nothing_is_refused(tmp_path, capsys):
     assert not (tmp_path / "x.json").exists()
     assert env.main(["--prove", "--json", str(tmp_path / "nowhere" / "x.json")]) == 2
     assert "its folder does not exist" in capsys.readouterr().err
+    assert env.main(["--compiled"]) == 2
+    assert "--compiled is for --prove" in capsys.readouterr().err
 
 
 def test_a_wrong_backend_is_in_the_exit_status(monkeypatch, capsys):
     for reason, status in (("", 0), ("cannot be used: no GPU", 0), ("wrong: noise", 1), ("ended with status 3", 1)):
         monkeypatch.setattr(
-            env, "proofs", lambda reason=reason: iter([decide("ops", "reference", {"a": reason}, SECONDS)])
+            env,
+            "proofs",
+            lambda compiled, reason=reason: iter([decide("ops", "reference", Evidence({"a": reason}, ROUNDS))]),
         )
         assert env.main(["--prove"]) == status

@@ -325,14 +325,17 @@ def _margin_rms(difference: np.ndarray, beta: float) -> float:  # float32 [n, 2]
 def _numerics(settings: ScoringSettings, device: torch.device) -> dict[str, str]:
     """The settings that change the rounding of errors but not their meaning."""
     kernels = dispatch.module_for("pair_errors", settings.backend, torch.zeros(1, device=device)).__name__
-    return {
+    numerics = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "kernels": kernels.split(".")[2],
-        "attention": settings.attention,
+        "attention": "auto" if settings.attention == "sdpa" else settings.attention,  # the same
         "tf32": "on" if device.type == "cuda" and settings.allow_tf32 else "off",
     }
+    if settings.memory_order == "contiguous":  # earlier versions had channels_last only, and did not say so
+        numerics["memory_order"] = settings.memory_order
+    return numerics
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class ScoringSettings:
     backend: str  # of the kernels
     mixed_precision: str
     attention: str
+    memory_order: str
     allow_tf32: bool
 
     @classmethod
@@ -56,5 +57,6 @@ class ScoringSettings:
             config.backend,
             config.mixed_precision,
             config.attention,
+            config.memory_order,
             config.allow_tf32,
         )

@@ -1,13 +1,15 @@
-"""The process that a plan's candidates are proven or timed in: reads a request from stdin, answers in lines of JSON.
+"""The process that a plan's candidates are proven and timed in: reads a request from stdin, answers in lines of JSON.
 
-Each answer is [kind, candidate, value]: began; proven; disproved, unusable or failed, with the reason; timed, with
-seconds. After a candidate that was disproved or failed the process ends: it may have left a broken CUDA context.
+Each answer is [kind, candidate, value]: unstartable, with the reason; began; proven; disproved, unusable, failed or
+skipped, with the reason; timing; timed, with the seconds of the first call and of later rounds. After a candidate that
+was disproved or failed the process ends: it may have left a broken CUDA context.
 """
 
 import json
 import os
 import sys
 import threading
+import time
 from importlib import import_module
 from typing import Any
 
@@ -25,18 +27,22 @@ def main() -> None:
     os.dup2(2, 1)  # whatever libraries print must not stand among the answers
     request = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    plan, candidates, arguments = import_module(request["plan"]), request["candidates"], request["arguments"]
+    plan, arguments, began = import_module(request["plan"]), request["arguments"], time.monotonic()
 
-    def answer(kind: str, candidate: str, value: Any = None) -> None:
+    def answer(kind: str, candidate: str = "", value: Any = None) -> None:
         answers.write(json.dumps([kind, candidate, value]) + "\n")
         answers.flush()
 
-    if request["task"] == "times":
-        answer("began", "")
-        for candidate, seconds in plan.times(candidates, arguments).items():
-            answer("timed", candidate, seconds)
+    try:
+        plan.start(arguments)
+    except Exception as error:  # the device may be exclusive to another process
+        answer("unstartable", value=_said(error))
         return
-    for candidate in candidates:
+    proven = []
+    for candidate in request["candidates"]:
+        if time.monotonic() - began > request["seconds"]:
+            answer("skipped", candidate, "there was no time left for it")
+            continue
         answer("began", candidate)
         try:
             plan.prove(candidate, arguments)
@@ -46,10 +52,20 @@ def main() -> None:
             answer("disproved", candidate, str(error))
             return
         except Exception as error:  # whatever it raises, it cannot be used
-            answer("failed", candidate, f"{type(error).__name__}: {error}")
+            answer("failed", candidate, _said(error))
             return
         else:
             answer("proven", candidate)
+            proven.append(candidate)
+    timed = [*request["timed"], *proven]
+    if request["timed"] and len(timed) > 1:
+        answer("timing")
+        for candidate, times in plan.times(timed, arguments).items():
+            answer("timed", candidate, times)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _end_with_parent() -> None:

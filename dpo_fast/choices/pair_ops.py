@@ -11,8 +11,7 @@ A backend is proven if, at the run's own shape and at odd ones,
 - on CUDA, a call on another stream waits for what that stream does before.
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_fast.choices.child import Disproved, Unusable
+from dpo_fast.choices.timing import Times, in_turn, open_device
 from dpo_fast.kernels import dispatch, reference
 
 BASELINE = "reference"
@@ -58,9 +58,14 @@ class Shape:
         return vars(self) | {"dtype": str(self.dtype).removeprefix("torch."), "device": device}
 
 
+def start(arguments: dict[str, Any]) -> None:
+    """Take the device, on which backends are judged and events recorded. Raises RuntimeError if it cannot be used."""
+    open_device(arguments["device"])
+
+
 def prove(candidate: str, arguments: dict[str, Any]) -> None:
     """Raise Disproved if a backend is wrong at a run's shape or an odd one, Unusable if it cannot be used here."""
-    device, own = _device(arguments), Shape.of(arguments)
+    device, own = torch.device(arguments["device"]), Shape.of(arguments)
     modules = _modules(candidate, device)
     with _poisoned_outputs():
         for number, shape in enumerate(_shapes(own)):
@@ -79,31 +84,15 @@ def prove(candidate: str, arguments: dict[str, Any]) -> None:
             _check_stream(modules, _inputs(own, seed=0), device)
 
 
-def times(candidates: Sequence[str], arguments: dict[str, Any]) -> dict[str, list[float]]:
-    """Return backend -> seconds of ROUNDS rounds, in turn, of what a step calls: noise, loss and its gradient."""
-    device = _device(arguments)
+def times(candidates: Sequence[str], arguments: dict[str, Any]) -> dict[str, Times]:
+    """Time, by backend, what a step calls: noise, loss and its gradient."""
+    device = torch.device(arguments["device"])
     inputs = _Placed(_inputs(Shape.of(arguments), seed=0), device, 0).values
     calls = {name: partial(_step, _modules(name, device), inputs) for name in candidates}
-    repeats = {}
-    for name, call in calls.items():
-        call()  # compiles, allocates
-        repeats[name] = max(1, round(ROUND_SECONDS / max(_seconds(call, 1, device), 1e-6)))
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            found[name].append(_seconds(call, repeats[name], device))
-    return found
+    return in_turn(calls, device, rounds=ROUNDS, round_seconds=ROUND_SECONDS)
 
 
 # ---- what is run -------------------------------------------------------------------------------------------------
-
-
-def _device(arguments: dict[str, Any]) -> torch.device:
-    """The device, which becomes the current one: backends are judged and events recorded there."""
-    device = torch.device(arguments["device"])
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
 
 
 def _modules(name: str, device: torch.device) -> dict[str, ModuleType]:
@@ -244,22 +233,6 @@ def _poisoned_outputs() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = filled
-
-
-def _seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Seconds of one call: by events on CUDA, else by the clock."""
-    if device.type != "cuda":
-        started = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        return (time.perf_counter() - started) / repeats
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / repeats
 
 
 # ---- what must come of it ----------------------------------------------------------------------------------------

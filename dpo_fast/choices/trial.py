@@ -1,6 +1,7 @@
 """Run a plan's candidates in child processes, each within limits of time and memory."""
 
 import json
+import math
 import os
 import queue
 import signal
@@ -9,65 +10,108 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 PROGRAM = "from dpo_fast.choices.child import main; main()"
 POLL_SECONDS = 0.05
 KILL_SECONDS = 10.0  # a process that waits for a driver may not end at once
-WORDS = {"disproved": "wrong", "unusable": "cannot be used", "failed": "failed"}
+WORDS = {"disproved": "wrong", "unusable": "cannot be used", "failed": "failed", "skipped": "not tried"}
+UNPROVABLE = "could not be proven"
+NO_TIME = f"{WORDS['skipped']}: there was no time left for it"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one candidate may take."""
+    """What the candidates may take."""
 
-    seconds: float = 300.0  # with imports and compilation
+    seconds: float = 300.0  # each, with imports and compilation
     memory_mib: float = 8192.0  # of the host, resident in the child, where /proc says how much that is
+    all_seconds: float = math.inf  # after this time no further candidate is begun
+    end_seconds: float = math.inf  # after this time nothing goes on, and nothing that was not timed by then is chosen
 
 
-def prove(plan: str, candidates: Sequence[str], arguments: dict[str, Any], limits: Limits) -> dict[str, str]:
-    """Return candidate -> "" if it is proven, else why not, in the order of `candidates`.
+@dataclass(frozen=True)
+class Evidence:
+    """What proving and timing gave on one machine, as JSON values."""
 
-    plan: a module's name. arguments: JSON values for it. After a candidate that is wrong, ends the process or exceeds a
-    limit, the others are proven in a new one.
+    reasons: dict[str, str]  # candidate -> "" if it is proven, else why not
+    rounds: dict[str, list[float]] = field(default_factory=dict)  # of baseline and proven: seconds of a call, by round
+    first: dict[str, float] = field(default_factory=dict)  # seconds of the first call, which compiles
+
+    @property
+    def final(self) -> bool:
+        """Whether another trial would say the same: every candidate was tried, and the proven ones were timed."""
+        unsettled = (UNPROVABLE, WORDS["skipped"])
+        proven = [name for name, reason in self.reasons.items() if not reason]
+        return not any(reason.startswith(unsettled) for reason in self.reasons.values()) and proven == [
+            name for name in proven if name in self.rounds
+        ]
+
+
+def judge(
+    plan: str,  # a module's name
+    baseline: str | None,  # timed beside the proven candidates; None: nothing is timed
+    candidates: Sequence[str],
+    arguments: dict[str, Any],  # JSON values for the plan
+    limits: Limits,
+    note: Callable[[str], None] = lambda doing: None,  # is told what begins: a candidate, or "timing"
+) -> Evidence:
+    """Prove the candidates, and time those that are proven in turn with the baseline.
+
+    All of it happens in one process, unless a candidate is wrong, ends the process or exceeds a limit: then the rest
+    follows in a new one. Nothing is timed if the process that times does not come to its end.
     """
     verdicts: dict[str, str] = {}
-    while left := [name for name in candidates if name not in verdicts]:
-        current, before = None, len(verdicts)
-        with _child({"task": "prove", "plan": plan, "candidates": left, "arguments": arguments}, limits) as answers:
+    began, end = time.monotonic(), time.monotonic() + limits.end_seconds
+    while True:
+        left = [name for name in candidates if name not in verdicts]
+        proven = [name for name, reason in verdicts.items() if not reason]
+        if not left and (baseline is None or not proven):
+            return Evidence({name: verdicts[name] for name in candidates})
+        request = {
+            "plan": plan,
+            "arguments": arguments,
+            "candidates": left,
+            "timed": [] if baseline is None else [baseline, *proven],
+            "seconds": min(limits.all_seconds - (time.monotonic() - began), 1e9),
+        }
+        current, before, timing, times = None, len(verdicts), False, {}
+        with _child(request, limits, end) as answers:
             for kind, name, value in answers:
-                if kind == "began":
-                    current = name
+                if kind == "unstartable":
+                    return _unprovable(candidates, verdicts, value)
+                if kind in ("began", "timing"):
+                    current, timing = name, kind == "timing"
+                    note(name or kind)
+                elif kind == "timed":
+                    times[name] = value
                 elif kind != "ended":
                     verdicts[name] = "" if kind == "proven" else f"{WORDS[kind]}: {value}"
                     current = None
+                elif value == NO_TIME:
+                    return Evidence({name: verdicts.get(name, NO_TIME) for name in candidates})
+                elif timing:
+                    times = {} if value else times
                 elif current is not None:
                     verdicts[current] = value or "ended with status 0"
-                elif len(verdicts) == before:
-                    reason = f"could not be proven: {value or 'the process ended before its first answer'}"
-                    return {name: verdicts.get(name, reason) for name in candidates}
-    return {name: verdicts[name] for name in candidates}
+                elif left and len(verdicts) == before:
+                    return _unprovable(candidates, verdicts, value or "the process ended before its first answer")
+        if timing or (not left and proven):
+            reasons = {name: verdicts[name] for name in candidates}
+            first, rounds = ({name: found[k] for name, found in times.items()} for k in (0, 1))
+            return Evidence(reasons, rounds, first)
 
 
-def times(plan: str, candidates: Sequence[str], arguments: dict[str, Any], limits: Limits) -> dict[str, list[float]]:
-    """Return candidate -> seconds of its rounds, which take turns. Empty if the process did not come to its end."""
-    found: dict[str, list[float]] = {}
-    request = {"task": "times", "plan": plan, "candidates": list(candidates), "arguments": arguments}
-    with _child(request, limits) as answers:
-        for kind, name, value in answers:
-            if kind == "timed":
-                found[name] = value
-            elif kind == "ended" and value:
-                return {}
-    return found
+def _unprovable(candidates: Sequence[str], verdicts: dict[str, str], why: str) -> Evidence:
+    return Evidence({name: verdicts.get(name, f"{UNPROVABLE}: {why}") for name in candidates})
 
 
 @contextmanager
-def _child(request: dict[str, Any], limits: Limits) -> Iterator[Iterator[tuple[str, str, Any]]]:
+def _child(request: dict[str, Any], limits: Limits, end: float) -> Iterator[Iterator[tuple[str, str, Any]]]:
     """Start the child; yield its answers, the last one ("ended", "", why or ""). It is gone at the end of the block."""
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
@@ -85,12 +129,14 @@ def _child(request: dict[str, Any], limits: Limits) -> Iterator[Iterator[tuple[s
             with suppress(BrokenPipeError):  # stdin stays open: the child ends when it is closed
                 process.stdin.write(json.dumps(request) + "\n")
                 process.stdin.flush()
-            yield _answers(process, errors, limits)
+            yield _answers(process, errors, limits, end)
         finally:
             _kill(process)
 
 
-def _answers(process: subprocess.Popen, errors: IO[bytes], limits: Limits) -> Iterator[tuple[str, str, Any]]:
+def _answers(
+    process: subprocess.Popen, errors: IO[bytes], limits: Limits, end: float
+) -> Iterator[tuple[str, str, Any]]:
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def read() -> None:
@@ -106,6 +152,9 @@ def _answers(process: subprocess.Popen, errors: IO[bytes], limits: Limits) -> It
         except queue.Empty:
             if _resident_mib(process.pid) > limits.memory_mib:
                 yield "ended", "", f"took more than {limits.memory_mib:.0f} MiB"
+                return
+            if time.monotonic() > end:
+                yield "ended", "", NO_TIME
                 return
             if time.monotonic() > deadline:
                 yield "ended", "", f"did not end within {limits.seconds:g} s"

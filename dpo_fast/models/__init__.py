@@ -2,7 +2,7 @@
 
 from dpo_fast.models.attention import ATTENTIONS, set_attention, usable_attention
 from dpo_fast.models.checkpointing import recompute_activations
-from dpo_fast.models.compiling import check_compiler, compile_unet, not_compiled, programs_made
+from dpo_fast.models.compiling import check_compiler, compile_unet, compiles, not_compiled, programs_made
 from dpo_fast.models.family import COMPUTE_DTYPES, Conditioning, Family, nonfinite_rows, nonfinite_tensors
 from dpo_fast.models.fingerprints import latents_recipe_facts, reference_recipe_facts, text_recipe_facts
 from dpo_fast.models.load import load_family, revisions
@@ -19,6 +19,7 @@ __all__ = [
     "add_lora",
     "check_compiler",
     "compile_unet",
+    "compiles",
     "latents_recipe_facts",
     "load_family",
     "merge_lora",

@@ -24,6 +24,12 @@ ORDERS = {
         SDPBackend.EFFICIENT_ATTENTION,
         SDPBackend.MATH,
     ],
+    "efficient": [
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.MATH,
+    ],
 }
 ATTENTIONS = ("auto", "sdpa", *ORDERS, "xformers")
 
@@ -54,9 +60,9 @@ def usable_attention() -> dict[str, str]:
 def set_attention(unet: UNet2DConditionModel, attention: str) -> None:
     """Make `unet` use `attention`. The UNet must already be on its device.
 
-    "sdpa": PyTorch's scaled_dot_product_attention, which chooses a kernel itself. "auto": currently the same, since no
-    other choice has been measured to be faster. "cudnn", "flash": the same, trying that kernel first (experimental:
-    neither has been run on a GPU yet). "xformers": the memory-efficient attention of xformers.
+    "sdpa": PyTorch's scaled_dot_product_attention, which chooses a kernel itself. "auto": the same, unless a run has
+    replaced it by what is proven and fastest on its machine. "cudnn", "flash", "efficient": the same, trying that
+    kernel first. "xformers": the memory-efficient attention of xformers.
 
     Raises BadInput for an unknown name, for xformers if it is not installed, and for a CUDA kernel on another device.
     """

@@ -25,22 +25,35 @@ OPTIONS = {
     "emulate_precision_casts": True,  # round where an eager block does
     "deterministic": True,  # no autotuning that could change the order of additions (reductions on a GPU)
 }
+RESNETS = "ResnetBlock2D"
+TUNED = "-tuned"
+MODES = ("regional", "resnets", "regional-tuned", "resnets-tuned")
+
+
+def compiles(mode: str) -> bool:
+    """Whether a mode compiles anything; "auto" does not, unless a run replaced it by what pays on its machine."""
+    assert mode in ("auto", "off", *MODES), mode
+    return mode not in ("auto", "off")
 
 
 def compile_unet(unet: UNet2DConditionModel, mode: str) -> None:
     """Set up `unet`, in place, to be compiled at its first call; module and parameter names do not change.
 
-    "off": do not compile. "regional": compile each transformer block on its own, so that equal blocks share a program.
-    Shapes are static. Programs are cached between runs in `programs_folder()`.
+    "off", "auto": do not compile. "regional": compile each transformer block on its own, so that equal blocks share a
+    program. "resnets": also each resnet. "-tuned" behind either: without `deterministic`, so that Inductor may time
+    reductions. Shapes are static. Programs are cached between runs in `programs_folder()`.
     """
-    assert mode in ("off", "regional"), mode
-    if mode == "off":
+    if not compiles(mode):
         return
     import torch._dynamo  # takes a second, so only when needed
 
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(programs_folder()))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PROGRAMS_AT_MOST)
-    unet.compile_repeated_blocks(fullgraph=True, dynamic=False, options=OPTIONS)
+    options = OPTIONS | {"deterministic": not mode.endswith(TUNED)}
+    blocks = {*unet._repeated_blocks} | ({RESNETS} if mode.startswith("resnets") else set())
+    for module in unet.modules():
+        if type(module).__name__ in blocks:
+            module.compile(fullgraph=True, dynamic=False, options=options)
 
 
 def check_compiler(device: torch.device) -> None:

@@ -72,7 +72,7 @@ def timesteps_within(family: "Family", first: int, after: int | None) -> torch.T
 
 class Family(ABC):
     """A loaded text-to-image model. Every component is on `device`, in eval mode and frozen (requires_grad False).
-    The UNet's convolution weights are channels_last in memory, but never in files.
+    The UNet's convolution weights are channels_last in memory unless loaded otherwise, and contiguous in files.
 
     Created by `dpo_fast.models.load_family`. Attributes besides the constructor's arguments:
     schedule: NoiseSchedule on `device`; sampler: how the pipeline's scheduler was derived from the model's to match it;

@@ -37,6 +37,7 @@ from dpo_fast.models.kinds import (
 from dpo_fast.models.load_errors import bad_input
 from dpo_fast.models.lora import WEIGHT_NAME
 from dpo_fast.models.marks import Marks, marks_of_file, marks_of_scheduler, reconcile
+from dpo_fast.models.memory_order import format_of
 from dpo_fast.models.source import ModelSource
 from dpo_fast.models.untrusted import check_part, check_pipeline, check_weights
 from dpo_fast.quiet import no_loading_bars
@@ -121,6 +122,7 @@ def load_family(
         zero_terminal_snr=zero_terminal_snr,
     )
     set_attention(family.unet, source.attention)
+    family.unet.to(memory_format=format_of(source.memory_order))
     align_weights(pipeline)
     return family
 

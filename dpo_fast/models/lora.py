@@ -17,6 +17,7 @@ from dpo_fast.errors import BadInput
 from dpo_fast.files import regular_file
 from dpo_fast.models.family import Family
 from dpo_fast.models.load_errors import bad_input
+from dpo_fast.models.memory_order import memory_format
 
 DEFAULT_TARGETS = TrainConfig.lora_targets  # the attention projections
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -54,7 +55,7 @@ def add_lora(
         layer.lora_B[_ADAPTER].float()
         a = layer.lora_A[_ADAPTER].weight
         a.copy_(torch.randn(a.shape, generator=generator) / rank)
-    unet.to(memory_format=torch.channels_last)  # including the convolutions' adapters
+    unet.to(memory_format=memory_format(unet))  # including the convolutions' adapters
 
 
 class AdapterSwitch:

@@ -25,6 +25,7 @@ class ModelSource:
     prediction_type: str | None = None
     zero_terminal_snr: str = "auto"  # of the schedule it was trained with, which the sampler follows
     attention: str = "auto"
+    memory_order: str = "auto"
     cache_dir: str | None = None
     token: str | None = None
     single_file_config: str | None = None
@@ -61,6 +62,7 @@ def base_of(config: TrainConfig) -> ModelSource:
         prediction_type=config.prediction_type,
         zero_terminal_snr=config.zero_terminal_snr,
         attention=config.attention,
+        memory_order=config.memory_order,
         cache_dir=config.cache_dir,
         token=config.hub_token,
         single_file_config=config.single_file_config,

@@ -30,14 +30,16 @@ PREFIX = "checkpoint-"
 logger = logging.getLogger(__name__)
 
 # Settings that may differ between a checkpoint and the run that resumes it: they change where the run ends, what it
-# reports, or at most how sums are rounded (batch split, kernels, compilation; on a GPU also whether images are encoded
-# for the cache or at each visit). Any other difference is refused. `run._check_draws` decides about cached_reference.
+# reports, or at most how sums are rounded (batch split, kernels, attention, compilation; on a GPU also whether images
+# are encoded for the cache or at each visit). Any other difference is refused. `run._check_draws` decides about
+# cached_reference.
 MAY_CHANGE = frozenset(
     "preset dataset_name max_train_steps num_train_epochs log_every report_to logging_dir tracker_name output_dir"
     " overwrite resume_from_checkpoint checkpointing_steps checkpointing_minutes checkpoints_total_limit"
     " validation_steps push_to_hub"
     " hub_model_id cache_dir dataloader_num_workers vae_encode_batch_size max_skipped_updates train_batch_size"
-    " gradient_accumulation_steps backend compile gradient_checkpointing cache latent_cache_dir cached_reference"
+    " gradient_accumulation_steps backend attention memory_order compile prove choices gradient_checkpointing"
+    " cache latent_cache_dir cached_reference"
     " eval_scorers eval_prompts eval_images eval_batch_size scorer_models".split()
 )
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from dpo_fast.config import public
 from dpo_fast.data.images import SAME
 from dpo_fast.hub_revisions import public_name, revision_of
-from dpo_fast.models import programs_made, revisions
+from dpo_fast.models import compiles, programs_made, revisions
 from dpo_fast.models.source import base_of
 from dpo_fast.objectives import find_objective
 from dpo_fast.training import hub
@@ -133,7 +133,7 @@ class Progress:
 
     def _check_programs(self) -> None:
         """Report once if a program was compiled after the first step, which takes time and changes rounding."""
-        if self.config.compile == "off":
+        if not compiles(self.config.compile):
             return
         made = programs_made()
         if self.programs is not None and made > self.programs and "compiled_again_at" not in self.run.notes:
@@ -167,6 +167,7 @@ class Progress:
                 f" ({self.ranks.world_size} processes x {config.train_batch_size} x"
                 f" {config.gradient_accumulation_steps}) at {config.resolution} px,"
                 f" {len(family.timesteps)} timesteps ({family.timesteps[0]} to {family.timesteps[-1]})",
+                *(f"choice: {line}" for line in run.chosen.lines),
                 f"objective: {config.objective}, beta {config.beta_dpo:g}, lr {masters.base_lr:g}, seed {config.seed}",
                 f"output: {run.folder}",
             )

@@ -19,6 +19,7 @@ from dpo_fast.caching import build, score_reference
 from dpo_fast.caching.needed import NeededRows
 from dpo_fast.caching.score_reference import ReferenceErrors, StartCheck
 from dpo_fast.caching.settings import CacheSettings
+from dpo_fast.choices.choose import Choices, Chosen
 from dpo_fast.config import TrainConfig, public, to_yaml
 from dpo_fast.data import (
     BadRow,
@@ -30,12 +31,11 @@ from dpo_fast.data import (
 )
 from dpo_fast.errors import BadInput
 from dpo_fast.forward import AdapterOff, CachedErrors, FrozenCopy, NoReference, Reference
-from dpo_fast.kernels import dispatch
 from dpo_fast.models import (
     Family,
     add_lora,
-    check_compiler,
     compile_unet,
+    compiles,
     nonfinite_tensors,
     not_compiled,
     recompute_activations,
@@ -45,7 +45,7 @@ from dpo_fast.models.fingerprints import unet_digest
 from dpo_fast.models.sampling import SampleSettings, base_samples
 from dpo_fast.objectives import find_objective
 from dpo_fast.parallel import Ranks, allow_tf32
-from dpo_fast.training import checkpoint, hub, run_folder
+from dpo_fast.training import checkpoint, choosing, hub, run_folder
 from dpo_fast.training.batches import (
     RunPairs,
     most_visits,
@@ -99,6 +99,7 @@ class Run:
     start: StartCheck | None = None  # how far the policy was from the scored errors before the first step
     sums: dict[str, torch.Tensor] | None = None  # over the pairs since the last line of metrics, when resuming
     overoptimised_lines: int = 0  # consecutive lines that show over-optimisation
+    chosen: Chosen = field(default_factory=lambda: Chosen(Choices()))  # what the choices that were "auto" rest on
 
     @property
     def folder(self) -> Path:
@@ -125,10 +126,9 @@ def open_run(config: TrainConfig, ranks: Ranks) -> Run:
 
 
 def _open(config: TrainConfig, ranks: Ranks) -> Run:
-    _check_backend(config, ranks)
+    config = choosing.with_file(config)
+    choosing.check(config, ranks)
     check_scored(config)
-    if config.compile != "off":
-        check_compiler(ranks.device)
     resuming = config.resume_from_checkpoint is not None
     # a killed process may have left a checkpoint half-replaced, so claim the folder before looking for one
     ranks.on_main(lambda: run_folder.claim(config.output_dir, overwrite=config.overwrite, resuming=resuming))
@@ -144,6 +144,8 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
             seed=before["seed"] if config.seed is None else config.seed,
             resolution=config.resolution or before["resolution"],
         )
+        config = choosing.resumed(config, before)
+        choosing.check(config, ranks)
         refuse_changes(checkpoint.differences(saved["config"], public(config)))
         ranks.on_main(lambda: check_logs(config.output_dir, saved))
     elif config.seed is None:
@@ -152,6 +154,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
         ranks.on_main(lambda: hub.check_login(config.hub_token))  # fail now rather than after training
 
     pairs = open_pairs(config, ranks, config.output_dir / output_folder.BAD_ROWS)
+    config, chosen = choosing.chosen_for(config, ranks, pairs, resuming=bool(saved))
     config, family = load_model(config, ranks)
     if config.max_train_steps is None:
         steps = len(pairs.sets.train) * config.num_train_epochs // config.pairs_per_step
@@ -198,7 +201,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     run.captions_cut = captions_cut
     if scored:
         run.scored, run.start = scored.train, scored.start
-        if config.compile == "off":  # compiled, the first step measures it: scoring runs uncompiled
+        if not compiles(config.compile):  # compiled, the first step measures it: scoring runs uncompiled
             run.notes["initial_margin_rms"] = scored.start.initial_margin_rms
     run.bad_rows = {bad.row: bad for bad in sets.bad}
     if saved:
@@ -210,6 +213,9 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
         run.logs = logs_of(saved)
         run.bad_rows |= {row[0]: BadRow(*row) for row in saved["bad_rows"]}
     run.notes["captions_cut"] = captions_cut
+    run.chosen = chosen
+    if chosen.outcomes:
+        run.notes["choices"] = [outcome.as_json() for outcome in chosen.outcomes]
     ranks.on_main(lambda: _begin(config, restarting, kept))
     return run
 
@@ -249,14 +255,6 @@ def settle(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     )
 
 
-def _check_backend(config: TrainConfig, ranks: Ranks) -> None:
-    """Raise BadInput if the kernels requested by flag or environment are not available."""
-    try:
-        dispatch.module_for("dpo_loss", config.backend, torch.zeros(1, device=ranks.device))
-    except (ValueError, RuntimeError) as error:
-        raise BadInput(f"--backend {config.backend}: {error}") from error
-
-
 def build_cache(config: TrainConfig, ranks: Ranks) -> build.Counts:
     """Encode the images and captions that the run described by `config` will need; without a seed, those of all pairs.
 
@@ -285,13 +283,15 @@ def build_reference(config: TrainConfig, ranks: Ranks) -> ReferenceErrors:
     Without max_train_steps these cover all its pairs. Missing latents and text embeddings are encoded first. Every rank
     calls this. Raises BadInput like `open_run`.
     """
-    config = settle(config, ranks)
+    config = choosing.with_file(settle(config, ranks))
+    choosing.check(config, ranks)
     check_scored(config)
     if config.cached_reference is None:
         raise BadInput("reference needs --draws K: how many times each pair is drawn")
     if config.seed is None:
         raise BadInput("reference needs --seed: the noise of a pair follows from it")
     pairs = open_pairs(config, ranks, None)
+    config, _ = choosing.chosen_for(config, ranks, pairs, resuming=False)
     config, family = load_model(config, ranks)
     model = reference_recipe_facts(family)
     # as in training: even requires_grad changes how torch rounds

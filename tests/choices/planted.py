@@ -1,4 +1,4 @@
-"""A plan whose candidates are right, wrong, slow, or end badly. It imports nothing heavy."""
+"""A plan whose candidates are right, wrong, slow, or end badly."""
 
 import os
 import signal
@@ -7,6 +7,12 @@ import threading
 import time
 
 from dpo_fast.choices.child import Disproved, Unusable
+from dpo_fast.choices.timing import Times
+
+
+def start(arguments: dict) -> None:
+    if arguments.get("exclusive"):
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
 
 
 def prove(candidate: str, arguments: dict) -> None:
@@ -41,9 +47,10 @@ def prove(candidate: str, arguments: dict) -> None:
         sys.stdout.flush()
 
 
-def times(candidates: list[str], arguments: dict) -> dict[str, list[float]]:
-    if "crashing" in candidates:
+def times(candidates: list[str], arguments: dict) -> dict[str, Times]:
+    if arguments.get("timing crashes"):
         os.kill(os.getpid(), signal.SIGSEGV)
-    if "hanging" in candidates:
+    if arguments.get("timing hangs"):
         time.sleep(600)
-    return {name: arguments["seconds"][name] for name in candidates}
+    seconds = arguments.get("seconds", {})
+    return {name: Times(9.0, seconds.get(name, [1.0, 1.1, 1.2])) for name in candidates}

@@ -8,11 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from dpo_fast.choices import Limits, prove, times
+from dpo_fast.choices.trial import NO_TIME, Evidence, Limits, judge
 from tests.helpers.runs import environment
 
 PLAN = "tests.choices.planted"
 LIMITS = Limits(seconds=20.0, memory_mib=2048.0)
+
+
+def prove(plan: str, candidates: list[str], arguments: dict, limits: Limits) -> dict[str, str]:
+    """The verdicts alone."""
+    return judge(plan, None, candidates, arguments, limits).reasons
+
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="by signals and process groups")
 
@@ -64,8 +70,8 @@ def test_a_process_that_does_not_end_is_ended():
 
 def test_it_ends_with_its_parent(tmp_path):
     script = f"""
-from dpo_fast.choices import Limits, prove
-prove({PLAN!r}, ["hanging"], {{}}, Limits())
+from dpo_fast.choices.trial import Limits, judge
+judge({PLAN!r}, None, ["hanging"], {{}}, Limits())
 """
     parent = subprocess.Popen([sys.executable, "-c", script], env=environment())
     try:
@@ -104,7 +110,41 @@ def test_a_process_that_cannot_start_proves_nothing(monkeypatch):
 
 
 def test_times_are_of_all_or_of_none():
-    seconds = {"right": [0.1, 0.2], "slow": [0.3, 0.4]}
-    assert times(PLAN, ["right", "slow"], {"seconds": seconds}, LIMITS) == seconds
-    assert times(PLAN, ["right", "crashing"], {"seconds": seconds}, LIMITS) == {}
-    assert times(PLAN, ["right", "hanging"], {"seconds": seconds}, Limits(seconds=4.0)) == {}
+    seconds = {"plain": [1.0, 1.1], "right": [0.1, 0.2], "talking": [0.3, 0.4]}
+    candidates = ["right", "wrong", "talking"]
+    reasons = {"right": "", "wrong": "wrong: the sum is 4", "talking": ""}
+    arguments = {"sum": 3, "seconds": seconds}
+    found = judge(PLAN, "plain", candidates, arguments, LIMITS)
+    assert found == Evidence(reasons, seconds, dict.fromkeys(seconds, 9.0)) and found.final
+    for fault, limits in (("timing crashes", LIMITS), ("timing hangs", Limits(seconds=4.0))):
+        found = judge(PLAN, "plain", candidates, arguments | {fault: True}, limits)
+        assert found == Evidence(reasons) and not found.final
+
+
+@pytest.mark.parametrize("candidates", [["crashing"], ["right", "crashing"], ["crashing", "right"], []])
+def test_the_proven_are_timed_in_a_new_process_after_a_crash(candidates):
+    found = judge(PLAN, "plain", candidates, {}, LIMITS)
+    proven = [name for name in candidates if name == "right"]
+    assert list(found.rounds) == (["plain", *proven] if proven else []) and found.final
+
+
+def test_what_begins_is_told():
+    told: list[str] = []
+    judge(PLAN, "plain", ["right", "wrong", "talking"], {"sum": 3}, LIMITS, told.append)
+    assert told == ["right", "wrong", "talking", "timing"]
+
+
+def test_a_device_that_cannot_be_had_proves_nothing():
+    found = judge(PLAN, "plain", ["right", "wrong"], {"exclusive": True}, LIMITS)
+    why = "could not be proven: RuntimeError: CUDA error: all CUDA-capable devices are busy or unavailable"
+    assert found == Evidence(dict.fromkeys(("right", "wrong"), why)) and not found.final
+
+
+def test_time_is_limited_over_all_candidates():
+    """No candidate is begun too late, and what has begun ends with the time."""
+    late = judge(PLAN, "plain", ["right", "also right"], {}, Limits(20.0, all_seconds=0.0))
+    assert late == Evidence(dict.fromkeys(("right", "also right"), NO_TIME)) and not late.final
+    started = time.monotonic()
+    found = judge(PLAN, "plain", ["right", "hanging", "also right"], {}, Limits(60.0, end_seconds=4.0))
+    assert found == Evidence({"right": "", "hanging": NO_TIME, "also right": NO_TIME})
+    assert not found.final and time.monotonic() - started < 50

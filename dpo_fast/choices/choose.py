@@ -1,0 +1,244 @@
+"""Choose how a run computes: which candidates are asked about, by whom, and what follows from the answers.
+
+Three questions: how the UNet runs eagerly (attention and memory order), whether compiling it pays, and which backend
+computes the pair ops. One rank of every host and kind of device asks; all ranks get the same choices.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dpo_fast.choices import machine, pair_ops, unet
+from dpo_fast.choices.decision import Outcome, decide, merged
+from dpo_fast.choices.remembered import recall, remember
+from dpo_fast.choices.trial import UNPROVABLE, Evidence, Limits, judge
+from dpo_fast.choices.unet import Variant
+from dpo_fast.choices.workload import Workload
+from dpo_fast.kernels import dispatch
+from dpo_fast.models.attention import ATTENTIONS
+from dpo_fast.models.compiling import MODES, TUNED, compiles
+from dpo_fast.models.memory_order import FORMATS
+from dpo_fast.parallel import Ranks
+
+AUTO = "auto"
+PASSES = 200  # a shorter run does not pay for a proof of half a minute
+COMPILED_PASSES = 2000  # the same, where every candidate is compiled
+# Before anything is compiled, the most that it may gain and what one candidate's programs are taken to cost.
+GAIN_AT_MOST, COMPILE_SECONDS = 0.25, 90.0
+# Both eager questions together end within a minute.
+PAIR_OPS_LIMITS = Limits(seconds=20.0, all_seconds=10.0, end_seconds=20.0)
+EAGER_LIMITS = Limits(seconds=30.0, all_seconds=25.0, end_seconds=40.0)
+COMPILE_LIMITS = Limits(seconds=600.0, all_seconds=1800.0, end_seconds=2400.0)
+HOST_MEMORY = 0.8  # of what is available, for the UNet's trials
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How a run computes, by the flags' names; "auto": not chosen, which is plain PyTorch on a GPU."""
+
+    backend: str = AUTO
+    attention: str = AUTO
+    memory_order: str = AUTO
+    compile: str = AUTO
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The choices of a run, and what they rest on."""
+
+    choices: Choices
+    outcomes: tuple[Outcome, ...] = ()
+    lines: tuple[str, ...] = ()  # for the user
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which of some candidates is best."""
+
+    what: str  # in words
+    plan: str  # a module's name
+    baseline: str
+    candidates: tuple[str, ...]
+    arguments: dict[str, Any]
+    limits: Limits
+
+    def about(self, device: torch.device) -> dict[str, Any]:
+        """All that the answer depends on, except which of several equal GPUs is used."""
+        arguments = {name: value for name, value in self.arguments.items() if name != "device"}
+        asked = {"plan": self.plan, "baseline": self.baseline, "candidates": list(self.candidates)}
+        return asked | {"arguments": arguments, "machine": machine.facts(device)}
+
+    def judge(self, note: Callable[[str], None]) -> Evidence:
+        """Prove and time the candidates now."""
+        try:
+            return judge(self.plan, self.baseline, self.candidates, self.arguments, self.limits, note)
+        except OSError as error:  # no process can be started
+            return Evidence(dict.fromkeys(self.candidates, f"{UNPROVABLE}: {error}"))
+
+
+def choose(workload: Workload, ranks: Ranks, fixed: Choices, passes: float, root: Path) -> Chosen:
+    """Choose what `fixed` leaves open, "auto", for a run of `passes` training passes. Every rank calls this.
+
+    Answers are kept in the cache folder `root`. What is not proven, or not worth a proof, stays "auto".
+    """
+    ask = _Asking(ranks, root)
+    chosen, outcomes, lines = fixed, [], []
+    compiled = compiles(fixed.compile)
+    enough = COMPILED_PASSES if compiled else PASSES
+    plain = Variant(
+        "sdpa" if fixed.attention == AUTO else fixed.attention,
+        "channels_last" if fixed.memory_order == AUTO else fixed.memory_order,
+        fixed.compile if compiled else "off",
+    )
+    eager = ask.outcome(eager_question(workload, fixed, plain), allowed=passes >= enough)
+    if eager is not None:
+        outcomes.append(eager)
+        best = Variant.of(eager.chosen)
+        chosen = replace(chosen, attention=best.attention, memory_order=best.memory_order)
+        lines.append(_line(f"attention {best.attention}, memory order {best.memory_order}", eager))
+    if fixed.compile == AUTO:
+        best = Variant.of(eager.chosen) if eager is not None else plain
+        compiling, line = _compiling(ask, workload, best, eager, passes)
+        lines.append(line)
+        if compiling is not None:
+            outcomes.append(compiling)
+            chosen = replace(chosen, compile=Variant.of(compiling.chosen).compile)
+    if fixed.backend == AUTO and not os.environ.get(dispatch.VARIABLE):
+        ops = ask.outcome(pair_ops_question(workload, chosen.memory_order), allowed=passes >= PASSES)
+        if ops is not None:
+            outcomes.append(ops)
+            chosen = replace(chosen, backend=ops.chosen)
+            lines.append(_line(f"pair ops by {ops.chosen}", ops))
+    if not outcomes and passes < PASSES:
+        lines = [f"nothing is proven for {passes:.0f} passes, which would not pay for it: plain defaults are used"]
+    return Chosen(chosen, tuple(outcomes), tuple(filter(None, lines)))
+
+
+def eager_question(workload: Workload, fixed: Choices, plain: Variant) -> Question | None:
+    """Ask for attention and memory order, as far as they are open; None if there is nothing to choose from."""
+    on_gpu = workload.device != "cpu"  # a CPU has PyTorch's own attention only
+    attentions = ATTENTIONS[1:] if fixed.attention == AUTO and on_gpu else [plain.attention]
+    orders = list(FORMATS) if fixed.memory_order == AUTO else [plain.memory_order]
+    variants = [Variant(attention, order, plain.compile) for order, attention in product(orders, attentions)]
+    candidates = tuple(str(variant) for variant in variants if variant != plain)
+    limits = EAGER_LIMITS if plain.compile == "off" else COMPILE_LIMITS
+    what = f"attention and memory order on {workload.device}"
+    return _unet_question(what, workload, plain, candidates, limits) if candidates else None
+
+
+def compile_question(workload: Workload, plain: Variant) -> Question:
+    """Ask how to compile the UNet that otherwise runs as `plain` says."""
+    on_gpu = workload.device != "cpu"  # elsewhere Inductor times nothing, and "-tuned" is the same program
+    modes = [mode for mode in MODES if on_gpu or not mode.endswith(TUNED)]
+    candidates = tuple(str(plain._replace(compile=mode)) for mode in modes)
+    return _unet_question(f"compilation on {workload.device}", workload, plain, candidates, COMPILE_LIMITS)
+
+
+def _unet_question(
+    what: str, workload: Workload, plain: Variant, candidates: tuple[str, ...], limits: Limits
+) -> Question:
+    limits = replace(limits, memory_mib=_available_mib())
+    return Question(what, unet.__name__, str(plain), candidates, workload.for_unet(), limits)
+
+
+def pair_ops_question(workload: Workload, memory_order: str) -> Question:
+    """Ask for the backend of the pair ops."""
+    arguments = workload.for_pair_ops("channels_last" if memory_order == AUTO else memory_order)
+    what = f"pair ops on {workload.device}"
+    return Question(what, pair_ops.__name__, pair_ops.BASELINE, pair_ops.BACKENDS, arguments, PAIR_OPS_LIMITS)
+
+
+def _compiling(
+    ask: "_Asking", workload: Workload, best: Variant, eager: Outcome | None, passes: float
+) -> tuple[Outcome | None, str]:
+    """Ask whether compiling pays for itself within the run. Returns the outcome and a line for the user."""
+    question = compile_question(workload, best)
+    share = ask.ranks.from_main(lambda: unet.share_of_run(question.arguments)) if eager is not None else None
+    median = None if eager is None else eager.row(eager.chosen).median
+    if share is None or median is None:
+        outcome = ask.outcome(question, allowed=passes >= COMPILED_PASSES)
+        return outcome, _line("compile " + Variant.of(outcome.chosen).compile, outcome) if outcome else ""
+    seconds = passes * median / 1e3 / share
+    pays = GAIN_AT_MOST * seconds > COMPILE_SECONDS * (1 + len(question.candidates))
+    outcome = ask.outcome(question, allowed=pays, calls=passes / share)
+    if outcome is None:
+        return None, f"compile off: a run of about {_minutes(seconds)} is too short to pay for finding out"
+    return outcome, _line("compile " + Variant.of(outcome.chosen).compile, outcome)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+def _line(what: str, outcome: Outcome) -> str:
+    """Say what was chosen, what it gains, and what failed a proof."""
+    if outcome.chosen == outcome.baseline:
+        said = "nothing that is proven here is faster"
+    else:
+        said = f"proven here, {outcome.gain:.2f} times as fast as {outcome.baseline}"
+    failed = [f"{row.candidate} {row.reason}" for row in outcome.rows if row.reason and not row.unusable]
+    return "; ".join((f"{what}: {said}", *failed))
+
+
+class _Asking:
+    """Asks questions for all ranks."""
+
+    def __init__(self, ranks: Ranks, root: Path) -> None:
+        self.ranks, self.root = ranks, root
+        mine = machine.site(ranks.device)
+        self.sites = [str(site) for site in ranks.gather(mine)]
+        self.asks = self.sites.index(mine) == ranks.rank  # the first rank of its site
+
+    def outcome(self, question: Question | None, *, allowed: bool, calls: float | None = None) -> Outcome | None:
+        """Return the outcome on which all ranks agree; None if a site knows no answer and may not find one."""
+        if question is None or not question.candidates:
+            return None
+        mine = self.ranks.on_all(lambda: self._evidence(question, allowed) if self.asks else None)
+        found = [Evidence(**values) if values else None for values in self.ranks.gather(mine and asdict(mine))]
+        by_site = {site: found[self.sites.index(site)] for site in self.sites}
+        if None in by_site.values():
+            return None
+        outcome = decide(question.what, question.baseline, merged(by_site), calls)
+        logger.debug("%s", outcome)
+        return outcome
+
+    def _evidence(self, question: Question, allowed: bool) -> Evidence | None:
+        about = question.about(self.ranks.device)
+        known = recall(self.root, about)
+        if known is not None or not allowed:
+            return known
+        with _progress(question, shown=self.ranks.is_main) as note:
+            evidence = question.judge(note)
+        remember(self.root, about, evidence)
+        return evidence
+
+
+@contextmanager
+def _progress(question: Question, shown: bool) -> Iterator[Callable[[str], None]]:
+    """Show a bar over the candidates; the block gets a function that is told what begins."""
+    with tqdm(total=len(question.candidates) + 1, desc=question.what, disable=not shown, leave=False) as bar:
+
+        def note(doing: str) -> None:
+            bar.set_postfix_str(doing)
+            bar.update()
+
+        yield note
+
+
+def _available_mib() -> float:
+    """The host memory that a trial may take."""
+    try:
+        pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return Limits().memory_mib
+    return HOST_MEMORY * pages / 2**20

@@ -1,0 +1,361 @@
+"""A plan: how the UNet runs (attention, memory order, compilation), proven and timed on a thin UNet.
+
+The thin UNet has the widths, heads and blocks of the run's own, each once, every parameter random; its inputs have the
+run's shapes. A variant is proven if
+
+- before the first update policy (with a graph) and reference (without one, and without adapters) predict the same bits,
+  so that the first margin is exactly 0;
+- its predictions and gradients are as near to those of a wider dtype as plain PyTorch's: at most twice as far as the
+  farther of two eager batch shapes.
+
+What is timed is a training pass: the reference's forward, where it runs, then the policy's forward and backward.
+"""
+
+import copy
+import json
+import time
+from collections.abc import Sequence
+from functools import cached_property, lru_cache, partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dpo_fast.choices.child import Disproved, Unusable
+from dpo_fast.choices.timing import Times, in_turn, open_device
+from dpo_fast.errors import BadInput
+from dpo_fast.forward import AdapterOff, FrozenCopy, Reference
+from dpo_fast.models import add_lora, check_compiler, compile_unet, compiles, recompute_activations, set_attention
+from dpo_fast.models.memory_order import format_of
+from dpo_fast.models.sd15 import SD15
+from dpo_fast.models.sdxl import SDXL
+
+ROUNDS, ROUND_SECONDS = 9, 0.02
+RANK = 8  # of the adapters, whatever the run's
+FACTOR = 2.0  # of plain PyTorch's own error
+FACTOR_OF_ONE = 4.0  # the same for a single parameter's gradient, whose error varies more
+WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
+
+
+class Variant(NamedTuple):
+    """One way to run the UNet."""
+
+    attention: str = "sdpa"
+    memory_order: str = "channels_last"
+    compile: str = "off"
+
+    def __str__(self) -> str:
+        return ", ".join(self)
+
+    @staticmethod
+    def of(candidate: str) -> "Variant":
+        """Read a variant from its name."""
+        return Variant(*candidate.split(", "))
+
+
+def start(arguments: dict[str, Any]) -> None:
+    """Take the device. Raises RuntimeError if it cannot be used."""
+    open_device(arguments["device"])
+
+
+def prove(candidate: str, arguments: dict[str, Any]) -> None:
+    """Raise Disproved if a variant computes something else than plain PyTorch, Unusable if it cannot run here."""
+    bench, variant = _bench(json.dumps(arguments)), Variant.of(candidate)
+    step, expected, plain = bench.step(variant), bench.expected, bench.plain_errors
+    began = time.perf_counter()
+    if step.reference is not None:
+        bench.change(step.unet, 0.0)
+        _check_margin(step)
+    bench.change(step.unet)
+    found = step.results()
+    bench.first.setdefault(candidate, time.perf_counter() - began)
+    for name, value in found.items():
+        if not value.isfinite().all():
+            raise Disproved(f"{name} is not finite")
+    errors = _errors(found, expected)
+    every = torch.finfo(bench.dtype).eps
+    for name, error in errors.items():
+        whole = name in ("prediction", "gradients")
+        allowed = (FACTOR if whole else FACTOR_OF_ONE) * max(plain[name], every)
+        if not error <= allowed:
+            raise Disproved(f"{name}: relative error {error:.3g}, {plain[name]:.3g} in plain PyTorch")
+
+
+def times(candidates: Sequence[str], arguments: dict[str, Any]) -> dict[str, Times]:
+    """Time a training pass of the thin UNet in every variant; the first call was perhaps in its proof."""
+    bench = _bench(json.dumps(arguments))
+    calls = {name: bench.step(Variant.of(name)) for name in candidates}
+    found = in_turn(calls, bench.device, rounds=ROUNDS, round_seconds=ROUND_SECONDS)
+    return {name: times._replace(first=max(times.first, bench.first.get(name, 0.0))) for name, times in found.items()}
+
+
+def share_of_run(arguments: dict[str, Any]) -> float:
+    """Return the FLOPs of the thin UNet's forward as a fraction of the whole one's."""
+    thin_flops, flops = (_forward_flops(unet, arguments) for unet in (thin(arguments["unet"]), arguments["unet"]))
+    return thin_flops / flops
+
+
+def thin(unet: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a UNet with one resnet and one transformer layer where `unet` has several."""
+    layers = unet.get("transformer_layers_per_block", 1)
+    once = [1] * len(layers) if isinstance(layers, (list, tuple)) else 1
+    return unet | {
+        "layers_per_block": 1,
+        "transformer_layers_per_block": once,
+        "reverse_transformer_layers_per_block": None,
+    }
+
+
+class _Step:
+    """A policy and its reference in one variant. A call is a training pass."""
+
+    def __init__(self, bench: "_Bench", variant: Variant) -> None:
+        self.bench, self.variant = bench, variant
+        self.model = bench.model(variant)
+        self.unet, self.reference = self.model.unet, bench.reference(self.model, variant)
+
+    def attend(self) -> None:
+        """Set the attention, since eager variants share their UNet."""
+        for unet in (self.unet, getattr(self.reference, "unet", self.unet)):
+            try:
+                set_attention(unet, self.variant.attention)
+            except BadInput as error:
+                raise Unusable(str(error)) from error
+
+    def __call__(self) -> None:
+        self.attend()
+        self.refer()
+        (self.predict().float() * self.bench.cotangent).sum().backward()
+        self.unet.zero_grad(set_to_none=True)
+
+    def refer(self) -> Tensor | None:
+        """The reference's prediction."""
+        inputs = self.bench.inputs
+        return self.reference and self.reference(inputs.batch, self.noisy(), inputs.conditioning)
+
+    def predict(self) -> Tensor:
+        """The policy's prediction."""
+        inputs = self.bench.inputs
+        return self.model.denoise(self.unet, self.noisy(), inputs.batch.timesteps, inputs.conditioning)
+
+    def noisy(self) -> Tensor:
+        return self.bench.inputs.noisy.contiguous(memory_format=format_of(self.variant.memory_order))
+
+    def results(self) -> dict[str, Tensor]:
+        """The prediction and the gradients of what is trained."""
+        self.attend()
+        prediction = self.predict()
+        (prediction.float() * self.bench.cotangent).sum().backward()
+        return _taken(self.unet, prediction)
+
+
+class _Bench:
+    """Inputs, weights and what must come of them, for the arguments of one run."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self.device, self.dtype = torch.device(arguments["device"]), getattr(torch, arguments["dtype"])
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments["tf32"]
+        self.unet_config = thin(arguments["unet"])
+        self.kind = SDXL if arguments["unet"].get("addition_embed_type") == "text_time" else SD15
+        self.inputs = _inputs(arguments, self.device)
+        self.cotangent = _normal(self.inputs.noisy.shape, 1, self.device).to(self.dtype).float()
+        self.made: dict[tuple[str, str], _Model] = {}
+        self.referred: dict[tuple[str, str], Reference] = {}
+        self.first: dict[str, float] = {}  # seconds of a variant's first pass, which compiles
+
+    def step(self, variant: Variant) -> _Step:
+        """Return the pass of a variant. Raises Unusable for one that cannot run here."""
+        if compiles(variant.compile):
+            try:
+                check_compiler(self.device)
+            except BadInput as error:
+                raise Unusable(str(error)) from error
+        step = _Step(self, variant)
+        step.attend()
+        return step
+
+    def model(self, variant: Variant) -> "_Model":
+        """Return the policy; eager variants of one memory order share it."""
+        key = variant.memory_order, variant.compile
+        if key not in self.made:
+            unet = copy.deepcopy(self.plain).to(memory_format=format_of(variant.memory_order))
+            compile_unet(unet, variant.compile)
+            self.made[key] = _Model(self.kind, unet)
+        return self.made[key]
+
+    def reference(self, model: "_Model", variant: Variant) -> Reference | None:
+        """Return the reference; None if the run holds none."""
+        if self.arguments["reference"] != "online":
+            return None
+        key = variant.memory_order, variant.compile
+        if key not in self.referred:
+            lora = self.arguments["tuning"] == "lora"
+            self.referred[key] = AdapterOff(model) if lora else FrozenCopy(model, variant.compile)
+        return self.referred[key]
+
+    @cached_property
+    def plain(self) -> UNet2DConditionModel:
+        """The UNet that all variants are copied from, eager and at its start."""
+        arguments = self.arguments
+        with torch.device(self.device):
+            unet = UNet2DConditionModel.from_config(self.unet_config).eval()
+        _randomise(unet)
+        if arguments["tuning"] == "lora":
+            add_lora(unet, RANK, RANK, arguments["targets"])
+        else:
+            unet.requires_grad_(True)
+        unet.to(self.dtype)
+        recompute_activations(unet, arguments["recompute"])
+        set_attention(unet, "sdpa")
+        return unet
+
+    def change(self, unet: nn.Module, scale: float = 0.1) -> None:
+        """Set a UNet's trained parameters to their start, plus the same change at every call: every adapter then has a
+        gradient."""
+        start = dict(self.plain.named_parameters())
+        with torch.no_grad():
+            for number, (name, parameter) in enumerate(unet.named_parameters()):
+                if parameter.requires_grad:
+                    change = _normal(parameter.shape, 1000 + number, self.device) / max(1, len(parameter)) ** 0.5
+                    parameter.copy_(start[name] + (scale * change).to(parameter.dtype))
+
+    @cached_property
+    def expected(self) -> dict[str, Tensor]:
+        """Prediction and gradients in the wider dtype, one pair at a time."""
+        allowed = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        try:
+            return self._one_pair_at_a_time(WIDER[self.dtype])
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+    @cached_property
+    def plain_errors(self) -> dict[str, float]:
+        """Plain PyTorch's own errors: the larger of those of the run's batch and of one pair at a time."""
+        whole = self.step(Variant())
+        self.change(whole.unet)
+        both = [_errors(found, self.expected) for found in (whole.results(), self._one_pair_at_a_time(self.dtype))]
+        return {name: max(errors[name] for errors in both) for name in both[0]}
+
+    def _one_pair_at_a_time(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        unet = copy.deepcopy(self.plain)
+        self.change(unet)
+        model, inputs = _Model(self.kind, unet.to(dtype)), self.inputs
+        pairs, predictions = len(inputs.batch.timesteps), []
+        for pair in range(pairs):
+            images = torch.tensor([pair, pairs + pair], device=self.device)
+            of_pair = {name: value[pair : pair + 1] for name, value in inputs.conditioning.items()}
+            noisy, at = inputs.noisy[images].to(dtype), inputs.batch.timesteps[pair : pair + 1]
+            prediction = model.denoise(unet, noisy, at, of_pair)
+            (prediction * self.cotangent[images].to(prediction.dtype)).sum().backward()
+            predictions.append(prediction.detach())
+        chosen, rejected = (torch.cat([one[side : side + 1] for one in predictions]) for side in (0, 1))
+        return _taken(unet, torch.cat([chosen, rejected]))
+
+
+class _Model:
+    """A UNet with what a reference needs of its family."""
+
+    def __init__(self, kind: type, unet: nn.Module) -> None:
+        self.unet = unet
+        self.denoise = partial(kind.denoise, self)
+        self._added_conditioning = partial(kind._added_conditioning, self)
+
+
+@lru_cache(maxsize=1)
+def _bench(arguments: str) -> _Bench:
+    return _Bench(json.loads(arguments))
+
+
+def _inputs(arguments: dict[str, Any], device: torch.device) -> SimpleNamespace:
+    """Draw inputs of the run's shapes: noisy [2B,C,h,w] in its dtype, timesteps [B], conditioning [B,...]."""
+    unet, pairs, side = arguments["unet"], arguments["pairs"], arguments["latent"]
+    dtype, text = getattr(torch, arguments["dtype"]), (pairs, arguments["tokens"], unet["cross_attention_dim"])
+    conditioning = {"prompt_embeds": _normal(text, 2, device).to(dtype)}
+    if unet.get("addition_embed_type") == "text_time":
+        pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+        conditioning["pooled_prompt_embeds"] = _normal((pairs, pooled), 3, device).to(dtype)
+        conditioning["time_ids"] = torch.full((pairs, 6), 8.0 * side, device=device)
+    return SimpleNamespace(
+        noisy=_normal((2 * pairs, unet["in_channels"], side, side), 4, device).to(dtype),
+        batch=SimpleNamespace(timesteps=torch.arange(1, pairs + 1, device=device) * 997 % 1000),
+        conditioning=conditioning,
+    )
+
+
+def _normal(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
+    return torch.randn(tuple(shape), generator=torch.Generator(device).manual_seed(seed), device=device)
+
+
+@torch.no_grad()
+def _randomise(unet: nn.Module) -> None:
+    """Give every parameter a random value that keeps activations near one: untrained norms would hide a difference."""
+    for number, (name, parameter) in enumerate(unet.named_parameters()):
+        value = _normal(parameter.shape, 10_000 + number, parameter.device)
+        if parameter.ndim > 1:
+            parameter.copy_(value / parameter[0].numel() ** 0.5)
+        else:
+            parameter.copy_(0.1 * value + ("norm" in name and name.endswith("weight")))
+
+
+def _taken(unet: nn.Module, prediction: Tensor) -> dict[str, Tensor]:
+    """Take the gradients from a UNet, beside a prediction."""
+    gradients = {name: p.grad for name, p in unet.named_parameters() if p.grad is not None}
+    unet.zero_grad(set_to_none=True)
+    return {"prediction": prediction.detach()} | {f"the gradient of {name}": g for name, g in gradients.items()}
+
+
+def _errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Return relative errors, of all gradients together too. Raises Disproved if a gradient is missing."""
+    if missing := expected.keys() - found.keys():
+        raise Disproved(f"{min(missing)} was not computed")
+    squares = {
+        name: ((found[name].to(truth.dtype) - truth).double().square().sum(), truth.double().square().sum())
+        for name, truth in expected.items()
+    }
+    gradients = [pair for name, pair in squares.items() if name != "prediction"]
+    squares["gradients"] = tuple(torch.stack(side).sum() for side in zip(*gradients, strict=True))
+    return {name: float((error / truth.clamp(min=1e-300)).sqrt()) for name, (error, truth) in squares.items()}
+
+
+@torch.no_grad()
+def _check_margin(step: _Step) -> None:
+    """Raise Disproved unless policy and reference predict the same bits before the first update."""
+    with torch.enable_grad():
+        step.attend()
+        ref, prediction = step.refer(), step.predict()
+    if not prediction.isfinite().all():
+        raise Disproved("the prediction is not finite")
+    if not torch.equal(prediction, ref):
+        differing = (prediction != ref).float().mean()
+        worst = (prediction.float() - ref.float()).abs().max()
+        raise Disproved(f"policy and reference differ before the first update: {differing:.1%}, by up to {worst:.3g}")
+
+
+def _forward_flops(unet: dict[str, Any], arguments: dict[str, Any]) -> int:
+    """Count the FLOPs of one image's forward pass on the meta device."""
+    with torch.device("meta"):
+        made = UNet2DConditionModel.from_config(unet)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        made(**_meta_inputs(arguments))
+    return counter.get_total_flops()
+
+
+def _meta_inputs(arguments: dict[str, Any]) -> dict[str, Any]:
+    unet, side = arguments["unet"], arguments["latent"]
+    inputs: dict[str, Any] = {
+        "sample": torch.empty(1, unet["in_channels"], side, side, device="meta"),
+        "timestep": torch.empty(1, device="meta"),
+        "encoder_hidden_states": torch.empty(1, arguments["tokens"], unet["cross_attention_dim"], device="meta"),
+    }
+    if unet.get("addition_embed_type") == "text_time":
+        pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.empty(1, pooled, device="meta"),
+            "time_ids": torch.empty(1, 6, device="meta"),
+        }
+    return inputs

@@ -1,0 +1,117 @@
+"""How a run computes: its choices from flags, a file, the checkpoint that it resumes, or proofs on this machine."""
+
+from dataclasses import asdict, replace
+from typing import get_args, get_type_hints
+
+import torch
+import yaml
+
+from dpo_fast.caching.settings import CacheSettings
+from dpo_fast.choices.choose import AUTO, Choices, Chosen, choose
+from dpo_fast.choices.workload import Workload
+from dpo_fast.config import TrainConfig
+from dpo_fast.errors import BadInput
+from dpo_fast.files import read_text, user_path
+from dpo_fast.kernels import dispatch
+from dpo_fast.models import COMPUTE_DTYPES, check_compiler, compiles, usable_attention
+from dpo_fast.models.family import check_resolution
+from dpo_fast.models.load import component_config, family_of
+from dpo_fast.models.source import base_of
+from dpo_fast.objectives import find_objective
+from dpo_fast.parallel import Ranks
+from dpo_fast.training.batches import RunPairs
+
+FLAGS = tuple(vars(Choices()))  # the flags that are choices
+
+
+def choices_of(config: TrainConfig) -> Choices:
+    """Return the flags of a run that are choices."""
+    return Choices(**{name: getattr(config, name) for name in FLAGS})
+
+
+def with_file(config: TrainConfig) -> TrainConfig:
+    """Fill the choices that are "auto" from the file of `--choices`. Raises BadInput."""
+    if config.choices is None:
+        return config
+    file = user_path(config.choices)
+    try:
+        written = yaml.safe_load(read_text(file))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise BadInput(f"--choices {file} cannot be read ({reason}): name the config.yaml of a run") from error
+    found = {name: written[name] for name in FLAGS if name in written} if isinstance(written, dict) else {}
+    if not found:
+        raise BadInput(f"--choices {file} names none of {', '.join(FLAGS)}: name the config.yaml of a run")
+    hints = get_type_hints(TrainConfig)
+    for name, value in found.items():
+        if value not in (allowed := get_args(hints[name])):
+            raise BadInput(f"--choices {file}: {name} ({value!r:.80}) must be one of {', '.join(allowed)}")
+    return _filled(config, found)
+
+
+def resumed(config: TrainConfig, saved: dict[str, object]) -> TrainConfig:
+    """Fill the choices that are "auto" from a checkpoint's configuration: a run goes on as it began."""
+    return _filled(config, {name: saved.get(name, AUTO) for name in FLAGS})
+
+
+def _filled(config: TrainConfig, values: dict[str, object]) -> TrainConfig:
+    return replace(config, **{name: value for name, value in values.items() if getattr(config, name) == AUTO})
+
+
+def check(config: TrainConfig, ranks: Ranks) -> None:
+    """Raise BadInput for a choice that cannot be used on this machine."""
+    try:
+        dispatch.module_for("dpo_loss", config.backend, torch.zeros(1, device=ranks.device))
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(f"--backend {config.backend}: {error}") from error
+    if compiles(config.compile):
+        check_compiler(ranks.device)
+    if reason := usable_attention().get(config.attention):
+        raise BadInput(f"--attention {config.attention} cannot be used here ({reason}): sdpa can")
+
+
+def chosen_for(config: TrainConfig, ranks: Ranks, pairs: RunPairs, *, resuming: bool) -> tuple[TrainConfig, Chosen]:
+    """Return the configuration with its choices made, and what they rest on. Every rank calls this, before the weights
+    are loaded: a proof needs their memory.
+
+    A resumed run keeps its choices; `--no-prove` makes none.
+    """
+    chosen = Chosen(choices_of(config))
+    if config.prove and not resuming and AUTO in asdict(chosen.choices).values():
+        steps = config.max_train_steps
+        if steps is None:
+            steps = len(pairs.sets.train) * config.num_train_epochs // config.pairs_per_step
+        root = CacheSettings.of(config).root
+        passes = steps * config.gradient_accumulation_steps
+        chosen = choose(workload_of(config, ranks), ranks, chosen.choices, passes, root)
+    values = asdict(chosen.choices)
+    if values["compile"] == AUTO:
+        values["compile"] = "off"
+    return replace(config, **values), chosen
+
+
+def workload_of(config: TrainConfig, ranks: Ranks) -> Workload:
+    """Return a training pass of a run, from the configuration of its model. Raises BadInput."""
+    source = base_of(config)
+    unet = component_config(source, "unet")
+    sides = family_of(source).sides(unet, component_config(source, "vae"))
+    resolution = config.resolution or sides.default_resolution
+    check_resolution(resolution, sides.resolution_multiple, source.path)
+    reference = "none"
+    if find_objective(config.objective).needs_reference:
+        reference = "cached" if config.cached_reference else "online"
+    return Workload(
+        str(ranks.device),
+        str(COMPUTE_DTYPES[config.mixed_precision]).removeprefix("torch."),
+        config.train_batch_size,
+        resolution // sides.vae_factor,
+        {name: value for name, value in unet.items() if not name.startswith("_")},
+        component_config(source, "text_encoder").get("max_position_embeddings", 77),
+        config.tuning,
+        config.lora_targets if config.tuning == "lora" else (),
+        config.gradient_checkpointing,
+        reference,
+        config.prediction_type or "epsilon",
+        config.soft_labels or bool(config.label_smoothing),
+        config.allow_tf32,
+    )
