@@ -37,7 +37,7 @@ def test_xformers_on_the_cpu(unet, monkeypatch):
 
 
 def test_unknown(unet):
-    with pytest.raises(BadInput, match=r"one of auto, sdpa, cudnn, flash, xformers, not 'fast'"):
+    with pytest.raises(BadInput, match=r"one of auto, sdpa, cudnn, flash, efficient, xformers, not 'fast'"):
         set_attention(unet, "fast")
 
 

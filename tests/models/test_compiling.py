@@ -14,8 +14,6 @@ from dpo_fast.models import Family, add_lora, compile_unet, compiling, not_compi
 from dpo_fast.models.compiling import check_compiler, programs_folder
 from tests.helpers.pipelines import default_time_ids, load_model
 
-EXHAUSTIVE = [("sd15", "full"), ("sdxl", "lora"), ("sdxl", "full")]
-
 
 @pytest.fixture(autouse=True)
 def no_programs() -> Iterator[None]:
@@ -65,17 +63,17 @@ def results(family: Family, unet: nn.Module, given: tuple) -> dict[str, torch.Te
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    ("name", "tuning"),
-    [("sd15", "lora"), *(pytest.param(*p, marks=pytest.mark.exhaustive) for p in EXHAUSTIVE)],
+    ("name", "tuning", "mode"), [("sd15", "lora", "resnets"), ("sdxl", "full", "resnets"), ("sdxl", "lora", "regional")]
 )
-def test_results_are_those_of_the_eager_unet(request, name, tuning):
+def test_results_are_those_of_the_eager_unet(request, name, tuning, mode):
     """Forward and every gradient: against float64, at most a few times the error of the eager UNet."""
     family = make_family(request.getfixturevalue(f"{name}_path"), tuning)
     given = inputs(family)
     eager = results(family, family.unet, given)
     truth = results(family, copy.deepcopy(family.unet).double(), given)
-    compile_unet(family.unet, "regional")
+    compile_unet(family.unet, mode)
     assert is_compiled(family.unet)
     before = programs_made()
     compiled = results(family, family.unet, given)
@@ -133,7 +131,8 @@ class NormBlock(nn.Module):
 
 
 @pytest.mark.slow
-def test_the_options_reach_every_program_and_nothing_else(monkeypatch):
+@pytest.mark.parametrize(("mode", "deterministic"), [("regional", True), ("resnets-tuned", False)])
+def test_the_options_reach_every_program_and_nothing_else(monkeypatch, mode, deterministic):
     """Policy, its backward pass, which is compiled later, and the reference without a graph. In place of a UNet's
     blocks, which take a minute, one that is compiled with what they are given."""
     import torch._functorch.config
@@ -152,21 +151,32 @@ def test_the_options_reach_every_program_and_nothing_else(monkeypatch):
     )
     before = options()
     block = NormBlock()
-    compile_unet(SimpleNamespace(compile_repeated_blocks=block.compile), "regional")
+    compile_unet(SimpleNamespace(modules=block.modules, _repeated_blocks=["NormBlock"]), mode)
     # a program from the cache would not be lowered again
     with config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
         with torch.no_grad():
             block(torch.randn(2, 8))
         block(torch.randn(2, 8)).sum().backward()
     assert sorted((backward, inference) for _, backward, inference in found) == [(0, 0), (0, 1), (1, 0)]
-    assert all(options == {"emulate_precision_casts": True, "deterministic": True} for options, *_ in found)
+    expected = {"emulate_precision_casts": True, "deterministic": deterministic}
+    assert all(options == expected for options, *_ in found)
     assert options() == before == {"emulate_precision_casts": False, "deterministic": False}
 
 
-def test_off_is_off(sd15_path):
+@pytest.mark.parametrize("mode", ["off", "auto"])
+def test_off_is_off(sd15_path, mode):
     family = make_family(sd15_path, "lora")
-    compile_unet(family.unet, "off")
+    compile_unet(family.unet, mode)
     assert not is_compiled(family.unet)
+
+
+@pytest.mark.parametrize("mode", compiling.MODES)
+def test_what_each_mode_compiles(sdxl_path, mode):
+    family = make_family(sdxl_path, "lora")
+    compile_unet(family.unet, mode)
+    kinds = {type(module).__name__ for module in family.unet.modules() if module._compiled_call_impl is not None}
+    resnets = {"ResnetBlock2D"} if mode.startswith("resnets") else set()
+    assert kinds == {"BasicTransformerBlock"} | resnets
 
 
 def test_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
