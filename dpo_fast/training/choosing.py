@@ -40,6 +40,7 @@ def with_file(config: TrainConfig) -> TrainConfig:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise BadInput(f"--choices {file} cannot be read ({reason}): name the config.yaml of a run") from error
     found = {name: written[name] for name in FLAGS if name in written} if isinstance(written, dict) else {}
+    found = {name: "off" if value is False else value for name, value in found.items()}  # YAML's reading of off
     if not found:
         raise BadInput(f"--choices {file} names none of {', '.join(FLAGS)}: name the config.yaml of a run")
     hints = get_type_hints(TrainConfig)

@@ -220,6 +220,7 @@ class Progress:
             "initial_margin_rms": run.notes.get("initial_margin_rms"),
             "skipped_updates": int(run.masters.skipped.item()),
             "overoptimised_at": run.notes.get("overoptimised_at"),
+            "choices": run.notes.get("choices"),  # tables of what was proven and timed on this machine, and chosen
             "revisions": self._revisions(),
         }
 
