@@ -7,6 +7,7 @@ prediction that `--dry-run` prints.
 
 ours             dpo_fast's own Trainer.train_step, opened from flags as a user's run is, reading from its cache
 ours-cached      the same with --cached_reference: no reference is held or run
+ours-chosen      the same as a long run with default flags chooses on this machine (only where --providers names it)
 tuned            what PyTorch and diffusers give an expert: cached latents, compiled blocks, channels_last, fused AdamW
 peer-diffusers   what diffusers' scripts do each step (LoRA cases)
 peer-salesforce  what the paper's authors' script does each step (full cases)
@@ -82,7 +83,7 @@ def main() -> int:
             return 1
     for name in names:
         for provider in arguments.providers or ():
-            if provider not in (offered := FOR_TUNING[CASES[name].tuning]):
+            if provider not in (offered := (*FOR_TUNING[CASES[name].tuning], "ours-chosen")):
                 parser.error(f"--providers {provider} does not train {name}: choose from {', '.join(offered)}")
         if arguments.batch_size and CASES[name].pairs % arguments.batch_size:
             batch_size, pairs = arguments.batch_size, CASES[name].pairs

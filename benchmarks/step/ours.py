@@ -1,5 +1,6 @@
 """Ours: the real training step, opened from flags as a user's run is, reading from the cache."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -13,9 +14,16 @@ from dpo_fast.parallel import Ranks
 from dpo_fast.training.run import Run, open_run
 from dpo_fast.training.trainer import Trainer
 
+CHOSEN_STEPS = 10_000  # of the run for which "ours-chosen" chooses
 
-def flags(folder: Path, name: str, *, compiled: bool, cached_reference: bool = False) -> list[str]:
-    """Return the run's command line; with `cached_reference` every visit of a pair has its own draw."""
+
+def flags(
+    folder: Path, name: str, *, compiled: bool, cached_reference: bool = False, chosen: bool = False
+) -> list[str]:
+    """Return the run's command line; with `cached_reference` every visit of a pair has its own draw.
+
+    chosen: as a long run chooses on this machine, instead of as `compiled` says.
+    """
     settings = Settings.read(folder)
     case = CASES[settings.case]
     values = {
@@ -38,8 +46,10 @@ def flags(folder: Path, name: str, *, compiled: bool, cached_reference: bool = F
     }
     if cached_reference:
         values["cached_reference"] = settings.steps
+    if chosen:
+        values |= {"max_train_steps": CHOSEN_STEPS, "compile": "auto"}
     words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
-    return [*words, "--is_turbo"] if case.turbo else words
+    return [*words, *["--is_turbo"] * case.turbo, *["--no-prove"] * (not chosen)]
 
 
 def opened(folder: Path, argv: list[str]) -> Run:
@@ -54,10 +64,11 @@ class Ours:
     """`Trainer.train_step`, with nothing added while it is timed."""
 
     cached_reference = False
+    chosen = False
 
     def __init__(self, folder: Path, name: str = "ours") -> None:
         compiled = Settings.read(folder).compiled
-        argv = flags(folder, name, compiled=compiled, cached_reference=self.cached_reference)
+        argv = flags(folder, name, compiled=compiled, cached_reference=self.cached_reference, chosen=self.chosen)
         self.trainer = Trainer(opened(folder, argv), argv)
         self.clock = self.trainer.clock
 
@@ -93,3 +104,14 @@ class OursCached(Ours):
 
     def __init__(self, folder: Path, name: str = "ours-cached") -> None:
         super().__init__(folder, name)
+
+
+class OursChosen(Ours):
+    """The same with the defaults of a long run: what is proven and fastest on this machine."""
+
+    chosen = True
+
+    def __init__(self, folder: Path, name: str = "ours-chosen") -> None:
+        super().__init__(folder, name)
+        for line in self.trainer.run.chosen.lines:
+            print(f"ours-chosen: {line}", file=sys.stderr, flush=True)

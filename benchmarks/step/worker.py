@@ -18,6 +18,7 @@ from benchmarks.step.work import Settings
 PROVIDERS = {
     "ours": ("ours", "Ours"),
     "ours-cached": ("ours", "OursCached"),
+    "ours-chosen": ("ours", "OursChosen"),
     "tuned": ("tuned", "Tuned"),
     "peer-diffusers": ("peer_diffusers", "PeerDiffusers"),
     "peer-salesforce": ("peer_salesforce", "PeerSalesforce"),
