@@ -188,3 +188,34 @@ def other(x):
 Y = torch.rand(3, generator=torch.Generator().manual_seed(0))
 """
     assert unseeded(source) == [2, 3, 4, 5, 6, 8, 9]
+
+
+def test_of_a_test_with_many_cases_a_run_draws_some(pytester):
+    """The same ones with one seed, other ones with another; a single case can be asked for, and all."""
+    pytester.makeconftest(
+        "from tests.helpers import seeds\npytest_addoption, pytest_configure = seeds.addoption, seeds.configure"
+    )
+    pytester.makeini("[pytest]\nmarkers =\n    drawn(n): some")
+    pytester.makepyfile(
+        test_many="""
+        import pytest
+
+        @pytest.mark.drawn(3)
+        @pytest.mark.parametrize("case", range(20))
+        def test_many(case):
+            print("case", case)
+
+        def test_one():
+            pass
+        """
+    )
+
+    def cases(*arguments: str) -> set[str]:
+        result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-v", *arguments)
+        return {line.split()[0].partition("::")[2] for line in result.outlines if " PASSED" in line}
+
+    first = cases("--seed", "1")
+    assert len(first) == 4 and "test_one" in first and cases("--seed", "1") == first
+    assert len(first | cases("--seed", "2") | cases("--seed", "3")) > 5
+    assert len(cases("--seed", "1", "--every")) == 21
+    assert cases("--seed", "1", "test_many.py::test_many[7]") == {"test_many[7]"}

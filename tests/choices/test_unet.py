@@ -47,6 +47,7 @@ def test_other_runs_are_proven_too(sdxl_path, changes):
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("mode", ["regional", "resnets"])
 def test_what_is_compiled_is_proven(sdxl_path, mode):
     candidate = str(Variant(compile=mode))

@@ -73,6 +73,22 @@ class Seeds:
         self.run_seed = run_seed
         self.drawing_fixtures: set[str] = set()
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Of the cases of a test that is marked `drawn(n)` keep n, in every run other ones, unless --every is given."""
+        cases: dict[str, list[pytest.Item]] = {}
+        for item in items:
+            if item.get_closest_marker("drawn") and not config.getoption("--every"):
+                cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        left_out = set()
+        for name, of_test in cases.items():
+            most = min(len(of_test), of_test[0].get_closest_marker("drawn").args[0])
+            kept = random.Random(derived(self.run_seed, name)).sample(of_test, most)
+            left_out |= {item.nodeid for item in of_test} - {item.nodeid for item in kept}
+        if left_out:
+            config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left_out])
+            items[:] = [item for item in items if item.nodeid not in left_out]
+
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: object) -> None:
         """Hand the seed to a worker of pytest-xdist, which gets the command line alone."""
@@ -131,7 +147,8 @@ class Seeds:
 
 
 def addoption(parser: pytest.Parser) -> None:
-    """Add `--seed`."""
+    """Add `--seed` and `--every`."""
+    parser.addoption("--every", action="store_true", help="all cases of tests that otherwise draw some of them")
     parser.addoption("--seed", type=int, help="the seed that all tests draw from; default: a new one, which is printed")
 
 

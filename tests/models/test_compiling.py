@@ -64,6 +64,7 @@ def results(family: Family, unet: nn.Module, given: tuple) -> dict[str, torch.Te
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(
     ("name", "tuning", "mode"), [("sd15", "lora", "resnets"), ("sdxl", "full", "resnets"), ("sdxl", "lora", "regional")]
 )

@@ -22,6 +22,7 @@ def no_programs() -> Iterator[None]:
 
 
 # fp32 with LoRA is below, in a run with everything
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(
     ("tuning", "precision"),
     [
@@ -59,6 +60,7 @@ VARIANTS = {
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("name", ["lora", "full"])
 def test_a_run_with_everything_resumes_bit_for_bit(sdxl_path, pairs, tmp_path, name):
     """Validation's last batch is short, and samples have other shapes: both must leave the programs alone."""
