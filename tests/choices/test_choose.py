@@ -9,58 +9,24 @@ import pytest
 import torch
 
 from dpo_fast.choices import choose as module
-from dpo_fast.choices import machine, pair_ops, unet
+from dpo_fast.choices import machine, pair_ops
 from dpo_fast.choices.choose import Choices, choose
 from dpo_fast.choices.trial import NO_TIME, Evidence
 from dpo_fast.choices.unet import Variant
 from dpo_fast.choices.workload import SDXL, Workload
 from dpo_fast.kernels import dispatch
 from dpo_fast.parallel import Ranks
+from tests.helpers.planted_gpu import Machine
 
 GPU = Workload("cuda:0", "bfloat16", 4, 128, SDXL, 77)
 CPU = replace(GPU, device="cpu", dtype="float32")
-SECONDS = {"native": 0.5, "triton": 0.6, "cudnn": 0.9, "flash": 0.95, "contiguous": 1.2, "regional": 0.85}
 LONG = 100_000
-
-
-class Machine:
-    """A GPU on which trials have these results: names in `wrong` are, the others take the product of SECONDS."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, tuple[str, ...]]] = []
-        self.wrong: dict[str, str] = {}
-        self.driver = "1"
-
-    def judge(self, plan, baseline, candidates, arguments, limits, note) -> Evidence:
-        self.asked.append((plan.rpartition(".")[2], tuple(candidates)))
-        reasons = {name: self.reason(name) for name in candidates}
-        timed = [baseline, *(name for name, reason in reasons.items() if not reason)]
-        rounds = {name: [self.seconds(name) * (1 + k / 1000) for k in range(5)] for name in timed}
-        return Evidence(reasons, rounds, {name: 60.0 if "regional" in name else 1.0 for name in timed})
-
-    def reason(self, candidate: str) -> str:
-        parts = candidate.split(", ")
-        if any(part.startswith("resnets") or part == "regional-tuned" for part in parts):
-            return "wrong: policy and reference differ"
-        return next((f"wrong: {reason}" for name, reason in self.wrong.items() if name in parts), "")
-
-    def seconds(self, candidate: str) -> float:
-        product = 1.0
-        for part in candidate.split(", "):
-            product *= SECONDS.get(part, 1.0)
-        return product
 
 
 @pytest.fixture
 def gpu(monkeypatch) -> Machine:
     """This process on a planted GPU."""
-    here = Machine()
-    monkeypatch.setattr(module, "judge", here.judge)
-    monkeypatch.setattr(machine, "site", lambda device: "host 0, planted GPU")
-    monkeypatch.setattr(machine, "facts", lambda device: {"device": "planted GPU", "driver": here.driver})
-    monkeypatch.setattr(unet, "share_of_run", lambda arguments: 0.25)
-    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
-    return here
+    return Machine.here(monkeypatch)
 
 
 def ranks(device: str = "cuda:0") -> Ranks:

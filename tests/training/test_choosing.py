@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
+from diffusers import UNet2DConditionModel
+from torch.nn.attention import SDPBackend
 
 from dpo_fast.caching.score_reference import _numerics
 from dpo_fast.caching.settings import ScoringSettings
+from dpo_fast.choices import choose as choose_module
 from dpo_fast.choices.choose import Choices, Chosen
 from dpo_fast.choices.decision import decide
 from dpo_fast.choices.trial import Evidence
@@ -17,6 +21,7 @@ from dpo_fast.kernels import dispatch
 from dpo_fast.models.memory_order import memory_format
 from dpo_fast.train import main
 from dpo_fast.training import choosing
+from tests.helpers.planted_gpu import Machine
 from tests.helpers.runs import STEPS, assert_same_state, flags_for, lines, opened, train
 
 ROUNDS = {"reference": [2.0, 2.1, 2.2], "native": [1.0, 1.05, 1.1]}
@@ -167,3 +172,38 @@ def test_the_reference_is_cached_with_the_choices_of_the_run(sdxl_path, pairs, t
     run = opened(flags_for(sdxl_path, pairs, tmp_path / "run", *more))
     assert asked[0][0].reference == "cached"
     assert [made["memory_order"] for made in run.scored.errors.made_by] == ["contiguous"]
+
+
+@pytest.mark.parametrize(
+    "compiled", ["off", pytest.param("regional", marks=[pytest.mark.slow, pytest.mark.exhaustive])]
+)
+def test_on_a_planted_gpu_a_run_computes_with_what_is_proven_there(
+    sdxl_path, pairs, tmp_path, monkeypatch, capsys, compiled
+):
+    """From the questions to the last step: native kernels, the best attention, compiled blocks."""
+    planted = Machine.here(monkeypatch)
+    workload_of = choosing.workload_of
+    monkeypatch.setattr(choosing, "workload_of", lambda *given: workload_of(*given).on("cuda:0"))
+    monkeypatch.setattr(choose_module, "PASSES", 1)
+    monkeypatch.setattr(choose_module, "COMPILE_SECONDS", 1000.0 if compiled == "off" else -1.0)
+    monkeypatch.setattr(UNet2DConditionModel, "device", torch.device("cuda:0"))  # asks for attention of a GPU
+    monkeypatch.setattr(choosing, "usable_attention", lambda: {})
+    planted.compile_seconds = 0.0  # pays at once
+    first = []
+    attend = F.scaled_dot_product_attention
+
+    def noted(*args: object, **kwargs: object) -> torch.Tensor:
+        first.append(torch._C._get_sdp_priority_order()[0])
+        return attend(*args, **kwargs)
+
+    if compiled == "off":  # the compiler cannot trace it
+        monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    if reason := dispatch.usable_backends("cpu")["native"]:
+        pytest.skip(reason)
+    out = train(sdxl_path, pairs, tmp_path / "run", "--latent_cache_dir", tmp_path / "cache")
+    assert recorded(out) == Choices("native", "cudnn", "channels_last", compiled)
+    said = capsys.readouterr().err
+    assert "choice: attention cudnn, memory order channels_last: proven here" in said
+    assert "choice: pair ops by native: proven here, 2.00 times as fast as reference" in said
+    assert compiled == "regional" or int(SDPBackend.CUDNN_ATTENTION) in first
+    assert json.loads((out / "summary.json").read_text())["initial_margin_rms"] == 0.0
