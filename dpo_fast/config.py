@@ -191,8 +191,8 @@ class TrainConfig:
     """Which implementation of the pair kernels to run; auto: the fastest that is proven on this machine (--prove),
     else native on a CPU and plain PyTorch (reference) on a GPU."""
     prove: bool = True
-    """Before a run of 200 passes or more, prove and time what is "auto" above, in other processes, within a minute
-    (longer where compiling may pay); outcomes are kept in the cache folder. --no-prove takes the plain defaults."""
+    """Before a run of some two minutes or more, prove and time what is "auto" above, in other processes, within a
+    minute (longer where compiling may pay); outcomes are kept in the cache folder. --no-prove: the plain defaults."""
     choices: Path | None = None
     """A file that says what is "auto" above, instead of a proof: the config.yaml of another run."""
 

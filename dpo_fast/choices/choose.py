@@ -29,8 +29,9 @@ from dpo_fast.models.memory_order import FORMATS
 from dpo_fast.parallel import Ranks
 
 AUTO = "auto"
-PASSES = 200  # a shorter run does not pay for a proof of half a minute
-COMPILED_PASSES = 2000  # the same, where every candidate is compiled
+FLOPS = {"cpu": 1e11, "cuda": 1e14}  # a second, roughly: to tell seconds from hours before anything is measured
+PAYS_SECONDS = 120.0  # a shorter run does not pay for a proof of half a minute
+COMPILED_PAYS_SECONDS = 1800.0  # the same, where every candidate is compiled
 # Before anything is compiled, the most that it may gain and what one candidate's programs are taken to cost.
 GAIN_AT_MOST, COMPILE_SECONDS = 0.25, 90.0
 # Both eager questions together end within a minute.
@@ -94,13 +95,17 @@ def choose(workload: Workload, ranks: Ranks, fixed: Choices, passes: float, root
     ask = _Asking(ranks, root)
     chosen, outcomes, lines = fixed, [], []
     compiled = compiles(fixed.compile)
-    enough = COMPILED_PASSES if compiled else PASSES
     plain = Variant(
         "sdpa" if fixed.attention == AUTO else fixed.attention,
         "channels_last" if fixed.memory_order == AUTO else fixed.memory_order,
         fixed.compile if compiled else "off",
     )
-    eager = ask.outcome(eager_question(workload, fixed, plain), allowed=passes >= enough)
+
+    def lasts(seconds: float) -> Callable[[], bool]:
+        return lambda: expected_seconds(workload, passes) >= seconds
+
+    enough = lasts(COMPILED_PAYS_SECONDS if compiled else PAYS_SECONDS)
+    eager = ask.outcome(eager_question(workload, fixed, plain), allowed=enough)
     if eager is not None:
         outcomes.append(eager)
         best = Variant.of(eager.chosen)
@@ -114,14 +119,22 @@ def choose(workload: Workload, ranks: Ranks, fixed: Choices, passes: float, root
             outcomes.append(compiling)
             chosen = replace(chosen, compile=Variant.of(compiling.chosen).compile)
     if fixed.backend == AUTO and not os.environ.get(dispatch.VARIABLE):
-        ops = ask.outcome(pair_ops_question(workload, chosen.memory_order), allowed=passes >= PASSES)
+        ops = ask.outcome(pair_ops_question(workload, chosen.memory_order), allowed=lasts(PAYS_SECONDS))
         if ops is not None:
             outcomes.append(ops)
             chosen = replace(chosen, backend=ops.chosen)
             lines.append(_line(f"pair ops by {ops.chosen}", ops))
-    if not outcomes and passes < PASSES:
-        lines = [f"nothing is proven for {passes:.0f} passes, which would not pay for it: plain defaults are used"]
+    if not outcomes and not lasts(PAYS_SECONDS)():
+        seconds = _duration(expected_seconds(workload, passes))
+        lines = [f"nothing is proven for a run of about {seconds}, which would not pay for it: plain defaults are used"]
     return Chosen(chosen, tuple(outcomes), tuple(filter(None, lines)))
+
+
+def expected_seconds(workload: Workload, passes: float) -> float:
+    """Estimate how long a run takes from its FLOPs; a backward pass has two forward passes'."""
+    forwards = 3 + (workload.reference == "online")
+    flops = 2 * workload.pairs * forwards * unet.forward_flops(workload.for_unet())
+    return passes * flops / FLOPS[torch.device(workload.device).type]
 
 
 def eager_question(workload: Workload, fixed: Choices, plain: Variant) -> Question | None:
@@ -166,18 +179,19 @@ def _compiling(
     share = ask.ranks.from_main(lambda: unet.share_of_run(question.arguments)) if eager is not None else None
     median = None if eager is None else eager.row(eager.chosen).median
     if share is None or median is None:
-        outcome = ask.outcome(question, allowed=passes >= COMPILED_PASSES)
+        enough = expected_seconds(workload, passes) >= COMPILED_PAYS_SECONDS
+        outcome = ask.outcome(question, allowed=lambda: enough)
         return outcome, _line("compile " + Variant.of(outcome.chosen).compile, outcome) if outcome else ""
     seconds = passes * median / 1e3 / share
     pays = GAIN_AT_MOST * seconds > COMPILE_SECONDS * (1 + len(question.candidates))
-    outcome = ask.outcome(question, allowed=pays, calls=passes / share)
+    outcome = ask.outcome(question, allowed=lambda: pays, calls=passes / share)
     if outcome is None:
-        return None, f"compile off: a run of about {_minutes(seconds)} is too short to pay for finding out"
+        return None, f"compile off: a run of about {_duration(seconds)} is too short to pay for finding out"
     return outcome, _line("compile " + Variant.of(outcome.chosen).compile, outcome)
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} s"
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{max(1.0, seconds):.0f} s"
 
 
 def _line(what: str, outcome: Outcome) -> str:
@@ -199,24 +213,25 @@ class _Asking:
         self.sites = [str(site) for site in ranks.gather(mine)]
         self.asks = self.sites.index(mine) == ranks.rank  # the first rank of its site
 
-    def outcome(self, question: Question | None, *, allowed: bool, calls: float | None = None) -> Outcome | None:
+    def outcome(
+        self, question: Question | None, *, allowed: Callable[[], bool], calls: float | None = None
+    ) -> Outcome | None:
         """Return the outcome on which all ranks agree; None if a site knows no answer and may not find one."""
-        if question is None or not question.candidates:
+        if question is None:
             return None
-        mine = self.ranks.on_all(lambda: self._evidence(question, allowed) if self.asks else None)
-        found = [Evidence(**values) if values else None for values in self.ranks.gather(mine and asdict(mine))]
-        by_site = {site: found[self.sites.index(site)] for site in self.sites}
-        if None in by_site.values():
+        about = question.about(self.ranks.device)
+        known = self.ranks.on_all(lambda: recall(self.root, about) if self.asks else None)
+        if not all(self.ranks.gather(known is not None or not self.asks)) and not allowed():
             return None
+        missing = self.asks and known is None
+        mine = self.ranks.on_all(lambda: self._found_now(question, about) if missing else known)
+        found = self.ranks.gather(mine and asdict(mine))
+        by_site = {site: Evidence(**found[self.sites.index(site)]) for site in self.sites}
         outcome = decide(question.what, question.baseline, merged(by_site), calls)
         logger.debug("%s", outcome)
         return outcome
 
-    def _evidence(self, question: Question, allowed: bool) -> Evidence | None:
-        about = question.about(self.ranks.device)
-        known = recall(self.root, about)
-        if known is not None or not allowed:
-            return known
+    def _found_now(self, question: Question, about: dict[str, Any]) -> Evidence:
         with _progress(question, shown=self.ranks.is_main) as note:
             evidence = question.judge(note)
         remember(self.root, about, evidence)

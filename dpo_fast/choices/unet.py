@@ -94,8 +94,22 @@ def times(candidates: Sequence[str], arguments: dict[str, Any]) -> dict[str, Tim
 
 def share_of_run(arguments: dict[str, Any]) -> float:
     """Return the FLOPs of the thin UNet's forward as a fraction of the whole one's."""
-    thin_flops, flops = (_forward_flops(unet, arguments) for unet in (thin(arguments["unet"]), arguments["unet"]))
-    return thin_flops / flops
+    return forward_flops(arguments | {"unet": thin(arguments["unet"])}) / forward_flops(arguments)
+
+
+def forward_flops(arguments: dict[str, Any]) -> int:
+    """Count the FLOPs of one image's forward pass, without computing it."""
+    return _forward_flops(json.dumps({name: arguments[name] for name in ("unet", "latent", "tokens")}))
+
+
+@lru_cache
+def _forward_flops(given: str) -> int:
+    arguments = json.loads(given)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(arguments["unet"])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(**_meta_inputs(arguments))
+    return counter.get_total_flops()
 
 
 def thin(unet: dict[str, Any]) -> dict[str, Any]:
@@ -334,15 +348,6 @@ def _check_margin(step: _Step) -> None:
         differing = (prediction != ref).float().mean()
         worst = (prediction.float() - ref.float()).abs().max()
         raise Disproved(f"policy and reference differ before the first update: {differing:.1%}, by up to {worst:.3g}")
-
-
-def _forward_flops(unet: dict[str, Any], arguments: dict[str, Any]) -> int:
-    """Count the FLOPs of one image's forward pass on the meta device."""
-    with torch.device("meta"):
-        made = UNet2DConditionModel.from_config(unet)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        made(**_meta_inputs(arguments))
-    return counter.get_total_flops()
 
 
 def _meta_inputs(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def test_flags_win(sdxl_path, pairs, tmp_path, asked):
 def test_no_prove_and_short_runs_take_the_defaults(sdxl_path, pairs, tmp_path, monkeypatch, capsys):
     out = train(sdxl_path, pairs, tmp_path / "short")
     assert recorded(out) == Choices(compile="off")
-    assert f"choice: nothing is proven for {STEPS} passes" in capsys.readouterr().err
+    assert "choice: nothing is proven for a run of about 1 s" in capsys.readouterr().err
     monkeypatch.setattr(choosing, "choose", None)
     out = train(sdxl_path, pairs, tmp_path / "unproven", "--no-prove")
     assert recorded(out) == Choices(compile="off") and "choice" not in capsys.readouterr().err
@@ -184,7 +184,7 @@ def test_on_a_planted_gpu_a_run_computes_with_what_is_proven_there(
     planted = Machine.here(monkeypatch)
     workload_of = choosing.workload_of
     monkeypatch.setattr(choosing, "workload_of", lambda *given: workload_of(*given).on("cuda:0"))
-    monkeypatch.setattr(choose_module, "PASSES", 1)
+    monkeypatch.setattr(choose_module, "PAYS_SECONDS", 0.0)
     monkeypatch.setattr(choose_module, "COMPILE_SECONDS", 1000.0 if compiled == "off" else -1.0)
     monkeypatch.setattr(UNet2DConditionModel, "device", torch.device("cuda:0"))  # asks for attention of a GPU
     monkeypatch.setattr(choosing, "usable_attention", lambda: {})
