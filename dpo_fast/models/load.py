@@ -87,8 +87,7 @@ def load_family(
     Raises BadInput, with a one-line message, for anything that cannot be found, read or trained.
     """
     path, unet_dtype, hub = source.path, unet_dtype or dtype, source.hub()
-    if path.endswith(_PICKLES):
-        raise BadInput(f"{path} is a pickle, which could run code: convert it to .safetensors or to a diffusers folder")
+    _refuse_pickle(path)
     kind, marks = kind_of(path, source.turbo, hub), Marks()
     prediction_type, vae_path = source.prediction_type, source.vae_path
     elsewhere = {"cache_dir": source.cache_dir, "token": source.token}  # for repositories other than the model's
@@ -127,6 +126,11 @@ def load_family(
     return family
 
 
+def _refuse_pickle(path: str) -> None:
+    if path.endswith(_PICKLES):
+        raise BadInput(f"{path} is a pickle, which could run code: convert it to .safetensors or to a diffusers folder")
+
+
 def revisions(source: ModelSource) -> dict[str, str]:
     """Map the `public_name` of each repository, folder or file that a model is read from to its `revision_of`."""
     found = {source.path: revision_of(source.path, revision=source.revision, cache_dir=source.cache_dir)}
@@ -160,6 +164,7 @@ def component_config(source: ModelSource, component: str) -> dict:
     Raises BadInput as `load_family` does.
     """
     path, hub = source.path, source.hub()
+    _refuse_pickle(path)
     if path.endswith(".safetensors"):
         path, hub["revision"] = _config_source(path, source.single_file_config), None
     else:
