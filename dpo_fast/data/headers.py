@@ -34,7 +34,7 @@ def read_header(data: bytes) -> Header:
         if is_format(data):
             try:
                 return read(data)
-            except (struct.error, LookupError) as error:
+            except (struct.error, LookupError, OverflowError) as error:  # the last for an offset of 64 bits
                 raise ValueError("the header is damaged or cut off") from error
     raise ValueError("cannot identify the image: its format is none of those that are read")
 
