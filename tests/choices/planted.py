@@ -7,7 +7,6 @@ import threading
 import time
 
 from dpo_fast.choices.child import Disproved, Unusable
-from dpo_fast.choices.timing import Times
 
 
 def start(arguments: dict) -> None:
@@ -47,10 +46,10 @@ def prove(candidate: str, arguments: dict) -> None:
         sys.stdout.flush()
 
 
-def times(candidates: list[str], arguments: dict) -> dict[str, Times]:
+def times(candidates: list[str], arguments: dict) -> dict[str, tuple[float, list[float]]]:
     if arguments.get("timing crashes"):
         os.kill(os.getpid(), signal.SIGSEGV)
     if arguments.get("timing hangs"):
         time.sleep(600)
     seconds = arguments.get("seconds", {})
-    return {name: Times(9.0, seconds.get(name, [1.0, 1.1, 1.2])) for name in candidates}
+    return {name: (9.0, seconds.get(name, [1.0, 1.1, 1.2])) for name in candidates}
