@@ -253,7 +253,8 @@ def _progress(question: Question, shown: bool) -> Iterator[Callable[[str], None]
 def _available_mib() -> float:
     """The host memory that a trial may take."""
     try:
-        pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        (kib,) = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, IndexError):
         return Limits().memory_mib
-    return HOST_MEMORY * pages / 2**20
+    return HOST_MEMORY * kib / 2**10

@@ -45,11 +45,15 @@ class Evidence:
     @property
     def final(self) -> bool:
         """Whether another trial would say the same: every candidate was tried, and the proven ones were timed."""
-        unsettled = (UNPROVABLE, WORDS["skipped"])
-        proven = [name for name, reason in self.reasons.items() if not reason]
-        return not any(reason.startswith(unsettled) for reason in self.reasons.values()) and proven == [
-            name for name in proven if name in self.rounds
-        ]
+        unsettled = (
+            UNPROVABLE,
+            WORDS["skipped"],
+            f"{WORDS['failed']}: OutOfMemoryError",
+        )  # another process may hold it
+        return all(
+            name in self.rounds if not reason else not reason.startswith(unsettled)
+            for name, reason in self.reasons.items()
+        )
 
 
 def judge(

@@ -43,6 +43,7 @@ from dpo_fast.models.untrusted import check_part, check_pipeline, check_weights
 from dpo_fast.quiet import no_loading_bars
 
 _PICKLED = "check its files; pickled weights are not loaded, convert them with save_pretrained(folder)"
+_OTHER_CONFIG = "name the folder or hub id of a pipeline with this architecture as single_file_config"
 # The files that diffusers would fetch from a VAE's repository.
 _WEIGHTS = "diffusion_pytorch_model"
 _FILES_OF_VAE = [
@@ -165,11 +166,13 @@ def component_config(source: ModelSource, component: str) -> dict:
     """
     path, hub = source.path, source.hub()
     _refuse_pickle(path)
+    advice = "name a whole diffusers pipeline"
     if path.endswith(".safetensors"):
+        advice = _OTHER_CONFIG
         path, hub["revision"] = _config_source(path, source.single_file_config), None
     else:
         kind_of_folder(path, hub)
-    with bad_input(f"the {component} configuration of {path} cannot be read", "name a whole diffusers pipeline"):
+    with bad_input(f"the {component} configuration of {path} cannot be read", advice):
         return UNet2DConditionModel.load_config(path, subfolder=component, **hub)
 
 
@@ -296,8 +299,7 @@ def _check_complete(path: str, pipeline: DiffusionPipeline) -> None:
 def _load_file(
     path: str, kind: type[Family], dtype: torch.dtype, unet_dtype: torch.dtype, where: dict
 ) -> DiffusionPipeline:
-    advice = "name the folder or hub id of a pipeline with this architecture as single_file_config"
-    with bad_input(f"{path} cannot be loaded", advice), no_loading_bars():
+    with bad_input(f"{path} cannot be loaded", _OTHER_CONFIG), no_loading_bars():
         # from_single_file takes one dtype only, so components with another are loaded separately
         vae = AutoencoderKL.from_single_file(path, subfolder="vae", **{_DTYPE: torch.float32}, **where)
         unet = UNet2DConditionModel.from_single_file(path, subfolder="unet", **{_DTYPE: unet_dtype}, **where)

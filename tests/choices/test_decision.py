@@ -72,6 +72,8 @@ def test_all_machines_must_prove_and_the_slowest_counts():
     [
         (Evidence({"a": "", "b": "wrong: x"}, {"a": BASE}), True),
         (Evidence({"a": "did not end within 20 s"}), True),
+        (Evidence({"a": "failed: RuntimeError: no kernel"}), True),
+        (Evidence({"a": "failed: OutOfMemoryError: CUDA out of memory"}), False),
         (Evidence({"a": ""}), False),
         (Evidence({"a": "could not be proven: no process"}), False),
         (Evidence({"a": "", "b": NO_TIME}, {"a": BASE}), False),
