@@ -300,7 +300,7 @@ def settings_of_images(wanted: ImageRequest, device: torch.device) -> dict[str, 
     models = {}
     for name, source in wanted.models.items():
         facts = asdict(source)
-        for passing in ("mixed_precision", "attention", "cache_dir", "token"):
+        for passing in ("mixed_precision", "attention", "memory_order", "cache_dir", "token"):
             del facts[passing]
         if source.zero_terminal_snr == "auto":  # to match folders begun before samplers followed it
             del facts["zero_terminal_snr"]

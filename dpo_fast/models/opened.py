@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dpo_fast.models.attention import usable_attention
 from dpo_fast.models.family import COMPUTE_DTYPES, Family, check_resolution
 from dpo_fast.models.load import align_weights, component_config, family_of, load_family
 from dpo_fast.models.load_errors import bad_input
@@ -59,6 +60,8 @@ class OneAtATime:
         return family
 
     def _load(self, source: ModelSource) -> Family:
+        if source.attention != "auto" and (self.device.type != "cuda" or usable_attention()[source.attention]):
+            source = replace(source, attention="auto")  # trained on another machine; only rounding differs
         family = load_family(source, dtype=compute_dtype(source, self.device), device=self.device)
         if source.merged:
             merge_lora(family.pipeline, source.merged, cache_dir=source.cache_dir, token=source.token)
