@@ -25,6 +25,7 @@ from dpo_fast.choices.workload import Workload
 from dpo_fast.kernels import dispatch
 from dpo_fast.models.attention import ATTENTIONS
 from dpo_fast.models.compiling import MODES, TUNED, compiles
+from dpo_fast.models.load_errors import bad_input
 from dpo_fast.models.memory_order import FORMATS
 from dpo_fast.parallel import Ranks
 
@@ -131,9 +132,13 @@ def choose(workload: Workload, ranks: Ranks, fixed: Choices, passes: float, root
 
 
 def expected_seconds(workload: Workload, passes: float) -> float:
-    """Estimate how long a run takes from its FLOPs; a backward pass has two forward passes'."""
+    """Estimate how long a run takes from its FLOPs; a backward pass has two forward passes'.
+
+    Raises BadInput for a configuration of which no UNet can be made.
+    """
     forwards = 3 + (workload.reference == "online")
-    flops = 2 * workload.pairs * forwards * unet.forward_flops(workload.for_unet())
+    with bad_input("the configuration of the UNet cannot be used", "name a whole diffusers pipeline"):
+        flops = 2 * workload.pairs * forwards * unet.forward_flops(workload.for_unet())
     return passes * flops / FLOPS[torch.device(workload.device).type]
 
 

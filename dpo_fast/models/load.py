@@ -3,6 +3,7 @@
 The pipeline's own files decide which family it is, never its path. Only safetensors are loaded.
 """
 
+import inspect
 import re
 import tempfile
 from pathlib import Path
@@ -162,7 +163,7 @@ def family_of(source: ModelSource) -> type[Family]:
 def component_config(source: ModelSource, component: str) -> dict:
     """Return the configuration of a component (its subfolder's name, such as "unet"), without loading any weights.
 
-    Raises BadInput as `load_family` does.
+    What the configuration of a UNet or VAE leaves out has its default. Raises BadInput as `load_family` does.
     """
     path, hub = source.path, source.hub()
     _refuse_pickle(path)
@@ -173,7 +174,15 @@ def component_config(source: ModelSource, component: str) -> dict:
     else:
         kind_of_folder(path, hub)
     with bad_input(f"the {component} configuration of {path} cannot be read", advice):
-        return UNet2DConditionModel.load_config(path, subfolder=component, **hub)
+        config = UNet2DConditionModel.load_config(path, subfolder=component, **hub)
+        kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}.get(component)
+        return config if kind is None else _defaults(kind) | config
+
+
+def _defaults(kind: type) -> dict[str, object]:
+    """Return the default settings of one of diffusers' models."""
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
 
 
 def _config_source(path: str, single_file_config: str | Path | None) -> str:

@@ -1,6 +1,7 @@
 """The choices of a run: from flags, a file, a checkpoint, or proofs; recorded, and kept when it goes on."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -207,3 +208,24 @@ def test_on_a_planted_gpu_a_run_computes_with_what_is_proven_there(
     assert "choice: pair ops by native: proven here, 2.00 times as fast as reference" in said
     assert compiled == "regional" or int(SDPBackend.CUDNN_ATTENTION) in first
     assert json.loads((out / "summary.json").read_text())["initial_margin_rms"] == 0.0
+
+
+def test_a_model_that_leaves_out_what_has_a_default_is_asked_about(sdxl_path, pairs, tmp_path, asked):
+    model = tmp_path / "model"
+    shutil.copytree(sdxl_path, model)
+    file = model / "unet" / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("in_channels") == 4 and config.pop("act_fn") == "silu"
+    file.write_text(json.dumps(config))
+    opened(flags_for(model, pairs, tmp_path / "run"))
+    assert asked[0][0].unet["in_channels"] == 4
+
+
+def test_a_configuration_without_a_unet_is_one_line(sdxl_path, pairs, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(sdxl_path, model)
+    file = model / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"block_out_channels": [16, "x", 32]}))
+    assert main(flags_for(model, pairs, tmp_path / "run")) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dpo_fast: error")]
+    assert "config" in line and not (tmp_path / "run").exists()
