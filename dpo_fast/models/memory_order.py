@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-MEMORY_ORDERS = ("auto", *FORMATS)
 
 
 def format_of(order: str) -> torch.memory_format:
