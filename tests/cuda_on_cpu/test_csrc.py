@@ -37,7 +37,7 @@ def test_a_small_case(case, seed):
 @pytest.mark.parametrize("route", ROUTES)
 def test_every_case(route, how, seed):
     """All cases, with the limits of grids lowered, under the sanitizers, and in the sizes of training steps."""
-    schedules = "4" if how in ([], ["--low_limits"]) else "1"
+    schedules = "4" if how == ["--low_limits"] else "1" if how else "2"
     command = [sys.executable, "-m", "tests.cuda_on_cpu.check", route, *how, "--schedules", schedules]
     done = subprocess.run([*command, "--seed", str(seed)], capture_output=True, text=True, timeout=1500)
     print(done.stdout)
