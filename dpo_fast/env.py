@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
                     "choices": [outcome.as_json() for outcome in outcomes],
                 },
             )
-        wrong = [row for outcome in outcomes for row in outcome.rows if row.reason and not row.unusable]
+        wrong = [row for outcome in outcomes for row in outcome.rows if row.refuted]
         return int(bool(wrong))
 
     return guarded(work, kept="nothing was written", go_on="start the same command again")

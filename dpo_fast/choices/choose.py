@@ -110,7 +110,8 @@ def choose(workload: Workload, ranks: Ranks, fixed: Choices, passes: float, root
     if eager is not None:
         outcomes.append(eager)
         best = Variant.of(eager.chosen)
-        chosen = replace(chosen, attention=best.attention, memory_order=best.memory_order)
+        if eager.settled:
+            chosen = replace(chosen, attention=best.attention, memory_order=best.memory_order)
         lines.append(_line(f"attention {best.attention}, memory order {best.memory_order}", eager))
     if fixed.compile == AUTO:
         best = Variant.of(eager.chosen) if eager is not None else plain
@@ -119,12 +120,12 @@ def choose(workload: Workload, ranks: Ranks, fixed: Choices, passes: float, root
         if compiling is not None:
             outcomes.append(compiling)
             chosen = replace(chosen, compile=Variant.of(compiling.chosen).compile)
-    if fixed.backend == AUTO and not os.environ.get(dispatch.VARIABLE):
+    if fixed.backend == AUTO and not any(ranks.gather(bool(os.environ.get(dispatch.VARIABLE)))):
         ops = ask.outcome(pair_ops_question(workload, chosen.memory_order), allowed=lasts(PAYS_SECONDS))
         if ops is not None:
             outcomes.append(ops)
-            chosen = replace(chosen, backend=ops.chosen)
-            lines.append(_line(f"pair ops by {ops.chosen}", ops))
+            chosen = replace(chosen, backend=ops.chosen if ops.settled else AUTO)
+            lines.append(_line(f"pair ops by {ops.chosen if ops.settled else 'the default'}", ops))
     if not outcomes and not lasts(PAYS_SECONDS)():
         seconds = _duration(expected_seconds(workload, passes))
         lines = [f"nothing is proven for a run of about {seconds}, which would not pay for it: plain defaults are used"]
@@ -224,22 +225,22 @@ class _Asking:
         """Return the outcome on which all ranks agree; None if a site knows no answer and may not find one."""
         if question is None:
             return None
-        about = question.about(self.ranks.device)
-        known = self.ranks.on_all(lambda: recall(self.root, about) if self.asks else None)
+        device = self.ranks.device
+        known = self.ranks.on_all(lambda: recall(self.root, question.about(device)) if self.asks else None)
         if not all(self.ranks.gather(known is not None or not self.asks)) and not allowed():
             return None
         missing = self.asks and known is None
-        mine = self.ranks.on_all(lambda: self._found_now(question, about) if missing else known)
+        mine = self.ranks.on_all(lambda: self._found_now(question) if missing else known)
         found = self.ranks.gather(mine and asdict(mine))
         by_site = {site: Evidence(**found[self.sites.index(site)]) for site in self.sites}
         outcome = decide(question.what, question.baseline, merged(by_site), calls)
         logger.debug("%s", outcome)
         return outcome
 
-    def _found_now(self, question: Question, about: dict[str, Any]) -> Evidence:
+    def _found_now(self, question: Question) -> Evidence:
         with _progress(question, shown=self.ranks.is_main) as note:
             evidence = question.judge(note)
-        remember(self.root, about, evidence)
+        remember(self.root, question.about(self.ranks.device), evidence)
         return evidence
 
 

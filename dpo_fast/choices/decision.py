@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dpo_fast.choices.trial import WORDS, Evidence
+from dpo_fast.choices.trial import UNPROVABLE, WORDS, Evidence
 
 LEAST_GAIN = 0.01  # fraction of the baseline's time
 
@@ -25,6 +25,11 @@ class Row:
     def unusable(self) -> bool:
         """Whether it cannot run on this machine, which is not an error."""
         return self.reason.startswith(WORDS["unusable"])
+
+    @property
+    def refuted(self) -> bool:
+        """Whether it was tried here and did not pass."""
+        return bool(self.reason) and not self.reason.startswith((WORDS["unusable"], UNPROVABLE, WORDS["skipped"]))
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,11 @@ class Outcome:
     def row(self, candidate: str) -> Row:
         """Return the row of a candidate."""
         return next(row for row in self.rows if row.candidate == candidate)
+
+    @property
+    def settled(self) -> bool:
+        """Whether anything was found out: times, or a candidate that is refuted. Otherwise nothing is chosen."""
+        return self.row(self.baseline).median is not None or any(row.refuted for row in self.rows)
 
     @property
     def gain(self) -> float | None:

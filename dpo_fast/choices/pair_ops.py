@@ -41,7 +41,7 @@ class Shape:
 
     pairs: int
     image: tuple[int, int, int]  # C, H, W
-    dtype: torch.dtype  # of latents and predictions
+    dtype: torch.dtype  # of noisy latents and predictions; latents are fp16
     prediction_type: str = "epsilon"
     reference_errors: bool = False  # the reference gives its errors [2B] instead of predictions
     channels_last: bool = False
@@ -163,7 +163,7 @@ def _inputs(shape: Shape, seed: int) -> _Inputs:
     alpha_bar = torch.rand(pairs, generator=generator, dtype=torch.float64)
     return _Inputs(
         shape,
-        laid(normal(2 * pairs), shape.dtype),
+        laid(normal(2 * pairs), torch.float16),  # as the cache and the VAE give them, whatever the compute dtype
         alpha_bar.sqrt().float(),
         (1 - alpha_bar).sqrt().float(),
         torch.randint(1 << 40, (pairs,), generator=generator),
@@ -225,13 +225,14 @@ def _every_output(modules: dict[str, ModuleType], x: _Inputs) -> dict[str, Tenso
 @contextmanager
 def _poisoned_outputs() -> Iterator[None]:
     """Within the block, PyTorch fills new memory with NaN, or with the largest integer."""
-    before, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warns)
         torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
@@ -351,6 +352,8 @@ def _check_stream(modules: dict[str, ModuleType], inputs: _Inputs, device: torch
             results = _every_output(modules, late)
             if not waiting.query():  # the calls were made while the stream was still busy
                 break
+        else:
+            raise Unusable("whether a call waits for its stream cannot be tried here: the stream was never busy")
     side.synchronize()
     if expected != {name: _bits(x) for name, x in results.items()}:
         raise Disproved("a call on another stream does not wait for that stream")

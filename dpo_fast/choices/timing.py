@@ -61,6 +61,7 @@ def open_device(name: str) -> torch.device:
     another process, for one."""
     device = torch.device(name)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        # without a launcher a run's device has no index, which set_device refuses; it is then the first
+        torch.cuda.set_device(0 if device.index is None else device.index)
         torch.zeros(1, device=device).item()
     return device

@@ -44,16 +44,18 @@ class Evidence:
 
     @property
     def final(self) -> bool:
-        """Whether another trial would say the same: every candidate was tried, and the proven ones were timed."""
-        unsettled = (
-            UNPROVABLE,
-            WORDS["skipped"],
-            f"{WORDS['failed']}: OutOfMemoryError",
-        )  # another process may hold it
+        """Whether another trial would say the same: proven and timed, wrong, or unusable; not where time or memory
+        lacked, which other processes may have held."""
         return all(
-            name in self.rounds if not reason else not reason.startswith(unsettled)
-            for name, reason in self.reasons.items()
+            name in self.rounds if not reason else not _of_the_moment(reason) for name, reason in self.reasons.items()
         )
+
+
+def _of_the_moment(reason: str) -> bool:
+    """Whether a verdict may be due to what else runs on the machine."""
+    begins = (UNPROVABLE, WORDS["skipped"], "did not end within", "took more than", "ended the process by SIGKILL")
+    lacks = any(word in reason.lower() for word in ("memory", "alloc"))
+    return reason.startswith(begins) or (lacks and not reason.startswith((WORDS["disproved"], WORDS["unusable"])))
 
 
 def judge(

@@ -1,7 +1,7 @@
 """A plan: how the UNet runs (attention, memory order, compilation), proven and timed on a thin UNet.
 
-The thin UNet has the widths, heads and blocks of the run's own, each once, every parameter random; its inputs have the
-run's shapes. A variant is proven if
+The thin UNet has the widths, heads and blocks of the run's own, with one resnet and one transformer layer where that
+has several, every parameter random; its inputs have the run's shapes. A variant is proven if
 
 - before the first update policy (with a graph) and reference (without one, and without adapters) predict the same bits,
   so that the first margin is exactly 0;
@@ -13,6 +13,7 @@ What is timed is a training pass: the reference's forward, where it runs, then t
 
 import copy
 import json
+import math
 import time
 from collections.abc import Sequence
 from functools import cached_property, lru_cache, partial
@@ -66,6 +67,8 @@ def prove(candidate: str, arguments: dict[str, Any]) -> None:
     """Raise Disproved if a variant computes something else than plain PyTorch, Unusable if it cannot run here."""
     bench, variant = _bench(json.dumps(arguments)), Variant.of(candidate)
     step, expected, plain = bench.step(variant), bench.expected, bench.plain_errors
+    if not all(map(math.isfinite, plain.values())):
+        raise Unusable("plain PyTorch itself is not finite here, so there is nothing to compare with")
     began = time.perf_counter()
     if step.reference is not None:
         bench.change(step.unet, 0.0)
@@ -77,10 +80,10 @@ def prove(candidate: str, arguments: dict[str, Any]) -> None:
         if not value.isfinite().all():
             raise Disproved(f"{name} is not finite")
     errors = _errors(found, expected)
-    every = torch.finfo(bench.dtype).eps
+    least = torch.finfo(bench.dtype).eps
     for name, error in errors.items():
         whole = name in ("prediction", "gradients")
-        allowed = (FACTOR if whole else FACTOR_OF_ONE) * max(plain[name], every)
+        allowed = (FACTOR if whole else FACTOR_OF_ONE) * max(plain[name], least)
         if not error <= allowed:
             raise Disproved(f"{name}: relative error {error:.3g}, {plain[name]:.3g} in plain PyTorch")
 
@@ -137,7 +140,7 @@ class _Step:
         for unet in (self.unet, getattr(self.reference, "unet", self.unet)):
             try:
                 set_attention(unet, self.variant.attention)
-            except BadInput as error:
+            except (BadInput, ImportError, ValueError, NotImplementedError) as error:  # of diffusers, about xformers
                 raise Unusable(str(error)) from error
 
     def __call__(self) -> None:

@@ -73,8 +73,8 @@ def implicit_rewards(
 
     Images are cropped like held-out pairs in training: the centre, no flips, no dropped captions. Diffusion-DPO trains
     only the UNet, so both models use the reference's VAE, text encoders and schedule; both use the policy's resolution,
-    precision, attention and zero_terminal_snr, which a run records. A policy that is a LoRA on the reference is loaded
-    once, and its LoRA is switched off for the reference.
+    precision, attention, memory order and zero_terminal_snr, which a run records. A policy that is a LoRA on the
+    reference is loaded once, and its LoRA is switched off for the reference.
 
     Raises BadInput, on every rank, for models that do not go together, if more than `max_bad_fraction` of the pairs do
     not decode, if no pair can be measured, and for errors that are not finite.
@@ -319,6 +319,7 @@ class _Models:
             reference,
             mixed_precision=policy.mixed_precision,
             attention=policy.attention,
+            memory_order=policy.memory_order,
             zero_terminal_snr=policy.zero_terminal_snr,
         )
         _check_fit(policy, reference)

@@ -29,10 +29,14 @@ def choices_of(config: TrainConfig) -> Choices:
     return Choices(**{name: getattr(config, name) for name in FLAGS})
 
 
-def with_file(config: TrainConfig) -> TrainConfig:
-    """Fill the choices that are "auto" from the file of `--choices`. Raises BadInput."""
+def with_file(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """Fill the choices that are "auto" from the file of `--choices`, which the main rank reads. Raises BadInput."""
     if config.choices is None:
         return config
+    return _filled(config, ranks.from_main(lambda: _read(config)))
+
+
+def _read(config: TrainConfig) -> dict[str, str]:
     file = user_path(config.choices)
     try:
         written = yaml.safe_load(read_text(file))
@@ -47,7 +51,7 @@ def with_file(config: TrainConfig) -> TrainConfig:
     for name, value in found.items():
         if value not in (allowed := get_args(hints[name])):
             raise BadInput(f"--choices {file}: {name} ({value!r:.80}) must be one of {', '.join(allowed)}")
-    return _filled(config, found)
+    return found
 
 
 def resumed(config: TrainConfig, saved: dict[str, object]) -> TrainConfig:

@@ -126,7 +126,7 @@ def open_run(config: TrainConfig, ranks: Ranks) -> Run:
 
 
 def _open(config: TrainConfig, ranks: Ranks) -> Run:
-    config = choosing.with_file(config)
+    config = choosing.with_file(config, ranks)
     choosing.check(config, ranks)
     check_scored(config)
     resuming = config.resume_from_checkpoint is not None
@@ -283,7 +283,8 @@ def build_reference(config: TrainConfig, ranks: Ranks) -> ReferenceErrors:
     Without max_train_steps these cover all its pairs. Missing latents and text embeddings are encoded first. Every rank
     calls this. Raises BadInput like `open_run`.
     """
-    config = choosing.with_file(settle(config, ranks))
+    config = choosing.with_file(settle(config, ranks), ranks)
+    config = replace(config, compile="off")  # scoring runs uncompiled
     choosing.check(config, ranks)
     check_scored(config)
     if config.cached_reference is None:

@@ -4,13 +4,14 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dpo_fast.choices import choose as module
-from dpo_fast.choices import machine, pair_ops
-from dpo_fast.choices.choose import Choices, choose
+from dpo_fast.choices import machine, pair_ops, timing
+from dpo_fast.choices.choose import Choices, Chosen, choose
 from dpo_fast.choices.trial import NO_TIME, Evidence
 from dpo_fast.choices.unet import Variant
 from dpo_fast.choices.workload import SDXL, Workload
@@ -69,6 +70,14 @@ def test_a_backend_of_the_environment_is_not_asked_about(gpu, tmp_path, monkeypa
     assert "pair_ops" not in dict(gpu.asked)
 
 
+def test_a_backend_of_one_hosts_environment_keeps_all_from_asking(gpu, tmp_path):
+    """Else only some ranks would take part in what follows."""
+    other = two(lambda value: not value if isinstance(value, bool) else value if isinstance(value, str) else None)
+    assert choose(GPU, other, Choices(attention="sdpa", memory_order="contiguous", compile="off"), LONG, tmp_path) == (
+        Chosen(Choices("auto", "sdpa", "contiguous", "off"))
+    )
+
+
 def test_a_mode_of_compiling_is_proven_with_the_attention(gpu, tmp_path):
     chosen = choose(GPU, ranks(), Choices(compile="regional"), LONG, tmp_path)
     assert chosen.choices == Choices("native", "cudnn", "channels_last", "regional")
@@ -108,7 +117,7 @@ def test_what_could_not_be_tried_is_not_remembered(gpu, tmp_path, monkeypatch):
             module, "judge", lambda plan, base, candidates, *rest, r=reason: Evidence(dict.fromkeys(candidates, r))
         )
         chosen = choose(GPU, ranks(), Choices(compile="off"), LONG, tmp_path)
-        assert chosen.choices == Choices("reference", "sdpa", "channels_last", "off")
+        assert chosen.choices == Choices(compile="off")  # the defaults, which on a CPU are native kernels
         assert reason in chosen.lines[0] and not list(tmp_path.rglob("*.json"))
 
 
@@ -118,7 +127,7 @@ def test_a_process_that_cannot_be_started_proves_nothing(gpu, tmp_path, monkeypa
 
     monkeypatch.setattr(module, "judge", judge)
     chosen = choose(GPU, ranks(), Choices(), 500, tmp_path)
-    assert chosen.choices.backend == "reference" and "could not be proven: too many processes" in chosen.lines[-1]
+    assert chosen.choices.backend == "auto" and "could not be proven: too many processes" in chosen.lines[-1]
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b'{"about": 1, "evidence": {"reasons": {"evil": ""}}}'])
@@ -154,7 +163,7 @@ def two(other) -> Ranks:
 def test_two_hosts_that_disagree_take_what_both_prove(gpu, tmp_path):
     def other(value: object) -> object:
         if not isinstance(value, dict):
-            return "host 1, planted GPU" if value is not None else None
+            return "host 1, planted GPU" if isinstance(value, str) else value
         reasons = {
             name: "wrong: here" if "cudnn" in name or name == "native" else r for name, r in value["reasons"].items()
         }
@@ -211,8 +220,23 @@ def test_on_this_cpu(tmp_path, sd15_path):
     workload = Workload("cpu", "float32", 2, 8, kept, 7)
     first = choose(workload, ranks("cpu"), Choices(compile="off"), 1e9, tmp_path)
     native = not dispatch.usable_backends("cpu")["native"]
-    assert first.choices.backend == ("native" if native else "reference") and len(first.outcomes) == 2
+    assert first.choices.backend == ("native" if native else "auto") and len(first.outcomes) == 2
     assert all(not row.reason or row.unusable for outcome in first.outcomes for row in outcome.rows)
     started = time.process_time()
     assert choose(workload, ranks("cpu"), Choices(compile="off"), 1e9, tmp_path) == first
     assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 0), ("cuda:0", 0), ("cuda:3", 3)])
+def test_a_device_without_an_index_can_be_taken(monkeypatch, device, index):
+    """So accelerate names it where there is no launcher."""
+    taken = []
+
+    def set_device(given):
+        assert isinstance(given, int)  # PyTorch refuses a device without an index
+        taken.append(given)
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, device: SimpleNamespace(item=lambda: 0.0))
+    timing.open_device(device)
+    assert taken == [index]
