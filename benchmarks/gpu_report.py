@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.gpu.running import Stage, command_lines, run
 from benchmarks.gpu.stages import stages
-from dpo_fast.env import PACKAGES, version_of
+from dpo_fast.choices.machine import version_of
+from dpo_fast.env import PACKAGES
 from dpo_fast.files import write_json
 
 ROOT = Path(__file__).parents[1]

@@ -45,6 +45,7 @@ from benchmarks.step.memory import fitting
 from benchmarks.step.proof import problems, weakness
 from benchmarks.step.work import PROOF_STEPS, Settings
 from benchmarks.step.worker import Failed, Worker
+from dpo_fast.choices.machine import device_name
 from dpo_fast.files import write_json
 
 FOR_TUNING = {
@@ -288,9 +289,7 @@ def executed(provider: str, case: Case, needed: dict) -> float:
 def machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    model = names[0].split(":")[1].strip() if names else platform.processor()
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{device_name(torch.device(device))}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def say(line: str) -> None:

@@ -26,6 +26,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from dpo_fast.choices.unet import randomise
 from dpo_fast.files import write_json
 from dpo_fast.models import COMPUTE_DTYPES, AdapterSwitch, add_lora
 from dpo_fast.models.compiling import OPTIONS
@@ -113,13 +114,7 @@ def unet(arguments: argparse.Namespace) -> nn.Module:
         norm_num_groups=8,
         **config,
     ).eval()
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            noise = torch.randn_like(parameter)
-            if parameter.ndim > 1:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
-            else:
-                parameter.copy_(0.1 * noise + ("norm" in name and name.endswith("weight")))
+    randomise(made)
     if arguments.tuning == "lora":
         add_lora(made, 8, 8)
         made.to(memory_format=torch.contiguous_format)

@@ -9,7 +9,6 @@ import argparse
 import os
 import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ def report() -> str:
     """The report as lines of `name: value`."""
     import torch
 
+    from dpo_fast.choices.machine import version_of
     from dpo_fast.kernels.dispatch import usable_backends
     from dpo_fast.models.attention import usable_attention
 
@@ -67,14 +67,6 @@ def _native_build() -> list[str]:
         if code := native.code_on(torch.cuda.get_device_capability(index)):
             lines.append(f"gpu {index} native: {code}")
     return lines
-
-
-def version_of(package: str) -> str:
-    """The installed version of a package, or "not installed"."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def proofs(compiled: bool = False) -> "Iterator[Outcome]":
@@ -115,8 +107,7 @@ def _built_in() -> dict[str, Any]:
 
     folder = Path(PRESETS["shapes"]["pretrained_model_name_or_path"])
     unet, text = (read_json(folder / part / "config.json") for part in ("unet", "text_encoder"))
-    kept = {name: value for name, value in unet.items() if not name.startswith("_")}
-    return {"latent": unet["sample_size"], "unet": kept, "tokens": text["max_position_embeddings"]}
+    return {"latent": unet["sample_size"], "unet": unet, "tokens": text["max_position_embeddings"]}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,6 +137,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\n{outcome}", flush=True)
             outcomes.append(outcome)
         if arguments.json is not None:
+            from dpo_fast.choices.machine import version_of
+
             write_json(
                 arguments.json,
                 {

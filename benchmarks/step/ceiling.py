@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
+from dpo_fast.choices.timing import seconds
 from dpo_fast.files import write_json
 
 # Large enough to fill the machine, small enough to take moments.
 _SIDES = {"cuda": (4096, 8192), "cpu": (1024, 2048)}
 _SECONDS = 2.0
+CALLS = 3  # timed together
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -25,33 +27,19 @@ def matmul_ceiling(device: str, dtype: torch.dtype) -> float:
         out = a @ b
         began = time.perf_counter()
         while time.perf_counter() - began < _SECONDS / len(_SIDES[device]):
-            best = max(best, 2 * side**3 / _seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device) / 1e12)
+            product = seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), CALLS, torch.device(device))
+            best = max(best, 2 * side**3 / product / 1e12)
         del a, b, out
     if device == "cuda":
         torch.cuda.empty_cache()  # the providers' processes need the memory
     return best
 
 
-def _seconds(call, device: str, count: int = 3) -> float:
-    if device == "cpu":
-        started = time.perf_counter()
-        for _ in range(count):
-            call()
-        return (time.perf_counter() - started) / count
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(count):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / count
-
-
 def copy_ceiling(device: str) -> float:
     """Return the GB/s, reads plus writes, of copying 256 MiB."""
     source = torch.randn(1 << 26, device=device)
     target = torch.empty_like(source)
-    best = min(_seconds(lambda: target.copy_(source), device) for _ in range(10))
+    best = min(seconds(lambda: target.copy_(source), CALLS, torch.device(device)) for _ in range(10))
     return 2 * source.nbytes / best / 1e9
 
 

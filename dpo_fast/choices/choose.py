@@ -33,7 +33,8 @@ AUTO = "auto"
 FLOPS = {"cpu": 1e11, "cuda": 1e14}  # a second, roughly: to tell seconds from hours before anything is measured
 PAYS_SECONDS = 120.0  # a shorter run does not pay for a proof of half a minute
 COMPILED_PAYS_SECONDS = 1800.0  # the same, where every candidate is compiled
-# Before anything is compiled, the most that it may gain and what one candidate's programs are taken to cost.
+# Assumed before anything is compiled: the largest gain, as a fraction of the run, and the seconds that compiling one
+# candidate takes.
 GAIN_AT_MOST, COMPILE_SECONDS = 0.25, 90.0
 # Both eager questions together end within a minute.
 PAIR_OPS_LIMITS = Limits(seconds=20.0, all_seconds=10.0, end_seconds=20.0)
@@ -180,7 +181,7 @@ def pair_ops_question(workload: Workload, memory_order: str) -> Question:
 def _compiling(
     ask: "_Asking", workload: Workload, best: Variant, eager: Outcome | None, passes: float
 ) -> tuple[Outcome | None, str]:
-    """Ask whether compiling pays for itself within the run. Returns the outcome and a line for the user."""
+    """Ask whether the run is long enough for compiling to pay. Returns the outcome and a line for the user."""
     question = compile_question(workload, best)
     share = ask.ranks.from_main(lambda: unet.share_of_run(question.arguments)) if eager is not None else None
     median = None if eager is None else eager.row(eager.chosen).median

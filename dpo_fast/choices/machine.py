@@ -35,7 +35,7 @@ def device_name(device: torch.device) -> str:
 def facts(device: torch.device) -> dict[str, Any]:
     """Return what a remembered outcome is valid for, as JSON values."""
     of: dict[str, Any] = {"device": device_name(device), "code": code_digest()}
-    of |= {name: _version(name) for name in LIBRARIES}
+    of |= {name: version_of(name) for name in LIBRARIES}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         of |= {
@@ -65,11 +65,12 @@ def code_digest() -> str:
     return whole.hexdigest()
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Return the installed version of a package, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return "none"
+        return "not installed"
 
 
 def _driver() -> str:

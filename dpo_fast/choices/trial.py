@@ -44,8 +44,8 @@ class Evidence:
 
     @property
     def final(self) -> bool:
-        """Whether another trial would say the same: proven and timed, wrong, or unusable; not where time or memory
-        lacked, which other processes may have held."""
+        """Whether another trial would say the same. Not where time or memory ran out: other processes may have taken
+        them."""
         return all(
             name in self.rounds if not reason else not _of_the_moment(reason) for name, reason in self.reasons.items()
         )

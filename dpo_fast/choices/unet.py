@@ -30,6 +30,7 @@ from dpo_fast.choices.timing import Times, in_turn, open_device
 from dpo_fast.errors import BadInput
 from dpo_fast.forward import AdapterOff, FrozenCopy, Reference
 from dpo_fast.models import add_lora, check_compiler, compile_unet, compiles, recompute_activations, set_attention
+from dpo_fast.models.inputs import of_one_image, pooled_width
 from dpo_fast.models.memory_order import format_of
 from dpo_fast.models.sd15 import SD15
 from dpo_fast.models.sdxl import SDXL
@@ -89,11 +90,11 @@ def prove(candidate: str, arguments: dict[str, Any]) -> None:
 
 
 def times(candidates: Sequence[str], arguments: dict[str, Any]) -> dict[str, Times]:
-    """Time a training pass of the thin UNet in every variant; the first call was perhaps in its proof."""
+    """Time a training pass of the thin UNet in every variant; a proof in this process had its first call."""
     bench = _bench(json.dumps(arguments))
     calls = {name: bench.step(Variant.of(name)) for name in candidates}
     found = in_turn(calls, bench.device, rounds=ROUNDS, round_seconds=ROUND_SECONDS)
-    return {name: times._replace(first=max(times.first, bench.first.get(name, 0.0))) for name, times in found.items()}
+    return {name: one._replace(first=max(one.first, bench.first.get(name, 0.0))) for name, one in found.items()}
 
 
 def share_of_run(arguments: dict[str, Any]) -> float:
@@ -112,7 +113,7 @@ def _forward_flops(given: str) -> int:
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(arguments["unet"])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(**_meta_inputs(arguments))
+        unet(**of_one_image(arguments["unet"], arguments["latent"], arguments["tokens"], torch.float32))
     return counter.get_total_flops()
 
 
@@ -178,7 +179,7 @@ class _Bench:
         self.device, self.dtype = torch.device(arguments["device"]), getattr(torch, arguments["dtype"])
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments["tf32"]
         self.unet_config = thin(arguments["unet"])
-        self.kind = SDXL if arguments["unet"].get("addition_embed_type") == "text_time" else SD15
+        self.kind = SDXL if pooled_width(arguments["unet"]) else SD15
         self.inputs = _inputs(arguments, self.device)
         # small, so that no gradient overflows in fp16
         self.cotangent = (_normal(self.inputs.noisy.shape, 1, self.device) / 16).to(self.dtype).float()
@@ -222,7 +223,7 @@ class _Bench:
         arguments = self.arguments
         with torch.device(self.device):
             unet = UNet2DConditionModel.from_config(self.unet_config).eval()
-        _randomise(unet)
+        randomise(unet)
         if arguments["tuning"] == "lora":
             add_lora(unet, RANK, RANK, arguments["targets"])
         else:
@@ -295,8 +296,7 @@ def _inputs(arguments: dict[str, Any], device: torch.device) -> SimpleNamespace:
     unet, pairs, side = arguments["unet"], arguments["pairs"], arguments["latent"]
     dtype, text = getattr(torch, arguments["dtype"]), (pairs, arguments["tokens"], unet["cross_attention_dim"])
     conditioning = {"prompt_embeds": _normal(text, 2, device).to(dtype)}
-    if unet.get("addition_embed_type") == "text_time":
-        pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+    if pooled := pooled_width(unet):
         conditioning["pooled_prompt_embeds"] = _normal((pairs, pooled), 3, device).to(dtype)
         conditioning["time_ids"] = torch.full((pairs, 6), 8.0 * side, device=device)
     return SimpleNamespace(
@@ -311,7 +311,7 @@ def _normal(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def _randomise(unet: nn.Module) -> None:
+def randomise(unet: nn.Module) -> None:
     """Give every parameter a random value that keeps activations near one: untrained norms would hide a difference."""
     for number, (name, parameter) in enumerate(unet.named_parameters()):
         value = _normal(parameter.shape, 10_000 + number, parameter.device)
@@ -355,19 +355,3 @@ def _check_margin(step: _Step) -> None:
         differing = (prediction != ref).float().mean()
         worst = (prediction.float() - ref.float()).abs().max()
         raise Disproved(f"policy and reference differ before the first update: {differing:.1%}, by up to {worst:.3g}")
-
-
-def _meta_inputs(arguments: dict[str, Any]) -> dict[str, Any]:
-    unet, side = arguments["unet"], arguments["latent"]
-    inputs: dict[str, Any] = {
-        "sample": torch.empty(1, unet["in_channels"], side, side, device="meta"),
-        "timestep": torch.empty(1, device="meta"),
-        "encoder_hidden_states": torch.empty(1, arguments["tokens"], unet["cross_attention_dim"], device="meta"),
-    }
-    if unet.get("addition_embed_type") == "text_time":
-        pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-        inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.empty(1, pooled, device="meta"),
-            "time_ids": torch.empty(1, 6, device="meta"),
-        }
-    return inputs

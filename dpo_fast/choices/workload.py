@@ -1,6 +1,6 @@
 """What a run computes in one training pass, as far as it matters for how fast and how exactly a machine does it."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ class Workload:
     def for_unet(self) -> dict[str, Any]:
         """The arguments of the plan `unet`."""
         values = asdict(self) | {"targets": list(self.targets)}
+        values["unet"] = {name: value for name, value in self.unet.items() if not name.startswith("_")}
         del values["prediction_type"], values["labels"]
         return values
 
@@ -68,7 +69,3 @@ class Workload:
             labels=self.labels,
         )
         return shape.as_arguments(self.device)
-
-    def on(self, device: str) -> "Workload":
-        """The same on another device."""
-        return replace(self, device=device)

@@ -55,6 +55,13 @@ class RunPairs:
         return identity
 
 
+def steps_of(config: TrainConfig, pairs: RunPairs) -> int:
+    """Return the optimizer steps of a run; without max_train_steps, those of its epochs, at least one."""
+    if config.max_train_steps is not None:
+        return config.max_train_steps
+    return max(1, len(pairs.sets.train) * config.num_train_epochs // config.pairs_per_step)
+
+
 def open_pairs(config: TrainConfig, ranks: Ranks, report_path: Path | None) -> RunPairs:
     """Open the pairs and sort their rows into sets; images that the cache already knows are not read again."""
     root, asked = CacheSettings.of(config).root, _pairs_source(config)

@@ -19,7 +19,7 @@ from dpo_fast.models.load import component_config, family_of
 from dpo_fast.models.source import base_of
 from dpo_fast.objectives import find_objective
 from dpo_fast.parallel import Ranks
-from dpo_fast.training.batches import RunPairs
+from dpo_fast.training.batches import RunPairs, steps_of
 
 FLAGS = tuple(vars(Choices()))  # the flags that are choices
 
@@ -83,11 +83,8 @@ def chosen_for(config: TrainConfig, ranks: Ranks, pairs: RunPairs, *, resuming: 
     """
     chosen = Chosen(choices_of(config))
     if config.prove and not resuming and AUTO in asdict(chosen.choices).values():
-        steps = config.max_train_steps
-        if steps is None:
-            steps = len(pairs.sets.train) * config.num_train_epochs // config.pairs_per_step
+        passes = steps_of(config, pairs) * config.gradient_accumulation_steps
         root = CacheSettings.of(config).root
-        passes = steps * config.gradient_accumulation_steps
         chosen = choose(workload_of(config, ranks), ranks, chosen.choices, passes, root)
     values = asdict(chosen.choices)
     if values["compile"] == AUTO:
@@ -110,7 +107,7 @@ def workload_of(config: TrainConfig, ranks: Ranks) -> Workload:
         str(COMPUTE_DTYPES[config.mixed_precision]).removeprefix("torch."),
         config.train_batch_size,
         resolution // sides.vae_factor,
-        {name: value for name, value in unet.items() if not name.startswith("_")},
+        unet,
         component_config(source, "text_encoder").get("max_position_embeddings", 77),
         config.tuning,
         config.lora_targets if config.tuning == "lora" else (),

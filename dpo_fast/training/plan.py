@@ -20,6 +20,7 @@ from dpo_fast.config import TrainConfig, to_yaml
 from dpo_fast.files import human_bytes
 from dpo_fast.models.checkpointing import recompute_activations
 from dpo_fast.models.family import COMPUTE_DTYPES
+from dpo_fast.models.inputs import of_one_image, pooled_width
 from dpo_fast.models.load import component_config, family_of
 from dpo_fast.models.lora import add_lora
 from dpo_fast.models.source import base_of
@@ -99,10 +100,7 @@ def _runs_reference(config: TrainConfig) -> bool:
 
 def record_bytes(unet_config: dict, latent_size: int, tokens: int) -> tuple[int, int]:
     """Return the bytes that the cache stores per image and per caption, both in fp16."""
-    pooled = 0
-    if unet_config.get("addition_embed_type") == "text_time":
-        pooled = unet_config["projection_class_embeddings_input_dim"] - 6 * unet_config["addition_time_embed_dim"]
-    text = tokens * unet_config["cross_attention_dim"] + pooled
+    text = tokens * unet_config["cross_attention_dim"] + pooled_width(unet_config)
     return 2 * unet_config["in_channels"] * latent_size**2, 2 * text
 
 
@@ -131,24 +129,13 @@ def unet_costs(unet_config: dict, config: TrainConfig, latent_size: int) -> UNet
         if config.tuning == "lora":
             add_lora(unet, config.rank, config.lora_alpha or config.rank, config.lora_targets)
         unet.to(dtype)
-        noisy = torch.zeros(1, unet_config["in_channels"], latent_size, latent_size, dtype=dtype)
-        inputs = dict(
-            timestep=torch.zeros(1, dtype=torch.int64),
-            encoder_hidden_states=torch.zeros(1, 77, unet_config["cross_attention_dim"], dtype=dtype),
-        )
-        if unet_config.get("addition_embed_type") == "text_time":
-            time_ids = 6 * unet_config["addition_time_embed_dim"]
-            pooled = unet_config["projection_class_embeddings_input_dim"] - time_ids
-            inputs["added_cond_kwargs"] = {
-                "text_embeds": torch.zeros(1, pooled, dtype=dtype),
-                "time_ids": torch.zeros(1, 6, dtype=dtype),
-            }
+        inputs = of_one_image(unet_config, latent_size, 77, dtype)
         recompute_activations(unet, config.gradient_checkpointing)
         weights = {p.untyped_storage()._cdata for p in unet.parameters()}
         counter, made = FlopCounterMode(display=False), _Storages()
         with counter, _flash_attention():
             with made:
-                prediction = unet(noisy, **inputs).sample
+                prediction = unet(**inputs).sample
             saved, forward = made.alive(without=weights), counter.get_total_flops()
             prediction.backward(torch.ones_like(prediction))
         backward = counter.get_total_flops() - forward

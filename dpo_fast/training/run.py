@@ -53,6 +53,7 @@ from dpo_fast.training.batches import (
     needed_rows_of_stream,
     open_batches,
     open_pairs,
+    steps_of,
 )
 from dpo_fast.training.metrics import Extent
 from dpo_fast.training.optim import MasterOptimizer
@@ -156,9 +157,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     pairs = open_pairs(config, ranks, config.output_dir / output_folder.BAD_ROWS)
     config, chosen = choosing.chosen_for(config, ranks, pairs, resuming=bool(saved))
     config, family = load_model(config, ranks)
-    if config.max_train_steps is None:
-        steps = len(pairs.sets.train) * config.num_train_epochs // config.pairs_per_step
-        config = replace(config, max_train_steps=max(1, steps))
+    config = replace(config, max_train_steps=steps_of(config, pairs))
     if bad := nonfinite_tensors(family.unet.named_parameters()):
         raise BadInput(
             f"{config.pretrained_model_name_or_path}: {len(bad)} tensors of the UNet are not finite, first {bad[0]};"

@@ -216,8 +216,7 @@ def test_facts_name_all_that_an_outcome_depends_on():
 def test_on_this_cpu(tmp_path, sd15_path):
     """The whole path with real trials: native is proven, and the second start takes no time."""
     config = json.loads((Path(sd15_path) / "unet" / "config.json").read_text())
-    kept = {name: value for name, value in config.items() if not name.startswith("_")}
-    workload = Workload("cpu", "float32", 2, 8, kept, 7)
+    workload = Workload("cpu", "float32", 2, 8, config, 7)
     first = choose(workload, ranks("cpu"), Choices(compile="off"), 1e9, tmp_path)
     native = not dispatch.usable_backends("cpu")["native"]
     assert first.choices.backend == ("native" if native else "auto") and len(first.outcomes) == 2

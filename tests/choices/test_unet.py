@@ -27,8 +27,7 @@ def no_bench():
 
 def arguments(path: Path, **changes: object) -> dict:
     config = json.loads((path / "unet" / "config.json").read_text())
-    kept = {name: value for name, value in config.items() if not name.startswith("_")}
-    return Workload("cpu", "float32", 2, 8, kept, 7, **changes).for_unet() | changes
+    return Workload("cpu", "float32", 2, 8, config, 7, **changes).for_unet() | changes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -184,7 +185,7 @@ def test_on_a_planted_gpu_a_run_computes_with_what_is_proven_there(
     """From the questions to the last step: native kernels, the best attention, compiled blocks."""
     planted = Machine.here(monkeypatch)
     workload_of = choosing.workload_of
-    monkeypatch.setattr(choosing, "workload_of", lambda *given: workload_of(*given).on("cuda:0"))
+    monkeypatch.setattr(choosing, "workload_of", lambda *given: replace(workload_of(*given), device="cuda:0"))
     monkeypatch.setattr(choose_module, "PAYS_SECONDS", 0.0)
     monkeypatch.setattr(choose_module, "COMPILE_SECONDS", 1000.0 if compiled == "off" else -1.0)
     monkeypatch.setattr(UNet2DConditionModel, "device", torch.device("cuda:0"))  # asks for attention of a GPU

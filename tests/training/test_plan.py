@@ -6,38 +6,12 @@ import pytest
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
+from dpo_fast.choices.workload import SD15, SDXL
 from dpo_fast.command_line import parse
 from dpo_fast.errors import BadInput
 from dpo_fast.train import main
 from dpo_fast.training.plan import plan, unet_costs
 
-SD15 = dict(
-    sample_size=64,
-    in_channels=4,
-    out_channels=4,
-    down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
-    up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
-    block_out_channels=(320, 640, 1280, 1280),
-    layers_per_block=2,
-    cross_attention_dim=768,
-    attention_head_dim=8,
-)
-SDXL = dict(
-    sample_size=128,
-    in_channels=4,
-    out_channels=4,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    block_out_channels=(320, 640, 1280),
-    layers_per_block=2,
-    transformer_layers_per_block=(1, 2, 10),
-    attention_head_dim=(5, 10, 20),
-    cross_attention_dim=2048,
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
 # At 512 pixels, an image: parameters (millions), forward and backward (TFLOP, attention's backward 2.5 times its
 # forward), activations kept (GB in bf16). Counted operator by operator, independently of this package.
 COUNTED = {
