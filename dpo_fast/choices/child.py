@@ -1,8 +1,9 @@
 """The process that a plan's candidates are proven and timed in: reads a request from stdin, answers in lines of JSON.
 
-Each answer is [kind, candidate, value]: unstartable, with the reason; began; proven; disproved, unusable, failed or
-skipped, with the reason; timing; timed, with the seconds of the first call and of later rounds. After a candidate that
-was disproved or failed the process ends: it may have left a broken CUDA context.
+Each answer is [kind, candidate, value]: unstartable, with the reason; began; proven, with the seconds of the first
+call where the proof knows them; disproved, unusable, failed or skipped, with the reason; timing; timed, with the
+seconds of the first call and of later rounds. After a candidate that was disproved or failed the process ends: it may
+have left a broken CUDA context.
 """
 
 import json
@@ -45,7 +46,7 @@ def main() -> None:
             continue
         answer("began", candidate)
         try:
-            plan.prove(candidate, arguments)
+            first = plan.prove(candidate, arguments)
         except Unusable as error:
             answer("unusable", candidate, str(error))
         except Disproved as error:
@@ -55,7 +56,7 @@ def main() -> None:
             answer("failed", candidate, _said(error))
             return
         else:
-            answer("proven", candidate)
+            answer("proven", candidate, first)
             proven.append(candidate)
     timed = [*request["timed"], *proven]
     if request["timed"] and len(timed) > 1:

@@ -5,10 +5,12 @@ computes the pair ops. One rank of every host and kind of device asks; all ranks
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,11 +33,8 @@ from dpo_fast.parallel import Ranks
 
 AUTO = "auto"
 FLOPS = {"cpu": 1e11, "cuda": 1e14}  # a second, roughly: to tell seconds from hours before anything is measured
-PAYS_SECONDS = 120.0  # a shorter run does not pay for a proof of half a minute
-COMPILED_PAYS_SECONDS = 1800.0  # the same, where every candidate is compiled
-# Assumed before anything is compiled: the largest gain, as a fraction of the run, and the seconds that compiling one
-# candidate takes.
-GAIN_AT_MOST, COMPILE_SECONDS = 0.25, 90.0
+GAIN_AT_MOST = 0.25  # of a run's time, assumed before anything is tried: what a trial may take
+EAGER_SECONDS, COMPILE_SECONDS = 30.0, 90.0  # that trying eager candidates takes together, and a compiled one each
 # Both eager questions together end within a minute.
 PAIR_OPS_LIMITS = Limits(seconds=20.0, all_seconds=10.0, end_seconds=20.0)
 EAGER_LIMITS = Limits(seconds=30.0, all_seconds=25.0, end_seconds=40.0)
@@ -74,6 +73,7 @@ class Question:
     candidates: tuple[str, ...]
     arguments: dict[str, Any]
     limits: Limits
+    seconds: float = EAGER_SECONDS  # about how long a trial takes
 
     def about(self, device: torch.device) -> dict[str, Any]:
         """All that the answer depends on, except which of several equal GPUs is used."""
@@ -81,10 +81,11 @@ class Question:
         asked = {"plan": self.plan, "baseline": self.baseline, "candidates": list(self.candidates)}
         return asked | {"arguments": arguments, "machine": machine.facts(device)}
 
-    def judge(self, note: Callable[[str], None]) -> Evidence:
-        """Prove and time the candidates now."""
+    def judge(self, note: Callable[[str], None], seconds: float = math.inf) -> Evidence:
+        """Prove and time the candidates now, within some seconds."""
+        limits = replace(self.limits, end_seconds=min(self.limits.end_seconds, seconds))
         try:
-            return judge(self.plan, self.baseline, self.candidates, self.arguments, self.limits, note)
+            return judge(self.plan, self.baseline, self.candidates, self.arguments, limits, note)
         except OSError as error:  # no process can be started
             return Evidence(dict.fromkeys(self.candidates, f"{UNPROVABLE}: {error}"))
 
@@ -103,11 +104,8 @@ def choose(workload: Workload, ranks: Ranks, fixed: Choices, passes: float, root
         fixed.compile if compiled else "off",
     )
 
-    def lasts(seconds: float) -> Callable[[], bool]:
-        return lambda: expected_seconds(workload, passes) >= seconds
-
-    enough = lasts(COMPILED_PAYS_SECONDS if compiled else PAYS_SECONDS)
-    eager = ask.outcome(eager_question(workload, fixed, plain), allowed=enough)
+    length = cache(lambda: expected_seconds(workload, passes))
+    eager = ask.outcome(eager_question(workload, fixed, plain), length)
     if eager is not None:
         outcomes.append(eager)
         best = Variant.of(eager.chosen)
@@ -116,19 +114,19 @@ def choose(workload: Workload, ranks: Ranks, fixed: Choices, passes: float, root
         lines.append(_line(f"attention {best.attention}, memory order {best.memory_order}", eager))
     if fixed.compile == AUTO:
         best = Variant.of(eager.chosen) if eager is not None else plain
-        compiling, line = _compiling(ask, workload, best, eager, passes)
+        compiling, line = _compiling(ask, workload, best, eager, passes, length)
         lines.append(line)
         if compiling is not None:
             outcomes.append(compiling)
             chosen = replace(chosen, compile=Variant.of(compiling.chosen).compile)
     if fixed.backend == AUTO and not any(ranks.gather(bool(os.environ.get(dispatch.VARIABLE)))):
-        ops = ask.outcome(pair_ops_question(workload, chosen.memory_order), allowed=lasts(PAYS_SECONDS))
+        ops = ask.outcome(pair_ops_question(workload, chosen.memory_order), length)
         if ops is not None:
             outcomes.append(ops)
             chosen = replace(chosen, backend=ops.chosen if ops.settled else AUTO)
             lines.append(_line(f"pair ops by {ops.chosen if ops.settled else 'the default'}", ops))
-    if not outcomes and not lasts(PAYS_SECONDS)():
-        seconds = _duration(expected_seconds(workload, passes))
+    if not outcomes and GAIN_AT_MOST * length() < EAGER_SECONDS:
+        seconds = _duration(length())
         lines = [f"nothing is proven for a run of about {seconds}, which would not pay for it: plain defaults are used"]
     return Chosen(chosen, tuple(outcomes), tuple(filter(None, lines)))
 
@@ -151,9 +149,8 @@ def eager_question(workload: Workload, fixed: Choices, plain: Variant) -> Questi
     orders = list(FORMATS) if fixed.memory_order == AUTO else [plain.memory_order]
     variants = [Variant(attention, order, plain.compile) for order, attention in product(orders, attentions)]
     candidates = tuple(str(variant) for variant in variants if variant != plain)
-    limits = EAGER_LIMITS if plain.compile == "off" else COMPILE_LIMITS
     what = f"attention and memory order on {workload.device}"
-    return _unet_question(what, workload, plain, candidates, limits) if candidates else None
+    return _unet_question(what, workload, plain, candidates, compiles(plain.compile)) if candidates else None
 
 
 def compile_question(workload: Workload, plain: Variant) -> Question:
@@ -161,14 +158,15 @@ def compile_question(workload: Workload, plain: Variant) -> Question:
     on_gpu = workload.device != "cpu"  # elsewhere Inductor times nothing, and "-tuned" is the same program
     modes = [mode for mode in MODES if on_gpu or not mode.endswith(TUNED)]
     candidates = tuple(str(plain._replace(compile=mode)) for mode in modes)
-    return _unet_question(f"compilation on {workload.device}", workload, plain, candidates, COMPILE_LIMITS)
+    return _unet_question(f"compilation on {workload.device}", workload, plain, candidates, compiled=True)
 
 
 def _unet_question(
-    what: str, workload: Workload, plain: Variant, candidates: tuple[str, ...], limits: Limits
+    what: str, workload: Workload, plain: Variant, candidates: tuple[str, ...], compiled: bool
 ) -> Question:
-    limits = replace(limits, memory_mib=_available_mib())
-    return Question(what, unet.__name__, str(plain), candidates, workload.for_unet(), limits)
+    limits = replace(COMPILE_LIMITS if compiled else EAGER_LIMITS, memory_mib=_available_mib())
+    seconds = COMPILE_SECONDS * (1 + len(candidates)) if compiled else EAGER_SECONDS
+    return Question(what, unet.__name__, str(plain), candidates, workload.for_unet(), limits, seconds)
 
 
 def pair_ops_question(workload: Workload, memory_order: str) -> Question:
@@ -179,21 +177,27 @@ def pair_ops_question(workload: Workload, memory_order: str) -> Question:
 
 
 def _compiling(
-    ask: "_Asking", workload: Workload, best: Variant, eager: Outcome | None, passes: float
+    ask: "_Asking",
+    workload: Workload,
+    best: Variant,
+    eager: Outcome | None,
+    passes: float,
+    length: Callable[[], float],  # of the run in seconds, from its FLOPs: used where nothing was timed
 ) -> tuple[Outcome | None, str]:
-    """Ask whether the run is long enough for compiling to pay. Returns the outcome and a line for the user."""
+    """Ask whether compiling pays within the run. Returns the outcome and a line for the user."""
     question = compile_question(workload, best)
-    share = ask.ranks.from_main(lambda: unet.share_of_run(question.arguments)) if eager is not None else None
     median = None if eager is None else eager.row(eager.chosen).median
-    if share is None or median is None:
-        enough = expected_seconds(workload, passes) >= COMPILED_PAYS_SECONDS
-        outcome = ask.outcome(question, allowed=lambda: enough)
-        return outcome, _line("compile " + Variant.of(outcome.chosen).compile, outcome) if outcome else ""
-    seconds = passes * median / 1e3 / share
-    pays = GAIN_AT_MOST * seconds > COMPILE_SECONDS * (1 + len(question.candidates))
-    outcome = ask.outcome(question, allowed=lambda: pays, calls=passes / share)
+    share = ask.ranks.from_main(lambda: unet.share_of_run(question.arguments))
+
+    def timed() -> float:
+        return passes * median / 1e3 / share
+
+    length = length if median is None else timed
+    outcome = ask.outcome(question, length, calls=passes / share)
+    if outcome is None and GAIN_AT_MOST * length() < EAGER_SECONDS:
+        return None, ""  # no run to speak of
     if outcome is None:
-        return None, f"compile off: a run of about {_duration(seconds)} is too short to pay for finding out"
+        return None, f"compile off: a run of about {_duration(length())} is too short to pay for finding out"
     return outcome, _line("compile " + Variant.of(outcome.chosen).compile, outcome)
 
 
@@ -221,26 +225,30 @@ class _Asking:
         self.asks = self.sites.index(mine) == ranks.rank  # the first rank of its site
 
     def outcome(
-        self, question: Question | None, *, allowed: Callable[[], bool], calls: float | None = None
+        self, question: Question | None, length: Callable[[], float], calls: float | None = None
     ) -> Outcome | None:
-        """Return the outcome on which all ranks agree; None if a site knows no answer and may not find one."""
+        """Return the outcome on which all ranks agree; None if a site knows no answer and a run of this length, in
+        seconds, does not pay for a trial."""
         if question is None:
             return None
         device = self.ranks.device
         known = self.ranks.on_all(lambda: recall(self.root, question.about(device)) if self.asks else None)
-        if not all(self.ranks.gather(known is not None or not self.asks)) and not allowed():
-            return None
+        spare = math.inf
+        if not all(self.ranks.gather(known is not None or not self.asks)):
+            spare = GAIN_AT_MOST * length()
+            if spare < question.seconds:
+                return None
         missing = self.asks and known is None
-        mine = self.ranks.on_all(lambda: self._found_now(question) if missing else known)
+        mine = self.ranks.on_all(lambda: self._found_now(question, spare) if missing else known)
         found = self.ranks.gather(mine and asdict(mine))
         by_site = {site: Evidence(**found[self.sites.index(site)]) for site in self.sites}
-        outcome = decide(question.what, question.baseline, merged(by_site), calls)
+        outcome = decide(question.what, question.baseline, merged(by_site, question.baseline), calls)
         logger.debug("%s", outcome)
         return outcome
 
-    def _found_now(self, question: Question) -> Evidence:
+    def _found_now(self, question: Question, seconds: float) -> Evidence:
         with _progress(question, shown=self.ranks.is_main) as note:
-            evidence = question.judge(note)
+            evidence = question.judge(note, seconds)
         remember(self.root, question.about(self.ranks.device), evidence)
         return evidence
 

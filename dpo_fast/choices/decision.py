@@ -1,7 +1,7 @@
 """Decide between candidates by their proofs and times."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -97,8 +97,8 @@ def decide(choice: str, baseline: str, evidence: Evidence, calls: float | None =
             rows.append(Row(candidate, reason or ("" if candidate == baseline else "was not timed to the end")))
 
     def wins(row: Row) -> bool:
-        pairs = zip(evidence.rounds[row.candidate], evidence.rounds[baseline], strict=False)
-        return statistics.quantiles([of / other for of, other in pairs], n=4)[2] < 1 - LEAST_GAIN
+        ratios = _ratios(evidence.rounds[row.candidate], evidence.rounds[baseline])
+        return statistics.quantiles(ratios, n=4)[2] < 1 - LEAST_GAIN
 
     def cost(row: Row) -> float:
         return row.median if calls is None else row.median * calls + max(0.0, row.first - row.median)
@@ -109,8 +109,11 @@ def decide(choice: str, baseline: str, evidence: Evidence, calls: float | None =
     return Outcome(choice, baseline, chosen.candidate, tuple(rows))
 
 
-def merged(evidence: Mapping[str, Evidence]) -> Evidence:
-    """Join what several machines found: a candidate is proven if all of them prove it, and as slow as on the slowest.
+def merged(evidence: Mapping[str, Evidence], baseline: str) -> Evidence:
+    """Join what several machines found: a candidate is proven if all of them prove it.
+
+    It gains as much as where it gains least: its rounds are those of the baseline on the slowest machine, times its
+    largest share of the baseline's.
 
     evidence: a machine's name -> what it found; all were asked about the same candidates.
     """
@@ -122,7 +125,16 @@ def merged(evidence: Mapping[str, Evidence]) -> Evidence:
     for candidate in next(iter(evidence.values())).reasons:
         against = {name: one.reasons[candidate] for name, one in evidence.items() if one.reasons[candidate]}
         reasons[candidate] = next((f"{reason} (on {name})" for name, reason in against.items()), "")
-    for candidate in set.intersection(*(set(one.rounds) for one in evidence.values())):
-        rounds[candidate] = max((one.rounds[candidate] for one in evidence.values()), key=statistics.median)
-        first[candidate] = max(one.first.get(candidate, 0.0) for one in evidence.values())
+    timed = set.intersection(*(set(one.rounds) for one in evidence.values()))
+    if baseline in timed:
+        slowest = max((one.rounds[baseline] for one in evidence.values()), key=statistics.median)
+        for candidate in timed:
+            shares = [_ratios(one.rounds[candidate], one.rounds[baseline]) for one in evidence.values()]
+            worst = max(shares, key=statistics.median)
+            rounds[candidate] = [share * seconds for share, seconds in zip(worst, slowest, strict=False)]
+            first[candidate] = max(one.first.get(candidate, 0.0) for one in evidence.values())
     return Evidence(reasons, rounds, first)
+
+
+def _ratios(rounds: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [of / other for of, other in zip(rounds, others, strict=False)]

@@ -22,6 +22,7 @@ KILL_SECONDS = 10.0  # a process that waits for a driver may not end at once
 WORDS = {"disproved": "wrong", "unusable": "cannot be used", "failed": "failed", "skipped": "not tried"}
 UNPROVABLE = "could not be proven"
 NO_TIME = f"{WORDS['skipped']}: there was no time left for it"
+WHILE_TIMED = "while the proven candidates were timed"
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ def judge(
     """Prove the candidates, and time those that are proven in turn with the baseline.
 
     All of it happens in one process, unless a candidate is wrong, ends the process or exceeds a limit: then the rest
-    follows in a new one. Nothing is timed if the process that times does not come to its end.
+    follows in a new one. Candidates whose timing ends the process or exceeds a limit are all out: any may have done it.
     """
     verdicts: dict[str, str] = {}
+    compiled: dict[str, float] = {}  # seconds of the first call, as a proof knows them
     began, end = time.monotonic(), time.monotonic() + limits.end_seconds
     while True:
         left = [name for name in candidates if name not in verdicts]
@@ -95,21 +97,27 @@ def judge(
                     note(name or kind)
                 elif kind == "timed":
                     times[name] = value
+                elif kind == "proven":
+                    verdicts[name], current = "", None
+                    if value is not None:
+                        compiled[name] = value
                 elif kind != "ended":
-                    verdicts[name] = "" if kind == "proven" else f"{WORDS[kind]}: {value}"
-                    current = None
+                    verdicts[name], current = f"{WORDS[kind]}: {value}", None
                 elif value == NO_TIME:
                     return Evidence({name: verdicts.get(name, NO_TIME) for name in candidates})
+                elif timing and value:
+                    times = {}
+                    verdicts = {name: reason or f"{value} {WHILE_TIMED}" for name, reason in verdicts.items()}
                 elif timing:
-                    times = {} if value else times
+                    pass
                 elif current is not None:
                     verdicts[current] = value or "ended with status 0"
                 elif left and len(verdicts) == before:
                     return _unprovable(candidates, verdicts, value or "the process ended before its first answer")
         if timing or (not left and proven):
             reasons = {name: verdicts[name] for name in candidates}
-            first, rounds = ({name: found[k] for name, found in times.items()} for k in (0, 1))
-            return Evidence(reasons, rounds, first)
+            first = {name: max(found[0], compiled.get(name, 0.0)) for name, found in times.items()}
+            return Evidence(reasons, {name: found[1] for name, found in times.items()}, first)
 
 
 def _unprovable(candidates: Sequence[str], verdicts: dict[str, str], why: str) -> Evidence:

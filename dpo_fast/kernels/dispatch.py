@@ -55,18 +55,24 @@ def module_for(op: str, name: str, *tensors: Tensor | None) -> ModuleType:
 
     Raises ValueError for an unknown name and RuntimeError for a backend that cannot be used here.
     """
-    name, source = _requested(name)
     device = next(x.device.type for x in tensors if x is not None)
-    if name == "auto":
-        # float64 is for checking gradients, and only the reference supports it
-        double = any(x is not None and x.dtype == torch.float64 for x in tensors)
-        candidates = () if double else _PREFERRED.get(device, ())
-        name = next((candidate for candidate in candidates if not _reason_against(candidate, device)), "reference")
-    elif reason := _reason_against(name, device):
-        usable = ", ".join(known for known in _HOME if not _reason_against(known, device))
-        raise RuntimeError(f"{source} {name!r} cannot be used here ({reason}); choose auto, {usable}")
+    # float64 is for checking gradients, and only the reference supports it
+    double = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    name = name_for(name, device, double=double)
     _announce(name, device)
     return import_module(f"{_HOME[name]}.{op}" if name == "triton" else _HOME[name])
+
+
+def name_for(name: str, device: str, *, double: bool = False) -> str:
+    """Return the backend that computes on this type of device, tensors with or without float64. Raises as above."""
+    name, source = _requested(name)
+    if name == "auto":
+        candidates = () if double else _PREFERRED.get(device, ())
+        return next((candidate for candidate in candidates if not _reason_against(candidate, device)), "reference")
+    if reason := _reason_against(name, device):
+        usable = ", ".join(known for known in _HOME if not _reason_against(known, device))
+        raise RuntimeError(f"{source} {name!r} cannot be used here ({reason}); choose auto, {usable}")
+    return name
 
 
 def _requested(name: str) -> tuple[str, str]:

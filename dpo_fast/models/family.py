@@ -50,6 +50,21 @@ class Sides(NamedTuple):
         return cls(factor, unet["sample_size"] * factor, factor * 2 ** (len(unet["block_out_channels"]) - 1))
 
 
+def check_unet(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+    """Raise BadInput for the configuration of a UNet that cannot be trained with that of its VAE."""
+    latent_channels = vae["latent_channels"]
+    if not unet["in_channels"] == unet["out_channels"] == latent_channels:
+        raise BadInput(
+            f"the UNet takes {unet['in_channels']} and gives {unet['out_channels']} channels but the VAE's latents have"
+            f" {latent_channels}: inpainting, depth and editing models cannot be trained, use their base model"
+        )
+    if unet["time_cond_proj_dim"] is not None:
+        raise BadInput(
+            f"the UNet is conditioned on the guidance scale (time_cond_proj_dim {unet['time_cond_proj_dim']}): "
+            "latent consistency models cannot be trained, use their base model"
+        )
+
+
 def check_resolution(resolution: int, multiple: int, path: str) -> None:
     """Raise BadInput if the model at `path` cannot make images with sides of `resolution` pixels."""
     if resolution % multiple:
@@ -354,17 +369,8 @@ class Family(ABC):
         return {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
 
     def _check_architecture(self) -> None:
-        unet, latent_channels = self.pipeline.unet.config, self.pipeline.vae.config.latent_channels
-        if not unet.in_channels == unet.out_channels == latent_channels:
-            raise BadInput(
-                f"the UNet takes {unet.in_channels} and gives {unet.out_channels} channels but the VAE's latents have "
-                f"{latent_channels}: inpainting, depth and editing models cannot be trained, use their base model"
-            )
-        if unet.time_cond_proj_dim is not None:
-            raise BadInput(
-                f"the UNet is conditioned on the guidance scale (time_cond_proj_dim {unet.time_cond_proj_dim}): "
-                "latent consistency models cannot be trained, use their base model"
-            )
+        unet = self.pipeline.unet.config
+        check_unet(unet, self.pipeline.vae.config)
         if (unet.addition_embed_type == "text_time") != self.needs_time_ids:
             raise BadInput(
                 f"the UNet's addition_embed_type is {unet.addition_embed_type!r}, which does not go with a "

@@ -165,6 +165,11 @@ def component_config(source: ModelSource, component: str) -> dict:
 
     What the configuration of a UNet or VAE leaves out has its default. Raises BadInput as `load_family` does.
     """
+    kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}.get(component)
+    defaults = {} if kind is None else _defaults(kind)
+    # a VAE in a single file has the configuration of the one that it replaces
+    if component == "vae" and source.vae_path is not None and not source.vae_path.endswith(".safetensors"):
+        return defaults | _config_of_vae(source)
     path, hub = source.path, source.hub()
     _refuse_pickle(path)
     advice = "name a whole diffusers pipeline"
@@ -174,9 +179,30 @@ def component_config(source: ModelSource, component: str) -> dict:
     else:
         kind_of_folder(path, hub)
     with bad_input(f"the {component} configuration of {path} cannot be read", advice):
-        config = UNet2DConditionModel.load_config(path, subfolder=component, **hub)
-        kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}.get(component)
-        return config if kind is None else _defaults(kind) | config
+        return defaults | UNet2DConditionModel.load_config(path, subfolder=component, **hub)
+
+
+def _config_of_vae(source: ModelSource) -> dict:
+    """Return the configuration of `source.vae_path`, a hub id or folder of a pipeline or of a VAE alone."""
+    path, hub = source.vae_path, {"cache_dir": source.cache_dir, "token": source.token}
+    with bad_input(f"{path} cannot be loaded as a VAE", _PICKLED):
+        if exists(Path(path)):
+            path = Path(path, "vae") if Path(path, "vae").is_dir() else Path(path)
+        else:
+            path = Path(snapshot_download(path, allow_patterns=["vae/config.json", "config.json"], **hub))
+            path = path / "vae" if (path / "vae" / "config.json").is_file() else path
+        return AutoencoderKL.load_config(path)
+
+
+def prediction_type_of(source: ModelSource) -> str:
+    """Return what the UNet predicts ("epsilon" or another), without loading any weights. Raises BadInput likewise."""
+    if source.prediction_type is not None:
+        return source.prediction_type
+    path, hub, of_file = source.path, source.hub(), None
+    if path.endswith(".safetensors"):
+        of_file = marks_of_file(path, *header(path), None).prediction_type
+        path, hub["revision"] = _config_source(path, source.single_file_config), None
+    return of_file or marks_of_scheduler(check_scheduler(path, hub)).prediction_type
 
 
 def _defaults(kind: type) -> dict[str, object]:

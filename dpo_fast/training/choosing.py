@@ -3,7 +3,6 @@
 from dataclasses import asdict, replace
 from typing import get_args, get_type_hints
 
-import torch
 import yaml
 
 from dpo_fast.caching.settings import CacheSettings
@@ -14,8 +13,8 @@ from dpo_fast.errors import BadInput
 from dpo_fast.files import read_text, user_path
 from dpo_fast.kernels import dispatch
 from dpo_fast.models import COMPUTE_DTYPES, check_compiler, compiles, usable_attention
-from dpo_fast.models.family import check_resolution
-from dpo_fast.models.load import component_config, family_of
+from dpo_fast.models.family import check_resolution, check_unet
+from dpo_fast.models.load import component_config, family_of, prediction_type_of
 from dpo_fast.models.source import base_of
 from dpo_fast.objectives import find_objective
 from dpo_fast.parallel import Ranks
@@ -66,7 +65,7 @@ def _filled(config: TrainConfig, values: dict[str, object]) -> TrainConfig:
 def check(config: TrainConfig, ranks: Ranks) -> None:
     """Raise BadInput for a choice that cannot be used on this machine."""
     try:
-        dispatch.module_for("dpo_loss", config.backend, torch.zeros(1, device=ranks.device))
+        dispatch.name_for(config.backend, ranks.device.type)
     except (ValueError, RuntimeError) as error:
         raise BadInput(f"--backend {config.backend}: {error}") from error
     if compiles(config.compile):
@@ -96,7 +95,9 @@ def workload_of(config: TrainConfig, ranks: Ranks) -> Workload:
     """Return a training pass of a run, from the configuration of its model. Raises BadInput."""
     source = base_of(config)
     unet = component_config(source, "unet")
-    sides = family_of(source).sides(unet, component_config(source, "vae"))
+    vae = component_config(source, "vae")
+    check_unet(unet, vae)
+    sides = family_of(source).sides(unet, vae)
     resolution = config.resolution or sides.default_resolution
     check_resolution(resolution, sides.resolution_multiple, source.path)
     reference = "none"
@@ -113,7 +114,7 @@ def workload_of(config: TrainConfig, ranks: Ranks) -> Workload:
         config.lora_targets if config.tuning == "lora" else (),
         config.gradient_checkpointing,
         reference,
-        config.prediction_type or "epsilon",
+        prediction_type_of(source),
         config.soft_labels or bool(config.label_smoothing),
         config.allow_tf32,
     )

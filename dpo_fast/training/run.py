@@ -127,10 +127,11 @@ def open_run(config: TrainConfig, ranks: Ranks) -> Run:
 
 
 def _open(config: TrainConfig, ranks: Ranks) -> Run:
-    config = choosing.with_file(config, ranks)
+    resuming = config.resume_from_checkpoint is not None
+    if not resuming:  # a checkpoint has its own choices
+        config = choosing.with_file(config, ranks)
     choosing.check(config, ranks)
     check_scored(config)
-    resuming = config.resume_from_checkpoint is not None
     # a killed process may have left a checkpoint half-replaced, so claim the folder before looking for one
     ranks.on_main(lambda: run_folder.claim(config.output_dir, overwrite=config.overwrite, resuming=resuming))
     files, saved = saved_state(config, ranks)
@@ -149,8 +150,12 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
         choosing.check(config, ranks)
         refuse_changes(checkpoint.differences(saved["config"], public(config)))
         ranks.on_main(lambda: check_logs(config.output_dir, saved))
-    elif config.seed is None:
-        config = replace(config, seed=ranks.share(secrets.randbits(31)))
+    else:
+        if resuming:
+            config = choosing.with_file(config, ranks)
+            choosing.check(config, ranks)
+        if config.seed is None:
+            config = replace(config, seed=ranks.share(secrets.randbits(31)))
     if config.push_to_hub:
         ranks.on_main(lambda: hub.check_login(config.hub_token))  # fail now rather than after training
 

@@ -60,11 +60,20 @@ def test_the_table_says_why():
 def test_all_machines_must_prove_and_the_slowest_counts():
     one = Evidence({"a": "", "b": ""}, {"plain": BASE, "a": scaled(0.5), "b": scaled(0.4)}, {"a": 1.0, "b": 2.0})
     other = Evidence({"a": "", "b": "wrong: x"}, {"plain": BASE, "a": scaled(0.8)}, {"a": 3.0})
-    both = merged({"host 1": one, "host 2": other})
+    both = merged({"host 1": one, "host 2": other}, "plain")
     assert both.reasons == {"a": "", "b": "wrong: x (on host 2)"}
-    assert both.rounds == {"plain": BASE, "a": scaled(0.8)} and both.first["a"] == 3.0
+    assert both.rounds["plain"] == BASE and both.rounds["a"] == pytest.approx(scaled(0.8)) and both.first["a"] == 3.0
     assert decide("x", "plain", both).chosen == "a"
-    assert merged({"only": one}) is one
+    assert merged({"only": one}, "plain") is one
+
+
+def test_a_candidate_must_win_on_every_machine():
+    """On the fast one it is no faster, and its times there are still below the slow one's."""
+    slow = Evidence({"a": ""}, {"plain": [10 * value for value in BASE], "a": [5 * value for value in BASE]})
+    fast = Evidence({"a": ""}, {"plain": BASE, "a": scaled(1.05)})
+    both = merged({"slow": slow, "fast": fast}, "plain")
+    assert both.rounds["plain"] == slow.rounds["plain"] and decide("x", "plain", both).chosen == "plain"
+    assert decide("x", "plain", slow).chosen == "a"
 
 
 @pytest.mark.parametrize(

@@ -116,9 +116,23 @@ def test_times_are_of_all_or_of_none():
     arguments = {"sum": 3, "seconds": seconds}
     found = judge(PLAN, "plain", candidates, arguments, LIMITS)
     assert found == Evidence(reasons, seconds, dict.fromkeys(seconds, 9.0)) and found.final
-    for fault, limits in (("timing crashes", LIMITS), ("timing hangs", Limits(seconds=4.0))):
+    for fault, limits, why, final in (
+        (
+            "timing crashes",
+            LIMITS,
+            "ended the process by SIGSEGV (not JSON)",
+            True,
+        ),  # the next start does not pay again
+        ("timing hangs", Limits(seconds=4.0), "did not end within 4 s", False),
+    ):
         found = judge(PLAN, "plain", candidates, arguments | {fault: True}, limits)
-        assert found == Evidence(reasons) and not found.final
+        out = {name: reason or f"{why} while the proven candidates were timed" for name, reason in reasons.items()}
+        assert found == Evidence(out) and found.final == final
+
+
+def test_the_seconds_that_a_proof_took_to_compile_outlive_its_process():
+    found = judge(PLAN, "plain", ["compiling", "crashing", "right"], {}, LIMITS)
+    assert found.first == {"plain": 9.0, "compiling": 60.0, "right": 9.0}
 
 
 @pytest.mark.parametrize("candidates", [["crashing"], ["right", "crashing"], ["crashing", "right"], []])

@@ -4,6 +4,7 @@ import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,9 +51,9 @@ def test_what_is_compiled_is_proven(sdxl_path):
     """Transformer blocks are; resnets too may be refused: on some CPUs their two programs round differently."""
     candidate = str(Variant(compile="regional"))
     given = arguments(sdxl_path)
-    unet.prove(candidate, given)
+    compiled = unet.prove(candidate, given)
     found = unet.times([PLAIN, candidate], given)
-    assert found[candidate].first > 10 * statistics.median(found[candidate].rounds)  # it was compiled in the proof
+    assert compiled > 10 * statistics.median(found[candidate].rounds)
 
 
 class Faulty(AttnProcessor2_0):
@@ -98,6 +99,43 @@ def test_what_needs_a_gpu_cannot_be_used(sdxl_path):
         unet.start(arguments(sdxl_path) | {"device": "cuda:0"})
 
 
+def test_on_a_gpu_float32_is_compared_with_itself_and_tf32_with_float32(sdxl_path):
+    """float64 is up to 64 times as slow there."""
+    bench = unet._Bench(arguments(sdxl_path))
+    assert bench.truth_is_wider and bench.truth_dtype == torch.float64
+    for dtype, tf32, wider in (("float32", False, False), ("float32", True, True), ("float16", False, True)):
+        given = arguments(sdxl_path, tf32=tf32) | {"dtype": dtype, "device": "cuda:0"}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(unet, "_inputs", lambda given, device: SimpleNamespace(noisy=torch.zeros(2, 4, 8, 8)))
+            patch.setattr(unet, "_normal", lambda shape, seed, device: torch.zeros(shape))
+            bench = unet._Bench(given)
+        assert (bench.truth_is_wider, bench.truth_dtype) == (wider, torch.float32)
+
+
+def test_one_wrong_tile_is_not_lost_in_the_mean():
+    """Of 4096 pixels 16 are off by as much as bf16 rounds all of them."""
+    truth = torch.randn(2, 4, 64, 64, dtype=torch.float64)
+    rounded = truth + 2**-8 * torch.randn(truth.shape)
+    wrong = rounded.clone()
+    wrong[0, :, 8:12, 8:12] += 0.1
+    gradient = {"the gradient of a": torch.ones(3)}
+    plain, found = (
+        unet._errors({unet.PREDICTION: x} | gradient, {unet.PREDICTION: truth} | gradient) for x in (rounded, wrong)
+    )
+    assert found[unet.PREDICTION] < unet.FACTOR * plain[unet.PREDICTION]
+    assert found[unet.PIXEL] > unet.FACTOR_OF_ONE * plain[unet.PIXEL]
+
+
+def test_what_only_a_proof_needs_is_freed_before_times_are_taken(sdxl_path):
+    given = arguments(sdxl_path)
+    for candidate in (PLAIN, CONTIGUOUS):
+        unet.prove(candidate, given)
+    bench = unet._bench(json.dumps(given))
+    assert len(bench.made) == len(bench.referred) == 2 and "expected" in vars(bench)
+    unet.times([PLAIN], given)
+    assert len(bench.made) == len(bench.referred) == 1 and not {"expected", "plain_errors"} & vars(bench).keys()
+
+
 def test_times_are_of_a_training_pass(sdxl_path):
     given = arguments(sdxl_path)
     found = unet.times([PLAIN, CONTIGUOUS], given)
@@ -108,7 +146,7 @@ def test_times_are_of_a_training_pass(sdxl_path):
 
 def test_the_thin_unet_has_the_widths_of_the_whole_one():
     thin = unet.thin(SDXL)
-    assert thin["transformer_layers_per_block"] == [1, 1, 1] and thin["layers_per_block"] == 1
+    assert thin["transformer_layers_per_block"] == [1, 1, 1]
     assert {name for name in SDXL if thin[name] != SDXL[name]} == {"transformer_layers_per_block"}
     share = unet.share_of_run(Workload("cpu", "bfloat16", 4, 16, SDXL, 77).for_unet())
-    assert 0.05 < share < 0.5
+    assert 0.05 < share < 0.6

@@ -1,6 +1,7 @@
 """The choices of a run: from flags, a file, a checkpoint, or proofs; recorded, and kept when it goes on."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,10 @@ from dpo_fast.choices.choose import Choices, Chosen
 from dpo_fast.choices.decision import decide
 from dpo_fast.choices.trial import Evidence
 from dpo_fast.command_line import parse
+from dpo_fast.errors import BadInput
 from dpo_fast.kernels import dispatch
 from dpo_fast.models.memory_order import memory_format
+from dpo_fast.parallel import Ranks
 from dpo_fast.train import main
 from dpo_fast.training import choosing
 from tests.helpers.planted_gpu import Machine
@@ -130,6 +133,60 @@ def test_a_file_of_choices(sdxl_path, pairs, tmp_path, monkeypatch):
     assert recorded(two) == Choices("reference", "sdpa", "channels_last", "off")
 
 
+def test_a_resumed_run_does_not_read_the_file_again(sdxl_path, pairs, tmp_path, monkeypatch):
+    """It may be gone, or say something else by now."""
+    monkeypatch.setattr(choosing, "choose", None)
+    file = tmp_path / "choices.yaml"
+    file.write_text(yaml.safe_dump(vars(OTHER)))
+    out = train(sdxl_path, pairs, tmp_path / "run", "--choices", file, "--max_train_steps", 2)
+    file.write_text(yaml.safe_dump(vars(OTHER) | {"memory_order": "channels_last"}))
+    train(sdxl_path, pairs, out, "--choices", file, "--resume_from_checkpoint", "latest", "--max_train_steps", 3)
+    file.unlink()
+    train(sdxl_path, pairs, out, "--choices", file, "--resume_from_checkpoint", "latest")
+    assert recorded(out) == OTHER
+    file.write_text("attention: fast")  # but where there is no checkpoint, it is read
+    fresh = flags_for(sdxl_path, pairs, tmp_path / "new", "--choices", file, "--resume_from_checkpoint", "auto")
+    assert main(fresh) == 2
+
+
+def test_what_a_model_predicts_is_read_from_its_scheduler(sdxl_path, pairs, tmp_path, asked):
+    model = tmp_path / "model"
+    shutil.copytree(sdxl_path, model)
+    file = model / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
+    opened(flags_for(model, pairs, tmp_path / "run"))
+    opened(flags_for(model, pairs, tmp_path / "told", "--prediction_type", "epsilon"))
+    opened(flags_for(sdxl_path, pairs, tmp_path / "plain"))
+    assert [workload.prediction_type for workload, *_ in asked] == ["v_prediction", "epsilon", "epsilon"]
+
+
+@pytest.mark.parametrize("folder", ["pipeline/vae", "alone"])
+def test_latents_are_as_large_as_the_named_vae_makes_them(sdxl_path, pairs, tmp_path, folder):
+    config, _ = parse(flags_for(sdxl_path, pairs, tmp_path / "run", "--resolution", "64"))
+    ranks = Ranks(None, 0, 1, torch.device("cpu"), None)
+    own = choosing.workload_of(config, ranks).latent
+    vae = json.loads((Path(sdxl_path) / "vae" / "config.json").read_text())
+    for name in ("block_out_channels", "down_block_types", "up_block_types"):
+        vae[name] = [*vae[name], vae[name][-1]]  # one more level: half the side
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "config.json").write_text(json.dumps(vae))
+    config = replace(config, pretrained_vae_model_name_or_path=str(tmp_path / folder.removesuffix("/vae")))
+    assert choosing.workload_of(config, ranks).latent == own // 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"in_channels": 9}, "inpainting"), ({"time_cond_proj_dim": 8}, "latent consistency")]
+)
+def test_a_unet_that_cannot_be_trained_is_refused_before_it_is_tried(sdxl_path, pairs, tmp_path, capsys, changes, said):
+    model = tmp_path / "model"
+    shutil.copytree(sdxl_path, model)
+    file = model / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    config, _ = parse(flags_for(model, pairs, tmp_path / "run"))
+    with pytest.raises(BadInput, match=said):
+        choosing.workload_of(config, Ranks(None, 0, 1, torch.device("cpu"), None))
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -186,8 +243,7 @@ def test_on_a_planted_gpu_a_run_computes_with_what_is_proven_there(
     planted = Machine.here(monkeypatch)
     workload_of = choosing.workload_of
     monkeypatch.setattr(choosing, "workload_of", lambda *given: replace(workload_of(*given), device="cuda:0"))
-    monkeypatch.setattr(choose_module, "PAYS_SECONDS", 0.0)
-    monkeypatch.setattr(choose_module, "COMPILE_SECONDS", 1000.0 if compiled == "off" else -1.0)
+    monkeypatch.setattr(choose_module, "GAIN_AT_MOST", math.inf)  # the shortest run pays for trials
     monkeypatch.setattr(UNet2DConditionModel, "device", torch.device("cuda:0"))  # asks for attention of a GPU
     monkeypatch.setattr(choosing, "usable_attention", lambda: {})
     planted.compile_seconds = 0.0  # pays at once
@@ -202,7 +258,8 @@ def test_on_a_planted_gpu_a_run_computes_with_what_is_proven_there(
         monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
     if reason := dispatch.usable_backends("cpu")["native"]:
         pytest.skip(reason)
-    out = train(sdxl_path, pairs, tmp_path / "run", "--latent_cache_dir", tmp_path / "cache")
+    flags = ["--compile", "off"] if compiled == "off" else []
+    out = train(sdxl_path, pairs, tmp_path / "run", "--latent_cache_dir", tmp_path / "cache", *flags)
     assert recorded(out) == Choices("native", "cudnn", "channels_last", compiled)
     said = capsys.readouterr().err
     assert "choice: attention cudnn, memory order channels_last: proven here" in said
