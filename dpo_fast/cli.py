@@ -323,11 +323,19 @@ def one_line_errors(flags: type) -> Iterator[None]:
 def _one_line(box: str, flags: type) -> str:
     """Return the message of tyro's error box without its frame; for an unknown flag, with the nearest known one."""
     lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in box.splitlines()]
+    framed = any(line.startswith("╭") for line in lines)
     lines = [line for line in lines if line and not line.startswith(("╭", "╰"))]
-    rule = next((i for i, line in enumerate(lines) if set(line) <= {"─", "-"}), len(lines))
+    if not framed:  # a terminal without such characters: a title, a rule and then the message
+        lines = lines[_rule(lines) + 1 :] or lines
+    rule = _rule(lines)
     message = " ".join(lines[:rule])
     unknown = re.match(r"Unrecognized options: --([\w-]+)", message)
     return message + (did_you_mean(unknown[1], flags) if unknown else "") + "; --help lists every flag"
+
+
+def _rule(lines: list[str]) -> int:
+    """The place of the first line that is a rule, or after the last line."""
+    return next((i for i, line in enumerate(lines) if set(line) <= {"─", "-"}), len(lines))
 
 
 def did_you_mean(name: str, flags: type) -> str:

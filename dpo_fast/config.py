@@ -40,7 +40,7 @@ class TrainConfig:
     single_file_config: str | None = None
     """Pipeline configuration (hub id or folder) for a single-file model; None: the hub's for the detected family."""
     is_turbo: bool = False
-    """The model is SDXL-Turbo: train on its 4-step timestep grid. Never guessed from the path."""
+    """The model is SDXL-Turbo or SD-Turbo: train on its 4-step timestep grid. Never guessed from the path."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What the UNet predicts; None: as the model's files say (the scheduler's config; a single file's mark, v_pred)."""
     zero_terminal_snr: Literal["auto", "on", "off"] = "auto"

@@ -1,6 +1,8 @@
 """The command line: layers, other scripts' names, and what is refused."""
 
 import dataclasses
+import io
+import sys
 
 import pytest
 import yaml
@@ -166,6 +168,20 @@ def test_refused_in_one_line_that_carries_the_value(flags, said):
         parsed(*flags)
     message = str(refusal.value)
     assert said in message and "\n" not in message and "│" not in message
+
+
+@pytest.mark.parametrize("flags", [["--beta_dopo", "3"], ["--beta_dpo", "many"]], ids=" ".join)
+def test_a_terminal_without_unicode_gets_the_same_line(flags, monkeypatch):
+    """There the command line's library draws its box otherwise."""
+
+    def said() -> str:
+        with pytest.raises(BadInput) as refusal:
+            parsed(*flags)
+        return str(refusal.value)
+
+    before = said()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert said() == before
 
 
 def test_recipes_that_are_refused(tmp_path):

@@ -23,7 +23,7 @@ LEVELS = [
     ["training"],
     ["evaluation"],
     ["relabeling"],
-    ["train", "cache", "env", "evaluate", "generate", "relabel", "sweep"],
+    ["train", "cache", "env", "evaluate", "generate", "pick", "relabel", "sweep"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -93,8 +93,10 @@ def test_a_marked_file_is_trained_sampled_and_described_as_it_says(sdxl_path, pa
     assert (config.prediction_type, config.rescale_betas_zero_snr) == ("v_prediction", True)
 
 
-def test_turbo_trains_on_three_of_its_four_timesteps(turbo_path, pairs, tmp_path):
-    flags = flags_for(turbo_path, pairs, tmp_path / "run", "--is_turbo", "--train_batch_size", 12)
+@pytest.mark.parametrize("name", ["turbo", "sd15"])
+def test_turbo_trains_on_three_of_its_four_timesteps(request, name, pairs, tmp_path):
+    path = request.getfixturevalue(f"{name}_path")
+    flags = flags_for(path, pairs, tmp_path / "run", "--is_turbo", "--train_batch_size", 12)
     run = opened(flags)
     seen = {int(t) for _ in range(2) for t in next(run.batches).timesteps}
     assert seen == {249, 499, 749}

@@ -6,7 +6,7 @@ OUT/scores/           scores of single images (`scorers.kept_scores`)
 OUT/scores.parquet    OUT/summary.json    OUT/report.html
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from functools import partial
@@ -28,7 +28,7 @@ from dpo_fast.evaluation.signals import measure
 from dpo_fast.files import write_text
 from dpo_fast.models.load import revisions
 from dpo_fast.parallel import Ranks
-from dpo_fast.scorers import default_dtype, facts, load_scorer, provenance
+from dpo_fast.scorers import Scorer, default_dtype, facts, load_scorer, provenance
 from dpo_fast.scorers.kept_scores import has_scores, score_images
 
 if TYPE_CHECKING:
@@ -82,13 +82,7 @@ def compare(
         generate_images(comparison.wanted, out / "images", ranks)
     number, both = len(pairs.prompts), Files([*pairs.base.paths, *pairs.policy.paths])
     files = {key: comparison.scoring[key] for key in ("where", "cache_dir")}
-    scorers = {
-        name: (
-            partial(facts, name, ranks.device, **files),
-            partial(load_scorer, name, ranks.device, **comparison.scoring),
-        )
-        for name in comparison.scorers
-    }
+    scorers = scorers_by_name(comparison.scorers, comparison.scoring, ranks.device)
     scores = score_images(both, pairs.prompts * 2, scorers, out / "scores", ranks, batch_size=batch_size)
     if not ranks.is_main:
         return None
@@ -119,6 +113,16 @@ def compare(
         scorers={name: provenance(name, ranks.device, **files) for name in comparison.scorers},
     )
     return judge(scored, signals, about, compare_medians=comparison.compare_medians), scored
+
+
+def scorers_by_name(
+    names: Sequence[str], scoring: Mapping[str, object], device: torch.device
+) -> dict[str, tuple[Callable[[], dict[str, str]], Callable[[], Scorer]]]:
+    """Return scorer -> (its facts, load), as `score_images` takes them."""
+    files = {key: scoring[key] for key in ("where", "cache_dir")}
+    return {
+        name: (partial(facts, name, device, **files), partial(load_scorer, name, device, **scoring)) for name in names
+    }
 
 
 def write_report(

@@ -30,7 +30,7 @@ class GenerateConfig:
     baseline: str | None = None
     """base: what the run started from; none: only the policy; else a run or a pipeline. None: base for a run."""
     is_turbo: bool = False
-    """Pipelines named as policy or baseline are SDXL-Turbo. A run knows it itself."""
+    """Pipelines named as policy or baseline are SDXL-Turbo or SD-Turbo. A run knows it itself."""
     seeds: str = "1"
     """Images a prompt: N takes the seeds 0 to N-1; a list with commas takes those (the single seed 7: `7,`)."""
     slice: Literal["people"] | None = None

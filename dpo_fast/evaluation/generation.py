@@ -304,6 +304,8 @@ def settings_of_images(wanted: ImageRequest, device: torch.device) -> dict[str, 
             del facts[passing]
         if source.zero_terminal_snr == "auto":  # to match folders begun before samplers followed it
             del facts["zero_terminal_snr"]
+        if source.trained is None:  # to match folders begun before checkpoints could be named
+            del facts["trained"], facts["strength"]
         models[name] = {**facts, "dtype": str(compute_dtype(source, device)).removeprefix("torch.")}
     settings = {
         "models": models,

@@ -100,7 +100,7 @@ class Family(ABC):
     image_to_image_class: ClassVar[type[DiffusionPipeline]]
     text_encoders: ClassVar[tuple[str, ...]]  # names of pipeline components
     usual_config: ClassVar[str]  # hub id of the configuration for a single file if none is given
-    few_steps: ClassVar["type[Family] | None"] = None  # the same architecture distilled to few steps
+    few_steps: ClassVar["type[Family]"]  # the same architecture distilled to few steps
     unused_parts: ClassVar[dict[str, object]] = {"feature_extractor": None, "image_encoder": None}  # never read
     sampling_steps: ClassVar[int]
     sampling_guidance: ClassVar[float]  # guidance_scale of the pipeline

@@ -30,18 +30,12 @@ from dpo_fast.schedule import check_discrete
 FAMILIES: dict[str, type[Family]] = {kind.pipeline_class.__name__: kind for kind in (SD15, SDXL)}
 
 
-def kind_of(path: str, turbo: bool, hub: dict) -> type[Family]:
-    """Return the family of the model at `path`; with `turbo`, the family that its few-step models are made from.
-
-    Raises BadInput for a model of no supported family, and for `turbo` with a family that has no few-step models.
-    """
+def kind_of(path: str, hub: dict) -> type[Family]:
+    """Return the family of the model at `path`. Raises BadInput for a model of no supported family."""
     if path.endswith(".safetensors"):
-        kind = kind_of_file(path)
-    else:
-        kind = kind_of_folder(path, hub)
-        check_scheduler(path, hub)
-    if turbo and kind.few_steps is None:
-        raise BadInput(f"turbo is for SDXL pipelines, but {path} is a {kind.pipeline_class.__name__}: leave turbo out")
+        return kind_of_file(path)
+    kind = kind_of_folder(path, hub)
+    check_scheduler(path, hub)
     return kind
 
 

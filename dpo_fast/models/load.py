@@ -76,7 +76,7 @@ def load_family(
     """Load a model with every component on `device`, frozen and in eval mode; `source.adapter` is not applied.
 
     source.path: a hub id, a folder with model_index.json, or a .safetensors file of a complete Stable Diffusion or SDXL
-    model. source.turbo: treat an SDXL pipeline as SDXL-Turbo; nothing in the files tells the two apart.
+    model. source.turbo: treat the pipeline as SDXL-Turbo or SD-Turbo; nothing in the files tells the two apart.
     dtype: the compute dtype. Text encoders are held in it, the VAE only if its config says force_upcast is false (else
     in fp32: SDXL's VAE overflows in fp16).
     unet_dtype: the UNet's initial dtype (fp32 if master weights will be copied from it); None: `dtype`.
@@ -90,7 +90,7 @@ def load_family(
     """
     path, unet_dtype, hub = source.path, unet_dtype or dtype, source.hub()
     _refuse_pickle(path)
-    kind, marks = kind_of(path, source.turbo, hub), Marks()
+    kind, marks = kind_of(path, hub), Marks()
     prediction_type, vae_path = source.prediction_type, source.vae_path
     elsewhere = {"cache_dir": source.cache_dir, "token": source.token}  # for repositories other than the model's
     if path.endswith(".safetensors"):
@@ -136,7 +136,8 @@ def _refuse_pickle(path: str) -> None:
 def revisions(source: ModelSource) -> dict[str, str]:
     """Map the `public_name` of each repository, folder or file that a model is read from to its `revision_of`."""
     found = {source.path: revision_of(source.path, revision=source.revision, cache_dir=source.cache_dir)}
-    for place in filter(None, (source.vae_path, source.merged, source.adapter, source.single_file_config)):
+    trained = source.trained and str(Path(source.trained, "weights.safetensors"))
+    for place in filter(None, (source.vae_path, source.merged, source.adapter, trained, source.single_file_config)):
         lora = Path(place, WEIGHT_NAME)  # an output folder holds other files too
         found[place] = revision_of(lora if lora.is_file() else place, cache_dir=source.cache_dir)
     return public_names(found.items())
@@ -156,7 +157,7 @@ def align_weights(pipeline: DiffusionPipeline) -> None:
 
 def family_of(source: ModelSource) -> type[Family]:
     """Return the class that `load_family` would instantiate, without loading any weights. Raises BadInput likewise."""
-    kind = kind_of(source.path, source.turbo, source.hub())
+    kind = kind_of(source.path, source.hub())
     return kind.few_steps if source.turbo else kind
 
 

@@ -14,6 +14,7 @@ from dpo_fast.models.load_errors import bad_input
 from dpo_fast.models.lora import WEIGHT_NAME, check_adapter, check_loaded
 from dpo_fast.models.merging import merge_lora
 from dpo_fast.models.source import ModelSource
+from dpo_fast.models.trained import Blend, Trained, files_of, read_trained
 from dpo_fast.models.untrusted import read_index
 
 
@@ -35,20 +36,25 @@ def settled(source: ModelSource) -> ModelSource:
 
 
 class OneAtATime:
-    """Loads models one after another and holds the last. An adapter on the held model is added without a reload."""
+    """Loads models one after another and holds the last.
+
+    An adapter on the held model is added without a reload, and so are other checkpoints and strengths of one run.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._held: tuple[ModelSource, Family] | None = None
+        self._blend: Blend | None = None  # what the held model is changed with, if it is of a checkpoint
+        self._trained: tuple[str, Trained] | None = None  # the last checkpoint read
 
     def open(self, source: ModelSource) -> Family:
         """Return the family of `source`, ready to sample from. Drop all references to it before opening another."""
         if self._held is not None and self._held[0] == source:
             return self._held[1]
-        bare = replace(source, adapter=None)
-        if self._held is None or self._held[0] != bare:
-            self._held = None  # free its memory before the next one is loaded
-            self._held = bare, self._load(bare)
+        bare = replace(source, adapter=None, trained=None, strength=1.0)
+        if source.trained is not None:
+            return self._blended(source, bare)
+        self._hold(bare)
         family = self._held[1]
         if source.adapter is not None:
             check_adapter(Path(source.adapter) / WEIGHT_NAME)
@@ -58,6 +64,24 @@ class OneAtATime:
             align_weights(family.pipeline)
             self._held = source, family
         return family
+
+    def _hold(self, bare: ModelSource) -> None:
+        if self._held is None or self._held[0] != bare:
+            self._held = self._blend = None  # free its memory before the next one is loaded
+            self._held = bare, self._load(bare)
+
+    def _blended(self, source: ModelSource, bare: ModelSource) -> Family:
+        if self._trained is None or self._trained[0] != source.trained:
+            self._trained = source.trained, read_trained(Path(source.trained))
+        trained = self._trained[1]
+        held = None if self._held is None else replace(self._held[0], trained=None, strength=1.0)
+        if self._blend is None or held != bare:
+            self._hold(bare)
+            self._blend = Blend(self._held[1], trained)
+            align_weights(self._held[1].pipeline)
+        self._blend.set(trained, source.strength)
+        self._held = source, self._blend.family
+        return self._blend.family
 
     def _load(self, source: ModelSource) -> Family:
         if source.attention != "auto" and (self.device.type != "cuda" or usable_attention()[source.attention]):
@@ -83,6 +107,9 @@ def files_stamp(source: ModelSource) -> str:
             files = [path] if path.is_file() else []
         stats = [(file.name, file.stat()) for file in files]
         found.append([place, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)])
+    if source.trained is not None:
+        stats = [(file.name, file.stat()) for file in files_of(Path(source.trained))]
+        found.append([source.trained, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)])
     return hashlib.blake2b(json.dumps(found).encode(), digest_size=8).hexdigest()
 
 

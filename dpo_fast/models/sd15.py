@@ -28,3 +28,17 @@ class SD15(Family):
             prompts, self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return {"prompt_embeds": prompt_embeds}
+
+
+class SDTurbo(SD15):
+    """SD-Turbo (arXiv 2311.17042): Stable Diffusion 2.1's architecture, trained and sampled at four timesteps without
+    guidance.
+    """
+
+    name = "sd-turbo"
+    sampling_steps = 4
+    sampling_guidance = 0.0
+    timestep_grid = True
+
+
+SD15.few_steps = SDTurbo

@@ -14,6 +14,8 @@ class ModelSource:
     path: str  # hub id, diffusers folder or .safetensors file
     merged: str | None = None  # a LoRA that is merged into the weights
     adapter: str | None = None  # a folder with a LoRA that is loaded as an adapter
+    trained: str | None = None  # a run's checkpoint, whose weights replace those of this base
+    strength: float = 1.0  # of what that checkpoint trained (`dpo_fast.models.trained`)
     turbo: bool = False
     mixed_precision: str = "no"  # compute dtype on a GPU; a CPU, where half precision is slow, uses fp32
     steps: int | None = None  # None: the family's usual
@@ -31,11 +33,15 @@ class ModelSource:
     single_file_config: str | None = None
 
     def __str__(self) -> str:
-        return " + LoRA ".join(filter(None, (self.path, self.merged, self.adapter)))
+        return " + LoRA ".join(filter(None, (self.path, self.merged, self.adapter))) + self._at(self.trained)
 
     def shown(self) -> str:
         """Return the same as `str`, without paths on this disk, for anything that others may read."""
-        return " + LoRA ".join(public_name(part) for part in (self.path, self.merged, self.adapter) if part)
+        parts = " + LoRA ".join(public_name(part) for part in (self.path, self.merged, self.adapter) if part)
+        return parts + self._at(self.trained and public_name(self.trained))
+
+    def _at(self, trained: str | None) -> str:
+        return f" + {self.strength:g} of {trained}" if trained else ""
 
     def weights(self) -> "ModelSource":
         """Return this source without its sampling settings (steps, guidance, resolution)."""

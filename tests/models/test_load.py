@@ -209,8 +209,12 @@ def test_single_file_of_the_refiner(single_files, tmp_path):
 # what is refused
 
 
-def test_turbo_of_sd15(sd15_path):
-    refused("turbo is for SDXL.*StableDiffusionPipeline", sd15_path, turbo=True)
+def test_turbo_of_stable_diffusion(sd15_path):
+    """SD-Turbo, and whatever else samples in few steps; its own schedule says whether a timestep has no signal."""
+    family = load_model(sd15_path, turbo=True, **FP32)
+    assert (family.name, family.needs_time_ids, family.timestep_grid) == ("sd-turbo", False, True)
+    assert family.timesteps.tolist() == [249, 499, 749]
+    assert (family.sampling_steps, family.sampling_guidance) == (4, 0.0)
 
 
 def test_folder_without_a_pipeline(tmp_path, sd15_path):

@@ -122,7 +122,6 @@ def test_one_line_with_the_remedy(sdxl_path, pairs, tmp_path, capfd, name):
 
 
 def test_flags_that_do_not_fit_the_family(sd15_path, pairs, tmp_path, capfd):
-    assert_refused(flags_for(sd15_path, pairs, tmp_path / "out", "--is_turbo"), ["SDXL"], capfd)
     assert_refused(flags_for(sd15_path, pairs, tmp_path / "out", "--time_ids", "real"), ["--time_ids"], capfd)
 
 
