@@ -240,7 +240,7 @@ def _race(plan: Plan, ranks: Ranks) -> tuple[Race, dict[str, int | None]]:
             tuple(share.seeds),
             batch_size=plan.batch_size,
         )
-        texts, scores = _scores(plan, request, plan.out / "rounds" / str(number), plan.scorers[:1], ranks)
+        texts, scores = scores_of(plan, request, plan.out / "rounds" / str(number), plan.scorers[:1], ranks)
         of_first = scores[plan.scorers[0]]
         race.add(texts, of_first[BASE], of_first)
         if number < len(plan.rounds):
@@ -256,7 +256,7 @@ def _race(plan: Plan, ranks: Ranks) -> tuple[Race, dict[str, int | None]]:
     return race, dropped
 
 
-def _scores(
+def scores_of(
     plan: Plan, request: ImageRequest, out: Path, names: Sequence[str], ranks: Ranks
 ) -> tuple[list[str], dict[str, dict[str, Tensor]]]:
     """Generate and score. Returns the prompt of each image of a model, and scorer -> model -> fp64 [images]."""
@@ -298,7 +298,7 @@ def _judge(
     result = lead = scores = None
     if chosen != plan.result:
         other = replace(wanted, models={TRAINED: plan.source(plan.result)})
-        texts, scores = _scores(plan, other, out / TRAINED, plan.scorers[:1], ranks)
+        texts, scores = scores_of(plan, other, out / TRAINED, plan.scorers[:1], ranks)
     if compared is None:
         return None
     findings, scored = compared
