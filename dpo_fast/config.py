@@ -96,7 +96,7 @@ class TrainConfig:
     """The two image columns, in the label's order; None: jpg_0 jpg_1, or chosen rejected."""
     label_column: str | None = None
     """Column with 1 (first image wins), 0 (second wins), 0.5 (tie); None: label_0."""
-    preference: Literal["faithfulness", "appeal"] | None = None
+    preference: Literal["quality", "faithfulness", "appeal"] | None = None
     """For the built-in pairs: train on the column label_<preference>, and let that scorer lead the evaluation."""
     caption_column: str | None = None
     """Column with the prompt; None: caption or prompt."""

@@ -50,7 +50,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "shapes": dict(
         pretrained_model_name_or_path=str(_SHAPES / "pipeline"),
         dataset_name=str(_SHAPES / "pairs.parquet"),
-        label_column="label_faithfulness",
+        label_column="label_quality",
         resolution=16,
         # Chosen by the sweep in docs/alignment.md.
         tuning="full",
@@ -64,7 +64,7 @@ PRESETS: dict[str, dict[str, object]] = {
         dataloader_num_workers=0,
         sampling_steps=10,
         sampling_guidance=3.0,
-        eval_scorers=("faithfulness", "right", "appeal"),
+        eval_scorers=("quality", "faithfulness", "right", "appeal"),
         eval_prompts=_SHAPES / "held_out.txt",
         eval_images=512,
         eval_batch_size=64,

@@ -212,7 +212,7 @@ def test_where_neither_is_named_the_built_in_world_is_meant(tmp_path):
 def test_a_preference_is_a_label_and_the_first_scorer():
     config = bare("--preference", "appeal")
     assert config.label_column == "label_appeal"
-    assert config.eval_scorers == ("appeal", "faithfulness", "right")
+    assert config.eval_scorers == ("appeal", "quality", "faithfulness", "right")
     elsewhere = parsed("--preference", "appeal")
     assert (elsewhere.label_column, elsewhere.eval_scorers) == ("label_appeal", ())
 

@@ -36,6 +36,7 @@ class Loading:
 
 
 MODULE_OF = {
+    "quality": "shapes",
     "faithfulness": "shapes",
     "right": "shapes",
     "appeal": "shapes",

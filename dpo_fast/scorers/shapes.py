@@ -1,4 +1,4 @@
-"""The built-in world's exact scorers: faithfulness to the caption, whether the scene is right, appeal."""
+"""The built-in world's exact scorers: quality, faithfulness to the caption, whether the scene is right, appeal."""
 
 import torch
 
@@ -8,6 +8,7 @@ from dpo_fast.shapes import score
 from dpo_fast.shapes.render import RESOLUTION
 
 _SCORES = {
+    "quality": score.quality,
     "faithfulness": score.faithfulness,
     "right": lambda images, prompts: score.is_right(images, prompts).double(),
     "appeal": lambda images, prompts: score.appeal(images),

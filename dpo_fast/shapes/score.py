@@ -1,4 +1,4 @@
-"""Exact scores of an image: how faithful it is to a caption, and how appealing it looks; at best 1."""
+"""Exact scores of an image, at best 1: quality, how faithful it is to a caption, and how appealing it looks."""
 
 import torch
 from torch import Tensor
@@ -14,6 +14,14 @@ def faithfulness(images: Tensor, captions: list[str]) -> Tensor:  # images: floa
     Raises BadInput for a caption that is not of this world and for images of another shape.
     """
     return _scores(images)[torch.arange(len(captions)), _rows(captions)]
+
+
+def quality(images: Tensor, captions: list[str]) -> Tensor:
+    """Return the mean of two scores, float64 [N] in [0, 1]: faithfulness to the caption, and how well the image is
+    drawn, which is its faithfulness to whatever scene it shows. Of two wrong images the cleaner one is better.
+    """
+    scores = _scores(images)
+    return (scores[torch.arange(len(captions)), _rows(captions)] + scores.amax(dim=1)) / 2
 
 
 def is_right(images: Tensor, captions: list[str]) -> Tensor:

@@ -50,7 +50,7 @@ def test_what_is_written(run, picked):
     best = points[found["pick"]["step"], found["pick"]["strength"]]
     last = [point for point in points.values() if point["dropped_in_round"] is None]
     assert best in last and best["gain"]["value"] == max(point["gain"]["value"] for point in last)
-    assert f"step {best['step']} at strength {best['strength']:g}" in found["why"] and found["scorer"] == "faithfulness"
+    assert f"step {best['step']} at strength {best['strength']:g}" in found["why"] and found["scorer"] == "quality"
     assert found["judged"]["images"] == 6 and 0 <= found["judged"]["win_rate"]["low"] <= 1
     made = [*picked.glob("rounds/*/*/*.png")]
     assert len(made) == found["images"]["to_pick"] <= found["images"]["of_the_whole_grid"]
@@ -96,7 +96,7 @@ def test_it_is_a_run_for_evaluate(picked, tmp_path):
     flags = ["--policy", str(picked), "--seeds", "1", "--max_prompts", "2", "--output_dir", str(tmp_path / "out")]
     assert evaluate.main([*flags, "--prompts", "shapes"]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["scores"]["faithfulness"]["policy"] > 0
+    assert summary["scores"]["quality"]["policy"] > 0
 
 
 def test_the_same_command_makes_nothing_again_and_another_is_refused(run, picked, capsys):

@@ -28,10 +28,10 @@ def test_the_bare_command_trains_and_compares(tmp_path):
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("shapes-")
     summary = summary_of(folder)
-    assert summary["steps"] == 3 and summary["scorer"] == "faithfulness" and summary["images"] == 80
+    assert summary["steps"] == 3 and summary["scorer"] == "quality" and summary["images"] == 80
     assert lines(folder)[0]["loss"] == summary["loss_first"] == np.float32(np.log(2))
-    assert 0.3 < summary["score_base"] < 1 and set(summary["scores"]) == {"faithfulness", "right", "appeal"}
-    assert "faithfulness" in ran.stdout and "win rate [95%]" in ran.stdout and "diversity" in ran.stdout
+    assert 0.3 < summary["score_base"] < 1 and set(summary["scores"]) == {"quality", "faithfulness", "right", "appeal"}
+    assert "quality" in ran.stdout and "win rate [95%]" in ran.stdout and "diversity" in ran.stdout
     picture = np.asarray(Image.open(folder / "samples.png"))
     assert picture.shape[1] > picture.shape[0] > 100 and np.ptp(picture) > 200
 

@@ -5,7 +5,7 @@ import torch
 
 from dpo_fast.errors import BadInput
 from dpo_fast.shapes.render import COLOURS, HEIGHTS, PLACES, SCENE_OF, SCENES, SHAPES, SIZES, Scene, render
-from dpo_fast.shapes.score import appeal, faithfulness, is_right
+from dpo_fast.shapes.score import appeal, faithfulness, is_right, quality
 
 CAPTIONS = [scene.caption for scene in SCENES]
 
@@ -37,6 +37,17 @@ def test_faithfulness_is_the_distance_to_the_nearest_rendering():
     renderings = render([scene] * len(HEIGHTS), torch.arange(len(HEIGHTS))).double()
     distances = (image.double() - renderings).square().mean(dim=(1, 2, 3)).sqrt()
     torch.testing.assert_close(faithfulness(image, [scene.caption]), 1 - distances.min()[None])
+
+
+def test_quality_is_half_for_the_caption_and_half_for_the_drawing():
+    images, noise = _all(0)[:6], 0.1 * torch.rand(6, 3, 16, 16)
+    wrong = [SCENES[-1].caption] * 6
+    assert quality(images, CAPTIONS[:6]).tolist() == [1.0] * 6
+    torch.testing.assert_close(quality(images, wrong), (1 + faithfulness(images, wrong)) / 2)
+    every = torch.stack([faithfulness(images + noise, [caption] * 6) for caption in CAPTIONS])
+    drawn = (faithfulness(images + noise, wrong) + every.amax(0)) / 2
+    torch.testing.assert_close(quality(images + noise, wrong), drawn)
+    assert (quality(images + noise, wrong) < quality(images, wrong)).all()  # of two wrong images the cleaner is better
 
 
 def test_both_fall_with_noise():
