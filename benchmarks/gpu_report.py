@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.gpu.running import Stage, command_lines, run
 from benchmarks.gpu.stages import stages
-from dpo_fast.choices.machine import version_of
 from dpo_fast.env import PACKAGES
 from dpo_fast.files import write_json
+from dpo_fast.version import version_of
 
 ROOT = Path(__file__).parents[1]
 LEAST_SECONDS = 5.0  # a stage with less time is not started: PyTorch barely loads in that time

@@ -15,12 +15,51 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dpo_fast.cli import guarded, leave, say, show_log
-from dpo_fast.command_line import parse, refuse_empty
+from dpo_fast.command_line import defaults_of, parse, refuse_empty
+from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput, printable
 from dpo_fast.files import human_bytes, user_path
+from dpo_fast.help_text import Page, asks_help, show_help
+
+WHAT = {
+    "build": """Encode the images and captions that a run will need, once, and keep them on disk. With --seed and
+    --max_train_steps those of the pairs that the run visits, without --seed those of all its pairs. What is there
+    already is checked, and only what is missing or damaged is encoded.""",
+    "reference": """Compute the errors of the reference that a run with --cached_reference K will need: with
+    --max_train_steps those of the pairs that it visits, else those of all its pairs. Images and captions that are
+    missing are encoded first.""",
+}
+# The flags of training that decide what is encoded, or how.
+OF_BUILD = frozenset(
+    "preset config pretrained_model_name_or_path pretrained_vae_model_name_or_path revision variant single_file_config"
+    " is_turbo cache_dir dataset_name dataset_config_name dataset_split_name image_columns label_column preference"
+    " caption_column streaming max_train_samples soft_labels max_bad_fraction validation_fraction resolution hflip"
+    " init_lora train_batch_size gradient_accumulation_steps pairs_per_step max_train_steps seed mixed_precision"
+    " allow_tf32 dataloader_num_workers vae_encode_batch_size latent_cache_dir hub_token".split()
+)
+# And those that decide the reference's errors.
+OF_REFERENCE = OF_BUILD | frozenset(
+    "prediction_type zero_terminal_snr min_timestep max_timestep time_ids proportion_empty_prompts objective tuning"
+    " run_validation attention memory_order backend prove choices".split()
+)
+TEXTS = {
+    "build": {
+        "seed": "That of the run, whose pairs are encoded; None: all pairs are.",
+        "max_train_steps": "Optimizer steps of the run, with --seed: the pairs of these steps are encoded; None: all.",
+        "dataloader_num_workers": "Threads that read and decode images, at least one.",
+    },
+    "reference": {
+        "seed": "That of the run: the noise of a pair follows from it. Required.",
+        "max_train_steps": "Optimizer steps of the run, whose pairs are scored; None: all pairs are.",
+        "dataloader_num_workers": "Threads that read and decode images, at least one.",
+        "objective": "That of the run, which must be one with a reference; the errors are the same for all of them.",
+        "tuning": "lora or full, as in the run; it only changes rounding.",
+        "run_validation": "Also score the held-out pairs (--validation_fraction).",
+    },
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,12 +67,15 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     return guarded(
         lambda: _run(argv),
+        argv=argv,
         kept="what was encoded is kept; the same command goes on from there",
         go_on="start the same command again",
     )
 
 
 def _run(argv: list[str]) -> int:
+    if argv[:1] in (["build"], ["reference"]) and asks_help(argv):
+        _help(*argv)
     if argv[:1] == ["build"]:
         return _build(argv[1:])
     if argv[:1] == ["reference"]:
@@ -75,6 +117,22 @@ def _reference(argv: list[str]) -> int:
         f" computed now, after {seconds:.0f} s"
     )
     return 0
+
+
+def _help(command: str, *flags: str) -> NoReturn:
+    """Print the flags that `build` or `reference` heeds, with the defaults of the preset that is named, and exit."""
+    about = "Of {} the flags below decide what is made, and how; the others are accepted and change nothing here."
+    page = Page(
+        prog=f"python -m dpo_fast.cache {command}",
+        flags=TrainConfig,
+        what=WHAT[command],
+        about=about.format("`python -m dpo_fast.train`, whose whole command line may be given,"),
+        usage="[--FLAG VALUE ...]" if command == "build" else "--draws K --seed N [--FLAG VALUE ...]",
+        only=OF_BUILD if command == "build" else OF_REFERENCE,
+        own={} if command == "build" else {"draws": ("INT", "Draws a pair: the K of --cached_reference K. Required.")},
+        texts=TEXTS[command],
+    )
+    show_help(page, *defaults_of([word for word in flags if not _is_draws(word)]))
 
 
 def _on_ranks(build: str, argv: list[str]) -> tuple[Any, float]:

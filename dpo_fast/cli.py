@@ -21,26 +21,33 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from types import TracebackType
 from typing import IO, NoReturn
 
 from dpo_fast.errors import BadInput, Unresponsive, disk_error, printable, remedy
 from dpo_fast.files import NO_HOME, has_home
+from dpo_fast.version import version_line
 
 
-def guarded(work: Callable[[], int], *, kept: str, go_on: str) -> int:
+def guarded(work: Callable[[], int], *, argv: Sequence[str] = (), kept: str, go_on: str) -> int:
     """Run `work` and return its exit status, or print what it raised in one line and return the status for that.
 
-    kept: what an interruption leaves. go_on: what to do once the disk can be written again.
+    argv: the command line; with `--version` in it, the version is printed instead. kept: what an interruption leaves.
+    go_on: what to do once the disk can be written again.
     SIGTERM, SIGHUP and SIGUSR1 end `work` as Ctrl-C does, even if a library turns them into an error of its own. Output
     to a closed or full stream is dropped. Internal errors are raised again.
     """
     if sys.excepthook is sys.__excepthook__:  # Python calls it after the original streams are restored
         sys.excepthook = _print_traceback
     with steady_output():
-        return _guarded(work, kept, go_on)
+        return _guarded(_show_version if "--version" in argv else work, kept, go_on)
+
+
+def _show_version() -> int:
+    print(version_line())
+    return 0
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
@@ -284,6 +291,12 @@ def say(message: str, any_rank: bool = False) -> None:
     if rank == "0" or any_rank:
         where = "dpo_fast" if rank == "0" else f"dpo_fast, rank {rank}"
         print(f"{where}: {printable(message)}", file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Print a command's result to stdout, on the main rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 
 class _OneLine(logging.Formatter):

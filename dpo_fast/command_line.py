@@ -1,12 +1,13 @@
-"""Parse a command line, and a YAML recipe it names, into a checked training configuration.
+"""Parse a command line, a YAML recipe it names, or settings from Python into a checked training configuration.
 
-Layers, later ones win: the defaults of `TrainConfig`, a preset, the recipe (`--config`), the flags.
+Layers, later ones win: the defaults of `TrainConfig`, a preset, the recipe (`--config`), the flags. Recipes and
+settings become flags, so that one parser checks names and types.
 """
 
 import dataclasses
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,32 +15,106 @@ import tyro
 import yaml
 
 from dpo_fast.cli import did_you_mean, one_line_errors
-from dpo_fast.config import TrainConfig, resolve
+from dpo_fast.config import TrainConfig, preset_values, public, resolve
 from dpo_fast.errors import BadInput
 from dpo_fast.files import regular_file
+from dpo_fast.help_text import Page, asks_help, show_help, without_help
 from dpo_fast.presets import DEFAULT_BETA, PRESETS
+
+PROG = "python -m dpo_fast.train"
+ABOUT = """Any flag overrides its preset, and --config FILE.yaml reads flags from a file. Dashes may stand for
+underscores, and of a repeated flag the last one counts. Several GPUs or hosts: accelerate launch --num_processes N
+-m dpo_fast.train FLAGS, with the flags of one process; --train_batch_size is of each process, --pairs_per_step of all.
+
+The defaults below are those of the preset that is named; shapes is meant where neither model nor data is named.
+`--preset NAME --help` shows another's."""
 
 
 def parse(argv: list[str]) -> tuple[TrainConfig, list[str]]:
-    """Parse a command line into a checked configuration and notes for the user.
+    """Parse a command line into a checked configuration and notes for the user; `--help` prints and exits.
 
     Raises BadInput for an unknown flag (naming the nearest), an unreadable recipe or a refused value.
     """
-    refuse_empty(argv)
-    recipe = _early(_with_values(argv)).config
-    flags = _with_values([*(_recipe_flags(recipe) if recipe else []), *argv])
-    refuse_empty(flags)
-    early = _early(flags)
-    preset = early.preset
-    if preset is None and early.pretrained_model_name_or_path is None and early.dataset_name is None:
-        preset, flags = "shapes", ["--preset", "shapes", *flags]
-    values = dict(PRESETS.get(preset, {}))
-    if DEFAULT_BETA.get(early.objective, DEFAULT_BETA["dpo"]) != DEFAULT_BETA["dpo"]:
-        values.pop("beta_dpo", None)  # a preset's is on the scale of dpo
-    defaults = TrainConfig(**values)
+    if asks_help(argv):
+        show_help(Page(PROG, TrainConfig, ABOUT), *defaults_of(argv))
+    return _resolved(argv)
+
+
+def parse_settings(settings: Mapping[str, object]) -> tuple[TrainConfig, list[str]]:
+    """Parse settings from Python, flags by name with Python values, like a command line. Raises BadInput."""
+    return _resolved(flags_of(settings, TrainConfig))
+
+
+def defaults_of(argv: list[str]) -> tuple[TrainConfig, dict[str, str]]:
+    """Return the values of the flags that a command line leaves out, and name -> where a value is from, which is the
+    preset or the recipe that it names.
+    """
+    argv = without_help(argv)
+    recipe, _, defaults = _layers(argv)
+    filled = _parsed(recipe, defaults)
+    origins = dict.fromkeys(PRESETS.get(filled.preset, {}), f"--preset {filled.preset}")
+    if recipe:
+        named = {word.split("=")[0].removeprefix("--") for word in recipe if word.startswith("--")}
+        origins |= dict.fromkeys(named | {name.removeprefix("no_") for name in named}, "--config")
+    return filled, origins
+
+
+def command_of(config: TrainConfig) -> list[str]:
+    """Return the flags that make the resolved `config` again: its preset, and what differs from that."""
+    named = ("preset", "objective", "pretrained_model_name_or_path", "dataset_name")
+    values = {field.name: field.default for field in dataclasses.fields(config)}
+    values |= preset_values({name: getattr(config, name) for name in named})
+    values["mixed_precision"] = values["mixed_precision"] or "no"
+    if values["beta_dpo"] is None:
+        values["beta_dpo"] = DEFAULT_BETA.get(config.objective, DEFAULT_BETA["dpo"])
+    plain = public(dataclasses.replace(config, **values))
+    return flags_of({name: value for name, value in public(config).items() if value != plain[name]}, TrainConfig)
+
+
+def flags_of(settings: Mapping[str, object], flags: type, source: str = "") -> list[str]:
+    """Return the command-line flags for these names and values: None, a number, a text, a path, or a list of these.
+
+    flags: the dataclass of the flags. source: where the settings are from, for errors. Raises BadInput for an unknown
+    name, naming the nearest, and for a value that no flag takes.
+    """
+    prefix = f"{source}: " if source else ""
+    names = [field.name for field in dataclasses.fields(flags)]
+    words: list[str] = []
+    for key, value in settings.items():
+        name = _word(prefix, "a flag's name", key).replace("-", "_")
+        if name not in names:
+            raise BadInput(f"{prefix}unknown flag {name!r:.200}{did_you_mean(name, flags)}")
+        if isinstance(value, bool) and name in ("compile", "zero_terminal_snr"):  # YAML reads on and off as booleans
+            words += [f"--{name}", "on" if value else "off"]
+        elif isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+        elif isinstance(value, (list, tuple)):
+            words += [f"--{name}", *(_word(prefix, name, one) for one in value)]
+        else:
+            words.append(f"--{name}={_word(prefix, name, value)}")  # one word: the value may begin with a dash
+    return words
+
+
+def _resolved(argv: list[str]) -> tuple[TrainConfig, list[str]]:
+    _, flags, defaults = _layers(argv)
+    return resolve(_parsed(flags, defaults))
+
+
+def _parsed(flags: list[str], defaults: TrainConfig) -> TrainConfig:
     with one_line_errors(TrainConfig):
-        config = tyro.cli(TrainConfig, args=flags, default=defaults, prog="python -m dpo_fast.train")
-    return resolve(config)
+        return tyro.cli(TrainConfig, args=flags, default=defaults, prog=PROG)
+
+
+def _layers(argv: list[str]) -> tuple[list[str], list[str], TrainConfig]:
+    """Return the flags of the recipe that a command line names, those with its own, and the defaults of all others."""
+    refuse_empty(argv)
+    own = _with_values(argv)
+    path = _early(own).config
+    recipe = _with_values(_recipe_flags(path)) if path else []
+    flags = [*recipe, *own]
+    refuse_empty(flags)
+    named = {name: value for name, value in vars(_early(flags)).items() if value is not None and name != "config"}
+    return recipe, flags, TrainConfig(**named)
 
 
 def refuse_empty(argv: Sequence[str]) -> None:
@@ -90,9 +165,8 @@ class _Early:
 
 
 def _early(flags: list[str]) -> _Early:
-    wanted = [flag for flag in flags if flag not in ("-h", "--help")]
     with one_line_errors(TrainConfig):
-        return tyro.cli(_Early, args=wanted, return_unknown_args=True)[0]
+        return tyro.cli(_Early, args=flags, return_unknown_args=True)[0]
 
 
 # What PyYAML raises besides its own errors for values that do not fit their tags: dates, numbers, empty values.
@@ -115,34 +189,16 @@ def _recipe_flags(path: Path) -> list[str]:
         raise BadInput(f"--config {path} is not YAML: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(recipe, dict):
         raise BadInput(f"--config {path} must hold `flag: value` lines, not a {type(recipe).__name__}")
-    names = [field.name for field in dataclasses.fields(TrainConfig)]
-    flags: list[str] = []
-    for key, value in recipe.items():
-        name = _word(path, "a flag's name", key).replace("-", "_")
-        if name not in names:
-            raise BadInput(f"--config {path}: unknown flag {name!r:.200}{did_you_mean(name, TrainConfig)}")
-        if name == "config":
-            raise BadInput(f"--config {path} names a further config; put everything into one file")
-        if isinstance(value, bool) and name in ("compile", "zero_terminal_snr"):  # YAML reads on and off as booleans
-            flags += [f"--{name}", "on" if value else "off"]
-        elif isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no_{name}")
-        elif isinstance(value, list):
-            flags += [f"--{name}", *(_word(path, name, one) for one in value)]
-        else:
-            flags.append(f"--{name}={_word(path, name, value)}")  # one word: the value may begin with a dash
-    return flags
+    if any(isinstance(key, str) and key.replace("-", "_") == "config" for key in recipe):
+        raise BadInput(f"--config {path} names a further config; put everything into one file")
+    return flags_of(recipe, TrainConfig, f"--config {path}")
 
 
-def _word(path: Path, name: str, value: object) -> str:
-    """Return a value of a recipe as it would be written on the command line."""
-    if isinstance(value, (dict, list, set, tuple)):  # with aliases, a few lines can stand for gigabytes
-        raise BadInput(
-            f"--config {path}: {name} holds a {type(value).__name__}; give it one value, or a list of values"
-        )
+def _word(prefix: str, name: str, value: object) -> str:
+    """Return a value as it would be written on the command line."""
+    if isinstance(value, (dict, list, set, tuple)):  # with aliases, a few lines of YAML can stand for gigabytes
+        raise BadInput(f"{prefix}{name} holds a {type(value).__name__}; give it one value, or a list of values")
     try:
         return str(value)
     except ValueError as error:  # an integer of thousands of digits
-        raise BadInput(
-            f"--config {path}: {name} is a number that is too long ({error}); write a shorter one"
-        ) from error
+        raise BadInput(f"{prefix}{name} is a number that is too long ({error}); write a shorter one") from error

@@ -4,22 +4,56 @@ Layers, later ones win: the defaults below, a preset, a YAML recipe (`--config`)
 """
 
 import dataclasses
+import functools
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import yaml
 
 from dpo_fast.errors import BadInput
 from dpo_fast.presets import DEFAULT_BETA, PICKAPIC, PRESETS
 
+C = TypeVar("C")
 
-@dataclass(frozen=True)
+
+def preset_values(flags: Mapping[str, object]) -> dict[str, object]:
+    """Return the preset that `flags` name, and what it sets: the values of the flags that are not given.
+
+    The preset is shapes if the flags name neither a preset nor a model nor pairs.
+    """
+    preset = flags.get("preset")
+    if all(flags.get(name) is None for name in ("preset", "pretrained_model_name_or_path", "dataset_name")):
+        preset = "shapes"
+    values = {"preset": preset, **PRESETS.get(preset, {})}
+    if DEFAULT_BETA.get(flags.get("objective"), DEFAULT_BETA["dpo"]) != DEFAULT_BETA["dpo"]:
+        values.pop("beta_dpo", None)  # a preset's is on the scale of dpo
+    return values
+
+
+def _on_preset(config: type[C]) -> type[C]:
+    """Give the fields that a caller leaves out the preset's values, as on the command line."""
+    make = config.__init__
+
+    @functools.wraps(make)
+    def __init__(self, **given: object) -> None:
+        make(self, **{**preset_values(given), **given})
+
+    config.__init__ = __init__
+    return config
+
+
+@_on_preset
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Align a text-to-image diffusion model with preference pairs by Diffusion-DPO (arXiv 2311.12908)."""
 
+    # A line like the next one begins a section of --help.
+
+    # ---- preset ------------------------------------------------------------------------------------------------------
     preset: Literal["shapes", "sd15", "sdxl", "sdxl-lora", "turbo"] | None = None
     """A recipe to start from, every other flag overrides it: the built-in tiny world (shapes; what you get when neither
     model nor data is named), or a published one."""
@@ -28,7 +62,7 @@ class TrainConfig:
     dry_run: bool = False
     """Print the resolved configuration, parameter counts, memory, disk and FLOPs a step, and exit."""
 
-    # The model.
+    # ---- model -------------------------------------------------------------------------------------------------------
     pretrained_model_name_or_path: str | None = None
     """The base model: a hub id, a diffusers folder, or a single .safetensors file (SD1.5, SDXL, SDXL-Turbo)."""
     pretrained_vae_model_name_or_path: str | None = None
@@ -46,46 +80,10 @@ class TrainConfig:
     zero_terminal_snr: Literal["auto", "on", "off"] = "auto"
     """Rescale the noise schedule to zero terminal SNR; auto: on for Turbo and where the model's files say so (the
     scheduler's config; a single file's mark, ztsnr). The result's scheduler has it too, but for Turbo's own."""
-    min_timestep: int = 0
-    """Train at no timestep below this one: where there is little noise, the errors say little about the scene."""
-    max_timestep: int | None = None
-    """Train at no timestep from this one on; None: no limit."""
-    attention: Literal["auto", "sdpa", "cudnn", "flash", "efficient", "xformers"] = "auto"
-    """Attention of the UNet, the same for policy and reference; sdpa: PyTorch's own choice; cudnn, flash, efficient:
-    that kernel first, where it can be used; auto: what is proven and fastest on this machine (--prove), else sdpa."""
-    memory_order: Literal["auto", "channels_last", "contiguous"] = "auto"
-    """Memory order of the UNet's convolutions; auto: the faster one on this machine (--prove), else channels_last."""
-    enable_xformers_memory_efficient_attention: bool = False
-    """The name diffusers' scripts have for --attention xformers."""
     cache_dir: str | None = None
     """Where the hub's downloads are kept; None: the hub's default."""
 
-    # What is trained.
-    tuning: Literal["lora", "full"] = "lora"
-    """Train low-rank adapters or the whole UNet."""
-    rank: int = 4
-    """LoRA rank."""
-    lora_alpha: float | None = None
-    """LoRA alpha: the update is scaled by alpha / rank, which is folded into the saved tensors; None: equal to rank."""
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Names of the UNet modules that get an adapter."""
-    init_lora: str | None = None
-    """A LoRA (file, folder, hub id) merged into the base first, whole: it becomes part of the reference."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Compute dtype: no is fp32. Masters are fp32 always. None: what `accelerate launch` was given, else no."""
-    use_ema: bool = False
-    """Keep an exponential moving average of the trained weights; it is what is sampled and exported."""
-    ema_decay: float = 0.9999
-    """EMA decay an optimizer step, in [0, 1)."""
-    gradient_checkpointing: Literal["none", "selective", "full"] = "none"
-    """Compute activations again in the backward pass, to save memory. full (also the bare flag): about a third more
-    time; selective: keep what products, convolutions and attention give, and compute only the rest again."""
-    compile: Literal["auto", "off", "regional", "resnets", "regional-tuned", "resnets-tuned"] = "auto"
-    """torch.compile in the first step. regional: the UNet's transformer blocks, each kind once, rounding as eager ones
-    do; resnets: those and the resnets; -tuned: Inductor may time reductions; auto: what is proven and pays on this
-    machine (--prove), else off. (The whole UNet as one program is not offered: see docs/performance.md.)"""
-
-    # The pairs.
+    # ---- data --------------------------------------------------------------------------------------------------------
     dataset_name: str | None = None
     """Preference pairs: a hub id, a folder or a parquet / arrow / JSONL file. Formats: docs/pairs.md."""
     dataset_config_name: str | None = None
@@ -120,29 +118,32 @@ class TrainConfig:
     """SDXL size conditioning: (res, res, 0, 0, res, res), or the true size and crop of the pair's smaller image."""
     proportion_empty_prompts: float = 0.0
     """Probability that a pair is trained with an empty caption."""
-    vae_encode_batch_size: int = 8
-    """Images a VAE call."""
-    dataloader_num_workers: int = 2
-    """Processes that decode images (threads, while the cache is built); 0: decode in the training process."""
-    cache: bool = True
-    """Encode every image and caption once and keep them on disk; --no-cache encodes them anew at every visit."""
-    latent_cache_dir: Path | None = None
-    """Where the cache is; None: $DPO_FAST_CACHE, or the folder dpo_fast in $HF_HOME, or in ~/.cache."""
-    cached_reference: int | None = None
-    """Train from cached errors of the reference at K draws a pair (visit v is draw v mod K), computing first what is
-    missing: no reference is held or run, and further runs over beta, learning rate, objective or rank share them."""
 
-    # The objective.
+    # ---- objective ---------------------------------------------------------------------------------------------------
     objective: Literal["dpo", "ipo", "hinge", "cdpo", "kto", "mapo", "sft"] | str = "dpo"
     """The loss, by its name or as module:function for your own (CONTRIBUTING.md)."""
-    loss_type: Literal["sigmoid", "hinge", "ipo"] | None = None
-    """The name diffusers' SD script has for --objective (sigmoid is dpo)."""
     beta_dpo: float | None = None
     """Strength of the tie to the reference, in the paper's unit (docs/training.md); None: 5000, mapo 0.1."""
     label_smoothing: float = 0.0
     """cdpo: the assumed probability that a label is wrong, in [0, 0.5)."""
+    min_timestep: int = 0
+    """Train at no timestep below this one: where there is little noise, the errors say little about the scene."""
+    max_timestep: int | None = None
+    """Train at no timestep from this one on; None: no limit."""
 
-    # The optimizer.
+    # ---- LoRA --------------------------------------------------------------------------------------------------------
+    tuning: Literal["lora", "full"] = "lora"
+    """Train low-rank adapters or the whole UNet."""
+    rank: int = 4
+    """LoRA rank."""
+    lora_alpha: float | None = None
+    """LoRA alpha: the update is scaled by alpha / rank, which is folded into the saved tensors; None: equal to rank."""
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Names of the UNet modules that get an adapter."""
+    init_lora: str | None = None
+    """A LoRA (file, folder, hub id) merged into the base first, whole: it becomes part of the reference."""
+
+    # ---- training ----------------------------------------------------------------------------------------------------
     train_batch_size: int = 4
     """Pairs a forward pass and rank."""
     gradient_accumulation_steps: int = 1
@@ -169,8 +170,6 @@ class TrainConfig:
     """Power of the polynomial schedule."""
     optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
     """adamw is PyTorch's fused one; adamw8bit needs bitsandbytes; adafactor runs at the given learning rate."""
-    use_8bit_adam: bool = False
-    """The name diffusers' scripts have for --optimizer adamw8bit."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.999
@@ -183,20 +182,53 @@ class TrainConfig:
     """Clip the global gradient norm to this; 0: do not clip."""
     max_skipped_updates: int = 20
     """Stop with a diagnosis after this many non-finite updates in a row (each is skipped)."""
+    use_ema: bool = False
+    """Keep an exponential moving average of the trained weights; it is what is sampled and exported."""
+    ema_decay: float = 0.9999
+    """EMA decay an optimizer step, in [0, 1)."""
     seed: int | None = None
     """Everything random follows from it; None: drawn, printed and recorded."""
-    allow_tf32: bool = False
-    """Let fp32 matrix products on the GPU use TF32."""
+
+    # ---- memory and speed --------------------------------------------------------------------------------------------
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Compute dtype: no is fp32. Masters are fp32 always. None: what `accelerate launch` was given, else no."""
+    gradient_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Compute activations again in the backward pass, to save memory. full (also the bare flag): about a third more
+    time; selective: keep what products, convolutions and attention give, and compute only the rest again."""
+    attention: Literal["auto", "sdpa", "cudnn", "flash", "efficient", "xformers"] = "auto"
+    """Attention of the UNet, the same for policy and reference; sdpa: PyTorch's own choice; cudnn, flash, efficient:
+    that kernel first, where it can be used; auto: what is proven and fastest on this machine (--prove), else sdpa."""
+    memory_order: Literal["auto", "channels_last", "contiguous"] = "auto"
+    """Memory order of the UNet's convolutions; auto: the faster one on this machine (--prove), else channels_last."""
+    compile: Literal["auto", "off", "regional", "resnets", "regional-tuned", "resnets-tuned"] = "auto"
+    """torch.compile in the first step. regional: the UNet's transformer blocks, each kind once, rounding as eager ones
+    do; resnets: those and the resnets; -tuned: Inductor may time reductions; auto: what is proven and pays on this
+    machine (--prove), else off. (The whole UNet as one program is not offered: see docs/performance.md.)"""
     backend: Literal["auto", "reference", "triton", "native"] = "auto"
     """Which implementation of the pair kernels to run; auto: the fastest that is proven on this machine (--prove),
     else native on a CPU and plain PyTorch (reference) on a GPU."""
+    allow_tf32: bool = False
+    """Let fp32 matrix products on the GPU use TF32."""
     prove: bool = True
     """Before a run of some two minutes or more, prove and time what is "auto" above, in other processes, within a
     minute (longer where compiling may pay); outcomes are kept in the cache folder. --no-prove: the plain defaults."""
     choices: Path | None = None
     """A file that says what is "auto" above, instead of a proof: the config.yaml of another run."""
+    dataloader_num_workers: int = 2
+    """Processes that decode images (threads, while the cache is built); 0: decode in the training process."""
+    vae_encode_batch_size: int = 8
+    """Images a VAE call."""
 
-    # What comes out.
+    # ---- cache -------------------------------------------------------------------------------------------------------
+    cache: bool = True
+    """Encode every image and caption once and keep them on disk; --no-cache encodes them anew at every visit."""
+    latent_cache_dir: Path | None = None
+    """Where the cache is; None: $DPO_FAST_CACHE, or the folder dpo_fast in $HF_HOME, or in ~/.cache."""
+    cached_reference: int | None = None
+    """Train from cached errors of the reference at K draws a pair (visit v is draw v mod K), computing first what is
+    missing: no reference is held or run, and further runs over beta, learning rate, objective or rank share them."""
+
+    # ---- output and checkpoints --------------------------------------------------------------------------------------
     output_dir: Path | None = None
     """Folder of the run; None: runs/<preset, or train>-<time>."""
     overwrite: bool = False
@@ -210,6 +242,8 @@ class TrainConfig:
     """Also save it when this many minutes have passed since the last save, after the optimizer step in progress."""
     checkpoints_total_limit: int | None = None
     """Keep only the newest N checkpoints."""
+
+    # ---- logging -----------------------------------------------------------------------------------------------------
     log_every: int = 10
     """Optimizer steps between two lines of metrics.jsonl (where CPU and GPU wait for each other)."""
     report_to: str = "none"
@@ -218,6 +252,8 @@ class TrainConfig:
     """Where trackers write, inside output_dir."""
     tracker_name: str = "diffusion-dpo"
     """Project name for the trackers."""
+
+    # ---- samples and evaluation --------------------------------------------------------------------------------------
     run_validation: bool = False
     """Measure held-out accuracy and draw samples (before over after, same seeds) during and after training."""
     validation_steps: int = 200
@@ -240,12 +276,22 @@ class TrainConfig:
     """Images generated, and scored, at once in that comparison."""
     scorer_models: Path | None = None
     """Folder that holds the scorers' models as OWNER/NAME; None: the hub."""
+
+    # ---- upload ------------------------------------------------------------------------------------------------------
     push_to_hub: bool = False
     """Upload the result to the hub at the end."""
     hub_model_id: str | None = None
     """Repository to upload to; None: the name of output_dir."""
     hub_token: str | None = None
     """Access token for the hub; None: the one you are logged in with. It is not written to config.yaml."""
+
+    # ---- names of other scripts --------------------------------------------------------------------------------------
+    loss_type: Literal["sigmoid", "hinge", "ipo"] | None = None
+    """The name diffusers' SD script has for --objective (sigmoid is dpo)."""
+    use_8bit_adam: bool = False
+    """The name diffusers' scripts have for --optimizer adamw8bit."""
+    enable_xformers_memory_efficient_attention: bool = False
+    """The name diffusers' scripts have for --attention xformers."""
     local_rank: int = -1
     """Accepted for old launch lines and without effect: the launcher says the rank."""
     prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = None
@@ -258,11 +304,11 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     Returns the configuration and one line for each flag that was accepted without effect.
     """
     notes = []
+    settled: dict[str, object] = {"config": None, "local_rank": -1, "prior_generation_precision": None}
     if config.local_rank != -1:
         notes.append("--local_rank does nothing here: the launcher (accelerate, torchrun) says the rank")
     if config.prior_generation_precision is not None:
         notes.append("--prior_generation_precision does nothing here: no prior images are generated")
-    settled: dict[str, object] = {"local_rank": -1, "prior_generation_precision": None}
     if config.loss_type:
         settled |= {"objective": {"sigmoid": "dpo"}.get(config.loss_type, config.loss_type), "loss_type": None}
     if config.use_8bit_adam:

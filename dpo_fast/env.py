@@ -8,6 +8,7 @@ SD1.5 and SDXL. Exit status: 0 done, 1 a candidate that can be used here is wron
 import argparse
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_fast.cli import guarded, leave, say
 from dpo_fast.errors import BadInput
 from dpo_fast.files import read_json, write_json
+from dpo_fast.version import version_of
 
 if TYPE_CHECKING:
     from dpo_fast.choices.decision import Outcome
@@ -29,7 +31,6 @@ def report() -> str:
     """The report as lines of `name: value`."""
     import torch
 
-    from dpo_fast.choices.machine import version_of
     from dpo_fast.kernels.dispatch import usable_backends
     from dpo_fast.models.attention import usable_attention
 
@@ -112,6 +113,11 @@ def _built_in() -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    return guarded(lambda: _run(argv), argv=argv, kept="nothing was written", go_on="start the same command again")
+
+
+def _run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "python -m dpo_fast.env", description="Print versions, devices and what runs here."
     )
@@ -124,32 +130,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="with --prove: also write the tables to this file")
     arguments = parser.parse_args(argv)
 
-    def work() -> int:
-        if arguments.compiled and not arguments.prove:
-            raise BadInput("--compiled is for --prove: add it, or leave --compiled out")
-        if arguments.json is not None and not arguments.prove:
-            raise BadInput(f"--json {arguments.json} is for the tables of --prove: add it, or leave --json out")
-        if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-            raise BadInput(f"--json {arguments.json}: its folder does not exist; make it, or name another file")
-        print(report(), flush=True)
-        outcomes = []
-        for outcome in proofs(arguments.compiled) if arguments.prove else ():
-            print(f"\n{outcome}", flush=True)
-            outcomes.append(outcome)
-        if arguments.json is not None:
-            from dpo_fast.choices.machine import version_of
-
-            write_json(
-                arguments.json,
-                {
-                    "versions": {name: version_of(name) for name in PACKAGES},
-                    "choices": [outcome.as_json() for outcome in outcomes],
-                },
-            )
-        wrong = [row for outcome in outcomes for row in outcome.rows if row.refuted]
-        return int(bool(wrong))
-
-    return guarded(work, kept="nothing was written", go_on="start the same command again")
+    if arguments.compiled and not arguments.prove:
+        raise BadInput("--compiled is for --prove: add it, or leave --compiled out")
+    if arguments.json is not None and not arguments.prove:
+        raise BadInput(f"--json {arguments.json} is for the tables of --prove: add it, or leave --json out")
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise BadInput(f"--json {arguments.json}: its folder does not exist; make it, or name another file")
+    print(report(), flush=True)
+    outcomes = []
+    for outcome in proofs(arguments.compiled) if arguments.prove else ():
+        print(f"\n{outcome}", flush=True)
+        outcomes.append(outcome)
+    if arguments.json is not None:
+        write_json(
+            arguments.json,
+            {
+                "versions": {name: version_of(name) for name in PACKAGES},
+                "choices": [outcome.as_json() for outcome in outcomes],
+            },
+        )
+    wrong = [row for outcome in outcomes for row in outcome.rows if row.refuted]
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ margin and implicit reward are in our unit, which includes beta/2:
     margin = -(beta/2) [(e_w - eref_w) - (e_l - eref_l)]        implicit reward = -(beta/2) (e - eref), per image
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
 from typing import NamedTuple
 
@@ -23,6 +24,9 @@ from dpo_fast.errors import BadInput, one_line
 from dpo_fast.kernels import DPOLoss, dpo_loss, pair_errors
 from dpo_fast.kernels.pair_errors import check_per_pair
 from dpo_fast.kernels.reference import batch_mean, pair_margin
+from dpo_fast.presets import DEFAULT_BETA
+
+FROM_PYTHON = "python:"  # begins the name of an objective that was given in Python
 
 
 class Pairs(NamedTuple):
@@ -49,7 +53,10 @@ class Settings:
     @classmethod
     def of(cls, **values: object) -> "Settings":
         """Build the settings from all values of a run; each class takes those it has a field for."""
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
+        lacking = [field.name for field in fields(cls) if field.name not in values and field.default is MISSING]
+        if lacking:
+            raise BadInput(f"{cls.__name__}.{lacking[0]} needs a default: a run gives only {', '.join(values)}")
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
 
 @dataclass(frozen=True)
@@ -111,17 +118,29 @@ def sft(pairs: Pairs, settings: Settings) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """A row of the table."""
+    """A row of the table, or an objective of your own (`dpo_fast.train(..., objective=Objective(...))`).
+
+    The function takes `Pairs`, float32 [B] each, whose chosen image is the better one, and `settings`; it returns the
+    loss of each pair, [B], which autograd can follow back to the pairs. It must be pure: of a soft label it is called
+    twice, the second time with the images exchanged.
+    """
 
     function: Callable[[Pairs, Settings], Tensor]  # loss [B] of pairs
-    needs_reference: bool = True
-    settings: type[Settings] = Settings
+    needs_reference: bool = True  # False: margin and rewards are None, and no reference is held or run
+    settings: type[Settings] = Settings  # KLTerm for a function that uses kto's mean reward
     fused: Callable[..., DPOLoss] | None = None  # the op that gives the same loss from predictions, if there is one
+    default_beta: float = DEFAULT_BETA["dpo"]  # in our unit
+    name: str | None = None  # that results record; None: the function's
 
     @property
     def has_margin(self) -> bool:
         """Whether there is a margin to report, which needs the reference."""
         return self.needs_reference
+
+    @property
+    def title(self) -> str:
+        """The name in results and messages."""
+        return self.name or getattr(self.function, "__name__", str(self.function))
 
 
 # Names and default betas are in `presets.DEFAULT_BETA`, which the command line reads without PyTorch.
@@ -129,11 +148,40 @@ OBJECTIVES = {
     "dpo": Objective(dpo, fused=dpo_loss),
     "ipo": Objective(ipo),
     "hinge": Objective(hinge),
-    "cdpo": Objective(dpo, settings=SmoothedLabels, fused=dpo_loss),
+    "cdpo": Objective(dpo, settings=SmoothedLabels, fused=dpo_loss, name="cdpo"),
     "kto": Objective(kto, settings=KLTerm),
-    "mapo": Objective(mapo, needs_reference=False),
+    "mapo": Objective(mapo, needs_reference=False, default_beta=DEFAULT_BETA["mapo"]),
     "sft": Objective(sft, needs_reference=False),  # beta has no effect; any positive value will do
 }
+
+
+@contextmanager
+def registered(objective: "Objective | Callable[[Pairs, Settings], Tensor] | None") -> Iterator[str | None]:
+    """Within the block the table has a row for this objective of the user's own. Yields the row's name.
+
+    A function stands for its row with the defaults; for None there is no row and no name. Raises BadInput for what is
+    neither, and for a name that is not an identifier.
+    """
+    if objective is None:
+        yield None
+        return
+    row = objective if isinstance(objective, Objective) else _own(objective)
+    if row is None:
+        raise BadInput(
+            f"objective={objective!r:.200} is neither a name, an Objective nor a function of (pairs, settings)"
+        )
+    if not row.title.isidentifier():
+        raise BadInput(
+            f"the objective {row.title!r:.80} needs a name that is an identifier: Objective(..., name='mine')"
+        )
+    name = FROM_PYTHON + row.title
+    if name in OBJECTIVES:
+        raise BadInput(f"an objective named {row.title} is in use by another run of this process: name it otherwise")
+    OBJECTIVES[name], DEFAULT_BETA[name] = row, row.default_beta
+    try:
+        yield name
+    finally:
+        del OBJECTIVES[name], DEFAULT_BETA[name]
 
 
 def find_objective(name: str) -> Objective:
@@ -144,6 +192,11 @@ def find_objective(name: str) -> Objective:
     """
     if name in OBJECTIVES:
         return OBJECTIVES[name]
+    if name.startswith(FROM_PYTHON):
+        raise BadInput(
+            f"--objective {name} is a function that was given in Python and is not in any file: go on from Python, with"
+            f" dpo_fast.train(..., objective=Objective(...)) of the same name"
+        )
     module, colon, attribute = name.partition(":")
     if not (colon and module and attribute):
         raise BadInput(
@@ -155,9 +208,59 @@ def find_objective(name: str) -> Objective:
         raise BadInput(
             f"--objective {name} cannot be imported ({one_line(error)}): is its folder on PYTHONPATH?"
         ) from error
-    if not callable(function):
+    if (objective := _own(function)) is None:
         raise BadInput(f"--objective {name} is not a function: it must take (pairs, settings) and give the loss [B]")
+    return objective
+
+
+def _own(function: object) -> Objective | None:
+    """Return a row made from the user's own function; None for anything else."""
+    if not callable(function) or isinstance(function, type):
+        return None
     return Objective(function, needs_reference=getattr(function, "needs_reference", True))
+
+
+def try_out(objective: Objective, settings: Settings, device: torch.device) -> None:
+    """Compute the loss of a few made-up pairs and its gradient, as in a run's first step and in later ones.
+
+    Raises BadInput for a function that fails, and for a loss or gradient that a run could not use.
+    """
+    generator = torch.Generator().manual_seed(0)
+    target, ref, step = torch.randn(3, 6, 4, 8, 8, generator=generator).to(device).unbind()
+    target = target[:3]
+    ref = target.repeat(2, 1, 1, 1) + 0.3 * ref
+    for moved, when in ((0.0, "before the first step"), (0.02, "once the policy has moved")):
+        policy = (ref + moved * step).requires_grad_()
+        try:
+            loss = evaluate(objective, policy, ref if objective.needs_reference else None, target, settings).loss
+            (gradient,) = torch.autograd.grad(loss, policy)
+        except BadInput:
+            raise
+        except Exception as error:  # whatever the user's function raises
+            raise BadInput(
+                f"the objective {objective.title} fails ({type(error).__name__}: {one_line(error)})"
+            ) from error
+        if not (loss.isfinite() and gradient.isfinite().all()):
+            what = f"a loss of {loss.item():g}" if not loss.isfinite() else "a gradient that is not finite"
+            raise BadInput(f"the objective {objective.title} gives {what} {when}, for errors near 1: mend the function")
+
+
+def _check_own(name: str, loss: object, pairs: Pairs) -> None:
+    """Raise BadInput for what a user's function returned, if it is not the loss [B] of `pairs`."""
+    if not isinstance(loss, Tensor):
+        raise BadInput(f"the objective {name} gives a {type(loss).__name__}, not a tensor: it must give the loss [B]")
+    if loss.shape != pairs.error_w.shape:
+        raise BadInput(
+            f"the objective {name} gives a loss of shape {[*loss.shape]}, not [{len(pairs.error_w)}]: it must give the"
+            " loss of each pair, without a mean over them"
+        )
+    if not loss.is_floating_point():
+        raise BadInput(f"the objective {name} gives a loss of dtype {loss.dtype}: it must be a floating-point tensor")
+    if pairs.error_w.requires_grad and not loss.requires_grad:
+        raise BadInput(
+            f"the objective {name} gives a loss without a gradient: compute it from the pairs by torch operations,"
+            " without item(), detach() or no_grad()"
+        )
 
 
 def evaluate(
@@ -171,14 +274,15 @@ def evaluate(
     weight: Tensor | None = None,  # [B] float32; None: all 1
 ) -> Terms:
     """Compute the loss of B pairs. Raises ValueError for a missing or unwanted reference, for settings of another
-    objective, for a function that does not return [B], and for whatever pair_errors and dpo_loss refuse.
+    objective and for whatever pair_errors and dpo_loss refuse, and BadInput for a function that does not return the
+    loss [B] with a gradient.
     """
-    name = getattr(objective.function, "__name__", str(objective.function))
+    title = objective.title
     if objective.needs_reference != (ref is not None):
         wanted = "needs ref, the reference's predictions or errors" if ref is None else "takes no reference: ref=None"
-        raise ValueError(f"the objective {name} {wanted}")
+        raise ValueError(f"the objective {title} {wanted}")
     if type(settings) is not objective.settings:
-        raise ValueError(f"the objective {name} takes {objective.settings.__name__}, not {settings}")
+        raise ValueError(f"the objective {title} takes {objective.settings.__name__}, not {settings}")
     pair_count = policy_pred.shape[0] // 2
     for name, value in (("label", label), ("weight", weight)):
         if value is not None:
@@ -198,8 +302,7 @@ def evaluate(
         reward = -(beta / 2) * error_delta
         pairs = Pairs(pairs.error_w, pairs.error_l, pair_margin(error_delta, beta), *reward.chunk(2))
     pair_loss = objective.function(pairs, settings)
-    if pair_loss.shape != pairs.error_w.shape:
-        raise ValueError(f"the objective {name} gives a loss of shape {[*pair_loss.shape]}, not [{pair_count}]")
+    _check_own(title, pair_loss, pairs)
     if label is not None:
         pair_loss = label * pair_loss + (1 - label) * objective.function(pairs.exchanged(), settings)
     loss = batch_mean(pair_loss, weight)

@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import ProjectConfiguration
 from PIL import Image
 
@@ -44,6 +45,7 @@ class Ranks:
     world_size: int
     device: torch.device
     signals: "dist.ProcessGroup | None"  # a CPU group, so that agreeing on a flag never waits for the GPU
+    leave: Callable[[], None] = lambda: None  # restores what `start` changed in the process
     waiting_for: str | None = None  # what this rank waits for in a collective operation, for the heartbeat
     heartbeat: "heartbeat.Heartbeat | None" = None
 
@@ -199,16 +201,49 @@ class Ranks:
             self.waiting_for = None
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, and restore what `start` and `allow_tf32` changed in the process."""
         if self.heartbeat is not None:
             self.heartbeat.stop()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        self.leave()
 
 
 def allow_tf32(allowed: bool) -> None:
     """Let CUDA compute products and convolutions of fp32 in TF32, or not; the process's default is a mixture."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+def _own_state() -> Callable[[], None]:
+    """Give a run states of its own: of accelerate, TF32, threads and process groups. Returns what restores the user's.
+
+    accelerate keeps one state a process and refuses other settings once there is one; a process group of the user's is
+    used and left.
+    """
+    states = [(kind._shared_state, {**kind._shared_state}) for kind in (AcceleratorState, PartialState, GradientState)]
+    tf32 = [(part, *_tf32_of(part)) for part in (torch.backends.cuda.matmul, torch.backends.cudnn)]
+    grouped, threads = dist.is_initialized(), torch.get_num_threads()
+    for state, _ in states:
+        state.clear()
+
+    def restore() -> None:
+        if dist.is_initialized() and not grouped:
+            dist.destroy_process_group()
+        for state, before in states:
+            state.clear()
+            state.update(before)
+        for part, name, value in tf32:
+            setattr(part, name, value)
+        if torch.get_num_threads() != threads:  # accelerate sets it for several processes on CPUs
+            torch.set_num_threads(threads)
+
+    return restore
+
+
+def _tf32_of(part: Any) -> tuple[str, object]:
+    """Return the attribute that says whether a part of PyTorch uses TF32, and its value."""
+    try:
+        return "allow_tf32", part.allow_tf32
+    except RuntimeError:  # the user set it by PyTorch's newer name, and the older one cannot be read
+        return "fp32_precision", part.fp32_precision
 
 
 def start(report_to: str) -> Ranks:
@@ -226,6 +261,15 @@ def start(report_to: str) -> Ranks:
         if name != "all" and importlib.util.find_spec(name) is None:
             raise missing_extra(name, "trackers", f"--report_to {name}")
     _check_keys(trackers or ())
+    leave = _own_state()
+    try:
+        return _joined(trackers, leave)
+    except BaseException:
+        leave()
+        raise
+
+
+def _joined(trackers: list[str] | None, leave: Callable[[], None]) -> Ranks:
     accelerator = Accelerator(
         mixed_precision="no",
         cpu=not torch.cuda.is_available(),
@@ -237,7 +281,7 @@ def start(report_to: str) -> Ranks:
         raise RuntimeError(f"{launched} processes were launched but {accelerator.num_processes} joined")
     rank, world_size = accelerator.process_index, accelerator.num_processes
     signals = dist.new_group(backend="gloo", timeout=PATIENCE) if world_size > 1 else None
-    ranks = Ranks(accelerator, rank, world_size, accelerator.device, signals)
+    ranks = Ranks(accelerator, rank, world_size, accelerator.device, signals, leave)
     if world_size > 1:
         ranks.heartbeat = heartbeat.start(signals, lambda: ranks.waiting_for)
     return ranks

@@ -17,15 +17,18 @@ import time
 import types
 import typing
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
+from typing import NoReturn
 
 from dpo_fast import locks, output_folder
 from dpo_fast.checksums import read_signed_json, write_signed_json
 from dpo_fast.cli import guarded, leave, say, unhurried
-from dpo_fast.command_line import parse
+from dpo_fast.command_line import defaults_of, parse
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput, printable
+from dpo_fast.help_text import Page, asks_help, show_help
 from dpo_fast.pictures import save_png
 from dpo_fast.plot import Point, Series, against
 
@@ -39,27 +42,33 @@ MEASURES = (
     ("implicit_accuracy", None, "implicit accuracy on training pairs, last logged steps", 0.5),
 )
 
+OF_ONE_RUN = ("overwrite", "resume_from_checkpoint", "dry_run", "push_to_hub")  # flags that a sweep refuses
+TEXTS = {
+    "output_dir": "Folder of the sweep, with a folder for each run; None: runs/sweep-<time>.",
+    "seed": "Everything random follows from it; None: drawn once, the same for all runs, and recorded.",
+}
+
 Values = dict[str, str]  # flag -> value, as given
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv in (["-h"], ["--help"]):
-        print(__doc__)
-        return 0
     return guarded(
         lambda: _run(argv),
+        argv=argv,
         kept="finished runs stay; the same command goes on from there",
         go_on="start the same command again",
     )
 
 
 def _run(argv: list[str]) -> int:
+    if asks_help(argv):
+        _help(argv)
     swept, flags = split(argv)
     combinations = [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
     configs = [parse([*flags, *_as_flags(values)])[0] for values in combinations]  # refused before the first run
-    for name in ("overwrite", "resume_from_checkpoint", "dry_run", "push_to_hub"):
+    for name in OF_ONE_RUN:
         if getattr(configs[0], name):
             raise BadInput(f"--{name} belongs to a single run: leave it out of a sweep, which goes on by itself")
     folder = configs[0].output_dir or Path("runs", f"sweep-{datetime.now():%Y%m%d-%H%M%S}")
@@ -81,6 +90,13 @@ def split(argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
 
     Raises BadInput where nothing is swept, a flag is swept twice, or a value recurs.
     """
+    swept, rest = _split(argv)
+    if not swept:
+        raise BadInput("nothing is swept: give a flag several values, as in --beta_dpo 500,2000,5000")
+    return swept, rest
+
+
+def _split(argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
     swept: dict[str, list[str]] = {}
     rest, words = [], list(argv)
     while words:
@@ -97,8 +113,6 @@ def split(argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
                 swept[name] = values
                 continue
         rest.append(word)
-    if not swept:
-        raise BadInput("nothing is swept: give a flag several values, as in --beta_dpo 500,2000,5000")
     return swept, rest
 
 
@@ -115,6 +129,23 @@ def _scalar_flags() -> frozenset[str]:
 
 
 _SCALARS = _scalar_flags()
+
+
+def _help(argv: Sequence[str]) -> NoReturn:
+    """Print the flags that a sweep takes, with the defaults of the preset that `argv` names, and exit."""
+    what, _, rest = __doc__.partition("\n\n")
+    page = Page(
+        prog="python -m dpo_fast.sweep",
+        flags=TrainConfig,
+        what=what.partition(": ")[2].capitalize() + "\n\n" + rest,
+        about=f"""A flag with `,...` may be a list; the others hold for every run, and runs are one process each. Of
+        training's flags {", ".join(f"--{name}" for name in OF_ONE_RUN)} are refused: they belong to a single run.""",
+        usage="--FLAG VALUE,VALUE,... [--FLAG VALUE ...]",
+        only=[field.name for field in fields(TrainConfig) if field.name not in (*OF_ONE_RUN, "hub_model_id")],
+        texts=TEXTS,
+        lists=_SCALARS,
+    )
+    show_help(page, *defaults_of(_split(argv)[1]))
 
 
 def _as_flags(values: Values) -> list[str]:

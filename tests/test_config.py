@@ -205,7 +205,7 @@ def test_where_neither_is_named_the_built_in_world_is_meant(tmp_path):
     assert {name: getattr(config, name) for name in PRESETS["shapes"]} == PRESETS["shapes"]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(config))
-    assert bare("--config", str(recipe)) == dataclasses.replace(config, config=recipe)
+    assert bare("--config", str(recipe)) == config
     assert bare("--preset", "sd15").preset == "sd15"
 
 
@@ -223,7 +223,7 @@ def test_help_documents_every_flag(capsys):
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
     for field in dataclasses.fields(TrainConfig):
-        assert "--" + field.name.replace("_", "-") in shown
+        assert f"\n  --{field.name}" in shown
     assert "(default" in shown and "hub id" in shown
 
 

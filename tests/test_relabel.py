@@ -19,11 +19,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dpo_fast import relabel, scorers, train
+from dpo_fast import relabel, scorers
 from dpo_fast.data import build_index
 from dpo_fast.presets import PRESETS
 from dpo_fast.relabeling import pair_scores
 from dpo_fast.store import locked
+from dpo_fast.train import main as train
 from tests.faults.commands import contents
 from tests.helpers import fake_scorers
 from tests.helpers.pairs import (
@@ -540,7 +541,7 @@ def test_training_reads_the_labels(sdxl_path, tmp_path, log):
         confidence = 1 / (1 + np.exp(-np.abs(margin) / 0.3)) if soft else np.ones(12)
         np.testing.assert_allclose(index.label, confidence, rtol=1e-6)
         words = flags_for(sdxl_path, out, tmp_path / f"run-{soft}", *(["--soft_labels"] if soft else []))
-        assert train.main(words) == 0
+        assert train(words) == 0
         summary = json.loads((tmp_path / f"run-{soft}" / "summary.json").read_text())
         assert summary["steps"] == 4 and summary["loss_first"] == pytest.approx(0.6931472)
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_fast import sweep, train
+from dpo_fast import sweep
 from dpo_fast.errors import BadInput
 from dpo_fast.plot import COLOURS, Point, Series, against
 from dpo_fast.statistics import interval95
+from dpo_fast.train import main as train
 from dpo_fast.training import checkpoint
 from tests.helpers.runs import assert_same_state, environment, flags_for
 from tests.helpers.runs import train as train_alone
@@ -27,7 +28,7 @@ def runs(monkeypatch):
 
     def run(command):
         started.append(command)
-        return train.main(command)
+        return train(command)
 
     monkeypatch.setattr(sweep, "_train", run)
     return started

@@ -4,13 +4,13 @@ import functools
 import hashlib
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import dpo_fast
+from dpo_fast.version import version_of
 
 LIBRARIES = ("torch", "triton", "diffusers", "peft", "xformers")
 OUR_ROOMS = ("choices", "kernels", "models")  # and forward.py and the extension
@@ -63,14 +63,6 @@ def code_digest() -> str:
     for file in sorted([*files, root / "forward.py", *root.glob("_native.*")]):
         whole.update(file.name.encode() + file.read_bytes())
     return whole.hexdigest()
-
-
-def version_of(package: str) -> str:
-    """Return the installed version of a package, or "not installed"."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _driver() -> str:

@@ -12,7 +12,9 @@ from dpo_fast.command_line import refuse_empty
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation import generate_options
 from dpo_fast.evaluation.generate_options import GenerateConfig, gathered
+from dpo_fast.help_text import Page, asks_help, show_help
 
+PROG = "python -m dpo_fast.evaluate"
 BATCH_SIZE = 8
 OF_PAIRS = (
     "dataset_config_name",
@@ -57,6 +59,7 @@ class EvaluateConfig(GenerateConfig):
     output_dir: Path | None = None
     """None: evaluations/<policy>-against-<baseline>. The same command goes on with what is missing there."""
 
+    # ---- scores ------------------------------------------------------------------------------------------------------
     scorers: tuple[str, ...] = ()
     """Names (docs/evaluation.md), the one that leads first. None: those of the run's evaluation in training."""
     scorer_models: Path | None = None
@@ -65,6 +68,7 @@ class EvaluateConfig(GenerateConfig):
     """images: seed by seed. medians: prompt by prompt, the median score of its images (the published way with
     several). None: images."""
 
+    # ---- held-out pairs ----------------------------------------------------------------------------------------------
     dataset_name: str | None = None
     """Held-out preference pairs for the implicit-reward accuracy: a hub id, a folder or a parquet / arrow / JSONL
     file, as for training. The reference is what the run started from; of a policy that is no run, the baseline."""
@@ -91,10 +95,12 @@ class EvaluateConfig(GenerateConfig):
 
 def parse(argv: list[str]) -> EvaluateConfig:
     """Parse a command line. Raises BadInput for an unknown flag and for a value that nothing can be compared with."""
+    if asks_help(argv):
+        show_help(Page(PROG, EvaluateConfig))
     words = gathered(gathered(argv, "prompts"), "scorers")
     refuse_empty(argv)
     with one_line_errors(EvaluateConfig):
-        config = tyro.cli(EvaluateConfig, args=words, prog="python -m dpo_fast.evaluate")
+        config = tyro.cli(EvaluateConfig, args=words, prog=PROG)
     check(config)
     return generate_options.expanded(config)
 

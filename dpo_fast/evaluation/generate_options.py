@@ -11,7 +11,9 @@ from dpo_fast.cli import one_line_errors
 from dpo_fast.command_line import refuse_empty
 from dpo_fast.errors import BadInput
 from dpo_fast.files import user_path
+from dpo_fast.help_text import Page, asks_help, show_help
 
+PROG = "python -m dpo_fast.generate"
 MOST_SEEDS = 10_000  # of a prompt
 C = TypeVar("C", bound="GenerateConfig")
 STRENGTH = 0.6  # of SDEdit, as in the paper (supplement, TEdBench)
@@ -21,6 +23,7 @@ STRENGTH = 0.6  # of SDEdit, as in the paper (supplement, TEdBench)
 class GenerateConfig:
     """Generate images from a policy and its baseline: the same prompts, the same initial noise."""
 
+    # ---- what is generated -------------------------------------------------------------------------------------------
     prompts: tuple[str, ...] = ()
     """Texts, files (.txt: one prompt a line; .tsv: columns Prompt and Category) or sets: partiprompts, hps,
     pickapic-validation, shapes; NAME=PATH: a set from your own copy; pickapic-validation=OWNER/NAME: from another
@@ -37,6 +40,8 @@ class GenerateConfig:
     """people: only prompts of the category People; of sets without it, those with a word that names a person."""
     max_prompts: int | None = None
     """Use only N prompts, evenly spread over the list; None: all."""
+
+    # ---- sampling ----------------------------------------------------------------------------------------------------
     sampling_steps: int | None = None
     """Denoising steps; None: the run's, else the model's usual (SD1.5 and SDXL 50, Turbo 4)."""
     sampling_guidance: float | None = None
@@ -48,6 +53,8 @@ class GenerateConfig:
     the others take them in turn, in the order of their names)."""
     strength: float | None = None
     """Noise on the layout, in (0, 1]: of the steps, the last strength x steps are taken. None: 0.6."""
+
+    # ---- machine and places ------------------------------------------------------------------------------------------
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Compute dtype on a GPU (a CPU computes in fp32): no is fp32. None: the run's, of pipelines fp16."""
     batch_size: int = 8
@@ -62,9 +69,11 @@ class GenerateConfig:
 
 def parse(argv: list[str]) -> GenerateConfig:
     """Parse a command line. Raises BadInput for an unknown flag and for a value that nothing can be made with."""
+    if asks_help(argv):
+        show_help(Page(PROG, GenerateConfig))
     refuse_empty(argv)
     with one_line_errors(GenerateConfig):
-        config = tyro.cli(GenerateConfig, args=gathered(argv, "prompts"), prog="python -m dpo_fast.generate")
+        config = tyro.cli(GenerateConfig, args=gathered(argv, "prompts"), prog=PROG)
     check(config)
     return expanded(config)
 

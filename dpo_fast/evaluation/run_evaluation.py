@@ -37,6 +37,7 @@ from dpo_fast.training.run_folder import SUMMARY, check_space, is_finished
 logger = logging.getLogger(__name__)
 
 FOLDER = "evaluation"  # in a run's folder
+PICTURE = "samples.png"
 COLUMNS = 8  # of samples.png
 OF_RESULT = "result"  # in the record: the checksums of the result that was evaluated
 
@@ -96,7 +97,7 @@ def evaluate_run(config: TrainConfig, prompts: list[Prompt], ranks: Ranks) -> Fi
             return None
         findings, scored = result
         write_report(home, findings, scored, pairs)
-        _show(pairs, home / "samples.png")
+        _show(pairs, home / PICTURE)
     return findings
 
 

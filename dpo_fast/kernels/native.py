@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast.kernels.reference import memory_format
+from dpo_fast.version import compiled_for
 
 try:
     _native: Any = import_module("dpo_fast._native")
@@ -56,10 +57,7 @@ def _cuda_fault(device: int) -> str:
 
 def build() -> str:
     """Describe in one line what the extension was compiled for and, if it has no CUDA kernels, why not."""
-    if not _native.cuda_cubins:
-        return f"C++; {_native.cuda_fault(0)}"
-    archs = ", ".join(f"sm_{arch}" for arch in _native.cuda_cubins.split(","))
-    return f"C++ and CUDA for {archs}, and PTX of compute_{_native.cuda_ptx}"
+    return compiled_for(_native) if _native.cuda_cubins else f"{compiled_for(_native)}; {_native.cuda_fault(0)}"
 
 
 def code_on(capability: tuple[int, int]) -> str:

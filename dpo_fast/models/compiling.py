@@ -9,6 +9,7 @@ GPU, Inductor also times several ways to split a reduction and keeps the fastest
 
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,20 @@ def compile_unet(unet: UNet2DConditionModel, mode: str) -> None:
     for module in unet.modules():
         if type(module).__name__ in blocks:
             module.compile(fullgraph=True, dynamic=False, options=options)
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Restore after the block what `compile_unet` changes in the process."""
+    variable, before = "TORCHINDUCTOR_CACHE_DIR", os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    limit = sys.modules["torch._dynamo"].config.recompile_limit if "torch._dynamo" in sys.modules else None
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(variable, None)
+        if limit is not None:
+            sys.modules["torch._dynamo"].config.recompile_limit = limit
 
 
 def check_compiler(device: torch.device) -> None:

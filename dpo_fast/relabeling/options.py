@@ -10,6 +10,9 @@ from dpo_fast.cli import one_line_errors
 from dpo_fast.command_line import refuse_empty
 from dpo_fast.errors import BadInput
 from dpo_fast.files import user_path
+from dpo_fast.help_text import Page, asks_help, show_help
+
+PROG = "python -m dpo_fast.relabel"
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class RelabelConfig:
     which image is first says nothing). Labels are 1, 0, or 0.5 where the margin is exactly 0.
     """
 
+    # ---- labels ------------------------------------------------------------------------------------------------------
     dataset_name: str | None = None
     """Preference pairs: a hub id, a folder or a parquet / arrow / JSONL file, as for training. Hub sets are stored."""
     scorer: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -37,6 +41,7 @@ class RelabelConfig:
     unlabelled: bool = False
     """The pairs have no human labels: none is read, kept or compared with."""
 
+    # ---- pairs -------------------------------------------------------------------------------------------------------
     dataset_config_name: str | None = None
     """Configuration name of a hub data set."""
     dataset_split_name: str | None = None
@@ -52,6 +57,7 @@ class RelabelConfig:
     max_bad_fraction: float = 0.01
     """Stop when more than this fraction of the rows is unusable (undecodable image, empty caption, missing file)."""
 
+    # ---- machine and places ------------------------------------------------------------------------------------------
     batch_size: int = 16
     """Images handed to a scorer at once, all of one size."""
     dataloader_num_workers: int = 2
@@ -106,9 +112,11 @@ _NUMBERS = {
 
 def parse(argv: list[str]) -> RelabelConfig:
     """Parse a command line. Raises BadInput for an unknown flag and for a value that cannot be used."""
+    if asks_help(argv):
+        show_help(Page(PROG, RelabelConfig))
     refuse_empty(argv)
     with one_line_errors(RelabelConfig):
-        config = tyro.cli(RelabelConfig, args=argv, prog="python -m dpo_fast.relabel")
+        config = tyro.cli(RelabelConfig, args=argv, prog=PROG)
     check(config)
     paths = {name: getattr(config, name) for name in ("output", "scorer_models")}
     return replace(config, **{name: user_path(path) for name, path in paths.items() if path is not None})

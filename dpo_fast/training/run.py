@@ -67,7 +67,7 @@ from dpo_fast.training.resume import (
     refuse_changes,
     saved_state,
 )
-from dpo_fast.training.work_ahead import check_scored, fill_cache, load_model, score_reference_errors
+from dpo_fast.training.work_ahead import check_objective, fill_cache, load_model, score_reference_errors
 
 # Counts of `Run.sets` that a stream learns while it is read, and that a checkpoint keeps.
 COUNTS = ("rows", "ties_dropped", "unlabelled")
@@ -131,7 +131,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     if not resuming:  # a checkpoint has its own choices
         config = choosing.with_file(config, ranks)
     choosing.check(config, ranks)
-    check_scored(config)
+    check_objective(config, ranks)
     # a killed process may have left a checkpoint half-replaced, so claim the folder before looking for one
     ranks.on_main(lambda: run_folder.claim(config.output_dir, overwrite=config.overwrite, resuming=resuming))
     files, saved = saved_state(config, ranks)
@@ -290,7 +290,7 @@ def build_reference(config: TrainConfig, ranks: Ranks) -> ReferenceErrors:
     config = choosing.with_file(settle(config, ranks), ranks)
     config = replace(config, compile="off")  # scoring runs uncompiled
     choosing.check(config, ranks)
-    check_scored(config)
+    check_objective(config, ranks)
     if config.cached_reference is None:
         raise BadInput("reference needs --draws K: how many times each pair is drawn")
     if config.seed is None:

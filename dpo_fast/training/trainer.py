@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from dpo_fast.objectives import Terms, evaluate, find_objective
 from dpo_fast.pictures import before_after, save_png
 from dpo_fast.statistics import interval95
 from dpo_fast.training import checkpoint, hub, run_folder
+from dpo_fast.training.callbacks import Callback, Callbacks, checked
 from dpo_fast.training.metrics import PairSums
 from dpo_fast.training.model_card import model_card
 from dpo_fast.training.progress import Progress
@@ -47,13 +48,27 @@ class Interrupted(Exception):
     """The run was asked to stop; its state is saved and the message says where."""
 
 
+class Stopped(Interrupted):
+    """A callback asked the run to stop, and no signal did. `reason`: what the callback said."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class Trainer:
-    """Trains an opened `run`. `argv` are the flags it was started with, for the model card; `hold` is the main rank's
-    hold on the output folder, None if nobody else writes there.
+    """Trains an opened `run`. `argv` are the flags of a command line for it, for the model card; `hold` is the main
+    rank's hold on the output folder, None if nobody else writes there; `callbacks` are called as the run goes.
     """
 
-    def __init__(self, run: Run, argv: list[str], hold: Hold | None = None) -> None:
-        self.run, self.argv, self.hold = run, argv, hold
+    def __init__(
+        self,
+        run: Run,
+        argv: Sequence[str] = (),
+        hold: Hold | None = None,
+        callbacks: Iterable[Callback] = (),
+    ) -> None:
+        self.run, self.argv, self.hold, self.callbacks = run, [*argv], hold, Callbacks(checked(callbacks))
         self.config, self.ranks, self.family = run.config, run.ranks, run.family
         self.unet, self.masters, self.reference = run.family.unet, run.masters, run.reference
         self.objective = find_objective(run.config.objective)
@@ -70,6 +85,7 @@ class Trainer:
         self.bad_rows_met: list[BadRow] = []  # by this rank, since they were last shared
         self.signal: str | None = None
         self.signalled_at = 0.0
+        self.stop_reason: str | None = None  # of a callback
         self.problem: BadInput | None = None
         self.saved_at = time.monotonic()
         self.base_samples: list[Image.Image] = []  # only on the main rank of a run that validates
@@ -87,7 +103,7 @@ class Trainer:
         loss = torch.zeros(1, device=self.ranks.device)
         reward = torch.zeros(1, device=self.ranks.device)
         for _ in range(passes):
-            if self.ranks.any(self.signal is not None):
+            if self._is_to_stop():
                 self.masters.drop_gradients()
                 self.sums.load_state(sums_before)
                 return False
@@ -146,13 +162,14 @@ class Trainer:
     def train(self) -> None:
         """Train to max_train_steps, then write the result.
 
-        Raises Interrupted after a signal, once the state is saved, and BadInput for problems that only training shows.
+        Raises Interrupted after a signal or a callback's request (then Stopped), once the state is saved, and BadInput
+        for problems that only training shows.
         """
         config, run = self.config, self.run
         trains = run.step < config.max_train_steps
         self.say(self.progress.overview() if trains else f"all {run.step} steps are done: writing the result")
         backend = dispatch.backend(config.backend) if config.backend != "auto" else nullcontext()
-        with backend, self._watch_signals(), self.progress.reporting():
+        with backend, self._watch_signals(), self.progress.reporting(), self.callbacks.around(self):
             if config.run_validation and trains:
                 with not_compiled():
                     self._sample_base()
@@ -166,6 +183,7 @@ class Trainer:
                 if not whole:
                     self._stop()
                 self.progress.bar.update()
+                self.callbacks.call("on_step", self)
                 last = run.step == config.max_train_steps
                 if run.step == 1 or run.step % config.log_every == 0 or last:
                     self.log()
@@ -179,18 +197,26 @@ class Trainer:
                         self.validate()
                     if saving:
                         self.save()
-            if self.ranks.any(self.signal is not None):
+            if self._is_to_stop():
                 self._stop()  # the saved state is enough: the command that resumes writes the result
             with not_compiled():
                 self.finish()
         if config.eval_scorers and self.ranks.any(self.signal is not None):
             raise Interrupted(f"{self.signal or 'stopped'} before the evaluation; {self._go_on()}")
 
+    def stop(self, reason: str) -> None:
+        """Ask the run to stop after the step in progress, as a signal does: the state is saved, no result is written.
+
+        For callbacks; any rank may call it. `reason` is what `Stopped` and `TrainResult.stopped` say.
+        """
+        self.stop_reason = self.stop_reason or str(reason) or "no reason was given"
+
     def log(self) -> None:
         """Write a line of metrics and check for problems. Between steps, this is where the CPU waits for the device."""
         line = self.progress.log(self.sums, self.grad_norm)
         self._check_health(line)
         self._share_bad_rows()
+        self.callbacks.call("on_log", self, {**line})
         self.clock.restart(self.run.step)
 
     def validate(self) -> None:
@@ -207,13 +233,15 @@ class Trainer:
                     run.notes["validation_accuracy_ci95"] = interval95(accuracy, len(run.validation))
             if self.ranks.is_main:
                 after = self._sample()
+        picture = run.folder / "samples" / f"step-{run.step}.png"
         if self.ranks.is_main:
             sheet = before_after(self.base_samples, after, run.prompts)
-            save_png(sheet, run.folder / "samples" / f"step-{run.step}.png")
+            save_png(sheet, picture)
             self.progress.log_picture(sheet)
             if accuracy is not None:
                 self.progress.log_validation(accuracy)
         self.ranks.wait()
+        self.callbacks.call("on_validate", self, accuracy, picture)
 
     @torch.no_grad()
     def _held_out_accuracy(self) -> float | None:
@@ -262,6 +290,7 @@ class Trainer:
             checkpoint.prune(run.folder, self.config.checkpoints_total_limit)
         self.ranks.wait()
         self.saved_at = time.monotonic()
+        self.callbacks.call("on_save", self, checkpoint.folder_of(run.folder, run.step))
 
     def finish(self) -> None:
         """Write the result, summary.json and the model card, and upload them if asked.
@@ -394,16 +423,23 @@ class Trainer:
     def _go_on(self) -> str:
         return f"the same command with --output_dir {self.run.folder} --resume_from_checkpoint auto goes on"
 
+    def _is_to_stop(self) -> bool:
+        """Whether a signal or a callback on any rank asks for it. Every rank calls this."""
+        return self.ranks.any(self.signal is not None or self.stop_reason is not None)
+
     def _stop(self) -> None:
         """Save the state after the last complete step and raise Interrupted. Every rank calls this."""
         run = self.run
+        signals, reasons = (
+            [*filter(None, one)] for one in zip(*self.ranks.gather((self.signal, self.stop_reason)), strict=True)
+        )
         if not self.ranks.share(checkpoint.folder_of(run.folder, run.step).is_dir()):
             self._finish_queued_work()
             self.save()
-        raise Interrupted(
-            f"{self.signal or 'stopped'} after step {run.step}: saved as"
-            f" {checkpoint.folder_of(run.folder, run.step)}; {self._go_on()}"
-        )
+        saved = f"after step {run.step}: saved as {checkpoint.folder_of(run.folder, run.step)}; {self._go_on()}"
+        if signals:
+            raise Interrupted(f"{signals[0]} {saved}")
+        raise Stopped(f"stopped ({reasons[0]}) {saved}", reasons[0])
 
     @contextmanager
     def _watch_signals(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from dpo_fast.errors import BadInput
 from dpo_fast.models import COMPUTE_DTYPES, Family, load_family, merge_lora
 from dpo_fast.models.family import check_resolution, timesteps_within
 from dpo_fast.models.source import base_of
-from dpo_fast.objectives import find_objective
+from dpo_fast.objectives import find_objective, try_out
 from dpo_fast.parallel import Ranks
 from dpo_fast.training.batches import (
     RunPairs,
@@ -126,7 +126,12 @@ def _advise_draws(draws: int, pairs: int, visits: int) -> None:
         )
 
 
-def check_scored(config: TrainConfig) -> None:
-    objective = find_objective(config.objective)  # imports a user's own objective
+def check_objective(config: TrainConfig, ranks: Ranks) -> None:
+    """Import and try out an objective of the user's own. Raises BadInput for one that cannot be trained with."""
+    objective = find_objective(config.objective)
+    if ":" in config.objective:
+        kl = torch.zeros((), device=ranks.device)
+        settings = objective.settings.of(beta=config.beta_dpo, label_smoothing=config.label_smoothing, kl=kl)
+        ranks.on_all(lambda: try_out(objective, settings, ranks.device))
     if config.cached_reference and not objective.needs_reference:
         raise BadInput(f"--cached_reference: --objective {config.objective} has no reference; leave it out")

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dpo_fast import evaluate
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput
+from dpo_fast.evaluate import main as evaluate
 from dpo_fast.evaluation import comparison, run_evaluation, sides
 from dpo_fast.evaluation.findings import Findings
 from dpo_fast.evaluation.generation import ImageRequest
@@ -170,7 +170,7 @@ def evaluated(sd15_path: Path, pairs: Path, run: Path, *flags: object) -> list[s
 def test_evaluate_gives_the_numbers_of_the_training(sd15_path, pairs, tmp_path):
     run, later = tmp_path / "run", tmp_path / "later"
     assert main(evaluated(sd15_path, pairs, run)) == 0
-    assert evaluate.main(["--policy", str(run), "--output_dir", str(later)]) == 0
+    assert evaluate(["--policy", str(run), "--output_dir", str(later)]) == 0
     assert (later / "scores.parquet").read_bytes() == (run / "scores.parquet").read_bytes()
     ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (run, later))
     assert {name: ours[name] for name in theirs if name in ours} == {
@@ -234,7 +234,7 @@ def test_prompts_are_those_read_before_the_training(sd15_path, pairs, tmp_path, 
     assert main(flags) == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["prompts"] == 2
     capsys.readouterr()
-    assert evaluate.main(["--policy", str(tmp_path / "run"), "--output_dir", str(tmp_path / "later")]) == 2
+    assert evaluate(["--policy", str(tmp_path / "run"), "--output_dir", str(tmp_path / "later")]) == 2
     said = capsys.readouterr().err
     assert f"--eval_prompts {file} cannot be read: it is no file and no set (partiprompts, " in said
 
@@ -250,7 +250,7 @@ def test_prompts_of_a_table_have_categories(sd15_path, pairs, tmp_path, capsys):
         "Things": 1,
     }
     few = ["--policy", str(tmp_path / "run"), "--output_dir", str(tmp_path / "few"), "--max_prompts", "1"]
-    assert evaluate.main(few) == 0
+    assert evaluate(few) == 0
     assert json.loads((tmp_path / "few" / "summary.json").read_text())["images"] == 2  # a cat's
     table.write_text("a cat\n")
     flags = evaluated(sd15_path, pairs, tmp_path / "refused")
@@ -279,7 +279,7 @@ def test_another_evaluation_in_its_place_is_left_alone(sd15_path, pairs, tmp_pat
     run = tmp_path / "run"
     assert main(flags_for(sd15_path, pairs, run)) == 0
     own = ["--prompts", "a cat on a mat", "--scorers", "red", "--sampling_steps", "2"]
-    assert evaluate.main(["--policy", str(run), "--output_dir", str(run / "evaluation"), *own]) == 0
+    assert evaluate(["--policy", str(run), "--output_dir", str(run / "evaluation"), *own]) == 0
     before = (run / "evaluation" / "report.html").read_bytes()
     assert main([*evaluated(sd15_path, pairs, run), "--resume_from_checkpoint", "latest"]) == 2
     assert "is not of this run's evaluation, which is written there: move it away" in capsys.readouterr().err
@@ -293,7 +293,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     process = start("--preset", "shapes", *few, "--output_dir", run, launcher=TORCHRUN)
     _, error = process.communicate(timeout=600)
     assert process.returncode == 0, error
-    assert evaluate.main(["--policy", str(run), "--batch_size", "4", "--output_dir", str(alone)]) == 0
+    assert evaluate(["--policy", str(run), "--batch_size", "4", "--output_dir", str(alone)]) == 0
     assert (alone / "scores.parquet").read_bytes() == (run / "scores.parquet").read_bytes()
     written = {path.name for path in (run / "evaluation" / "scores").glob("*/shard-*.bin")}
     assert written == {"shard-0-00000.bin", "shard-1-00000.bin"}  # each rank had its share

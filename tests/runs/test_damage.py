@@ -16,9 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo_fast import evaluate, generate, relabel, scorers, sweep, train
+from dpo_fast import relabel, scorers, sweep
 from dpo_fast.errors import BadInput
+from dpo_fast.evaluate import main as evaluate
+from dpo_fast.generate import main as generate
 from dpo_fast.relabeling import pair_scores
+from dpo_fast.train import main as train
 from tests.helpers import fake_scorers, scorer_files
 from tests.helpers.pairs import open_pairs, pickapic, write_table
 from tests.helpers.runs import flags_for
@@ -120,9 +123,9 @@ def resumed(tools: SimpleNamespace) -> World:
         }
 
     folder, other = tools.folder / "resumed", tools.folder / "another run"
-    assert train.main(flags(folder, "--max_train_steps", 2)) == 0
-    assert train.main(flags(other, "--max_train_steps", 2, "--seed", 1)) == 0
-    return World(folder, lambda: train.main(flags(folder, "--resume_from_checkpoint", "latest")), outcome, other)
+    assert train(flags(folder, "--max_train_steps", 2)) == 0
+    assert train(flags(other, "--max_train_steps", 2, "--seed", 1)) == 0
+    return World(folder, lambda: train(flags(folder, "--resume_from_checkpoint", "latest")), outcome, other)
 
 
 def swept(tools: SimpleNamespace) -> World:
@@ -131,7 +134,7 @@ def swept(tools: SimpleNamespace) -> World:
     flags = flags_for(
         tools.model, tools.pairs, folder / "sweep", "--learning_rate", "1e-3,2e-3", "--max_train_steps", 1
     )
-    tools.patch.setattr(sweep.subprocess, "run", lambda c, **_: SimpleNamespace(returncode=train.main(c[3:])))
+    tools.patch.setattr(sweep.subprocess, "run", lambda c, **_: SimpleNamespace(returncode=train(c[3:])))
     assert sweep.main(flags) == 0
     return World(folder, lambda: sweep.main(flags), lambda: json.loads((folder / "sweep" / "sweep.json").read_text()))
 
@@ -139,15 +142,15 @@ def swept(tools: SimpleNamespace) -> World:
 def generated(tools: SimpleNamespace) -> World:
     """Images of a run and its base that are done."""
     folder = tools.folder / "generated"
-    assert train.main(flags_for(tools.model, tools.pairs, folder / "run", "--learning_rate", 1e-2)) == 0
+    assert train(flags_for(tools.model, tools.pairs, folder / "run", "--learning_rate", 1e-2)) == 0
     flags = ["--policy", folder / "run", "--prompts", "a cat", "a dog", "--output_dir", folder / "images"]
     flags = [str(word) for word in (*flags, "--sampling_steps", 1, "--resolution", 64, "--batch_size", 2)]
-    assert generate.main(flags) == 0
+    assert generate(flags) == 0
 
     def outcome() -> dict:
         return {file.name: file.read_bytes() for file in (folder / "images").glob("*/*.png")}
 
-    return World(folder, lambda: generate.main(flags), outcome, mixed(folder, tools.folder / "mixed"))
+    return World(folder, lambda: generate(flags), outcome, mixed(folder, tools.folder / "mixed"))
 
 
 def mixed(folder: Path, other: Path) -> Path:
@@ -161,18 +164,18 @@ def mixed(folder: Path, other: Path) -> Path:
 def evaluated(tools: SimpleNamespace) -> World:
     """An evaluation that is done."""
     folder = tools.folder / "evaluated"
-    assert train.main(flags_for(tools.model, tools.pairs, folder / "run", "--learning_rate", 1e-2)) == 0
+    assert train(flags_for(tools.model, tools.pairs, folder / "run", "--learning_rate", 1e-2)) == 0
     published = tools.folder / "published"
     scorer_files.write_all(published)
     flags = ["--policy", folder / "run", "--prompts", "a cat", "a dog", "--output_dir", folder / "out"]
     flags += ["--scorers", "clip", "--scorer_models", published, "--sampling_steps", 1, "--resolution", 64]
     flags = [str(word) for word in flags]
-    assert evaluate.main(flags) == 0
+    assert evaluate(flags) == 0
 
     def outcome() -> dict:
         return pq.read_table(folder / "out" / "scores.parquet").to_pydict()
 
-    return World(folder, lambda: evaluate.main(flags), outcome)
+    return World(folder, lambda: evaluate(flags), outcome)
 
 
 def _with_fakes(function, of_fake):

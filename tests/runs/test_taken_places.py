@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_fast import cache, evaluate, generate, output_folder, relabel, scorers, sweep, train
+from dpo_fast import cache, output_folder, relabel, scorers, sweep
 from dpo_fast.command_line import parse
 from dpo_fast.errors import BadInput
+from dpo_fast.evaluate import main as evaluate
 from dpo_fast.evaluation.prompts import read_lines, read_prompts
+from dpo_fast.generate import main as generate
 from dpo_fast.locks import hold_file
 from dpo_fast.models import merge_lora
+from dpo_fast.train import main as train
 from dpo_fast.training import checkpoint
 from dpo_fast.training.metrics import MetricsFile
 from dpo_fast.training.trainer import Trainer
@@ -46,12 +49,12 @@ def test_a_second_run_is_refused_and_the_first_goes_on(sdxl_path, pairs, tmp_pat
     def meanwhile(self) -> None:
         for more in ([], ["--overwrite"], ["--resume_from_checkpoint", "latest"]):
             before = entries(out)
-            refused.append(assert_refused(train.main, [*flags, *more], capfd))
+            refused.append(assert_refused(train, [*flags, *more], capfd))
             assert entries(out) == before
         finish(self)
 
     monkeypatch.setattr(Trainer, "finish", meanwhile)
-    assert train.main(flags) == 0
+    assert train(flags) == 0
     assert len(refused) == 3
     assert all(f"{out} is being written by process {os.getpid()} on " in line for line in refused)
     assert "pytorch_lora_weights.safetensors" in entries(out) and ".lock" not in entries(out)
@@ -70,7 +73,7 @@ def test_a_run_holds_its_folder_through_its_evaluation(sdxl_path, pairs, tmp_pat
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat on a mat\n")
     flags = flags_for(sdxl_path, pairs, out, "--eval_scorers", "clip", "--eval_prompts", prompts)
-    assert train.main(flags) == 0
+    assert train(flags) == 0
     assert ".lock" in seen[0] and ".lock" not in entries(out)
 
 
@@ -80,7 +83,7 @@ def test_what_a_kill_leaves_before_the_first_configuration_blocks_no_run(sdxl_pa
     out.mkdir()
     for name in (".tmp-abcdefgh-config.yaml", ".tmp-abcdefgh-bad_rows.jsonl", ".lock", "bad_rows.jsonl"):
         (out / name).touch()
-    assert train.main(flags_for(sdxl_path, pairs, out)) == 0
+    assert train(flags_for(sdxl_path, pairs, out)) == 0
     assert not [name for name in entries(out) if name.startswith(".")]
 
 
@@ -89,8 +92,8 @@ def test_the_other_commands_are_refused_where_another_process_writes(sdxl_path, 
     images = ["--policy", sdxl_path, "--baseline", sdxl_path, "--prompts", "a cat on a mat", "--output_dir", out]
     with output_folder.hold(out):
         for command, flags in [
-            (generate.main, images),
-            (evaluate.main, [*images, "--scorers", "clip"]),
+            (generate, images),
+            (evaluate, [*images, "--scorers", "clip"]),
             (sweep.main, flags_for(sdxl_path, pairs, out, "--beta_dpo", "1,2")),
         ]:
             assert f"{out} is being written by process {os.getpid()} on " in assert_refused(command, flags, capfd)
@@ -139,9 +142,9 @@ def test_an_error_of_the_disk_is_one_line_with_the_path(
     out, run = tmp_path / "out", flags_for(sd15_path, pairs, tmp_path / "out", "--latent_cache_dir", tmp_path / "cache")
     images = ["--policy", sd15_path, "--baseline", "none", "--prompts", "a red hat", "--output_dir", out]
     main, flags = {
-        "train": (train.main, run),
+        "train": (train, run),
         "cache": (cache.main, ["build", *run]),
-        "generate": (generate.main, [*images, "--sampling_steps", 2, "--resolution", 64]),
+        "generate": (generate, [*images, "--sampling_steps", 2, "--resolution", 64]),
         "sweep": (sweep.main, [*run, "--beta_dpo", "1,2"]),
         "relabel": (relabel.main, ["--dataset_name", pairs, "--scorer", "red", "--output", tmp_path / "l.parquet"]),
     }[command]

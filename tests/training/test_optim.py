@@ -29,7 +29,8 @@ def make(dtype=torch.float32, *, seed=0, lr=1e-3, steps=100, fill=None, **settin
         for name, shape in SHAPES.items()
     }
     parameters["conv"].data = parameters["conv"].data.to(memory_format=torch.channels_last)  # as in the UNet
-    return MasterOptimizer(parameters, dtype, TrainConfig(**settings), lr=lr, steps=steps)
+    config = TrainConfig(pretrained_model_name_or_path="m", dataset_name="d", **settings)  # no preset's values
+    return MasterOptimizer(parameters, dtype, config, lr=lr, steps=steps)
 
 
 def give_gradients(masters: MasterOptimizer, seed: int, size: float = 1.0) -> list[torch.Tensor]:
