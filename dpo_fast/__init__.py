@@ -21,12 +21,14 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` im
     from dpo_fast.api.evaluation import Evaluation, evaluate
     from dpo_fast.api.generation import Images, generate
     from dpo_fast.api.pairs import LoadedPairs, Pair, load_pairs
+    from dpo_fast.api.picking import Picking, pick
     from dpo_fast.api.scoring import score_images
     from dpo_fast.api.training import TrainResult, opened_run, train
     from dpo_fast.config import TrainConfig
     from dpo_fast.errors import BadInput
     from dpo_fast.evaluation.evaluate_options import EvaluateConfig
     from dpo_fast.evaluation.generate_options import GenerateConfig
+    from dpo_fast.evaluation.pick_options import PickConfig
     from dpo_fast.objectives import Objective
     from dpo_fast.scorers import load_scorer
     from dpo_fast.training.callbacks import Callback
@@ -43,6 +45,8 @@ __all__ = [
     "LoadedPairs",
     "Objective",
     "Pair",
+    "PickConfig",
+    "Picking",
     "TrainConfig",
     "TrainResult",
     "Trainer",
@@ -52,6 +56,7 @@ __all__ = [
     "load_pairs",
     "load_scorer",
     "opened_run",
+    "pick",
     "score_images",
     "train",
 ]
@@ -67,6 +72,8 @@ _PUBLIC = {  # name -> the module that it is imported from
     "LoadedPairs": "api.pairs",
     "Objective": "objectives",
     "Pair": "api.pairs",
+    "PickConfig": "evaluation.pick_options",
+    "Picking": "api.picking",
     "TrainConfig": "config",
     "TrainResult": "api.training",
     "Trainer": "training.trainer",
@@ -75,6 +82,7 @@ _PUBLIC = {  # name -> the module that it is imported from
     "load_pairs": "api.pairs",
     "load_scorer": "scorers",
     "opened_run": "api.training",
+    "pick": "api.picking",
     "score_images": "api.scoring",
     "train": "api.training",
 }

@@ -290,7 +290,7 @@ def decimals(*values: float, digits: int = 4) -> int:
 def _scores(verdict: Verdict) -> list[str]:
     """Both means, and the gain with its interval."""
     means = verdict.base_mean.value, verdict.policy_mean.value
-    return [*(f"{mean:.{decimals(*means)}f}" for mean in means), _difference(verdict.gain)]
+    return [*(f"{mean:.{decimals(*means)}f}" for mean in means), difference(verdict.gain)]
 
 
 def _signal(signal: Signal) -> list[str]:
@@ -298,10 +298,11 @@ def _signal(signal: Signal) -> list[str]:
         places, of = decimals(signal.policy), signal.difference
         return [signal.name, "", f"{of.value:.{places}f}", f"[{of.low:.{places}f}, {of.high:.{places}f}]"]
     places = decimals(signal.base, signal.policy)
-    return [signal.name, f"{signal.base:.{places}f}", f"{signal.policy:.{places}f}", _difference(signal.difference)]
+    return [signal.name, f"{signal.base:.{places}f}", f"{signal.policy:.{places}f}", difference(signal.difference)]
 
 
-def _difference(of: Interval) -> str:
+def difference(of: Interval) -> str:
+    """Return a difference with its sign and its interval."""
     places = decimals(*of, digits=3)
     return f"{of.value:+.{places}f} [{of.low:+.{places}f}, {of.high:+.{places}f}]"
 

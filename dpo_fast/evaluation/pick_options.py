@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
@@ -12,7 +12,9 @@ from dpo_fast.command_line import refuse_empty
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.generate_options import gathered
 from dpo_fast.files import user_path
+from dpo_fast.help_text import Page, asks_help, show_help
 
+PROG = "python -m dpo_fast.pick"
 MOST_STRENGTH = 4.0  # beyond this nothing of the model is left
 
 
@@ -26,8 +28,8 @@ class PickConfig:
     surface.png and report.html.
     """
 
-    run: Annotated[Path | None, tyro.conf.Positional] = None
-    """An output folder of dpo_fast.train, with its checkpoints."""
+    run: Path | None = None
+    """An output folder of dpo_fast.train, with its checkpoints. Its flag may be left out: dpo_fast.pick RUN."""
     checkpoints: tuple[int, ...] = ()
     """Steps of the checkpoints to try; none: eight of the run's, evenly spread, with the last."""
     strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25)
@@ -64,10 +66,13 @@ class PickConfig:
 
 def parse(argv: list[str]) -> PickConfig:
     """Parse a command line. Raises BadInput for an unknown flag and for a value that nothing can be picked with."""
-    words = gathered(gathered(argv, "prompts"), "scorers")
+    if asks_help(argv):
+        show_help(Page(PROG, PickConfig, usage="RUN [--FLAG VALUE ...]"))
+    words = ["--run", *argv] if argv and not argv[0].startswith("-") else argv
+    words = gathered(gathered(words, "prompts"), "scorers")
     refuse_empty(argv)
     with one_line_errors(PickConfig):
-        config = tyro.cli(PickConfig, args=words, prog="python -m dpo_fast.pick")
+        config = tyro.cli(PickConfig, args=words, prog=PROG)
     check(config)
     return config
 

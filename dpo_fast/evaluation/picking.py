@@ -24,7 +24,7 @@ from dpo_fast.config import TrainConfig
 from dpo_fast.data.image_files import Files
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.comparison import check_scorers, compare, find_pairs, scorers_by_name, write_report
-from dpo_fast.evaluation.findings import Findings
+from dpo_fast.evaluation.findings import Findings, difference
 from dpo_fast.evaluation.generation import ImageRequest, generate_images
 from dpo_fast.evaluation.halving import Race, Share, in_two, shares
 from dpo_fast.evaluation.pick_options import PickConfig
@@ -139,6 +139,27 @@ class Picked:
     images_of_grid: int
     images_to_judge: int
 
+    def __str__(self) -> str:
+        """The table, the pick, and how it does on prompts that did not pick."""
+        lines = [f"{'checkpoint':>10}  {'strength':>8}  {'images':>6}  {'gain [95%]':>30}  win rate [95%]"]
+        for row in self.rows:
+            mark = "*" if row.point == self.pick else " "
+            lines.append(
+                f"{mark}{row.point.step:>9}  {row.point.strength:>8g}  {row.images:>6}  {difference(row.gain):>30}"
+                f"  {row.win_rate}"
+            )
+        first = self.findings.overall[0]
+        lines += ["", self.why(), f"on {first.prompts} prompts that did not pick ({self.findings.images} images):"]
+        shown = {"the pick": (first.win_rate, first.gain)}
+        if self.result is not None:
+            shown["the run's own result"] = self.result
+        for name, (rate, gain) in shown.items():
+            lines.append(f"  {name}: win rate {rate}, gain {difference(gain)}")
+        if not first.decided or first.win_rate.rate < 0.5:
+            lines.append("  that shows no gain over the base: train longer, or on more pairs, rather than use this")
+        share = self.images / self.images_of_grid
+        return "\n".join([*lines, f"{self.images} images to pick, {share:.0%} of the whole grid's"])
+
     def row(self, point: Point) -> Row:
         return next(row for row in self.rows if row.point == point)
 
@@ -146,8 +167,8 @@ class Picked:
         """Why this point, in a sentence."""
         row, number = self.row(self.pick), len(self.rows)
         return (
-            f"step {self.pick.step} at strength {self.pick.strength:g} gained most of {number} points:"
-            f" {row.gain.value:+.4g} [{row.gain.low:+.4g}, {row.gain.high:+.4g}] over {row.images} images"
+            f"step {self.pick.step} at strength {self.pick.strength:g} is best of {number} points: gain"
+            f" {difference(row.gain)}, win rate {row.win_rate} over {row.images} images"
         )
 
 
