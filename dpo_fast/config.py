@@ -274,6 +274,14 @@ class TrainConfig:
     """Images a model in that comparison, the prompts taken in turn with other seeds; None: one a prompt."""
     eval_batch_size: int = 8
     """Images generated, and scored, at once in that comparison."""
+    eval_every: int | None = None
+    """Every N steps score images of the policy as it is then and compare them with the base's, by the first of
+    eval_scorers and on half of eval_prompts; the evaluation at the end takes the other half. None: never."""
+    eval_every_images: int = 64
+    """Images that each comparison of eval_every takes."""
+    stop_when_worse: bool = False
+    """With eval_every: end the training once the scores have fallen below the best so far by more than chance, and take
+    that checkpoint as the result."""
     scorer_models: Path | None = None
     """Folder that holds the scorers' models as OWNER/NAME; None: the hub."""
 
@@ -377,6 +385,8 @@ _NUMBERS = {
     "sampling_guidance": (lambda v: v >= 0, "0 or more"),
     "eval_images": (lambda v: v >= 1, "at least 1"),
     "eval_batch_size": (lambda v: v >= 1, "at least 1"),
+    "eval_every": (lambda v: v >= 1, "at least 1"),
+    "eval_every_images": (lambda v: v >= 2, "at least 2"),
 }
 
 
@@ -418,6 +428,10 @@ def check(config: TrainConfig) -> None:
         )
     if bool(config.eval_scorers) != (config.eval_prompts is not None):
         raise BadInput("--eval_scorers and --eval_prompts belong together: name the scorers and a text file of prompts")
+    if config.eval_every is not None and not config.eval_scorers:
+        raise BadInput(f"--eval_every ({config.eval_every}) needs a scorer: add --eval_scorers and --eval_prompts")
+    if config.stop_when_worse and config.eval_every is None:
+        raise BadInput("--stop_when_worse needs --eval_every N: how often to look")
     if config.cache and config.random_crop:
         raise BadInput("--random_crop needs --no-cache: the cache holds the centre crop of each image only")
     if config.cached_reference and not config.cache:

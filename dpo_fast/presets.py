@@ -52,10 +52,10 @@ PRESETS: dict[str, dict[str, object]] = {
         dataset_name=str(_SHAPES / "pairs.parquet"),
         label_column="label_quality",
         resolution=16,
-        # Chosen by the sweep in docs/alignment.md.
+        # Chosen by the runs in docs/alignment.md.
         tuning="full",
         beta_dpo=2000.0,
-        learning_rate=1e-5,
+        learning_rate=3e-5,
         lr_scheduler="cosine",
         lr_warmup_steps=0,
         train_batch_size=24,

@@ -20,6 +20,7 @@ from dpo_fast.evaluation.comparison import REPORT
 from dpo_fast.evaluation.findings import Findings
 from dpo_fast.evaluation.prompts import Prompt
 from dpo_fast.evaluation.run_evaluation import PICTURE, add_to_summary, check_request, evaluate_run
+from dpo_fast.evaluation.watching import Watch
 from dpo_fast.files import NO_HOME, has_home
 from dpo_fast.locks import Hold
 from dpo_fast.models.compiling import settings_kept
@@ -175,6 +176,8 @@ def _train(config: TrainConfig, callbacks: tuple[Callback, ...]) -> TrainResult:
         folder, trainer = config.output_dir, None
         try:
             prompts = check_request(config, ranks) if config.eval_scorers else None
+            if config.eval_every is not None:
+                callbacks = (Watch(config), *callbacks)
             trainer = Trainer(open_run(config, ranks), command, hold, callbacks)
             trainer.train()
             config, trainer = trainer.run.config, None  # free its memory before the evaluation loads models

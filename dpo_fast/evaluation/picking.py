@@ -29,7 +29,7 @@ from dpo_fast.evaluation.generation import ImageRequest, generate_images
 from dpo_fast.evaluation.halving import Race, Share, in_two, shares
 from dpo_fast.evaluation.pick_options import PickConfig
 from dpo_fast.evaluation.prompts import Prompt, Where, read_prompts
-from dpo_fast.evaluation.sides import Comparison, Side, prompts_in_training, read_run, seeds_in_training
+from dpo_fast.evaluation.sides import Comparison, Side, prompts_of_run, read_run, seeds_in_training
 from dpo_fast.evaluation.surface import surface
 from dpo_fast.files import read_text, user_path, write_text
 from dpo_fast.models.lora import save_lora
@@ -187,7 +187,7 @@ def plan(config: PickConfig) -> Plan:
     if config.prompts or run.eval_prompts is None:
         prompts = read_prompts(config.prompts, people=False, most=None, where=where)
     else:
-        prompts = prompts_in_training(run, where)
+        prompts = prompts_of_run(run, where)
     by_text = {prompt.text: prompt for prompt in reversed(prompts)}
     picking, judging = in_two([*by_text])
     if len(picking) + len(judging) < LEAST_PROMPTS:

@@ -13,6 +13,7 @@ from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.evaluate_options import BATCH_SIZE, OF_GENERATION, EvaluateConfig, refuse_idle
 from dpo_fast.evaluation.generate_options import GenerateConfig, seeds_of
 from dpo_fast.evaluation.generation import ImageRequest, wanted_of
+from dpo_fast.evaluation.halving import in_two
 from dpo_fast.evaluation.image_names import image_files
 from dpo_fast.evaluation.prompts import SETS, Prompt, Where, is_set, narrowed, read_prompts
 from dpo_fast.files import exists, user_path
@@ -208,7 +209,24 @@ def comparison_of(
 
 
 def prompts_in_training(run: TrainConfig, where: Where) -> list[Prompt]:
-    """Return all prompts of a run's own evaluation. Raises BadInput if they cannot be read."""
+    """Return all prompts of a run's own evaluation. Raises BadInput if they cannot be read.
+
+    Of a run with --eval_every these are half of its prompts: those that had no say in when it ended.
+    """
+    prompts = prompts_of_run(run, where)
+    if run.eval_every is None:
+        return prompts
+    _, judging = in_two([prompt.text for prompt in prompts])
+    if not judging:
+        raise BadInput(
+            f"--eval_every needs at least 2 prompts, half to look at and half to judge by, and --eval_prompts"
+            f" {run.eval_prompts} has 1"
+        )
+    return [prompt for prompt in prompts if prompt.text in set(judging)]
+
+
+def prompts_of_run(run: TrainConfig, where: Where) -> list[Prompt]:
+    """Return all prompts that a run names. Raises BadInput if they cannot be read."""
     given, where = str(run.eval_prompts), where._replace(flag="--eval_prompts")
     if not is_set(given) and not exists(user_path(given)):  # a path must not be taken for the text of a prompt
         raise BadInput(

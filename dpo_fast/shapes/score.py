@@ -17,11 +17,14 @@ def faithfulness(images: Tensor, captions: list[str]) -> Tensor:  # images: floa
 
 
 def quality(images: Tensor, captions: list[str]) -> Tensor:
-    """Return the mean of two scores, float64 [N] in [0, 1]: faithfulness to the caption, and how well the image is
-    drawn, which is its faithfulness to whatever scene it shows. Of two wrong images the cleaner one is better.
+    """Return half for the content and half for the looks of an image, float64 [N] in [0, 1].
+
+    The looks are its appeal. The content is the mean of its faithfulness to the caption and of how well it is drawn,
+    which is its faithfulness to whatever scene it shows: of two wrong images the better drawn one is better.
     """
     scores = _scores(images)
-    return (scores[torch.arange(len(captions)), _rows(captions)] + scores.amax(dim=1)) / 2
+    content = (scores[torch.arange(len(captions)), _rows(captions)] + scores.amax(dim=1)) / 2
+    return (content + appeal(images)) / 2
 
 
 def is_right(images: Tensor, captions: list[str]) -> Tensor:

@@ -40,7 +40,8 @@ MAY_CHANGE = frozenset(
     " hub_model_id cache_dir dataloader_num_workers vae_encode_batch_size max_skipped_updates train_batch_size"
     " gradient_accumulation_steps backend attention memory_order compile prove choices gradient_checkpointing"
     " cache latent_cache_dir cached_reference"
-    " eval_scorers eval_prompts eval_images eval_batch_size scorer_models".split()
+    " eval_scorers eval_prompts eval_images eval_batch_size scorer_models"
+    " eval_every eval_every_images stop_when_worse".split()
 )
 
 
@@ -148,11 +149,12 @@ def find(output_dir: Path, wanted: str) -> Path | None:
     raise BadInput(f"--resume_from_checkpoint {wanted}: no such folder, neither as given nor inside {output_dir}")
 
 
-def prune(output_dir: Path, keep: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints; None keeps all. Raises OSError."""
+def prune(output_dir: Path, keep: int | None, best: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints and that of the step `best`; None keeps all. Raises OSError."""
     if keep is not None:
         for old in all_of(output_dir)[:-keep]:
-            remove_folder(rename_away(old))
+            if step_of(old) != best:
+                remove_folder(rename_away(old))
 
 
 def differences(saved: dict[str, object], now: dict[str, object]) -> list[str]:

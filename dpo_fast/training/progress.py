@@ -21,7 +21,7 @@ from dpo_fast.models.source import base_of
 from dpo_fast.objectives import find_objective
 from dpo_fast.training import hub
 from dpo_fast.training.metrics import LOGS, Clock, Extent, MetricsFile, PairSums, for_trackers, overoptimised
-from dpo_fast.training.run import Run
+from dpo_fast.training.run import ENDED, Run
 
 OVEROPTIMISED_LINES = 3  # consecutive lines that show it before it is reported: one may be chance
 
@@ -220,6 +220,8 @@ class Progress:
             "initial_margin_rms": run.notes.get("initial_margin_rms"),
             "skipped_updates": int(run.masters.skipped.item()),
             "overoptimised_at": run.notes.get("overoptimised_at"),
+            "looks": (run.notes.get("watch") or {}).get("looks"),  # of --eval_every
+            "ended_early": run.notes.get(ENDED),  # by --stop_when_worse: at which step, and the step of the result
             "choices": run.notes.get("choices"),  # tables of what was proven and timed on this machine, and chosen
             "revisions": self._revisions(),
         }

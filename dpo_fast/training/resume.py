@@ -98,9 +98,9 @@ def check_saved(config: TrainConfig, fingerprints: dict[str, str], saved: dict) 
     return saved["step"]
 
 
-def check_whether_done(config: TrainConfig, ranks: Ranks, step: int) -> None:
+def check_whether_done(config: TrainConfig, ranks: Ranks, step: int, last_step: int) -> None:
     """Raise AlreadyDone if `auto` has nothing left to do. Every rank calls this."""
-    if config.resume_from_checkpoint != "auto" or step < config.max_train_steps:
+    if config.resume_from_checkpoint != "auto" or step < last_step:
         return
     parts = dict(evaluated=bool(config.eval_scorers), uploaded=config.push_to_hub)
     if ranks.share(run_folder.is_finished(config.output_dir, step, **parts)):

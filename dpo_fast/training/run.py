@@ -7,10 +7,11 @@ fix raises BadInput here, before the first step.
 
 import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,6 +72,7 @@ from dpo_fast.training.work_ahead import check_objective, fill_cache, load_model
 
 # Counts of `Run.sets` that a stream learns while it is read, and that a checkpoint keeps.
 COUNTS = ("rows", "ties_dropped", "unlabelled")
+ENDED = "ended_early"  # a note: at which step `--stop_when_worse` ended the run, and which checkpoint is its result
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +109,19 @@ class Run:
         return self.config.output_dir
 
     @property
+    def last_step(self) -> int:
+        """The step after which the result is written: max_train_steps, unless the run was ended before."""
+        return last_step(self.config, self.notes)
+
+    @property
     def report_path(self) -> Path:
         return self.folder / output_folder.BAD_ROWS
+
+
+def last_step(config: TrainConfig, notes: Mapping[str, Any]) -> int:
+    """Return the step at which a run of these notes ends, which `--stop_when_worse` may have ended early."""
+    ended = notes.get(ENDED) if config.stop_when_worse else None
+    return config.max_train_steps if ended is None else min(config.max_train_steps, ended["at"])
 
 
 def open_run(config: TrainConfig, ranks: Ranks) -> Run:
@@ -177,9 +190,9 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     if saved:
         step = check_saved(config, fingerprints | older, saved)
         _check_draws(config, pairs, saved)
-        check_whether_done(config, ranks, step)
+        check_whether_done(config, ranks, step, last_step(config, saved["notes"]))
     ranks.on_main(lambda: check_space(config, family, masters))
-    trains = step < config.max_train_steps  # else only the result has to be written
+    trains = step < last_step(config, saved["notes"] if saved else {})  # else only the result has to be written
     cached = None
     if config.cache and trains:
         cached = fill_cache(config, ranks, pairs, needed_rows(config, pairs), family, waiting=logger.warning)
@@ -210,6 +223,8 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     run.bad_rows = {bad.row: bad for bad in sets.bad}
     if saved:
         run.notes |= saved["notes"]
+        if not config.stop_when_worse:
+            run.notes.pop(ENDED, None)  # the run goes on
         run.sums, run.overoptimised_lines = files.get("metrics"), saved.get("overoptimised_lines", 0)
         if config.streaming and not trains:
             for name, count in saved.get("counts", {}).items():

@@ -28,6 +28,7 @@ from dpo_fast.models import (
     sampling,
     save_lora,
 )
+from dpo_fast.models.trained import read_trained
 from dpo_fast.objectives import Terms, evaluate, find_objective
 from dpo_fast.pictures import before_after, save_png
 from dpo_fast.statistics import interval95
@@ -36,7 +37,7 @@ from dpo_fast.training.callbacks import Callback, Callbacks, checked
 from dpo_fast.training.metrics import PairSums
 from dpo_fast.training.model_card import model_card
 from dpo_fast.training.progress import Progress
-from dpo_fast.training.run import COUNTS, Run, sample_settings
+from dpo_fast.training.run import COUNTS, ENDED, Run, sample_settings
 
 MANY_SKIPPED = 0.2  # fraction of skipped updates above which a finished run warns
 REPEAT_SECONDS = 2.0  # signals within this time count as one: a scheduler and a launcher may both send it
@@ -166,7 +167,7 @@ class Trainer:
         for problems that only training shows.
         """
         config, run = self.config, self.run
-        trains = run.step < config.max_train_steps
+        trains = run.step < self.last_step
         self.say(self.progress.overview() if trains else f"all {run.step} steps are done: writing the result")
         backend = dispatch.backend(config.backend) if config.backend != "auto" else nullcontext()
         with backend, self._watch_signals(), self.progress.reporting(), self.callbacks.around(self):
@@ -174,7 +175,7 @@ class Trainer:
                 with not_compiled():
                     self._sample_base()
             self.clock.restart(run.step)
-            while run.step < config.max_train_steps:
+            while run.step < self.last_step:
                 try:
                     whole = self.train_step()
                 except Exception as error:  # perhaps from a pair only this rank read
@@ -184,7 +185,7 @@ class Trainer:
                     self._stop()
                 self.progress.bar.update()
                 self.callbacks.call("on_step", self)
-                last = run.step == config.max_train_steps
+                last = run.step == self.last_step
                 if run.step == 1 or run.step % config.log_every == 0 or last:
                     self.log()
                     self._raise_problems()
@@ -210,6 +211,19 @@ class Trainer:
         For callbacks; any rank may call it. `reason` is what `Stopped` and `TrainResult.stopped` say.
         """
         self.stop_reason = self.stop_reason or str(reason) or "no reason was given"
+
+    def end_with(self, step: int) -> None:
+        """End the training after the step in progress, with the weights of checkpoint `step` as the result.
+
+        For callbacks, which call it on every rank, of a run with `--stop_when_worse`.
+        """
+        self.run.notes[ENDED] = {"at": self.run.step, "result_of": step}
+        self.say(f"ended after step {self.run.step}: the result is that of step {step}")
+
+    @property
+    def last_step(self) -> int:
+        """The step after which the result is written."""
+        return self.run.last_step
 
     def log(self) -> None:
         """Write a line of metrics and check for problems. Between steps, this is where the CPU waits for the device."""
@@ -287,7 +301,7 @@ class Trainer:
                 "logs": self.progress.extents(),
             }
             checkpoint.save(run.folder, run.step, files, state)
-            checkpoint.prune(run.folder, self.config.checkpoints_total_limit)
+            self._prune()
         self.ranks.wait()
         self.saved_at = time.monotonic()
         self.callbacks.call("on_save", self, checkpoint.folder_of(run.folder, run.step))
@@ -310,7 +324,7 @@ class Trainer:
             home = "diffusers" if pipeline.__module__.startswith("diffusers.") else pipeline.__module__
             card = model_card(public(config), summary, counts, pipeline.__name__, self.argv, scheduler, home)
             write_text(run.folder / "README.md", card)
-            checkpoint.prune(run.folder, config.checkpoints_total_limit)  # a process killed earlier may not have
+            self._prune()  # a process killed earlier may not have
             write_signed_json(run.folder / run_folder.SUMMARY, summary)  # last: it marks the run as finished
             late = [bad for row, bad in run.bad_rows.items() if row not in self.bad_at_start]
             if late:
@@ -353,6 +367,18 @@ class Trainer:
         if len(bad) > allowed * rows:
             self.problem = too_many_bad(bad, rows, allowed, run.report_path)
 
+    def _prune(self) -> None:
+        """Delete checkpoints beyond the limit, except the one that may become the result."""
+        best = (self.run.notes.get("watch") or {}).get("best")
+        checkpoint.prune(self.run.folder, self.config.checkpoints_total_limit, best and best["step"])
+
+    def _result(self) -> dict[str, torch.Tensor]:
+        """Return name -> fp32 weight to publish."""
+        ended = self.run.notes.get(ENDED)
+        if ended is None:
+            return self.masters.export()
+        return read_trained(checkpoint.folder_of(self.run.folder, ended["result_of"])).weights
+
     def _finish_queued_work(self) -> None:
         """Wait for the device, so that queued training work counts as training time."""
         if self.ranks.device.type == "cuda":
@@ -392,8 +418,7 @@ class Trainer:
             )
         if skipped == run.step:
             raise BadInput(f"no update was finite: all {run.step} were skipped, so the model has not changed{instead}")
-        weights = self.masters.export()
-        if bad := nonfinite_tensors(weights.items()):
+        if bad := nonfinite_tensors(self._result().items()):
             raise BadInput(f"{len(bad)} trained tensors are not finite, first {bad[0]}{instead}")
         if skipped > MANY_SKIPPED * run.step:
             self.say(f"warning: {skipped} of {run.step} updates were not finite and were skipped")
@@ -479,7 +504,7 @@ class Trainer:
 
     def _export(self, folder: Path) -> None:
         """Write the trained weights (the EMA's if there is one) in a form that diffusers loads."""
-        weights = self.masters.export()
+        weights = self._result()
         if self.config.tuning == "lora":
             save_lora(self.family, folder, weights)
         else:
