@@ -26,17 +26,17 @@ from dpo_fast.statistics import Bootstrap
 
 KINDS = {
     "healthy": "",
-    "overtrained": "--learning_rate 1e-4 --beta_dpo 500",
+    "overtrained": "--learning_rate 1e-4 --beta_dpo 200",
 }
 TRAINING = "--no-prove --checkpointing_steps 40 --eval_images 72"
-STRENGTHS = ("0.25", "0.5", "0.75", "1", "1.5")
+STRENGTHS = ("0.5", "0.75", "1", "1.5")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--images", type=int, default=288, help="of each point in the last round, and to judge")
+    parser.add_argument("--images", type=int, default=144, help="of each point in the last round, and to judge")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/picking"))
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()

@@ -60,6 +60,7 @@ PRESETS: dict[str, dict[str, object]] = {
         lr_warmup_steps=0,
         train_batch_size=24,
         max_train_steps=160,
+        seed=0,  # so that the first run is the one that docs/alignment.md shows
         min_timestep=200,
         dataloader_num_workers=0,
         sampling_steps=10,
