@@ -26,7 +26,7 @@ from dpo_fast.statistics import Bootstrap
 
 KINDS = {
     "healthy": "",
-    "overtrained": "--learning_rate 1e-4 --beta_dpo 200",
+    "overtrained": "--learning_rate 3e-4 --beta_dpo 500",
 }
 TRAINING = "--no-prove --checkpointing_steps 40 --eval_images 72"
 STRENGTHS = ("0.5", "0.75", "1", "1.5")
