@@ -98,14 +98,30 @@ class Bootstrap:
         share = looks.mean().item()
         if self.groups == 1:
             return Interval(share, 0.0, 1.0)
-        rows = looks.flatten(1).mean(1) if looks.dim() > 1 else looks
-        corrected = self._means(rows).var().item() * (self.freedom + 1) / self.freedom
-        variance = max(corrected, looks.var().item() / looks.numel(), self._of_design(rows))
-        worth = share * (1 - share) / variance if variance > 0 else self.effective
-        odds = students_t(self.freedom) ** 2 / worth
+        odds = students_t(self.freedom) ** 2 / self._worth(looks)
         middle = (share + odds / 2) / (1 + odds)
         half = math.sqrt(odds * share * (1 - share) + odds**2 / 4) / (1 + odds)
         return Interval(share, max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half)))
+
+    def p_of_share(self, looks: Tensor) -> float:  # as for `share`
+        """Two-sided p-value of the test, by the formula of `share`, that the true share is one half.
+
+        It is below 0.05 where the interval of `share` excludes one half; for an effective number of prompts between
+        whole numbers both are interpolated, and may disagree at the very edge. 1 for a single row.
+        """
+        looks = looks.double()
+        if bool((looks == 0.5).all()) or self.groups == 1:
+            return 1.0
+        deviate = abs(looks.mean().item() - 0.5) * 2 * math.sqrt(self._worth(looks))
+        return beyond_students_t(deviate, self.freedom)
+
+    def _worth(self, looks: Tensor) -> float:  # fp64, not all ties, of several prompts
+        """How many independent looks say as much about the share."""
+        share = looks.mean().item()
+        rows = looks.flatten(1).mean(1) if looks.dim() > 1 else looks
+        corrected = self._means(rows).var().item() * (self.freedom + 1) / self.freedom
+        variance = max(corrected, looks.var().item() / looks.numel(), self._of_design(rows))
+        return share * (1 - share) / variance if variance > 0 else self.effective
 
     def median(self, values: Tensor) -> Interval:  # [N]
         """The median of all rows, with its interval; for an even number, halfway between the two in the middle."""
@@ -171,9 +187,14 @@ def win_rate(
     """Compare scores pair by pair, with the interval of `Bootstrap.share`. A model against itself gets exactly 0.5
     [0.5, 0.5]."""
     assert base.shape == policy.shape == (len(prompts),) and len(prompts) > 0
-    rate = (bootstrap or Bootstrap(prompts)).share((policy > base).double() + 0.5 * (policy == base).double())
+    rate = (bootstrap or Bootstrap(prompts)).share(outcomes(base, policy))
     wins, ties = int((policy > base).sum()), int((policy == base).sum())
     return WinRate(*rate, wins, ties, len(prompts) - wins - ties)
+
+
+def outcomes(base: Tensor, policy: Tensor) -> Tensor:  # scores [N] each -> fp64 [N]
+    """What each pair counts in a win rate: 1 where the policy wins, 1/2 in a tie, 0 where it loses."""
+    return (policy > base).double() + 0.5 * (policy == base).double()
 
 
 def by_prompt(base: Tensor, policy: Tensor, prompts: Sequence[str]) -> Counts:  # scores [N] each
@@ -261,13 +282,31 @@ def students_t(freedom: float) -> float:
     return (1 - share) * _students_t(below) + share * _students_t(below + 1)
 
 
+def beyond_students_t(deviate: float, freedom: float) -> float:
+    """The probability that |t| exceeds `deviate` >= 0, for `freedom` >= 1; linear in 1 / freedom between integers."""
+
+    def beyond(whole: int) -> float:
+        return max(0.0, 1 - _within(whole)(math.atan(deviate / math.sqrt(whole))))
+
+    below = math.floor(freedom)
+    if below == freedom:
+        return beyond(below)
+    share = (1 / below - 1 / freedom) * below * (below + 1)  # of the way to the next integer
+    return (1 - share) * beyond(below) + share * beyond(below + 1)
+
+
 @lru_cache
 def _students_t(freedom: int) -> float:
-    """The quantile for a whole number of degrees of freedom.
+    """The quantile for a whole number of degrees of freedom, by bisection."""
+    within, low, high = _within(freedom), 0.0, math.pi / 2
+    while (angle := (low + high) / 2) not in (low, high):
+        low, high = (angle, high) if within(angle) < CONFIDENCE else (low, angle)
+    return math.sqrt(freedom) * math.tan(angle)
 
-    The probability of |t| < sqrt(freedom) tan(angle) is a sum of sines and cosines (Abramowitz and Stegun 1964, 26.7.3
-    and 26.7.4); the angle is found by bisection.
-    """
+
+def _within(freedom: int) -> Callable[[float], float]:
+    """The probability of |t| < sqrt(freedom) tan(angle), as a function of the angle: a sum of sines and cosines
+    (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4)."""
     odd = freedom % 2
     step = torch.tensor(range(1 + odd, freedom - 1, 2), dtype=torch.float64)
     factors = torch.cat([torch.ones(1, dtype=torch.float64), step / (step + 1)]).cumprod(0)
@@ -277,10 +316,7 @@ def _students_t(freedom: int) -> float:
         terms = math.sin(angle) * (factors * math.cos(angle) ** powers).sum().item()
         return 2 / math.pi * (angle + terms * (freedom > 1)) if odd else terms
 
-    low, high = 0.0, math.pi / 2
-    while (angle := (low + high) / 2) not in (low, high):
-        low, high = (angle, high) if within(angle) < CONFIDENCE else (low, angle)
-    return math.sqrt(freedom) * math.tan(angle)
+    return within
 
 
 def interval95(share: float, n: int) -> list[float]:

@@ -10,10 +10,10 @@ import dpo_fast
 ROOT = Path(dpo_fast.__file__).parent
 # From the ground up; modules of one level do not import each other, files of one package may.
 LEVELS = [
-    ["errors", "quiet", "threads", "statistics", "version"],
+    ["errors", "quiet", "threads", "statistics", "version", "fonts"],
     ["files", "heartbeat", "help_text"],
     ["cli"],
-    ["locks", "checksums", "hub_revisions", "kernels", "presets"],
+    ["locks", "checksums", "hub_revisions", "kernels", "presets", "captions"],
     ["output_folder", "draws", "schedule", "objectives", "pictures", "plot", "parallel", "store"],
     ["config"],
     ["command_line"],

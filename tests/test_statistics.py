@@ -11,10 +11,12 @@ from dpo_fast import statistics
 from dpo_fast.statistics import (
     RESAMPLES,
     Bootstrap,
+    beyond_students_t,
     binomial_interval,
     by_prompt,
     holm,
     median_of_prompt,
+    outcomes,
     sign_test,
     students_t,
     win_rate,
@@ -167,6 +169,38 @@ def test_the_sign_test_counts_outcomes():
 def test_holm_corrects_the_smallest_most():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # R's p.adjust
     assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([0.2]) == [0.2] and holm([]) == []
+
+
+def test_beyond_students_t_is_that_of_tables():
+    table = {(12.7062, 1): 0.05, (2.77645, 4): 0.05, (4.03214, 5): 0.01, (2.75, 30): 0.01, (0.0, 7): 1.0}  # R's pt
+    for (deviate, freedom), p in table.items():
+        assert beyond_students_t(deviate, freedom) == pytest.approx(p, rel=1e-4)
+    assert beyond_students_t(2.0, 8) < beyond_students_t(2.0, 7.5) < beyond_students_t(2.0, 7)
+    assert beyond_students_t(1e9, 30) < 1e-12
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_p_is_below_a_twentieth_where_the_interval_excludes_one_half(images):
+    sides = set()
+    for _ in range(60):
+        prompts = [str(k // images) for k in range(40 * images)]
+        base, policy = (torch.randint(0, 3, (len(prompts),)).double() for _ in range(2))
+        policy += 0.4 * torch.rand(1) * (torch.rand(len(prompts)) < 0.7)
+        bootstrap = Bootstrap(prompts, 500)
+        rate = win_rate(base, policy, prompts, bootstrap)
+        p = bootstrap.p_of_share(outcomes(base, policy))
+        assert (p < 0.05) == (not rate.low <= 0.5 <= rate.high), (rate, p)
+        assert p == pytest.approx(bootstrap.p_of_share(outcomes(policy, base)))
+        sides.add(p < 0.05)
+    assert sides == {True, False}
+
+
+def test_p_where_nothing_can_be_said_and_where_all_is_said():
+    tied, won = torch.full((9,), 0.5), torch.ones(9)
+    for prompts in (list("abcdefghi"), ["a"] * 9):  # of a single prompt, images are counted
+        assert Bootstrap(prompts, 99).p_of_share(tied) == 1
+        assert Bootstrap(prompts, 99).p_of_share(won) == pytest.approx(0.017072, rel=1e-4)  # R's 2 * pt(-3, 8)
+    assert Bootstrap(["a"], 99).p_of_share(won[:1]) == 1
 
 
 def test_prompts_are_won_by_the_majority_of_their_images():

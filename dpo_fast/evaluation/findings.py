@@ -1,12 +1,13 @@
 """The findings of an evaluation, for summary.json, the terminal and the report page."""
 
-import math
 import textwrap
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
 from dpo_fast.errors import printable
+from dpo_fast.evaluation.conclusion import Conclusion, conclude
+from dpo_fast.evaluation.formats import counted, decimals, difference, p_value
 from dpo_fast.evaluation.scored import Scored
 from dpo_fast.evaluation.signals import Signal
 from dpo_fast.statistics import (
@@ -19,6 +20,7 @@ from dpo_fast.statistics import (
     by_prompt,
     holm,
     median_of_prompt,
+    outcomes,
     sign_test,
     win_rate,
 )
@@ -57,6 +59,8 @@ class Verdict:
     exact: Interval  # share of won prompts among those not tied, Clopper-Pearson
     p: float  # two-sided sign test of the same prompts
     p_holm: float  # Holm-corrected for all scorers; by category, for all scorers and categories
+    rate_p: float  # two-sided, of the win rate against 0.5, by the formula of its interval
+    rate_p_holm: float  # corrected as `p_holm` is
     base_median: Interval
     policy_median: Interval
     base_mean: Interval
@@ -107,9 +111,9 @@ class Findings:
         lines = [
             f"win rate: share of {what} won by the policy, ties half; intervals: bootstrap over prompts"
             f" ({self.resamples} resamples), of win rates by Wilson's formula",
+            f"p: of the win rate against 0.5, two-sided, by the formula of its interval, Holm-corrected for"
+            f" {counted(len(self.overall), 'scorer')}",
             f"won, tied, lost: prompts, by the {how} of their images",
-            f"p: two-sided sign test of won against lost, Holm-corrected for {counted(len(self.overall), 'scorer')}"
-            + (f", by category for {counted(len(self.by_category), 'comparison')}" if self.by_category else ""),
         ]
         few = [c for c in self.categories if self.of(c)[0].prompts < FEW]
         prompts = self.overall[0].prompts
@@ -127,6 +131,11 @@ class Findings:
                 " weights prompts equally"
             )
         return lines + self.about.remarks
+
+    @property
+    def conclusion(self) -> Conclusion:
+        """The verdict of the first scorer, in a sentence, with all that the policy paid for it."""
+        return conclude(self.overall, self.signals, trained=self.about.trained_towards_the_first)
 
     def warnings(self) -> list[str]:
         """Signs that the policy was degraded rather than aligned, one line each."""
@@ -158,6 +167,7 @@ class Findings:
         first = self.overall[0]
         diversity = next((s for s in self.signals if s.name == "diversity"), None)
         return {
+            "verdict": self.conclusion.for_summary(),
             "scorer": first.scorer,
             "win_rate": first.win_rate.rate,
             "win_rate_ci95": [first.interval.low, first.interval.high],
@@ -184,8 +194,11 @@ class Findings:
             f"{printable(about.policy)} against {printable(about.base)}\n{printable(about.prompt_set)}:"
             f" {counted(first.prompts, 'prompt')}, {counted(self.images, 'image')} of each",
             _columns(
-                ["scorer", "win rate [95%]", "won", "tied", "lost", "p", "base", "policy", "gain [95%]"],
-                [[v.scorer, str(v.interval), *map(str, v.won), p_value(v.p_holm), *_scores(v)] for v in self.overall],
+                ["scorer", "win rate [95%]", "p", "won", "tied", "lost", "base", "policy", "gain [95%]"],
+                [
+                    [v.scorer, str(v.interval), p_value(v.rate_p_holm), *map(str, v.won), *_scores(v)]
+                    for v in self.overall
+                ],
             ),
         ]
         if self.by_category:
@@ -195,8 +208,7 @@ class Findings:
         over = "medians of prompts" if self.medians_compared else "images"
         notes = [*self.notes(), f"base, policy: means over {over}; gain: policy minus base"]
         parts.append("\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in notes))
-        if warnings := self.warnings():
-            parts.append("\n".join(f"warning: {line}" for line in warnings))
+        parts.append(textwrap.fill(f"verdict: {printable(str(self.conclusion))}", WIDTH, subsequent_indent="  "))
         return "\n\n".join(parts)
 
     def _category_tables(self) -> list[str]:
@@ -244,7 +256,7 @@ def _verdicts(scored: Scored, category: str | None, compare_medians: bool, resam
         if compare_medians:
             base, policy = (median_of_prompt(values, scored.prompts) for values in (base, policy))
         won = by_prompt(base, policy, prompts)
-        p = sign_test(won.wins, won.losses)
+        p, rate_p = sign_test(won.wins, won.losses), bootstrap.p_of_share(outcomes(base, policy))
         found.append(
             Verdict(
                 scorer,
@@ -257,6 +269,8 @@ def _verdicts(scored: Scored, category: str | None, compare_medians: bool, resam
                 exact=binomial_interval(won.wins, won.wins + won.losses),
                 p=p,
                 p_holm=p,
+                rate_p=rate_p,
+                rate_p_holm=rate_p,
                 base_median=bootstrap.median(base),
                 policy_median=bootstrap.median(policy),
                 base_mean=bootstrap.mean(base),
@@ -278,13 +292,8 @@ def _rows(scored: Scored, rows: list[int]) -> Scored:
 
 
 def _corrected(verdicts: list[Verdict]) -> list[Verdict]:
-    return [replace(v, p_holm=p) for v, p in zip(verdicts, holm([v.p for v in verdicts]), strict=True)]
-
-
-def decimals(*values: float, digits: int = 4) -> int:
-    """Return how many decimals (0 to 9) show the largest of the values to `digits` significant digits."""
-    largest = max(map(abs, values))
-    return min(max(digits - 1 - math.floor(math.log10(largest)), 0), 9) if largest > 0 else digits - 1
+    signs, rates = holm([v.p for v in verdicts]), holm([v.rate_p for v in verdicts])
+    return [replace(v, p_holm=sign, rate_p_holm=rate) for v, sign, rate in zip(verdicts, signs, rates, strict=True)]
 
 
 def _scores(verdict: Verdict) -> list[str]:
@@ -299,21 +308,6 @@ def _signal(signal: Signal) -> list[str]:
         return [signal.name, "", f"{of.value:.{places}f}", f"[{of.low:.{places}f}, {of.high:.{places}f}]"]
     places = decimals(signal.base, signal.policy)
     return [signal.name, f"{signal.base:.{places}f}", f"{signal.policy:.{places}f}", difference(signal.difference)]
-
-
-def difference(of: Interval) -> str:
-    """Return a difference with its sign and its interval."""
-    places = decimals(*of, digits=3)
-    return f"{of.value:+.{places}f} [{of.low:+.{places}f}, {of.high:+.{places}f}]"
-
-
-def p_value(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def counted(number: int, noun: str) -> str:
-    """Return the number with its noun: 1 prompt, 2 prompts."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _width(text: str) -> int:

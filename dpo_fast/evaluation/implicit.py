@@ -19,7 +19,8 @@ from dpo_fast.data import BadRow, Batch, PairDataset, PairIndex, PairTransform, 
 from dpo_fast.data.pairs import faulty, too_many_bad
 from dpo_fast.draws import timesteps
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation.findings import FEW, counted
+from dpo_fast.evaluation.findings import FEW
+from dpo_fast.evaluation.formats import counted
 from dpo_fast.forward import AdapterOff, FrozenUNet, Reference, conditioning_of, predict
 from dpo_fast.kernels import pair_errors
 from dpo_fast.models import nonfinite_rows

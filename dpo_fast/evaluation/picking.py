@@ -24,7 +24,8 @@ from dpo_fast.config import TrainConfig
 from dpo_fast.data.image_files import Files
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.comparison import check_scorers, compare, find_pairs, scorers_by_name, write_report
-from dpo_fast.evaluation.findings import Findings, difference
+from dpo_fast.evaluation.findings import Findings
+from dpo_fast.evaluation.formats import difference
 from dpo_fast.evaluation.generation import ImageRequest, generate_images
 from dpo_fast.evaluation.halving import Race, Share, in_two, shares
 from dpo_fast.evaluation.pick_options import PickConfig

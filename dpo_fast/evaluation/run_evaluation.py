@@ -8,6 +8,8 @@ import logging
 from contextlib import ExitStack
 from pathlib import Path
 
+from PIL import Image
+
 from dpo_fast import output_folder
 from dpo_fast.checksums import Damaged, read_signed_json, write_signed_json
 from dpo_fast.config import TrainConfig
@@ -18,6 +20,8 @@ from dpo_fast.evaluation.findings import Findings
 from dpo_fast.evaluation.generation import LISTING, settings_of_images
 from dpo_fast.evaluation.pairing import ImagePairs
 from dpo_fast.evaluation.prompts import Prompt, Where
+from dpo_fast.evaluation.report.gallery import drawn, extremes
+from dpo_fast.evaluation.scored import Scored
 from dpo_fast.evaluation.sides import (
     Comparison,
     comparison_of,
@@ -97,7 +101,7 @@ def evaluate_run(config: TrainConfig, prompts: list[Prompt], ranks: Ranks) -> Fi
             return None
         findings, scored = result
         write_report(home, findings, scored, pairs)
-        _show(pairs, home / PICTURE)
+        save_png(_samples(pairs, scored), home / PICTURE)
     return findings
 
 
@@ -160,10 +164,13 @@ def _read_summary(folder: Path) -> dict[str, object]:
     return read_signed_json(folder / SUMMARY, remedy)
 
 
-def _show(pairs: ImagePairs, path: Path) -> None:
-    """Save the first images of some evenly spread prompts, not selected by score: the base's above the policy's."""
-    distinct = list(dict.fromkeys(pairs.prompts))
-    shown = distinct[:: max(1, len(distinct) // COLUMNS)][:COLUMNS]
-    rows = [pairs.prompts.index(prompt) for prompt in shown]
+def _samples(pairs: ImagePairs, scored: Scored) -> Image.Image:
+    """Draw the largest gains by the scorer that decides beside pairs drawn at random: before, after, what changed."""
+    scorer = scored.scorers[0]
+    gains = extremes(scored, scorer)[0][: COLUMNS // 2]
+    others = [row for row in drawn(scored) if row not in gains][: COLUMNS - len(gains)]
+    groups = {f"largest gains by {scorer}, of {len(scored.prompts)} pairs": len(gains), "drawn at random": len(others)}
+    rows = [*gains, *others]
     pictures = ([to_picture(files[row]) for row in rows] for files in (pairs.base, pairs.policy))
-    save_png(before_after(*pictures, shown), path)
+    captions = [pairs.prompts[row] for row in rows]
+    return before_after(*pictures, captions, {title: columns for title, columns in groups.items() if columns})

@@ -38,16 +38,22 @@ class Signal:
     policy: float
     difference: Interval  # policy minus base; of a distance: the distance itself
 
+    @property
+    def suspect(self) -> bool:
+        """Whether the change is one that over-optimisation usually brings."""
+        if not self.base:
+            return False
+        ratio = self.policy / self.base
+        if self.name in SUSPECT:
+            return ratio > SUSPECT[self.name] and self.difference.low > 0
+        return self.name == "diversity" and ratio < LESS_DIVERSE
+
     def warning(self) -> str | None:
         """Return a one-line warning if the change is suspiciously large, else None."""
-        if not self.base:
+        if not self.suspect:
             return None
-        ratio = self.policy / self.base
-        if self.name in SUSPECT and ratio > SUSPECT[self.name] and self.difference.low > 0:
-            return f"{self.name} is {ratio:.0%} of the base's, a usual sign of over-optimisation: look at the pairs"
-        if self.name == "diversity" and ratio < LESS_DIVERSE:
-            return f"diversity is {ratio:.0%} of the base's"
-        return None
+        usual = "" if self.name == "diversity" else ", a usual sign of over-optimisation: look at the pairs"
+        return f"{self.name} is {self.policy / self.base:.0%} of the base's{usual}"
 
 
 # Pixels, and luma in thousandths, are integers: fp32 holds them, sums of a few, and sums over a column of up to 65,793

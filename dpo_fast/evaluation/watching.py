@@ -8,7 +8,7 @@ import torch
 
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation.findings import difference
+from dpo_fast.evaluation.formats import difference
 from dpo_fast.evaluation.generation import noise_seed
 from dpo_fast.evaluation.halving import in_two
 from dpo_fast.evaluation.prompts import Where

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation.findings import About, decimals, judge
+from dpo_fast.evaluation.findings import About, judge
+from dpo_fast.evaluation.formats import decimals
 from dpo_fast.evaluation.scored import Scored, write_scores
 from dpo_fast.evaluation.signals import measure
 from dpo_fast.files import write_json
@@ -33,7 +34,8 @@ def test_findings_are_those_of_the_statistics():
     assert beauty.win_rate[0] == win_rate(of.base["beauty"], of.policy["beauty"], of.prompts)[0]
     assert (beauty.prompts, beauty.compared, sum(beauty.won)) == (30, 60, 30)
     assert tuple(truth.interval) == (0.5, 0.5, 0.5) and truth.p_holm == 1 and not truth.decided
-    assert beauty.p_holm == min(1, 2 * beauty.p)
+    assert (beauty.p_holm, beauty.rate_p_holm) == (min(1, 2 * beauty.p), min(1, 2 * beauty.rate_p))
+    assert (beauty.rate_p < 0.05) == beauty.decided
     assert beauty.gain.value == pytest.approx(of.gain("beauty").mean().item())
     assert beauty.policy_median.value == of.policy["beauty"].quantile(0.5).item()
     assert found.categories == ["people", "animals"]
@@ -94,6 +96,7 @@ def test_the_summary_has_the_keys_of_training(tmp_path):
     assert summary["categories"]["animals"]["truth"]["exact"] == {"value": 0.5, "low": 0, "high": 1}
     assert summary["diversity_base"] == summary["diversity_policy"] == summary["signals"]["diversity"]["base"] > 0
     assert summary["about"]["settings"] == {"Steps": "50"}
+    assert summary["verdict"]["outcome"] == "worse" and summary["verdict"]["sentence"] == str(found.conclusion)
     assert summary["warnings"][0].startswith("the policy loses on beauty: win rate 0.")
     assert found.numbers().items() <= found.for_summary().items()
 
@@ -123,7 +126,8 @@ def test_the_table_of_the_terminal():
     text = str(found)
     assert re.search(r"^beauty +" + re.escape(str(found.overall[0].interval)), text, re.M)
     assert re.search(r"^animals +15 +[01]\.\d{3} \[.*0\.500 \[0\.500, 0\.500\]$", text, re.M)
-    assert "30 prompts, 60 images of each" in text and "Holm-corrected for 2 scorers, by category for 4" in text
+    assert "30 prompts, 60 images of each" in text and "Holm-corrected for 2 scorers" in text
+    assert " ".join(text.split()).endswith(f"verdict: {found.conclusion}")
     assert max(map(len, text.splitlines())) <= 110 and all(note.split(";")[0] in text for note in found.notes())
     assert "rough: people, animals" in text and re.search(r"^distance +0\.000 +\[0\.000, 0\.000\]$", text, re.M)
 

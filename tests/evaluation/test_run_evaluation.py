@@ -19,9 +19,12 @@ from dpo_fast.evaluate import main as evaluate
 from dpo_fast.evaluation import comparison, run_evaluation, sides
 from dpo_fast.evaluation.findings import Findings
 from dpo_fast.evaluation.generation import ImageRequest
+from dpo_fast.evaluation.pairing import ImagePairs
 from dpo_fast.evaluation.prompts import Prompt
+from dpo_fast.evaluation.scored import Scored
 from dpo_fast.files import delete
 from dpo_fast.parallel import Ranks
+from dpo_fast.pictures import before_after
 from dpo_fast.scorers import MODULE_OF, Scorer, load_scorer
 from dpo_fast.shapes import score
 from dpo_fast.shapes.render import SCENES, render
@@ -70,6 +73,7 @@ def test_a_run_is_compared_with_its_base(sd15_path, pairs, tmp_path, tuning, cap
     assert picture.shape[2] == 3 and np.ptp(picture) > 50
     out = capsys.readouterr().out
     assert "run against base\nprompts.txt: 3 prompts, 5 images of each" in out
+    assert " ".join(f"verdict: {summary['verdict']['sentence']}".split()) in " ".join(out.split())
     assert f"{summary['win_rate']:.3f} [" in out and "samples.png" in out and "report.html" in out
     assert max(map(len, out.split("loss ")[0].splitlines())) <= 110
     written = {path.name for path in (tmp_path / "run").iterdir()}
@@ -101,6 +105,9 @@ def test_what_a_run_keeps_of_its_comparison(sd15_path, pairs, tmp_path):
     ]
     assert summary["evaluation_seconds"] > 0 and {"saturation", "distance"} <= set(summary["signals"])
     assert "about" not in summary and isinstance(summary["warnings"], list)
+    verdict, decides = summary["verdict"], "as red decides (the first of 2 scorers): win rate"
+    assert verdict["scorer"] == "red"
+    assert verdict["sentence"].startswith(f"{verdict['outcome']}, {decides} {summary['win_rate']:.3f} [")
 
     still = [*flags, "--eval_images", "7", "--learning_rate", "1e-30", "--output_dir", str(tmp_path / "still")]
     assert main(still) == 0  # what did not move says which side is the base's
@@ -118,6 +125,31 @@ def test_what_a_run_keeps_of_its_comparison(sd15_path, pairs, tmp_path):
     )
     loaded = re.findall(r"""(?:src|href)\s*=\s*["']([^"']{0,20})|url\(([^)]{0,20})""", page)
     assert loaded and all("".join(one).startswith("data:image/") for one in loaded)
+
+
+@pytest.mark.parametrize("gained", [0, 2, 12])
+def test_the_sheet_shows_the_largest_gains_beside_pairs_drawn_at_random(gained, monkeypatch):
+    rows = 24  # row k is of colour k, two of each prompt
+    images = [torch.full((3, 16, 16), 10 * k, dtype=torch.uint8) for k in range(rows)]
+    gain = torch.arange(rows).double() - (rows - gained) + 0.5
+    pairs = ImagePairs([f"prompt {k // 2}" for k in range(rows)], [*range(rows)], None, images, images, [])
+    of = Scored(pairs.prompts, pairs.seeds, {"first": torch.zeros(rows), "x": -gain}, {"first": gain, "x": gain})
+    said = {}
+
+    def drawn(before, after, captions, groups):
+        said.update(rows=[image.getpixel((0, 0))[0] // 10 for image in before], captions=captions, groups=groups)
+        assert [image.tobytes() for image in before] == [image.tobytes() for image in after]
+        return before_after(before, after, captions, groups)
+
+    monkeypatch.setattr(run_evaluation, "before_after", drawn)
+    run_evaluation._samples(pairs, of)
+    best = min(gained // 2, 4)  # one of a prompt
+    assert said["rows"][:best] == [23, 21, 19, 17][:best]
+    assert said["captions"] == [pairs.prompts[row] for row in said["rows"]]
+    assert len(said["rows"]) == len(set(said["rows"])) == 8 == sum(said["groups"].values())
+    assert said["groups"] == ({"largest gains by first, of 24 pairs": best} if best else {}) | {
+        "drawn at random": 8 - best
+    }
 
 
 def test_scorers_are_opened_before_training_and_held_one_at_a_time(sd15_path, pairs, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dpo_fast.evaluation.scored import Scored
 from dpo_fast.evaluation.signals import Images
+from dpo_fast.pictures import amplification, amplified, difference, to_picture
 
 DEEP = 8  # pairs in a list over all prompts
 DEEP_IN_CATEGORY = 4
@@ -43,16 +44,10 @@ def choose(scored: Scored, max_pairs: int, seed: int = 0) -> list[Shown]:
     The lists are the best (largest gain of the policy over the base) and the worst pairs by each scorer, and pairs
     drawn at random with `seed`; then the same for each category, as far as there is room. A list has a prompt once.
     """
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(scored.prompts), generator=generator).tolist()
     orders: dict[tuple[str, str | None], list[int]] = {}
     for scorer in scored.scorers:
-        gain = scored.gain(scorer)
-        falling = gain.argsort(descending=True, stable=True).tolist()
-        rising = gain.argsort(stable=True).tolist()
-        orders["best", scorer] = [row for row in falling if gain[row] > 0]
-        orders["worst", scorer] = [row for row in rising if gain[row] < 0]
-    orders["random", None] = shuffled
+        orders["best", scorer], orders["worst", scorer] = _extremes(scored, scorer)
+    orders["random", None] = _shuffled(scored, seed)
     lists: list[tuple[Role, list[int]]] = []
     for category in [None, *dict.fromkeys(scored.categories or [])]:
         for (kind, scorer), rows in orders.items():
@@ -69,6 +64,27 @@ def choose(scored: Scored, max_pairs: int, seed: int = 0) -> list[Shown]:
     for one in shown.values():
         one.roles = dict(sorted(one.roles.items(), key=lambda item: rank[item[0]]))
     return sorted(shown.values(), key=lambda one: [(rank[role], place) for role, place in one.roles.items()])
+
+
+def extremes(scored: Scored, scorer: str) -> tuple[list[int], list[int]]:
+    """Rows by how much the policy gained, and by how much it lost, by a scorer: the largest first, a prompt once."""
+    gained, lost = _extremes(scored, scorer)
+    return _one_a_prompt(gained, scored.prompts), _one_a_prompt(lost, scored.prompts)
+
+
+def drawn(scored: Scored, seed: int = 0) -> list[int]:
+    """Rows in an order drawn with `seed`, whatever the scores; a prompt once."""
+    return _one_a_prompt(_shuffled(scored, seed), scored.prompts)
+
+
+def _extremes(scored: Scored, scorer: str) -> tuple[list[int], list[int]]:
+    gain = scored.gain(scorer)
+    falling, rising = (gain.argsort(descending=order, stable=True).tolist() for order in (True, False))
+    return [row for row in falling if gain[row] > 0], [row for row in rising if gain[row] < 0]
+
+
+def _shuffled(scored: Scored, seed: int) -> list[int]:
+    return torch.randperm(len(scored.prompts), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def _in_turn(lists: list[tuple[Role, list[int]]]) -> Iterator[tuple[Role, int, int]]:
@@ -100,23 +116,65 @@ class Thumbnail(NamedTuple):
     height: int
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Both images of a pair as thumbnails, and what changed between them."""
+
+    base: Thumbnail
+    policy: Thumbnail
+    changed: Thumbnail | None  # amplified; None: not asked for, or the images are of different sizes
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The thumbnails of a page."""
+
+    pairs: dict[int, Compared]  # row -> its images
+    size: int  # the longest side, pixels
+    factor: int  # of all that changed
+
+
 def thumbnails(
-    base: Images, policy: Images, rows: Sequence[int], *, size: int, max_bytes: int
-) -> tuple[dict[int, tuple[Thumbnail, Thumbnail]], int]:
-    """Return both images of each row as thumbnails, and the longest side among them in pixels.
+    base: Images,
+    policy: Images,
+    rows: Sequence[int],
+    with_change: Sequence[int],  # rows that are shown once more, with what changed
+    *,
+    size: int,
+    max_bytes: int,
+) -> Gallery:
+    """Shrink the images of `rows`, which include those `with_change`.
 
     Sides are at most `size`, and less if the thumbnails would take more than `max_bytes` of the page in total.
     """
+    moved = {row: _moved(base[row], policy[row]) for row in with_change}
+    moved = {row: one for row, one in moved.items() if one is not None}
+    factor = amplification([*moved.values()]) if moved else 1
+    changed = {row: amplified(one, factor) for row, one in moved.items()}
     while True:
-        made = {row: (_thumbnail(base[row], size), _thumbnail(policy[row], size)) for row in rows}
-        total = sum(len(one.uri) for both in made.values() for one in both)
+        made = {
+            row: Compared(
+                _thumbnail(to_picture(base[row]), size),
+                _thumbnail(to_picture(policy[row]), size),
+                _thumbnail(changed[row], size) if row in changed else None,
+            )
+            for row in rows
+        }
+        pairs = [*made.values(), *(made[row] for row in with_change)]
+        total = sum(len(one.base.uri) + len(one.policy.uri) for one in pairs)
+        total += sum(len(one.changed.uri) for one in made.values() if one.changed is not None)
         if total <= max_bytes or size <= SMALLEST:
-            return made, max((max(one[1:]) for both in made.values() for one in both), default=size)
+            sides = [side for one in made.values() for side in (*one.base[1:], *one.policy[1:])]
+            return Gallery(made, max(sides, default=size), factor)
         size = max(SMALLEST, int(size * 0.95 * math.sqrt(max_bytes / total)))
 
 
-def _thumbnail(pixels: Tensor, size: int) -> Thumbnail:  # uint8 [3,H,W]
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+def _moved(before: Tensor, after: Tensor) -> Tensor | None:  # uint8 [3,H,W] each -> uint8 [H,W]
+    return difference(before, after) if before.shape == after.shape else None
+
+
+def _thumbnail(image: Image.Image, size: int) -> Thumbnail:
+    image = image.copy()
     lossless = max(image.size) <= LOSSLESS
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

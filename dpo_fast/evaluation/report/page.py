@@ -7,15 +7,28 @@ import re
 from html import escape
 from pathlib import Path
 
-from dpo_fast.evaluation.findings import About, Findings, Verdict, counted, decimals, p_value
+from dpo_fast.evaluation.conclusion import NOTHING
+from dpo_fast.evaluation.findings import About, Findings, Verdict
+from dpo_fast.evaluation.formats import counted, decimals, p_value
 from dpo_fast.evaluation.implicit import ImplicitAccuracy
 from dpo_fast.evaluation.report.charts import bars
-from dpo_fast.evaluation.report.gallery import LOSSLESS, Role, Shown, Thumbnail, choose, thumbnails
+from dpo_fast.evaluation.report.gallery import (
+    LOSSLESS,
+    Compared,
+    Gallery,
+    Role,
+    Shown,
+    Thumbnail,
+    choose,
+    extremes,
+    thumbnails,
+)
 from dpo_fast.evaluation.scored import Scored
 from dpo_fast.evaluation.signals import Images, Signal
 from dpo_fast.statistics import Interval
 
 MAX_BYTES = 13_000_000  # of all images in the page
+AT_THE_TOP = 4  # pairs beside the verdict: so many of the largest gains, and of the largest losses
 TITLES = {"best": "Largest gains by {}", "worst": "Largest losses by {}", "random": "Drawn at random"}
 
 
@@ -33,19 +46,23 @@ def page(
 ) -> str:
     """Return the page as text, to be written as UTF-8. `findings` are of `scored`; the images are in its row order."""
     shown = choose(scored, max_pairs, seed)
-    images, size = thumbnails(base, policy, [one.row for one in shown], size=thumbnail, max_bytes=max_bytes)
+    gains, losses = (rows[:AT_THE_TOP] for rows in extremes(scored, findings.overall[0].scorer))
+    rows = list(dict.fromkeys([*(one.row for one in shown), *gains, *losses]))
+    gallery = thumbnails(base, policy, rows, [*gains, *losses], size=thumbnail, max_bytes=max_bytes)
     style, script = (_beside(name) for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     allowed = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     about = findings.about
     body = [
         _head(findings),
+        _section("What changed", _changes(findings, scored, gains, losses, gallery), "changes"),
         _section("Win rates", _win_rates(findings)),
         _section("Scores", _scores(findings.overall)),
         _section("By category", _by_category(findings)) if findings.by_category else "",
         _section("Signs of over-optimisation", _signals(findings.signals)) if findings.signals else "",
         _section("Implicit reward", _implicit(implicit)) if implicit else "",
-        _section("Pairs", _pairs(findings, scored, shown, images, size, seed), "pairs") if shown else "",
+        _section("Pairs", _pairs(findings, scored, shown, gallery, seed), "pairs") if shown else "",
+        _section("Settings", _settings(findings)),
         f"<footer><p>Made by dpo_fast, {_text(about.date)}. The scores of all pairs are in scores.parquet, all numbers"
         " in summary.json.</p></footer>",
     ]
@@ -61,27 +78,75 @@ def page(
 
 
 def _head(findings: Findings) -> str:
-    about, first = findings.about, findings.overall[0]
-    rate = first.interval
-    what = "prompts, by the median of their images" if findings.medians_compared else "pairs"
+    about, first, verdict = findings.about, findings.overall[0], findings.conclusion
+    what = "prompts, by the median of their images," if findings.medians_compared else "pairs"
+    kind = {"worse": "worse", NOTHING: "open"}.get(verdict.outcome, "better")
+    cost = f"; <mark>{_text(verdict.cost.replace('->', '→'))}</mark>" if verdict.cost else ""
+    remedy = f"; {_text(verdict.remedy)}" if verdict.remedy else ""
+    return (
+        f'<header>\n<p class="kind">Evaluation, {_text(about.date)}</p>\n'
+        f'<h1><span class="policy">{_text(about.policy)}</span> <small>against</small>'
+        f' <span class="base">{_text(about.base)}</span></h1>\n'
+        f'<div class="lead {kind}"><p><strong>{first.interval.value:.1%}</strong> of {what} won by the policy, ties'
+        f" counted half</p><p><b>{_text(verdict.outcome.capitalize())}</b>, {_text(verdict.grounds)}{cost}{remedy}.</p>"
+        "</div>\n</header>"
+    )
+
+
+def _changes(findings: Findings, scored: Scored, gains: list[int], losses: list[int], gallery: Gallery) -> str:
+    """Render the pairs with the largest gains by the scorer that decides, and behind a click those with the largest
+    losses: base, policy, what changed."""
+    scorer, number = findings.overall[0].scorer, len(scored.prompts)
+    gain = scored.gain(scorer)
+    won, lost = int((gain > 0).sum()), int((gain < 0).sum())
+
+    def cards(rows: list[int]) -> str:
+        return f'<div class="moved">{"".join(_moved(scored, scorer, row, gallery) for row in rows)}</div>'
+
+    pairs = f"{counted(number, 'pair')} of {counted(findings.overall[0].prompts, 'prompt')}"
+    split = f"{won} gained, {lost} lost" + (f", {number - won - lost} tied" if won + lost < number else "")
+    best = f"The {counted(len(gains), 'largest gain')} by {scorer}, a prompt at most once, of" if gains else "Of"
+    factor = f" Difference: how far each pixel moved, times {gallery.factor}; black did not move." if won + lost else ""
+    return (
+        f'<p class="hint">{_text(f"{best} {pairs}: {split}.{factor}")}</p>'
+        + cards(gains) * bool(gains)
+        + (
+            f'<details class="losses"><summary>The {counted(len(losses), "largest loss", "es")} by {_text(scorer)}'
+            f"</summary>{cards(losses)}</details>"
+        )
+        * bool(losses)
+    )
+
+
+def _moved(scored: Scored, scorer: str, row: int, gallery: Gallery) -> str:
+    pair, prompt = gallery.pairs[row], scored.prompts[row]
+    sides = {"base": pair.base, "policy": pair.policy, f"difference x {gallery.factor}": pair.changed}
+    figures = "".join(
+        f"<figure><figcaption>{name}</figcaption>{_image(image, f'{name}: {prompt}')}</figure>"
+        for name, image in sides.items()
+        if image is not None
+    )
+    return (
+        f'<div><div class="beside">{figures}</div><p class="prompt" dir="auto">{_text(prompt)}</p>'
+        f'<table class="mini">{_card_row(scored, scorer, row)}</table></div>'
+    )
+
+
+def _image(image: Thumbnail, words: str) -> str:
+    kind = "tiny" if max(image[1:]) <= LOSSLESS else "photo"
+    return f'<img src="{image.uri}" width="{image.width}" height="{image.height}" class="{kind}" alt="{_text(words)}">'
+
+
+def _settings(findings: Findings) -> str:
+    about = findings.about
     facts = {
-        "Prompts": f"{first.prompts} of {about.prompt_set}",
+        "Prompts": f"{findings.overall[0].prompts} of {about.prompt_set}",
         "Images": f"{findings.images} of each",
         "Scorers": ", ".join(verdict.scorer for verdict in findings.overall),
     }
     facts |= about.settings | _provenance(about)
     rows = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in facts.items())
-    warnings = "".join(f"<li>{_text(line)}</li>" for line in findings.warnings())
-    doubt = "" if first.decided else ": it holds 50%, so nothing is shown either way"
-    return (
-        f'<header>\n<p class="kind">Evaluation, {_text(about.date)}</p>\n'
-        f'<h1><span class="policy">{_text(about.policy)}</span> <small>against</small>'
-        f' <span class="base">{_text(about.base)}</span></h1>\n'
-        f'<p class="lead"><strong>{rate.value:.1%}</strong> <span>of {what} are won by the policy, ties counted half,'
-        f" as <b>{_text(first.scorer)}</b> judges. 95% interval {rate.low:.1%} to {rate.high:.1%}{doubt}.</span></p>\n"
-        + (f'<ul class="warnings">{warnings}</ul>\n' if warnings else "")
-        + f"<dl>{rows}</dl>\n</header>"
-    )
+    return f"<dl>{rows}</dl>"
 
 
 def _provenance(about: About) -> dict[str, str]:
@@ -98,13 +163,24 @@ def _revisions(files: dict[str, str]) -> str:
 
 
 def _win_rates(findings: Findings) -> str:
-    chart = bars([(v.scorer, _of_prompts(v), v) for v in findings.overall])
-    head = ("Scorer", "Won : tied : lost", "Won, without ties", "p")
+    decides = ", decides" if len(findings.overall) > 1 else ""
+    chart = bars([(v.scorer, f"{_of_prompts(v)}{'' if k else decides}", v) for k, v in enumerate(findings.overall)])
+    head = ("Scorer", "p", "Won : tied : lost", "Won, without ties", "p of the sign test")
     rows = [
-        [_text(v.scorer), " : ".join(map(str, v.won)), _with_interval(v.exact, ".3f"), escape(p_value(v.p_holm))]
+        [
+            _text(v.scorer),
+            escape(p_value(v.rate_p_holm)),
+            " : ".join(map(str, v.won)),
+            _with_interval(v.exact, ".3f"),
+            escape(p_value(v.p_holm)),
+        ]
         for v in findings.overall
     ]
-    notes = [*findings.notes(), "won, without ties: share of prompts, with its exact 95% interval (Clopper-Pearson)"]
+    notes = [
+        *findings.notes(),
+        "won, without ties: share of prompts, with its exact 95% interval (Clopper-Pearson); the sign test is of won"
+        " against lost, two-sided, corrected as p is",
+    ]
     notes = "".join(f"<li>{_text(line)}</li>" for line in notes)
     return f'{_legend()}{chart}{_table(head, rows)}<ul class="notes">{notes}</ul>'
 
@@ -177,15 +253,14 @@ def _pairs(
     findings: Findings,
     scored: Scored,
     shown: list[Shown],
-    images: dict[int, tuple[Thumbnail, Thumbnail]],
-    size: int,
+    gallery: Gallery,
     seed: int,
 ) -> str:
     groups: dict[tuple[str, str | None], list[str]] = {}
     scorers, categories = scored.scorers, findings.categories
     for one in shown:
         first = next(iter(one.roles))
-        card = _card(one, scored, images[one.row], scorers, categories)
+        card = _card(one, scored, gallery.pairs[one.row], scorers, categories)
         groups.setdefault((first.kind, first.scorer), []).append(card)
     sections = [
         f'<section class="group"><h3>{_text(TITLES[kind].format(scorer))}</h3><div class="cards">{"".join(cards)}</div>'
@@ -193,8 +268,8 @@ def _pairs(
         for (kind, scorer), cards in groups.items()
     ]
     return (
-        f'<p class="hint">{len(shown)} of {len(scored.prompts)} pairs, at most {size} pixels wide or high here. Best'
-        " and worst: the largest gain and loss of the policy's score over the base's on the same prompt and seed."
+        f'<p class="hint">{len(shown)} of {len(scored.prompts)} pairs, at most {gallery.size} pixels wide or high here.'
+        " Best and worst: the largest gain and loss of the policy's score over the base's on the same prompt and seed."
         f" Random: drawn with seed {seed}, whatever the scores.</p>{_toolbar(scorers, categories)}"
         f'<div id="groups">{"".join(sections)}</div>'
     )
@@ -228,9 +303,7 @@ def _toolbar(scorers: list[str], categories: list[str]) -> str:
     )
 
 
-def _card(
-    one: Shown, scored: Scored, both: tuple[Thumbnail, Thumbnail], scorers: list[str], categories: list[str]
-) -> str:
+def _card(one: Shown, scored: Scored, pair: Compared, scorers: list[str], categories: list[str]) -> str:
     def key(role: Role) -> str:  # as page.js looks it up
         scorer = "" if role.scorer is None else scorers.index(role.scorer)
         category = "" if role.category is None else categories.index(role.category)
@@ -239,10 +312,8 @@ def _card(
     prompt = scored.prompts[one.row]
     places = escape(json.dumps({key(role): place for role, place in one.roles.items()}))
     figures = "".join(
-        f'<figure class="{name}"><img src="{image.uri}" width="{image.width}" height="{image.height}"'
-        f' class="{"tiny" if max(image[1:]) <= LOSSLESS else "photo"}" alt="{name}: {_text(prompt)}">'
-        f"<figcaption>{name}</figcaption></figure>"
-        for name, image in zip(("base", "policy"), both, strict=True)
+        f'<figure class="{name}">{_image(image, f"{name}: {prompt}")}<figcaption>{name}</figcaption></figure>'
+        for name, image in (("base", pair.base), ("policy", pair.policy))
     )
     category = f"<bdi>{_text(scored.categories[one.row])}</bdi> · " if scored.categories else ""
     rows = "".join(_card_row(scored, scorer, one.row) for scorer in scorers)

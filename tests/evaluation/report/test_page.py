@@ -6,13 +6,14 @@ import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from dpo_fast.evaluation.findings import About, judge
 from dpo_fast.evaluation.report.gallery import DEEP, Role, choose
-from dpo_fast.evaluation.report.page import page
+from dpo_fast.evaluation.report.page import AT_THE_TOP, page
 from dpo_fast.evaluation.scored import Scored
 from dpo_fast.evaluation.signals import measure
 
@@ -97,7 +98,10 @@ def test_the_page_is_whole_and_loads_nothing(categories):
     assert not re.search(r"https?:|//|@import|url\(", without_data)
     assert all(set(a) & {"href", "srcset", "action", "onclick", "onerror"} == set() for _, a in tree.elements)
     sources = [attributes["src"] for _, attributes in tree.elements if "src" in attributes]
-    assert len(sources) == 2 * len(tree.of("article")) > 16 and f"{len(sources) // 2} of 24 pairs" in text
+    pairs, gain = len(tree.of("article")), of.gain("beauty")
+    moved = [{prompt for prompt, by in zip(of.prompts, gain * sign, strict=True) if by > 0} for sign in (1, -1)]
+    assert len(sources) == 2 * pairs + 3 * sum(min(AT_THE_TOP, len(prompts)) for prompts in moved)
+    assert pairs > 8 and f"{pairs} of 24 pairs" in text
     for attributes in tree.of("img"):
         kind, data = attributes["src"].split(",")
         assert kind == "data:image/webp;base64" and attributes["alt"]
@@ -131,12 +135,67 @@ def test_charts_say_in_words_what_they_draw():
     assert any(attributes.get("cx") == f"{rate:.2%}" for attributes in tree.of("circle"))
 
 
+def test_the_largest_gains_stand_at_the_top_and_the_largest_losses_behind_a_click():
+    gain = torch.tensor([0.0, 3, -1, 5, -4, 1, 2, 4, -2, 0]).double()
+    base = torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8)
+    policy = base.clone()
+    policy[:, 0, 4, 8] ^= 0b110  # at most 6 levels
+    of = Scored([f"prompt {k}" for k in range(10)], [0] * 10, {"s": torch.zeros(10).double()}, {"s": gain})
+    text = page(judge(of, [], About("base", "policy", "set", "today", {}), resamples=99), of, base, policy)
+    section = text[text.index("<section id=changes>") : text.index("</section>")]
+    said = "The 4 largest gains by s, a prompt at most once, of 10 pairs of 10 prompts: 5 gained, 3 lost, 2 tied."
+    assert said in section and "times 32; black did not move" in section
+    top, losses = section.split("<details")
+    prompts = [re.findall(r'dir="auto">(prompt \d)', part) for part in (top, losses)]
+    assert prompts == [["prompt 3", "prompt 7", "prompt 1", "prompt 6"], ["prompt 4", "prompt 8", "prompt 2"]]
+    assert "The 3 largest losses by s" in losses
+    tree = Tree(top + "</section>")
+    for (row, side), attributes in zip([(r, s) for r in (3, 7, 1, 6) for s in range(3)], tree.of("img"), strict=True):
+        image = Image.open(io.BytesIO(base64.b64decode(attributes["src"].split(",")[1])))
+        shown = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).int()
+        moved = (policy[row].int() - base[row].int()).abs().amax(0, keepdim=True).expand(3, -1, -1) * 32
+        assert torch.equal(
+            shown, (base[row].int(), policy[row].int(), moved)[side]
+        )  # lossless: no larger than LOSSLESS
+
+
+def test_where_nothing_moved_nothing_is_shown_as_a_gain():
+    zeros, images = {"s": torch.zeros(6).double()}, torch.zeros(6, 3, 16, 16, dtype=torch.uint8)
+    of = Scored([str(k) for k in range(6)], [0] * 6, zeros, zeros)
+    text = page(judge(of, [], About("base", "policy", "set", "today", {}), resamples=99), of, images, images)
+    assert "Of 6 pairs of 6 prompts: 0 gained, 0 lost, 6 tied." in text and "<details" not in text
+    assert "<b>No difference shown</b>, as s decides: win rate 0.500 [0.500, 0.500] holds 0.5." in text
+
+
+def test_images_of_different_sizes_have_no_difference():
+    of = scored(8, categories=False)
+    base, policy = torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.zeros(8, 3, 48, 32, dtype=torch.uint8)
+    found = judge(of, measure(base, policy, of.prompts), About("base", "policy", "set", "today", {}), resamples=99)
+    tree = Tree(page(found, of, base, policy))
+    assert not any("difference" in text for text in tree.texts["figcaption"])
+    assert {(a["height"], a["width"]) for a in tree.of("img")} == {("32", "32"), ("48", "32")}
+
+
+def test_the_verdict_and_its_price_stand_in_the_headline():
+    rows = 60
+    base = {"beauty": torch.zeros(rows).double(), "<b>truth</b>": torch.zeros(rows).double()}
+    policy = {"beauty": torch.ones(rows).double(), "<b>truth</b>": -torch.ones(rows).double()}
+    of = Scored([str(k) for k in range(rows)], [0] * rows, base, policy)
+    images = torch.zeros(rows, 3, 16, 16, dtype=torch.uint8)
+    about = About("base", "policy", "set", "today", {}, trained_towards_the_first=True)
+    text = page(judge(of, [], about, resamples=99), of, images, images)
+    head = text[text.index("<header>") : text.index("</header>")]
+    assert "<strong>100.0%</strong>" in head and "<b>Aligned</b>, as beauty decides (the first of 2 scorers)" in head
+    assert "<mark>paid for with &lt;b&gt;truth&lt;/b&gt; (win rate 0.000 [0.000, 0." in head
+    assert head.index("</h1>") < head.index("100.0%") and text.index("</header>") < text.index("What changed")
+
+
 def test_large_images_are_made_small_enough():
-    text = made(scored(8), side=300, thumbnail=200, max_bytes=150_000)
+    text = made(scored(8), side=300, thumbnail=200, max_bytes=300_000)
     tree = Tree(text)
     widths = {int(attributes["width"]) for attributes in tree.of("img")}
-    assert len(widths) == 1 and 96 <= min(widths) < 200
-    assert sum(len(attributes["src"]) for attributes in tree.of("img")) <= 150_000
+    assert len(widths) == 1 and 96 < min(widths) < 200
+    assert sum(len(attributes["src"]) for attributes in tree.of("img")) <= 300_000
     assert f"at most {min(widths)} pixels" in text
     assert {int(a["width"]) for a in Tree(made(scored(8), side=300, thumbnail=200)).of("img")} == {200}
 
