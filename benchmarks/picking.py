@@ -28,7 +28,7 @@ KINDS = {
     "healthy": "",
     "overtrained": "--learning_rate 3e-4 --beta_dpo 500",
 }
-TRAINING = "--no-prove --checkpointing_steps 40 --eval_images 72"
+TRAINING = "--no-prove --max_train_steps 80 --checkpointing_steps 20 --eval_images 72"
 STRENGTHS = ("0.5", "0.75", "1", "1.5")
 
 
@@ -36,7 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--images", type=int, default=144, help="of each point in the last round, and to judge")
+    parser.add_argument("--images", type=int, default=72, help="of each point in the last round")
+    parser.add_argument("--judge_images", type=int, default=108, help="of each point to judge by")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/picking"))
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
@@ -46,7 +47,7 @@ def main() -> None:
         for seed in arguments.seeds:
             folder = arguments.output_dir / f"{kind}-{seed}"
             finished(folder, [*TRAINING.split(), *KINDS[kind].split(), "--seed", str(seed)], jobs=1)
-            rows.append({"kind": kind, "seed": seed, **measured(folder, arguments.images)})
+            rows.append({"kind": kind, "seed": seed, **measured(folder, arguments.images, arguments.judge_images)})
             print(line(rows[-1]), flush=True)
     print("\n" + "\n".join(map(line, rows)))
     if arguments.json:
@@ -55,14 +56,14 @@ def main() -> None:
         write_json(arguments.json, {**about, "machine": platform.processor() or platform.machine(), "rows": rows})
 
 
-def measured(folder: Path, images: int) -> dict[str, object]:
+def measured(folder: Path, images: int, judge_images: int) -> dict[str, object]:
     """Pick from a run, then measure all points of its grid on the prompts that judge."""
-    flags = [str(folder), "--strengths", *STRENGTHS, "--images", str(images), "--judge_images", str(images)]
+    flags = [str(folder), "--strengths", *STRENGTHS, "--images", str(images), "--judge_images", str(judge_images)]
     if pick(flags):
         raise SystemExit(f"dpo_fast.pick {' '.join(flags)} failed")
     found = json.loads((folder / "pick" / "pick.json").read_text(encoding="utf-8"))
     planned, ranks = plan(parse(flags)), parallel.start("none")
-    asked, seeds, without_last = seeds_in_training(planned.judging, images)
+    asked, seeds, without_last = seeds_in_training(planned.judging, judge_images)
     prompts = [prompt for prompt in planned.judging if prompt.text in asked]
     points = {BASE: Point(planned.points[0].step, 0.0)} | {point.name: point for point in planned.points}
     models = {name: planned.source(point) for name, point in points.items()}
