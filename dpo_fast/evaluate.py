@@ -46,7 +46,8 @@ def _run(config: EvaluateConfig) -> int:
     import torch
 
     from dpo_fast import output_folder, parallel
-    from dpo_fast.evaluation.comparison import RECORD, check_scorers, compare, find_pairs, unscored
+    from dpo_fast.evaluation.comparison import check_scorers, compare, find_pairs, unscored
+    from dpo_fast.evaluation.findings import RECORD
     from dpo_fast.evaluation.sides import (
         batch_size_of,
         comparison_of,
@@ -88,7 +89,7 @@ def _run(config: EvaluateConfig) -> int:
         if reference is not None:
             implicit = _implicit(config, run, models[sides[1].name], reference, held_out, ranks)
         if ranks.is_main:
-            _tell(out, result, pairs, implicit)
+            _tell(out, run, result, pairs, implicit)
             print(f"\n{time.perf_counter() - started:.0f} s: {out}", flush=True)
     except torch.OutOfMemoryError as error:
         return refuse(f"out of GPU memory ({str(error).split('.')[0]}); lower --batch_size", any_rank=True)
@@ -100,22 +101,28 @@ def _run(config: EvaluateConfig) -> int:
 
 def _tell(
     out: Path,
+    run: "TrainConfig | None",
     result: "tuple[Findings, Scored] | None",
     pairs: "ImagePairs | None",
     implicit: "ImplicitAccuracy | None",
 ) -> None:
-    """Write and print what was found."""
-    from dpo_fast.evaluation.comparison import REPORT, SUMMARY, write_report
-    from dpo_fast.files import write_json
+    """Write and print what was found. run: how the policy was trained, where it is a run."""
+    from dpo_fast.checksums import write_signed_json
+    from dpo_fast.config import public
+    from dpo_fast.evaluation.comparison import write_report
+    from dpo_fast.evaluation.findings import REPORT, SUMMARY
+    from dpo_fast.training.hub import public_config
 
-    of_pairs = {} if implicit is None else {"implicit": implicit.for_summary()}
+    summary = {} if run is None else {"run": public_config(public(run))}
+    if implicit is not None:
+        summary["implicit"] = implicit.for_summary()
     if result is None:
-        write_json(out / SUMMARY, of_pairs)
+        write_signed_json(out / SUMMARY, summary)
         print(f"\n{implicit}", flush=True)
         return
     findings, scored = result
     write_report(out, findings, scored, pairs, implicit)
-    write_json(out / SUMMARY, findings.for_summary() | of_pairs)
+    write_signed_json(out / SUMMARY, findings.for_summary() | summary)
     print("", findings, *([implicit] if implicit is not None else []), sep="\n\n", flush=True)
     print(f"\nreport: {out / REPORT}", flush=True)
 

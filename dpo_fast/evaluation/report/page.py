@@ -1,19 +1,16 @@
 """A self-contained HTML page for an evaluation: charts, tables and pairs of images; nothing is loaded from outside."""
 
-import base64
-import hashlib
 import json
-import re
 from html import escape
 from pathlib import Path
 
 from dpo_fast.evaluation.findings import About, Findings, Verdict, counted, decimals, p_value
 from dpo_fast.evaluation.implicit import ImplicitAccuracy
-from dpo_fast.evaluation.report.charts import bars
+from dpo_fast.evaluation.report.charts import bars, legend
 from dpo_fast.evaluation.report.gallery import LOSSLESS, Role, Shown, Thumbnail, choose, thumbnails
+from dpo_fast.evaluation.report.html import document, facts, minus, notes, section, table, text, with_interval
 from dpo_fast.evaluation.scored import Scored
 from dpo_fast.evaluation.signals import Images, Signal
-from dpo_fast.statistics import Interval
 
 MAX_BYTES = 13_000_000  # of all images in the page
 TITLES = {"best": "Largest gains by {}", "worst": "Largest losses by {}", "random": "Drawn at random"}
@@ -34,29 +31,24 @@ def page(
     """Return the page as text, to be written as UTF-8. `findings` are of `scored`; the images are in its row order."""
     shown = choose(scored, max_pairs, seed)
     images, size = thumbnails(base, policy, [one.row for one in shown], size=thumbnail, max_bytes=max_bytes)
-    style, script = (_beside(name) for name in ("page.css", "page.js"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    allowed = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     about = findings.about
     body = [
         _head(findings),
-        _section("Win rates", _win_rates(findings)),
-        _section("Scores", _scores(findings.overall)),
-        _section("By category", _by_category(findings)) if findings.by_category else "",
-        _section("Signs of over-optimisation", _signals(findings.signals)) if findings.signals else "",
-        _section("Implicit reward", _implicit(implicit)) if implicit else "",
-        _section("Pairs", _pairs(findings, scored, shown, images, size, seed), "pairs") if shown else "",
-        f"<footer><p>Made by dpo_fast, {_text(about.date)}. The scores of all pairs are in scores.parquet, all numbers"
+        section("Win rates", _win_rates(findings)),
+        section("Scores", _scores(findings.overall)),
+        section("By category", _by_category(findings)) if findings.by_category else "",
+        section("Signs of over-optimisation", _signals(findings.signals)) if findings.signals else "",
+        section("Implicit reward", _implicit(implicit)) if implicit else "",
+        section("Pairs", _pairs(findings, scored, shown, images, size, seed), "pairs") if shown else "",
+        f"<footer><p>Made by dpo_fast, {text(about.date)}. The scores of all pairs are in scores.parquet, all numbers"
         " in summary.json.</p></footer>",
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(allowed)}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{_text(about.policy)} against {_text(about.base)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        + "\n".join(part for part in body if part)
-        + f"\n<script>{script}</script>\n</body>\n</html>\n"
+    return document(
+        f"{about.policy} against {about.base}",
+        body,
+        made_by="dpo_fast.evaluate",
+        style=[_beside("page.css")],
+        script=_beside("page.js").read_text(encoding="utf-8"),
     )
 
 
@@ -64,23 +56,20 @@ def _head(findings: Findings) -> str:
     about, first = findings.about, findings.overall[0]
     rate = first.interval
     what = "prompts, by the median of their images" if findings.medians_compared else "pairs"
-    facts = {
+    known = {
         "Prompts": f"{first.prompts} of {about.prompt_set}",
         "Images": f"{findings.images} of each",
         "Scorers": ", ".join(verdict.scorer for verdict in findings.overall),
     }
-    facts |= about.settings | _provenance(about)
-    rows = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in facts.items())
-    warnings = "".join(f"<li>{_text(line)}</li>" for line in findings.warnings())
+    known |= about.settings | _provenance(about)
     doubt = "" if first.decided else ": it holds 50%, so nothing is shown either way"
     return (
-        f'<header>\n<p class="kind">Evaluation, {_text(about.date)}</p>\n'
-        f'<h1><span class="policy">{_text(about.policy)}</span> <small>against</small>'
-        f' <span class="base">{_text(about.base)}</span></h1>\n'
+        f'<header>\n<p class="kind">Evaluation, {text(about.date)}</p>\n'
+        f'<h1><span class="policy">{text(about.policy)}</span> <small>against</small>'
+        f' <span class="base">{text(about.base)}</span></h1>\n'
         f'<p class="lead"><strong>{rate.value:.1%}</strong> <span>of {what} are won by the policy, ties counted half,'
-        f" as <b>{_text(first.scorer)}</b> judges. 95% interval {rate.low:.1%} to {rate.high:.1%}{doubt}.</span></p>\n"
-        + (f'<ul class="warnings">{warnings}</ul>\n' if warnings else "")
-        + f"<dl>{rows}</dl>\n</header>"
+        f" as <b>{text(first.scorer)}</b> judges. 95% interval {rate.low:.1%} to {rate.high:.1%}{doubt}.</span></p>\n"
+        + f"{notes(findings.warnings(), 'warnings')}\n{facts(known)}\n</header>"
     )
 
 
@@ -101,19 +90,11 @@ def _win_rates(findings: Findings) -> str:
     chart = bars([(v.scorer, _of_prompts(v), v) for v in findings.overall])
     head = ("Scorer", "Won : tied : lost", "Won, without ties", "p")
     rows = [
-        [_text(v.scorer), " : ".join(map(str, v.won)), _with_interval(v.exact, ".3f"), escape(p_value(v.p_holm))]
+        [text(v.scorer), " : ".join(map(str, v.won)), with_interval(v.exact, ".3f"), escape(p_value(v.p_holm))]
         for v in findings.overall
     ]
-    notes = [*findings.notes(), "won, without ties: share of prompts, with its exact 95% interval (Clopper-Pearson)"]
-    notes = "".join(f"<li>{_text(line)}</li>" for line in notes)
-    return f'{_legend()}{chart}{_table(head, rows)}<ul class="notes">{notes}</ul>'
-
-
-def _legend() -> str:
-    return (
-        '<p class="legend"><span><i class="win"></i>policy ahead</span><span><i class="loss"></i>base ahead</span>'
-        '<span><i class="open"></i>pale: the interval holds 0.5</span></p>'
-    )
+    lines = [*findings.notes(), "won, without ties: share of prompts, with its exact 95% interval (Clopper-Pearson)"]
+    return f"{legend()}{chart}{table(head, rows)}{notes(lines)}"
 
 
 def _scores(overall: list[Verdict]) -> str:
@@ -122,9 +103,9 @@ def _scores(overall: list[Verdict]) -> str:
     for v in overall:
         levels = v.base_median, v.policy_median, v.base_mean, v.policy_mean
         form = f".{decimals(*(of.value for of in levels))}f"
-        cells = [_with_interval(of, form) for of in levels]
-        rows.append([_text(v.scorer), *cells, _with_interval(v.gain, f"+.{decimals(*v.gain, digits=3)}f")])
-    return _table(head, rows) + '<p class="hint">With 95% intervals by the bootstrap over prompts.</p>'
+        cells = [with_interval(of, form) for of in levels]
+        rows.append([text(v.scorer), *cells, with_interval(v.gain, f"+.{decimals(*v.gain, digits=3)}f")])
+    return table(head, rows) + '<p class="hint">With 95% intervals by the bootstrap over prompts.</p>'
 
 
 def _by_category(findings: Findings) -> str:
@@ -132,8 +113,8 @@ def _by_category(findings: Findings) -> str:
     for place, leader in enumerate(findings.overall):
         of_scorer = [v for v in findings.by_category if v.scorer == leader.scorer]
         chart = bars([(v.category, _of_prompts(v), v) for v in of_scorer])
-        parts.append(f"<details{'' if place else ' open'}><summary>{_text(leader.scorer)}</summary>{chart}</details>")
-    return _legend() + "".join(parts)
+        parts.append(f"<details{'' if place else ' open'}><summary>{text(leader.scorer)}</summary>{chart}</details>")
+    return legend() + "".join(parts)
 
 
 def _of_prompts(verdict: Verdict) -> str:
@@ -143,13 +124,13 @@ def _of_prompts(verdict: Verdict) -> str:
 def _signals(signals: list[Signal]) -> str:
     rows = []
     for s in signals:
-        name = f"{_text(s.name)}<small>{_text(s.meaning)}</small>"
+        name = f"{text(s.name)}<small>{text(s.meaning)}</small>"
         if s.base is None:
-            rows.append([name, "", _with_interval(s.difference, f".{decimals(s.policy)}f"), ""])
+            rows.append([name, "", with_interval(s.difference, f".{decimals(s.policy)}f"), ""])
         else:
             levels = [f"{of:.{decimals(s.base, s.policy)}f}" for of in (s.base, s.policy)]
-            rows.append([name, *levels, _with_interval(s.difference, f"+.{decimals(*s.difference, digits=3)}f")])
-    return _table(("Measure", "Base", "Policy", "Difference"), rows)
+            rows.append([name, *levels, with_interval(s.difference, f"+.{decimals(*s.difference, digits=3)}f")])
+    return table(("Measure", "Base", "Policy", "Difference"), rows)
 
 
 def _implicit(found: ImplicitAccuracy) -> str:
@@ -157,19 +138,19 @@ def _implicit(found: ImplicitAccuracy) -> str:
     levels = [(level.name, counted(level.pairs, "pair"), level) for level in found.levels]
     chart = bars([("all draws", f"the mean margin of {found.draws}", found), *levels], "accuracy")
     rows = [
-        ["At one draw<small>what training logs as implicit_accuracy</small>", _with_interval(found.one_draw, ".3f")],
+        ["At one draw<small>what training logs as implicit_accuracy</small>", with_interval(found.one_draw, ".3f")],
         *(
-            [f"{side} image<small>policy minus reference error</small>", _with_interval(delta, "+.3g")]
+            [f"{side} image<small>policy minus reference error</small>", with_interval(delta, "+.3g")]
             for side, delta in (("Chosen", found.chosen_delta), ("Rejected", found.rejected_delta))
         ),
     ]
     if found.margin is not None:
-        rows.append([f"Margin<small>mean, at beta {found.beta:g}</small>", _with_interval(found.margin, "+.3g")])
+        rows.append([f"Margin<small>mean, at beta {found.beta:g}</small>", with_interval(found.margin, "+.3g")])
     of = f"{counted(found.pairs, 'held-out pair')} of {counted(found.captions, 'caption')}"
     return (
         f'<p class="hint">The share of {of} whose chosen image has the higher implicit reward, ties counted half'
         f" ({counted(found.ties, 'tie')}); 0.5 is chance. 95% intervals by the bootstrap over captions.</p>"
-        f"{chart}{_table(('', 'Mean'), rows)}"
+        f"{chart}{table(('', 'Mean'), rows)}"
     )
 
 
@@ -188,7 +169,7 @@ def _pairs(
         card = _card(one, scored, images[one.row], scorers, categories)
         groups.setdefault((first.kind, first.scorer), []).append(card)
     sections = [
-        f'<section class="group"><h3>{_text(TITLES[kind].format(scorer))}</h3><div class="cards">{"".join(cards)}</div>'
+        f'<section class="group"><h3>{text(TITLES[kind].format(scorer))}</h3><div class="cards">{"".join(cards)}</div>'
         "</section>"
         for (kind, scorer), cards in groups.items()
     ]
@@ -202,8 +183,8 @@ def _pairs(
 
 def _toolbar(scorers: list[str], categories: list[str]) -> str:
     """Render the toolbar, hidden until the script that serves it runs."""
-    of_scorer = "".join(f'<option value="{k}">{_text(name)}</option>' for k, name in enumerate(scorers))
-    of_category = "".join(f'<option value="{k}">{_text(name)}</option>' for k, name in enumerate(categories))
+    of_scorer = "".join(f'<option value="{k}">{text(name)}</option>' for k, name in enumerate(scorers))
+    of_category = "".join(f'<option value="{k}">{text(name)}</option>' for k, name in enumerate(categories))
 
     def choice(name: str, options: dict[str, str]) -> str:
         buttons = "".join(
@@ -240,15 +221,15 @@ def _card(
     places = escape(json.dumps({key(role): place for role, place in one.roles.items()}))
     figures = "".join(
         f'<figure class="{name}"><img src="{image.uri}" width="{image.width}" height="{image.height}"'
-        f' class="{"tiny" if max(image[1:]) <= LOSSLESS else "photo"}" alt="{name}: {_text(prompt)}">'
+        f' class="{"tiny" if max(image[1:]) <= LOSSLESS else "photo"}" alt="{name}: {text(prompt)}">'
         f"<figcaption>{name}</figcaption></figure>"
         for name, image in zip(("base", "policy"), both, strict=True)
     )
-    category = f"<bdi>{_text(scored.categories[one.row])}</bdi> · " if scored.categories else ""
+    category = f"<bdi>{text(scored.categories[one.row])}</bdi> · " if scored.categories else ""
     rows = "".join(_card_row(scored, scorer, one.row) for scorer in scorers)
     return (
         f'<article data-places="{places}"><div class="frames">{figures}</div>'
-        f'<p class="prompt" dir="auto">{_text(prompt)}</p>'
+        f'<p class="prompt" dir="auto">{text(prompt)}</p>'
         f'<p class="hint">{category}seed {scored.seeds[one.row]}</p><table class="mini">{rows}</table></article>'
     )
 
@@ -258,39 +239,10 @@ def _card_row(scored: Scored, scorer: str, row: int) -> str:
     places = decimals(scored.base[scorer].abs().max().item(), scored.policy[scorer].abs().max().item())
     kind, sign = ("win", "▲") if after > before else ("loss", "▼") if after < before else ("tie", "=")
     return (
-        f'<tr><th scope="row">{_text(scorer)}</th><td>{_minus(f"{before:.{places}f} → {after:.{places}f}")}</td>'
+        f'<tr><th scope="row">{text(scorer)}</th><td>{minus(f"{before:.{places}f} → {after:.{places}f}")}</td>'
         f'<td class="{kind}">{sign} {abs(after - before):.{places}f}</td></tr>'
     )
 
 
-def _section(title: str, content: str, name: str = "") -> str:
-    return f"<section{f' id={name}' if name else ''}>\n<h2>{title}</h2>\n{content}\n</section>"
-
-
-def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:  # rows: HTML; the first cell names the row
-    """Render a table. On a narrow screen each row becomes a block, and each cell shows its column's name."""
-    top = "".join(f'<th scope="col">{_text(name)}</th>' for name in head)
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>'
-        + "".join(f'<td data-name="{_text(name)}">{cell}</td>' for name, cell in zip(head[1:], row[1:], strict=True))
-        + "</tr>"
-        for row in rows
-    )
-    return f'<table class="wide"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
-
-
-def _with_interval(of: Interval, form: str) -> str:
-    return _minus(f"{of.value:{form}}<small>{of.low:{form}} to {of.high:{form}}</small>")
-
-
-def _minus(numbers: str) -> str:
-    return numbers.replace("-", "−")  # as wide as a plus
-
-
-def _text(outside: str) -> str:
-    """Escape text from outside for HTML, with characters that HTML forbids replaced by U+FFFD."""
-    return escape(re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", outside))
-
-
-def _beside(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+def _beside(name: str) -> Path:
+    return Path(__file__).with_name(name)
