@@ -14,7 +14,7 @@ LEVELS = [
     ["files", "heartbeat"],
     ["cli"],
     ["locks", "checksums", "hub_revisions", "kernels", "presets"],
-    ["output_folder", "draws", "schedule", "objectives", "pictures", "plot", "parallel", "store"],
+    ["output_folder", "draws", "schedule", "objectives", "pictures", "plot", "parallel", "store", "jobs"],
     ["config"],
     ["command_line"],
     ["models", "data"],
@@ -22,8 +22,8 @@ LEVELS = [
     ["caching", "scorers", "choices"],
     ["training"],
     ["evaluation"],
-    ["relabeling"],
-    ["train", "cache", "env", "evaluate", "generate", "relabel", "sweep"],
+    ["relabeling", "comparing"],
+    ["train", "cache", "env", "evaluate", "generate", "relabel", "sweep", "compare"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(ROOT.rglob("*.py"))
