@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import dpo_fast
 from dpo_fast.checksums import Damaged, write_signed_json
 from dpo_fast.compare import main as compare
 from dpo_fast.comparing import formats, options
@@ -149,6 +150,25 @@ def test_names_are_as_short_as_they_can_be(tmp_path):
     link = tmp_path / "again"
     link.symlink_to(run)
     assert len(places_of([run, tmp_path / "." / "run", link])) == 1
+
+
+def test_a_pick_and_a_run_that_ended_early_say_which_weights_are_theirs(tmp_path):
+    run = made.run(tmp_path / "a", made.scores(0.2), summary={"ended_early": {"at": 20, "result_of": 12}, "looks": []})
+    pick = run / "pick"  # has no logs, and its summary neither loss nor accuracies
+    pick.mkdir()
+    shutil.copyfile(run / "config.yaml", pick / "config.yaml")
+    scores = made.scores(0.4, training=1)
+    write_signed_json(pick / "summary.json", made.numbers(scores).numbers() | {"steps": 8, "strength": 0.5})
+    write_scores(pick / "scores.parquet", scores)
+    other = made.run(tmp_path / "b", made.scores(0.3), seed=2)
+    found = seen(run, pick, other)
+    assert found.missing == [] and found.incomparable == []
+    assert cells(found, "result_of") == {"a": 12, "pick": None, "b": None}
+    assert cells(found, "strength") == {"a": None, "pick": 0.5, "b": None}
+    assert cells(found, "steps") == {"a": 20, "pick": 8, "b": 20} and cells(found, "pairs")["pick"] == 32
+    assert cells(found, "gain", "beauty")["pick"].value == pytest.approx(0.4, abs=0.15)
+    # a strength is no seed
+    assert [row.name for row in seen(pick, other, pool_seeds=True).rows] == ["pick", "b"]
 
 
 # ---- what differs ------------------------------------------------------------------------------------------------
@@ -512,6 +532,22 @@ def test_the_outputs_are_written_and_written_again(tmp_path, capfd):
     assert first == {kind: path.read_bytes() for kind, path in files.items()}
     assert all(data.startswith(options.BEGINS[kind]) for kind, data in first.items())
     assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_from_python_it_is_the_command(tmp_path, capfd):
+    runs = [made.run(tmp_path / name, made.scores(0.2, training=k), seed=k) for k, name in enumerate("ab")]
+    files = {"csv": tmp_path / "out.csv", "page": tmp_path / "out.html"}
+    found = dpo_fast.compare(runs=runs, pool="seed", **files)
+    written = {name: path.read_bytes() for name, path in files.items()}
+    assert found.files == files and [len(row.members) for row in found.overview.rows] == [2]
+    capfd.readouterr()
+    assert compare([*map(str, runs), "--pool", "seed", *(f"--{name}={path}" for name, path in files.items())]) == 0
+    assert capfd.readouterr().out == f"{found}\n"
+    assert written == {name: path.read_bytes() for name, path in files.items()}
+    again = dpo_fast.compare(dpo_fast.CompareConfig(runs=tuple(runs), against="b"))
+    assert again.overview.reference.name == "b" and again.files == {}
+    with pytest.raises(BadInput, match="nothing is named"):
+        dpo_fast.compare()
 
 
 # ---- formats -----------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def rows_of(entries: Sequence[Entry], *, pool_seeds: bool) -> list[Row]:
         if entry.settings is None or not entry.finished:
             rows[alone] = row
             continue
-        key = (entry.kind, entry.evaluation is None, *alike_but_for_the_seed(entry.settings))
+        key = (entry.kind, entry.strength, entry.evaluation is None, *alike_but_for_the_seed(entry.settings))
         reason = _why_apart(entry, rows[key].members) if key in rows else None
         if reason is not None:
             rows[alone] = replace(row, notes=[*row.notes, f"not pooled with {rows[key].first.name}: {reason}"])
