@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING
 from dpo_fast import quiet as quiet  # first of all: before any library that it quietens is imported
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` imports what _PUBLIC says
+    from dpo_fast.api.comparing import RunComparison, compare
     from dpo_fast.api.evaluation import Evaluation, evaluate
     from dpo_fast.api.generation import Images, generate
     from dpo_fast.api.pairs import LoadedPairs, Pair, load_pairs
     from dpo_fast.api.picking import Picking, pick
     from dpo_fast.api.scoring import score_images
     from dpo_fast.api.training import TrainResult, opened_run, train
+    from dpo_fast.comparing.options import CompareConfig
     from dpo_fast.config import TrainConfig
     from dpo_fast.errors import BadInput
     from dpo_fast.evaluation.evaluate_options import EvaluateConfig
@@ -37,6 +39,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` im
 __all__ = [
     "BadInput",
     "Callback",
+    "CompareConfig",
     "EvaluateConfig",
     "Evaluation",
     "GenerateConfig",
@@ -47,10 +50,12 @@ __all__ = [
     "Pair",
     "PickConfig",
     "Picking",
+    "RunComparison",
     "TrainConfig",
     "TrainResult",
     "Trainer",
     "__version__",
+    "compare",
     "evaluate",
     "generate",
     "load_pairs",
@@ -64,6 +69,7 @@ __all__ = [
 _PUBLIC = {  # name -> the module that it is imported from
     "BadInput": "errors",
     "Callback": "training.callbacks",
+    "CompareConfig": "comparing.options",
     "EvaluateConfig": "evaluation.evaluate_options",
     "Evaluation": "api.evaluation",
     "GenerateConfig": "evaluation.generate_options",
@@ -74,9 +80,11 @@ _PUBLIC = {  # name -> the module that it is imported from
     "Pair": "api.pairs",
     "PickConfig": "evaluation.pick_options",
     "Picking": "api.picking",
+    "RunComparison": "api.comparing",
     "TrainConfig": "config",
     "TrainResult": "api.training",
     "Trainer": "training.trainer",
+    "compare": "api.comparing",
     "evaluate": "api.evaluation",
     "generate": "api.generation",
     "load_pairs": "api.pairs",

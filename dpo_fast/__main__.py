@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "images of the same prompts and noise from a policy and its base",
     "evaluate": "compare a policy with its base: scores, win rates, a page to look at",
     "pick": "the checkpoint of a run, and the strength of what it trained, that score best",
+    "compare": "runs, sweeps and evaluations in one table, with intervals, image by image",
     "relabel": "preference pairs labelled by scorers instead of people",
     "sweep": "a training run for every combination of values of some flags",
     "env": "versions, devices and what can run on this machine",

@@ -173,22 +173,32 @@ def _early(flags: list[str]) -> _Early:
 _OF_YAML = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
 
-def _recipe_flags(path: Path) -> list[str]:
-    """Convert a YAML mapping to command-line flags, so that one parser checks names and types."""
+def read_recipe(path: Path, flag: str = "") -> dict[object, object]:
+    """Return the mapping in a YAML file, `config.yaml` of a run for one; its names and values are not checked.
+
+    Raises BadInput, whose message begins with `flag`, for a file that is no such mapping or cannot be read.
+    """
+    what = f"{flag} {path}".strip()
     try:
-        text = regular_file(path, "--config").read_bytes().decode()
+        text = regular_file(path, flag).read_bytes().decode()
     except OSError as error:
-        raise BadInput(f"--config {path} cannot be read: {error.strerror}") from error
+        raise BadInput(f"{what} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise BadInput(f"--config {path} is not text in UTF-8 ({error}): save it as UTF-8") from error
+        raise BadInput(f"{what} is not text in UTF-8 ({error}): save it as UTF-8") from error
     try:
         recipe = yaml.safe_load(text) or {}
     except RecursionError:
-        raise BadInput(f"--config {path} is nested too deeply: write `flag: value` lines") from None
+        raise BadInput(f"{what} is nested too deeply: write `flag: value` lines") from None
     except (yaml.YAMLError, *_OF_YAML) as error:
-        raise BadInput(f"--config {path} is not YAML: {' '.join(str(error).split())[:300]}") from error
+        raise BadInput(f"{what} is not YAML: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(recipe, dict):
-        raise BadInput(f"--config {path} must hold `flag: value` lines, not a {type(recipe).__name__}")
+        raise BadInput(f"{what} must hold `flag: value` lines, not a {type(recipe).__name__}")
+    return recipe
+
+
+def _recipe_flags(path: Path) -> list[str]:
+    """Return the command-line flags that a YAML recipe stands for. Raises BadInput."""
+    recipe = read_recipe(path, "--config")
     if any(isinstance(key, str) and key.replace("-", "_") == "config" for key in recipe):
         raise BadInput(f"--config {path} names a further config; put everything into one file")
     return flags_of(recipe, TrainConfig, f"--config {path}")

@@ -39,7 +39,7 @@ def against(
     """Draw the plot. Series are offset by a few pixels, so that their intervals do not hide each other."""
     points = [point for one in series for point in one.points]
     heights = [y for p in points for y in (p.y, p.low, p.high) if y is not None] + ([] if even is None else [even])
-    low, high, step = _scale(min(heights), max(heights))
+    low, high, step = scale(min(heights), max(heights))
     along = math.log if log_x else float
     xs = [along(x) for x, _ in ticks] + [along(p.x) for p in points]
     first, span = min(xs), (max(xs) - min(xs)) or 1.0
@@ -88,7 +88,7 @@ def against(
     return sheet
 
 
-def _scale(low: float, high: float) -> tuple[float, float, float]:
+def scale(low: float, high: float) -> tuple[float, float, float]:
     """Return low end, high end and step of a scale with about six readable lines that covers both values."""
     span = max(high - low, 1e-3 * max(abs(high), abs(low), 1e-6))
     power = 10.0 ** math.floor(math.log10(span / 5))

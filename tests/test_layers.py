@@ -14,7 +14,7 @@ LEVELS = [
     ["files", "heartbeat", "help_text"],
     ["cli"],
     ["locks", "checksums", "hub_revisions", "kernels", "presets", "captions"],
-    ["output_folder", "draws", "schedule", "objectives", "pictures", "plot", "parallel", "store"],
+    ["output_folder", "draws", "schedule", "objectives", "pictures", "plot", "parallel", "store", "jobs"],
     ["config"],
     ["command_line"],
     ["models", "data"],
@@ -22,9 +22,9 @@ LEVELS = [
     ["caching", "scorers", "choices"],
     ["training"],
     ["evaluation"],
-    ["relabeling"],
+    ["relabeling", "comparing"],
     ["api"],
-    ["train", "cache", "env", "evaluate", "generate", "pick", "relabel", "sweep"],
+    ["train", "cache", "env", "evaluate", "generate", "pick", "relabel", "sweep", "compare"],
     ["__main__"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

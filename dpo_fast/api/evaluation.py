@@ -10,21 +10,13 @@ import torch
 from dpo_fast import output_folder, parallel
 from dpo_fast.api.options import settled_options
 from dpo_fast.api.training import out_of_memory
-from dpo_fast.config import TrainConfig
+from dpo_fast.checksums import write_signed_json
+from dpo_fast.config import TrainConfig, public
 from dpo_fast.data import PairIndex, PairsSource, Source, build_index, open_source
 from dpo_fast.evaluation import evaluate_options
-from dpo_fast.evaluation.comparison import (
-    RECORD,
-    REPORT,
-    SUMMARY,
-    check_scorers,
-    compare,
-    find_pairs,
-    unscored,
-    write_report,
-)
+from dpo_fast.evaluation.comparison import check_scorers, compare, find_pairs, unscored, write_report
 from dpo_fast.evaluation.evaluate_options import EvaluateConfig
-from dpo_fast.evaluation.findings import Findings
+from dpo_fast.evaluation.findings import RECORD, REPORT, SUMMARY, Findings
 from dpo_fast.evaluation.implicit import ImplicitAccuracy, accuracy, implicit_rewards
 from dpo_fast.evaluation.sides import (
     batch_size_of,
@@ -36,11 +28,11 @@ from dpo_fast.evaluation.sides import (
     settings_of,
     sides_of,
 )
-from dpo_fast.files import write_json
 from dpo_fast.hub_revisions import public_name, revision_of
 from dpo_fast.models.load import revisions
 from dpo_fast.models.source import ModelSource
 from dpo_fast.parallel import Ranks
+from dpo_fast.training.hub import public_config
 
 DRAWS, WORKERS, MAX_BAD_FRACTION = 8, 2, 0.01  # where the flags say nothing
 
@@ -103,13 +95,15 @@ def evaluate(config: EvaluateConfig | None = None, **settings: object) -> Evalua
             implicit = _implicit(config, run, models[sides[1].name], reference, held_out, ranks)
 
         def write() -> Evaluation:
-            of_pairs = {} if implicit is None else {"implicit": implicit.for_summary()}
+            summary = {} if run is None else {"run": public_config(public(run))}  # how the policy was trained
+            if implicit is not None:
+                summary["implicit"] = implicit.for_summary()
             if result is None:
-                write_json(out / SUMMARY, of_pairs)
+                write_signed_json(out / SUMMARY, summary)
                 return Evaluation(out, None, implicit)
             findings, scored = result
             write_report(out, findings, scored, pairs, implicit)
-            write_json(out / SUMMARY, findings.for_summary() | of_pairs)
+            write_signed_json(out / SUMMARY, findings.for_summary() | summary)
             return Evaluation(out, findings, implicit)
 
         return ranks.from_main(write)

@@ -11,7 +11,7 @@ from dpo_fast import output_folder, parallel
 from dpo_fast.api.options import settled_options
 from dpo_fast.api.training import out_of_memory
 from dpo_fast.evaluation import pick_options, picking
-from dpo_fast.evaluation.comparison import REPORT
+from dpo_fast.evaluation.findings import REPORT
 from dpo_fast.evaluation.pick_options import PickConfig
 from dpo_fast.evaluation.picking import PICTURE, Picked, Plan
 

@@ -16,8 +16,7 @@ from dpo_fast.checksums import read_signed_json
 from dpo_fast.command_line import command_of, parse_settings
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput, mark_of_this_rank
-from dpo_fast.evaluation.comparison import REPORT
-from dpo_fast.evaluation.findings import Findings
+from dpo_fast.evaluation.findings import REPORT, Findings
 from dpo_fast.evaluation.prompts import Prompt
 from dpo_fast.evaluation.run_evaluation import PICTURE, add_to_summary, check_request, evaluate_run
 from dpo_fast.evaluation.watching import Watch

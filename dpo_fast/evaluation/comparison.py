@@ -17,12 +17,12 @@ import torch
 
 from dpo_fast.data.image_files import Files
 from dpo_fast.data.images import texts_of
-from dpo_fast.evaluation.findings import About, Findings, judge
+from dpo_fast.evaluation.findings import REPORT, SAMPLING, About, Findings, judge
 from dpo_fast.evaluation.generation import generate_images, is_complete
 from dpo_fast.evaluation.image_names import PromptImage, images_of
 from dpo_fast.evaluation.pairing import ImagePairs, pair_up
 from dpo_fast.evaluation.report.page import page
-from dpo_fast.evaluation.scored import Scored, write_scores
+from dpo_fast.evaluation.scored import SCORES, Scored, write_scores
 from dpo_fast.evaluation.sides import Comparison
 from dpo_fast.evaluation.signals import measure
 from dpo_fast.files import write_text
@@ -34,10 +34,7 @@ from dpo_fast.scorers.kept_scores import has_scores, score_images
 if TYPE_CHECKING:
     from dpo_fast.evaluation.implicit import ImplicitAccuracy
 
-RECORD, SUMMARY, SCORES, REPORT = "evaluation.json", "summary.json", "scores.parquet", "report.html"
 SHOWN = ("family", "weights", "sampler", "steps", "guidance", "resolution", "layout", "strength", "dtype", "versions")
-# if these differ, the comparison is not of weights alone
-SAMPLING = ("family", "sampler", "steps", "guidance", "resolution", "layout", "strength")
 
 
 def check_scorers(names: Sequence[str], scoring: Mapping[str, object], texts: Sequence[str]) -> None:

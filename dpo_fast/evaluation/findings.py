@@ -8,6 +8,7 @@ import torch
 from dpo_fast.errors import printable
 from dpo_fast.evaluation.conclusion import Conclusion, conclude
 from dpo_fast.evaluation.formats import counted, decimals, difference, p_value
+from dpo_fast.evaluation.plain_table import plain_table, width_of
 from dpo_fast.evaluation.scored import Scored
 from dpo_fast.evaluation.signals import Signal
 from dpo_fast.statistics import (
@@ -25,8 +26,12 @@ from dpo_fast.statistics import (
     win_rate,
 )
 
+# what an evaluation's folder holds, besides `scored.SCORES`: what is compared, the findings, and the page
+RECORD, SUMMARY, REPORT = "evaluation.json", "summary.json", "report.html"
 FEW = 20  # prompts: with fewer, intervals are rough
 UNEVEN = 0.75  # effective prompts per prompt: below this, a note says so
+# settings of the sampler: if these differ between two models, a comparison is not of weights alone
+SAMPLING = ("family", "sampler", "steps", "guidance", "resolution", "layout", "strength")
 WIDTH = 110  # columns that notes and tables are wrapped to in the terminal
 
 
@@ -181,6 +186,7 @@ class Findings:
             "diversity_policy": diversity.policy if diversity else None,
             "scores": {verdict.scorer: verdict.for_summary() for verdict in self.overall},
             "categories": {c: {v.scorer: v.for_summary() for v in self.of(c)} for c in self.categories},
+            "settings": self.about.settings,
             "models": self.about.models,
             "scorers": self.about.scorers,
             "signals": {s.name: asdict(s) | {"difference": s.difference._asdict()} for s in self.signals},
@@ -193,7 +199,7 @@ class Findings:
         parts = [
             f"{printable(about.policy)} against {printable(about.base)}\n{printable(about.prompt_set)}:"
             f" {counted(first.prompts, 'prompt')}, {counted(self.images, 'image')} of each",
-            _columns(
+            plain_table(
                 ["scorer", "win rate [95%]", "p", "won", "tied", "lost", "base", "policy", "gain [95%]"],
                 [
                     [v.scorer, str(v.interval), p_value(v.rate_p_holm), *map(str, v.won), *_scores(v)]
@@ -204,7 +210,9 @@ class Findings:
         if self.by_category:
             parts += self._category_tables()
         if self.signals:
-            parts.append(_columns(["signal", "base", "policy", "difference [95%]"], [_signal(s) for s in self.signals]))
+            parts.append(
+                plain_table(["signal", "base", "policy", "difference [95%]"], [_signal(s) for s in self.signals])
+            )
         over = "medians of prompts" if self.medians_compared else "images"
         notes = [*self.notes(), f"base, policy: means over {over}; gain: policy minus base"]
         parts.append("\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in notes))
@@ -217,12 +225,12 @@ class Findings:
 
         def table(scorers: range) -> str:
             head = ["category", "prompts", *(self.overall[k].scorer for k in scorers)]
-            return _columns(head, [[*named[c], *(str(self.of(c)[k].interval) for k in scorers)] for c in named])
+            return plain_table(head, [[*named[c], *(str(self.of(c)[k].interval) for k in scorers)] for c in named])
 
         tables, start, number = [], 0, len(self.overall)
         while start < number:
             ends = range(number, start, -1)
-            end = next((end for end in ends if _width(table(range(start, end))) <= WIDTH), start + 1)
+            end = next((end for end in ends if width_of(table(range(start, end))) <= WIDTH), start + 1)
             tables.append(table(range(start, end)))
             start = end
         return tables
@@ -308,18 +316,3 @@ def _signal(signal: Signal) -> list[str]:
         return [signal.name, "", f"{of.value:.{places}f}", f"[{of.low:.{places}f}, {of.high:.{places}f}]"]
     places = decimals(signal.base, signal.policy)
     return [signal.name, f"{signal.base:.{places}f}", f"{signal.policy:.{places}f}", difference(signal.difference)]
-
-
-def _width(text: str) -> int:
-    return max(map(len, text.splitlines()))
-
-
-def _columns(head: list[str], rows: list[list[str]]) -> str:
-    """Format a plain table: first column left-aligned, the others right-aligned, two spaces between."""
-    head, *rows = ([printable(cell) for cell in row] for row in (head, *rows))
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    lines = []
-    for first, *others in [head, *rows]:
-        right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
-        lines.append("  ".join([first.ljust(widths[0]), *right]))
-    return "\n".join(lines)

@@ -14,9 +14,9 @@ from dpo_fast import output_folder
 from dpo_fast.checksums import Damaged, read_signed_json, write_signed_json
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput, printable
-from dpo_fast.evaluation.comparison import RECORD, check_scorers, compare, find_pairs, write_report
+from dpo_fast.evaluation.comparison import check_scorers, compare, find_pairs, write_report
 from dpo_fast.evaluation.evaluate_options import EvaluateConfig
-from dpo_fast.evaluation.findings import Findings
+from dpo_fast.evaluation.findings import RECORD, Findings
 from dpo_fast.evaluation.generation import LISTING, settings_of_images
 from dpo_fast.evaluation.pairing import ImagePairs
 from dpo_fast.evaluation.prompts import Prompt, Where

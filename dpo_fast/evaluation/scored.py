@@ -9,10 +9,13 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from dpo_fast.checksums import Damaged
 from dpo_fast.errors import BadInput
-from dpo_fast.files import atomic_file
+from dpo_fast.files import atomic_file, regular_file
 
+SCORES = "scores.parquet"
 COLUMNS = ("pair", "prompt", "category", "seed", "model")  # followed by one for each scorer
+MOST_ROWS, MOST_BYTES = 20_000_000, 1 << 30  # of a file that is read: rows, and what they take in memory
 
 
 @dataclass(frozen=True)
@@ -72,4 +75,65 @@ def write_scores(path: Path, scored: Scored) -> None:
         columns[scorer] = pa.array(torch.cat([scored.base[scorer], scored.policy[scorer]]).double().numpy())
     with atomic_file(path) as temporary:
         # absolute: pyarrow takes a relative name with a colon for a URI
-        pq.write_table(pa.table(columns), os.path.abspath(temporary), compression="zstd")
+        pq.write_table(pa.table(columns), os.path.abspath(temporary), compression="zstd", write_page_checksum=True)
+
+
+def read_scores(path: Path) -> Scored:
+    """Read a file of `write_scores`. Raises Damaged for a file that is missing, damaged, or another.
+
+    Where only some rows have a category, that of the others is the empty text.
+    """
+    try:
+        table = _read_table(regular_file(path))
+        number, rest = divmod(table.num_rows, 2)
+        texts = {name: _texts(table.column(name)) for name in ("prompt", "category", "model")}
+        pairs, seeds = (table.column(name).to_numpy() for name in ("pair", "seed"))
+        halves = [(texts["prompt"][:number], [*seeds[:number]]), (texts["prompt"][number:], [*seeds[number:]])]
+        if rest or not number or halves[0] != halves[1] or [*pairs] != [*range(number)] * 2:
+            raise ValueError("its rows are not pairs")
+        if texts["model"] != ["base"] * number + ["policy"] * number or None in texts["prompt"]:
+            raise ValueError("its rows are not of a base and a policy")
+        scores = {
+            name: torch.from_numpy(table.column(name).to_numpy().copy()) for name in table.column_names[len(COLUMNS) :]
+        }
+        categories = [category or "" for category in texts["category"][:number]]
+        return Scored(
+            texts["prompt"][:number],
+            [int(seed) for seed in seeds[:number]],
+            {name: values[:number] for name, values in scores.items()},
+            {name: values[number:] for name, values in scores.items()},
+            categories if any(categories) else None,
+        )
+    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise Damaged(f"{path} cannot be read as scores of pairs ({reason}): evaluate again") from error
+
+
+def _read_table(path: Path) -> pa.Table:
+    """The table in a file, if it has the columns of `write_scores` and a size that can be held."""
+    text = ("prompt", "category", "model")  # kept as dictionaries, in which a long text counts once
+    with pq.ParquetFile(os.path.abspath(path), page_checksum_verification=True, read_dictionary=[*text]) as file:
+        names, kinds = file.schema_arrow.names, dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
+        if tuple(names[: len(COLUMNS)]) != COLUMNS or len(names) == len(COLUMNS) or len(kinds) < len(names):
+            raise ValueError(f"its columns are not {', '.join(COLUMNS)} and scorers")
+        wanted = {name: pa.float64() for name in names} | dict.fromkeys(("pair", "seed"), pa.int64())
+        wanted |= {name: pa.dictionary(pa.int32(), pa.string()) for name in text}
+        wrong = [name for name in names if kinds[name] != wanted[name]]
+        if wrong:
+            raise ValueError(f"column {wrong[0]!r} holds {kinds[wrong[0]]}")
+        groups = (file.metadata.row_group(k) for k in range(file.metadata.num_row_groups))
+        if file.metadata.num_rows > MOST_ROWS or sum(group.total_byte_size for group in groups) > MOST_BYTES:
+            raise ValueError(f"it has {file.metadata.num_rows} rows, more than can be held")
+        table = file.read()
+    if any(table.column(name).null_count for name in names if name != "category"):
+        raise ValueError("it holds nulls")
+    return table
+
+
+def _texts(column: pa.ChunkedArray) -> list[str | None]:
+    """The values of a column of dictionaries; equal ones are one object."""
+    values: list[str | None] = []
+    for chunk in column.chunks:
+        distinct = [*chunk.dictionary.to_pylist(), None]
+        values += [distinct[place] for place in chunk.indices.fill_null(-1).to_pylist()]
+    return values

@@ -29,6 +29,11 @@ from dpo_fast.checksums import (
     signed_text,
     write_signed_json,
 )
+from dpo_fast.comparing.folders import places_of
+from dpo_fast.comparing.formats import as_csv, latex, markdown, terminal
+from dpo_fast.comparing.overview import overview
+from dpo_fast.comparing.page import page
+from dpo_fast.comparing.reading import read_entry
 from dpo_fast.data import build_index
 from dpo_fast.data.images import BadImage, decode, scaled
 from dpo_fast.data.pairs import judge_streamed
@@ -46,7 +51,7 @@ from dpo_fast.relabeling import labels
 from dpo_fast.scorers import kept_scores
 from dpo_fast.store import Field, Recipe
 from dpo_fast.training import checkpoint, metrics, run_folder
-from tests.helpers import pipelines
+from tests.helpers import made_runs, pipelines
 from tests.helpers.pairs import (
     as_image_feature,
     encoded,
@@ -354,6 +359,25 @@ def _read_scores(folder: Path, changed: Iterable[str]) -> None:
         read_signed_json(folder / "evaluation.json", "put it back", ("prompts",))
 
 
+def _write_compared(folder: Path) -> None:
+    """A sweep of two runs, and an evaluation."""
+    few = tuple(f"prompt {number}" for number in range(3))
+    for seed in (1, 2):
+        of = made_runs.scores(0.3, prompts=few, training=seed)
+        made_runs.run(folder / "sweep" / f"seed={seed}", of, seed=seed, steps=4, lines=2)
+    rows = [{"seed": "1", "status": 0}, {"seed": "2", "status": 0}, {"seed": "3", "status": 2}]
+    write_signed_json(folder / "sweep" / "sweep.json", {"flags": [], "swept": {"seed": ["1", "2", "3"]}, "runs": rows})
+    made_runs.evaluation(folder / "evaluation", made_runs.scores(0.3, prompts=few), trained={"seed": 3})
+
+
+def _read_compared(folder: Path, changed: Iterable[str]) -> None:
+    places = places_of([folder / "sweep", folder / "evaluation"])
+    found = overview([read_entry(place) for place in places], pool_seeds=True)
+    for write in (terminal, as_csv, markdown, latex):
+        write(found)
+    page(found, "today")
+
+
 # ---- what users write --------------------------------------------------------------------------------------------
 
 
@@ -510,6 +534,7 @@ READERS = {
     "checkpoint": Reader(_write_checkpoint, _read_checkpoint, 8),
     "run folder": Reader(_write_run, _read_run, 6),
     "scores": Reader(_write_scores, _read_scores, 8),
+    "runs side by side": Reader(_write_compared, _read_compared, 0.5),
     "prompts": Reader(_write_prompts, _read_prompts, 6),
     "YAML recipe": Reader(_write_recipe, _read_recipe, 4),
     "YAML recipe, parsed": Reader(_write_recipe, _parse_recipe, 0.3),

@@ -17,12 +17,16 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_fast import relabel, scorers, sweep
+from dpo_fast.checksums import write_signed_json
+from dpo_fast.comparing.folders import places_of
+from dpo_fast.comparing.overview import Overview, overview
+from dpo_fast.comparing.reading import read_entry
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluate import main as evaluate
 from dpo_fast.generate import main as generate
 from dpo_fast.relabeling import pair_scores
 from dpo_fast.train import main as train
-from tests.helpers import fake_scorers, scorer_files
+from tests.helpers import fake_scorers, made_runs, scorer_files
 from tests.helpers.pairs import open_pairs, pickapic, write_table
 from tests.helpers.runs import flags_for
 
@@ -134,7 +138,12 @@ def swept(tools: SimpleNamespace) -> World:
     flags = flags_for(
         tools.model, tools.pairs, folder / "sweep", "--learning_rate", "1e-3,2e-3", "--max_train_steps", 1
     )
-    tools.patch.setattr(sweep.subprocess, "run", lambda c, **_: SimpleNamespace(returncode=train(c[3:])))
+
+    def run(jobs, slots, *, started, ended, waiting):
+        for job in jobs:
+            ended(job, train(job.command[3:]))
+
+    tools.patch.setattr(sweep, "run_jobs", run)
     assert sweep.main(flags) == 0
     return World(folder, lambda: sweep.main(flags), lambda: json.loads((folder / "sweep" / "sweep.json").read_text()))
 
@@ -176,6 +185,26 @@ def evaluated(tools: SimpleNamespace) -> World:
         return pq.read_table(folder / "out" / "scores.parquet").to_pydict()
 
     return World(folder, lambda: evaluate(flags), outcome)
+
+
+def compared(tools: SimpleNamespace) -> World:
+    """A sweep and an evaluation that are compared: what is damaged has a line, which stands for an error here."""
+    folder = tools.folder / "compared"
+    for seed in (1, 2):
+        made_runs.run(folder / "sweep" / f"seed={seed}", made_runs.scores(0.2, training=seed), seed=seed)
+    rows = [{"seed": f"{seed}", "status": 0} for seed in (1, 2)]
+    write_signed_json(folder / "sweep" / "sweep.json", {"flags": [], "swept": {"seed": ["1", "2"]}, "runs": rows})
+    made_runs.evaluation(folder / "out", made_runs.scores(0.2), trained={"seed": 3})
+    read: list[Overview] = []
+
+    def command() -> int:
+        places = places_of([folder / "sweep", folder / "out"])
+        read[:] = [overview([read_entry(place) for place in places])]
+        if read[0].missing:
+            print(f"dpo_fast: error: {' '.join(read[0].missing)}", file=sys.stderr)
+        return 2 if read[0].missing else 0
+
+    return World(folder, command, lambda: [column.cells for table in read[0].tables for column in table.columns])
 
 
 def _with_fakes(function, of_fake):
@@ -244,6 +273,7 @@ WORLDS = {
     "swept": swept,
     "generated": generated,
     "evaluated": evaluated,
+    "compared": compared,
     "scored": lambda tools: labelling(tools, done=False),
     "labelled": lambda tools: labelling(tools, done=True),
     "taught": taught,
@@ -280,6 +310,12 @@ FILES = [
     ("evaluated", "out/scores/clip-*/recipe.json"),
     ("evaluated", "out/scores/clip-*/shard-0-00000.json"),
     ("evaluated", "out/scores/clip-*/shard-0-00000.bin"),
+    ("compared", "sweep/sweep.json"),
+    ("compared", "sweep/seed=1/config.yaml"),
+    ("compared", "sweep/seed=2/summary.json"),
+    ("compared", "sweep/seed=2/scores.parquet"),
+    ("compared", "out/summary.json"),
+    ("compared", "out/scores.parquet"),
     ("scored", "out.scores/red-*/recipe.json"),
     ("scored", "out.scores/red-*/shard-0-00000.json"),
     ("scored", "out.scores/red-*/shard-0-00000.bin"),

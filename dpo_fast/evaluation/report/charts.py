@@ -39,6 +39,14 @@ def bars(
     return f'<ul class="bars">{items}{axis}</ul>'
 
 
+def legend(ahead: str = "policy ahead", behind: str = "base ahead") -> str:
+    """Return HTML that says what the colours of `bars` mean; both are plain text without anything to escape."""
+    return (
+        f'<p class="legend"><span><i class="win"></i>{ahead}</span><span><i class="loss"></i>{behind}</span>'
+        '<span><i class="open"></i>pale: the interval holds 0.5</span></p>'
+    )
+
+
 def _item(name: str, beneath: str, shown: Shown, measure: str) -> str:
     of = shown.interval
     left, width = min(of.value, EVEN), abs(of.value - EVEN)

@@ -1,9 +1,6 @@
 """A self-contained HTML page for an evaluation: charts, tables and pairs of images; nothing is loaded from outside."""
 
-import base64
-import hashlib
 import json
-import re
 from html import escape
 from pathlib import Path
 
@@ -11,7 +8,7 @@ from dpo_fast.evaluation.conclusion import NOTHING
 from dpo_fast.evaluation.findings import About, Findings, Verdict
 from dpo_fast.evaluation.formats import counted, decimals, p_value
 from dpo_fast.evaluation.implicit import ImplicitAccuracy
-from dpo_fast.evaluation.report.charts import bars
+from dpo_fast.evaluation.report.charts import bars, legend
 from dpo_fast.evaluation.report.gallery import (
     LOSSLESS,
     Compared,
@@ -23,9 +20,9 @@ from dpo_fast.evaluation.report.gallery import (
     extremes,
     thumbnails,
 )
+from dpo_fast.evaluation.report.html import document, facts, minus, notes, section, table, text, with_interval
 from dpo_fast.evaluation.scored import Scored
 from dpo_fast.evaluation.signals import Images, Signal
-from dpo_fast.statistics import Interval
 
 MAX_BYTES = 13_000_000  # of all images in the page
 AT_THE_TOP = 4  # pairs beside the verdict: so many of the largest gains, and of the largest losses
@@ -49,31 +46,26 @@ def page(
     gains, losses = (rows[:AT_THE_TOP] for rows in extremes(scored, findings.overall[0].scorer))
     rows = list(dict.fromkeys([*(one.row for one in shown), *gains, *losses]))
     gallery = thumbnails(base, policy, rows, [*gains, *losses], size=thumbnail, max_bytes=max_bytes)
-    style, script = (_beside(name) for name in ("page.css", "page.js"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    allowed = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     about = findings.about
     body = [
         _head(findings),
-        _section("What changed", _changes(findings, scored, gains, losses, gallery), "changes"),
-        _section("Win rates", _win_rates(findings)),
-        _section("Scores", _scores(findings.overall)),
-        _section("By category", _by_category(findings)) if findings.by_category else "",
-        _section("Signs of over-optimisation", _signals(findings.signals)) if findings.signals else "",
-        _section("Implicit reward", _implicit(implicit)) if implicit else "",
-        _section("Pairs", _pairs(findings, scored, shown, gallery, seed), "pairs") if shown else "",
-        _section("Settings", _settings(findings)),
-        f"<footer><p>Made by dpo_fast, {_text(about.date)}. The scores of all pairs are in scores.parquet, all numbers"
+        section("What changed", _changes(findings, scored, gains, losses, gallery), "changes"),
+        section("Win rates", _win_rates(findings)),
+        section("Scores", _scores(findings.overall)),
+        section("By category", _by_category(findings)) if findings.by_category else "",
+        section("Signs of over-optimisation", _signals(findings.signals)) if findings.signals else "",
+        section("Implicit reward", _implicit(implicit)) if implicit else "",
+        section("Pairs", _pairs(findings, scored, shown, gallery, seed), "pairs") if shown else "",
+        section("Settings", _settings(findings)),
+        f"<footer><p>Made by dpo_fast, {text(about.date)}. The scores of all pairs are in scores.parquet, all numbers"
         " in summary.json.</p></footer>",
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(allowed)}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{_text(about.policy)} against {_text(about.base)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        + "\n".join(part for part in body if part)
-        + f"\n<script>{script}</script>\n</body>\n</html>\n"
+    return document(
+        f"{about.policy} against {about.base}",
+        body,
+        made_by="dpo_fast.evaluate",
+        style=[_beside("page.css")],
+        script=_beside("page.js").read_text(encoding="utf-8"),
     )
 
 
@@ -81,14 +73,14 @@ def _head(findings: Findings) -> str:
     about, first, verdict = findings.about, findings.overall[0], findings.conclusion
     what = "prompts, by the median of their images," if findings.medians_compared else "pairs"
     kind = {"worse": "worse", NOTHING: "open"}.get(verdict.outcome, "better")
-    cost = f"; <mark>{_text(verdict.cost.replace('->', '→'))}</mark>" if verdict.cost else ""
-    remedy = f"; {_text(verdict.remedy)}" if verdict.remedy else ""
+    cost = f"; <mark>{text(verdict.cost.replace('->', '→'))}</mark>" if verdict.cost else ""
+    remedy = f"; {text(verdict.remedy)}" if verdict.remedy else ""
     return (
-        f'<header>\n<p class="kind">Evaluation, {_text(about.date)}</p>\n'
-        f'<h1><span class="policy">{_text(about.policy)}</span> <small>against</small>'
-        f' <span class="base">{_text(about.base)}</span></h1>\n'
+        f'<header>\n<p class="kind">Evaluation, {text(about.date)}</p>\n'
+        f'<h1><span class="policy">{text(about.policy)}</span> <small>against</small>'
+        f' <span class="base">{text(about.base)}</span></h1>\n'
         f'<div class="lead {kind}"><p><strong>{first.interval.value:.1%}</strong> of {what} won by the policy, ties'
-        f" counted half</p><p><b>{_text(verdict.outcome.capitalize())}</b>, {_text(verdict.grounds)}{cost}{remedy}.</p>"
+        f" counted half</p><p><b>{text(verdict.outcome.capitalize())}</b>, {text(verdict.grounds)}{cost}{remedy}.</p>"
         "</div>\n</header>"
     )
 
@@ -108,10 +100,10 @@ def _changes(findings: Findings, scored: Scored, gains: list[int], losses: list[
     best = f"The {counted(len(gains), 'largest gain')} by {scorer}, a prompt at most once, of" if gains else "Of"
     factor = f" Difference: how far each pixel moved, times {gallery.factor}; black did not move." if won + lost else ""
     return (
-        f'<p class="hint">{_text(f"{best} {pairs}: {split}.{factor}")}</p>'
+        f'<p class="hint">{text(f"{best} {pairs}: {split}.{factor}")}</p>'
         + cards(gains) * bool(gains)
         + (
-            f'<details class="losses"><summary>The {counted(len(losses), "largest loss", "es")} by {_text(scorer)}'
+            f'<details class="losses"><summary>The {counted(len(losses), "largest loss", "es")} by {text(scorer)}'
             f"</summary>{cards(losses)}</details>"
         )
         * bool(losses)
@@ -127,26 +119,24 @@ def _moved(scored: Scored, scorer: str, row: int, gallery: Gallery) -> str:
         if image is not None
     )
     return (
-        f'<div><div class="beside">{figures}</div><p class="prompt" dir="auto">{_text(prompt)}</p>'
+        f'<div><div class="beside">{figures}</div><p class="prompt" dir="auto">{text(prompt)}</p>'
         f'<table class="mini">{_card_row(scored, scorer, row)}</table></div>'
     )
 
 
 def _image(image: Thumbnail, words: str) -> str:
     kind = "tiny" if max(image[1:]) <= LOSSLESS else "photo"
-    return f'<img src="{image.uri}" width="{image.width}" height="{image.height}" class="{kind}" alt="{_text(words)}">'
+    return f'<img src="{image.uri}" width="{image.width}" height="{image.height}" class="{kind}" alt="{text(words)}">'
 
 
 def _settings(findings: Findings) -> str:
     about = findings.about
-    facts = {
+    known = {
         "Prompts": f"{findings.overall[0].prompts} of {about.prompt_set}",
         "Images": f"{findings.images} of each",
         "Scorers": ", ".join(verdict.scorer for verdict in findings.overall),
     }
-    facts |= about.settings | _provenance(about)
-    rows = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in facts.items())
-    return f"<dl>{rows}</dl>"
+    return facts(known | about.settings | _provenance(about))
 
 
 def _provenance(about: About) -> dict[str, str]:
@@ -168,28 +158,20 @@ def _win_rates(findings: Findings) -> str:
     head = ("Scorer", "p", "Won : tied : lost", "Won, without ties", "p of the sign test")
     rows = [
         [
-            _text(v.scorer),
+            text(v.scorer),
             escape(p_value(v.rate_p_holm)),
             " : ".join(map(str, v.won)),
-            _with_interval(v.exact, ".3f"),
+            with_interval(v.exact, ".3f"),
             escape(p_value(v.p_holm)),
         ]
         for v in findings.overall
     ]
-    notes = [
+    lines = [
         *findings.notes(),
         "won, without ties: share of prompts, with its exact 95% interval (Clopper-Pearson); the sign test is of won"
         " against lost, two-sided, corrected as p is",
     ]
-    notes = "".join(f"<li>{_text(line)}</li>" for line in notes)
-    return f'{_legend()}{chart}{_table(head, rows)}<ul class="notes">{notes}</ul>'
-
-
-def _legend() -> str:
-    return (
-        '<p class="legend"><span><i class="win"></i>policy ahead</span><span><i class="loss"></i>base ahead</span>'
-        '<span><i class="open"></i>pale: the interval holds 0.5</span></p>'
-    )
+    return f"{legend()}{chart}{table(head, rows)}{notes(lines)}"
 
 
 def _scores(overall: list[Verdict]) -> str:
@@ -198,9 +180,9 @@ def _scores(overall: list[Verdict]) -> str:
     for v in overall:
         levels = v.base_median, v.policy_median, v.base_mean, v.policy_mean
         form = f".{decimals(*(of.value for of in levels))}f"
-        cells = [_with_interval(of, form) for of in levels]
-        rows.append([_text(v.scorer), *cells, _with_interval(v.gain, f"+.{decimals(*v.gain, digits=3)}f")])
-    return _table(head, rows) + '<p class="hint">With 95% intervals by the bootstrap over prompts.</p>'
+        cells = [with_interval(of, form) for of in levels]
+        rows.append([text(v.scorer), *cells, with_interval(v.gain, f"+.{decimals(*v.gain, digits=3)}f")])
+    return table(head, rows) + '<p class="hint">With 95% intervals by the bootstrap over prompts.</p>'
 
 
 def _by_category(findings: Findings) -> str:
@@ -208,8 +190,8 @@ def _by_category(findings: Findings) -> str:
     for place, leader in enumerate(findings.overall):
         of_scorer = [v for v in findings.by_category if v.scorer == leader.scorer]
         chart = bars([(v.category, _of_prompts(v), v) for v in of_scorer])
-        parts.append(f"<details{'' if place else ' open'}><summary>{_text(leader.scorer)}</summary>{chart}</details>")
-    return _legend() + "".join(parts)
+        parts.append(f"<details{'' if place else ' open'}><summary>{text(leader.scorer)}</summary>{chart}</details>")
+    return legend() + "".join(parts)
 
 
 def _of_prompts(verdict: Verdict) -> str:
@@ -219,13 +201,13 @@ def _of_prompts(verdict: Verdict) -> str:
 def _signals(signals: list[Signal]) -> str:
     rows = []
     for s in signals:
-        name = f"{_text(s.name)}<small>{_text(s.meaning)}</small>"
+        name = f"{text(s.name)}<small>{text(s.meaning)}</small>"
         if s.base is None:
-            rows.append([name, "", _with_interval(s.difference, f".{decimals(s.policy)}f"), ""])
+            rows.append([name, "", with_interval(s.difference, f".{decimals(s.policy)}f"), ""])
         else:
             levels = [f"{of:.{decimals(s.base, s.policy)}f}" for of in (s.base, s.policy)]
-            rows.append([name, *levels, _with_interval(s.difference, f"+.{decimals(*s.difference, digits=3)}f")])
-    return _table(("Measure", "Base", "Policy", "Difference"), rows)
+            rows.append([name, *levels, with_interval(s.difference, f"+.{decimals(*s.difference, digits=3)}f")])
+    return table(("Measure", "Base", "Policy", "Difference"), rows)
 
 
 def _implicit(found: ImplicitAccuracy) -> str:
@@ -233,19 +215,19 @@ def _implicit(found: ImplicitAccuracy) -> str:
     levels = [(level.name, counted(level.pairs, "pair"), level) for level in found.levels]
     chart = bars([("all draws", f"the mean margin of {found.draws}", found), *levels], "accuracy")
     rows = [
-        ["At one draw<small>what training logs as implicit_accuracy</small>", _with_interval(found.one_draw, ".3f")],
+        ["At one draw<small>what training logs as implicit_accuracy</small>", with_interval(found.one_draw, ".3f")],
         *(
-            [f"{side} image<small>policy minus reference error</small>", _with_interval(delta, "+.3g")]
+            [f"{side} image<small>policy minus reference error</small>", with_interval(delta, "+.3g")]
             for side, delta in (("Chosen", found.chosen_delta), ("Rejected", found.rejected_delta))
         ),
     ]
     if found.margin is not None:
-        rows.append([f"Margin<small>mean, at beta {found.beta:g}</small>", _with_interval(found.margin, "+.3g")])
+        rows.append([f"Margin<small>mean, at beta {found.beta:g}</small>", with_interval(found.margin, "+.3g")])
     of = f"{counted(found.pairs, 'held-out pair')} of {counted(found.captions, 'caption')}"
     return (
         f'<p class="hint">The share of {of} whose chosen image has the higher implicit reward, ties counted half'
         f" ({counted(found.ties, 'tie')}); 0.5 is chance. 95% intervals by the bootstrap over captions.</p>"
-        f"{chart}{_table(('', 'Mean'), rows)}"
+        f"{chart}{table(('', 'Mean'), rows)}"
     )
 
 
@@ -263,7 +245,7 @@ def _pairs(
         card = _card(one, scored, gallery.pairs[one.row], scorers, categories)
         groups.setdefault((first.kind, first.scorer), []).append(card)
     sections = [
-        f'<section class="group"><h3>{_text(TITLES[kind].format(scorer))}</h3><div class="cards">{"".join(cards)}</div>'
+        f'<section class="group"><h3>{text(TITLES[kind].format(scorer))}</h3><div class="cards">{"".join(cards)}</div>'
         "</section>"
         for (kind, scorer), cards in groups.items()
     ]
@@ -277,8 +259,8 @@ def _pairs(
 
 def _toolbar(scorers: list[str], categories: list[str]) -> str:
     """Render the toolbar, hidden until the script that serves it runs."""
-    of_scorer = "".join(f'<option value="{k}">{_text(name)}</option>' for k, name in enumerate(scorers))
-    of_category = "".join(f'<option value="{k}">{_text(name)}</option>' for k, name in enumerate(categories))
+    of_scorer = "".join(f'<option value="{k}">{text(name)}</option>' for k, name in enumerate(scorers))
+    of_category = "".join(f'<option value="{k}">{text(name)}</option>' for k, name in enumerate(categories))
 
     def choice(name: str, options: dict[str, str]) -> str:
         buttons = "".join(
@@ -315,11 +297,11 @@ def _card(one: Shown, scored: Scored, pair: Compared, scorers: list[str], catego
         f'<figure class="{name}">{_image(image, f"{name}: {prompt}")}<figcaption>{name}</figcaption></figure>'
         for name, image in (("base", pair.base), ("policy", pair.policy))
     )
-    category = f"<bdi>{_text(scored.categories[one.row])}</bdi> · " if scored.categories else ""
+    category = f"<bdi>{text(scored.categories[one.row])}</bdi> · " if scored.categories else ""
     rows = "".join(_card_row(scored, scorer, one.row) for scorer in scorers)
     return (
         f'<article data-places="{places}"><div class="frames">{figures}</div>'
-        f'<p class="prompt" dir="auto">{_text(prompt)}</p>'
+        f'<p class="prompt" dir="auto">{text(prompt)}</p>'
         f'<p class="hint">{category}seed {scored.seeds[one.row]}</p><table class="mini">{rows}</table></article>'
     )
 
@@ -329,39 +311,10 @@ def _card_row(scored: Scored, scorer: str, row: int) -> str:
     places = decimals(scored.base[scorer].abs().max().item(), scored.policy[scorer].abs().max().item())
     kind, sign = ("win", "▲") if after > before else ("loss", "▼") if after < before else ("tie", "=")
     return (
-        f'<tr><th scope="row">{_text(scorer)}</th><td>{_minus(f"{before:.{places}f} → {after:.{places}f}")}</td>'
+        f'<tr><th scope="row">{text(scorer)}</th><td>{minus(f"{before:.{places}f} → {after:.{places}f}")}</td>'
         f'<td class="{kind}">{sign} {abs(after - before):.{places}f}</td></tr>'
     )
 
 
-def _section(title: str, content: str, name: str = "") -> str:
-    return f"<section{f' id={name}' if name else ''}>\n<h2>{title}</h2>\n{content}\n</section>"
-
-
-def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:  # rows: HTML; the first cell names the row
-    """Render a table. On a narrow screen each row becomes a block, and each cell shows its column's name."""
-    top = "".join(f'<th scope="col">{_text(name)}</th>' for name in head)
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>'
-        + "".join(f'<td data-name="{_text(name)}">{cell}</td>' for name, cell in zip(head[1:], row[1:], strict=True))
-        + "</tr>"
-        for row in rows
-    )
-    return f'<table class="wide"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
-
-
-def _with_interval(of: Interval, form: str) -> str:
-    return _minus(f"{of.value:{form}}<small>{of.low:{form}} to {of.high:{form}}</small>")
-
-
-def _minus(numbers: str) -> str:
-    return numbers.replace("-", "−")  # as wide as a plus
-
-
-def _text(outside: str) -> str:
-    """Escape text from outside for HTML, with characters that HTML forbids replaced by U+FFFD."""
-    return escape(re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", outside))
-
-
-def _beside(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+def _beside(name: str) -> Path:
+    return Path(__file__).with_name(name)
