@@ -10,6 +10,7 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -223,7 +224,7 @@ def _by_fontconfig(characters: str, script: str, language: str) -> list[tuple[st
             check=True,
         )
         rows = (line.rsplit("\t", 1) for line in ran.stdout.splitlines())
-        # the upper half of an index names an instance of a variable font
+        # the upper half of an index names an instance of a variable font, which `_open` chooses
         return [(file, int(index) & 0xFFFF) for file, index in rows]
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
@@ -234,10 +235,14 @@ def _open(file: str, index: int) -> Face | None:
     """Open a font; None for a file that Pillow cannot use."""
     for size in (FONT_SIZE, *BITMAP_SIZES):
         try:
-            return Face(ImageFont.truetype(file, size, index=index))
+            font = ImageFont.truetype(file, size, index=index)
         except OSError as error:
             if "pixel size" not in str(error):
                 return None
+            continue
+        with suppress(OSError, ValueError, NotImplementedError):  # not variable, or has no such instance
+            font.set_variation_by_name("Regular")  # by default some are thin
+        return Face(font)
     return None
 
 
