@@ -63,12 +63,17 @@ def command_of(config: TrainConfig) -> list[str]:
     """Return the flags that make the resolved `config` again: its preset, and what differs from that."""
     named = ("preset", "objective", "pretrained_model_name_or_path", "dataset_name")
     values = {field.name: field.default for field in dataclasses.fields(config)}
-    values |= preset_values({name: getattr(config, name) for name in named})
+    values |= preset_values({name: getattr(config, name) for name in named}) | {"preset": None}
     values["mixed_precision"] = values["mixed_precision"] or "no"
     if values["beta_dpo"] is None:
         values["beta_dpo"] = DEFAULT_BETA.get(config.objective, DEFAULT_BETA["dpo"])
     plain = public(dataclasses.replace(config, **values))
-    return flags_of({name: value for name, value in public(config).items() if value != plain[name]}, TrainConfig)
+    flags = flags_of({name: value for name, value in public(config).items() if value != plain[name]}, TrainConfig)
+    words: list[str] = []
+    for flag in flags:
+        name, _, value = flag.partition("=")
+        words += [name, value] if flag.startswith("--") and value and not value.startswith("-") else [flag]
+    return words
 
 
 def flags_of(settings: Mapping[str, object], flags: type, source: str = "") -> list[str]:

@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     return guarded(
         lambda: _run(parse(argv)),
+        argv=argv,
         kept="the scores that were written stay; the same command goes on from there",
         go_on="start the same command again",
     )
