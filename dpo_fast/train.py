@@ -38,12 +38,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(config: TrainConfig, argv: list[str]) -> int:
     # Imported here: flags are checked in a moment, before the heavy libraries are loaded.
-    if config.dry_run:
-        from dpo_fast.training.plan import plan
-
-        print(plan(config))
-        return 0
-
     import torch
 
     from dpo_fast import output_folder, parallel
@@ -58,12 +52,18 @@ def _run(config: TrainConfig, argv: list[str]) -> int:
     )
     ranks, held = parallel.start(config.report_to), ExitStack()
     try:
-        config = settle(config, ranks)
-        hold = ranks.on_main(lambda: held.enter_context(output_folder.hold(config.output_dir)))  # also while evaluating
+        config, hold, prompts = settle(config, ranks), None, []
+        if not config.dry_run:  # also while evaluating
+            hold = ranks.on_main(lambda: held.enter_context(output_folder.hold(config.output_dir)))
         if config.eval_scorers:
             from dpo_fast.evaluation.run_evaluation import check_request
 
             prompts = check_request(config, ranks)
+        if config.dry_run:
+            from dpo_fast.training.plan import dry_run
+
+            dry_run(config, ranks, images=config.eval_images or len(prompts))
+            return 0
         run = open_run(config, ranks)
         Trainer(run, argv, hold).train()
         if config.eval_scorers:
