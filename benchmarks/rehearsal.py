@@ -270,7 +270,7 @@ def dry_run(output: list[str]) -> dict[str, float]:
     units = {"MiB": 1 / 1024, "GiB": 1.0}
     lines = [re.match(r"memory +([\d.]+) ([MG]iB)  (.*)$", line) for line in output]
     predicted = {line[3]: float(line[1]) * units[line[2]] for line in lines if line}
-    flops = re.search(r"^UNet FLOPs a step +([\d.]+)", "\n".join(output), re.MULTILINE)
+    flops = re.search(r"^step +([\d.]+)  TFLOP", "\n".join(output), re.MULTILINE)
     return predicted | ({"TFLOP a step": float(flops[1])} if flops else {})
 
 

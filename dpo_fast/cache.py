@@ -140,6 +140,10 @@ def _on_ranks(build: str, argv: list[str]) -> tuple[Any, float]:
     config, notes = parse([*argv, "--cache"])
     for note in notes:
         say(note)
+    if config.dry_run:
+        raise BadInput(
+            "--dry-run is for `python -m dpo_fast.train`, which says what the cache lacks: leave it out here"
+        )
     from dpo_fast import parallel  # seconds, which flags that cannot be used must not cost
     from dpo_fast.training import run
 

@@ -144,15 +144,20 @@ def refuse_empty(argv: Sequence[str]) -> None:
             raise BadInput(f"{flag} is empty: give it a value, or leave it out, or leave the flag out")
 
 
+# Flags that may stand alone, and the values that they and their --no_... then stand for.
+_ALONE = {"gradient_checkpointing": ("full", "none"), "dry_run": ("plan", "None")}
+
+
 def _with_values(flags: list[str]) -> list[str]:
-    """Return the flags with the value that a bare --gradient_checkpointing, as in the public scripts, stands for."""
+    """Return the flags with the values that flags of `_ALONE` stand for where they stand alone."""
     given = []
     for flag, following in itertools.pairwise([*flags, "--"]):
-        name = flag.replace("-", "_")
-        if name == "__no_gradient_checkpointing":
-            given += ["--gradient_checkpointing", "none"]
-        elif name == "__gradient_checkpointing" and following.startswith("--"):
-            given += [flag, "full"]
+        name = flag.removeprefix("--").replace("-", "_")
+        on, off = _ALONE.get(name.removeprefix("no_"), ("", ""))
+        if flag.startswith("--") and off and name.startswith("no_"):
+            given += [f"--{name.removeprefix('no_')}", off]
+        elif flag.startswith("--") and on and following.startswith("-"):
+            given += [flag, on]
         else:
             given.append(flag)
     return given

@@ -59,8 +59,10 @@ class TrainConfig:
     model nor data is named), or a published one."""
     config: Path | None = None
     """A YAML file of flags (the config.yaml of an earlier run, for one); flags on the command line override it."""
-    dry_run: bool = False
-    """Print the resolved configuration, parameter counts, memory, disk and FLOPs a step, and exit."""
+    dry_run: Literal["plan", "timed"] | None = None
+    """Train nothing, but print what would be trained. The bare flag (plan) opens the pairs and prints the resolved
+    configuration, what is in the set, memory, disk and FLOPs a step, and warnings; --dry-run timed also takes a few
+    steps, and says how long the run will last. Exit status 2: the run could not start."""
 
     # ---- model -------------------------------------------------------------------------------------------------------
     pretrained_model_name_or_path: str | None = None
@@ -417,6 +419,8 @@ def check(config: TrainConfig) -> None:
         )
     if config.streaming and config.max_train_steps is None:
         raise BadInput("--streaming needs --max_train_steps: the length of a stream is not known")
+    if config.streaming and config.run_validation and not config.validation_prompts:
+        raise BadInput("--run_validation with --streaming needs --validation_prompts: no caption is at hand yet")
     if config.streaming and config.validation_fraction:
         raise BadInput(
             "--validation_fraction does not work with --streaming: images shared across captions stay unseen"

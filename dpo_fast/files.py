@@ -253,6 +253,32 @@ def exists(path: Path) -> bool:
     return True
 
 
+def nearest_folder(path: Path) -> Path:
+    """Return `path`, or the nearest folder above it that exists: what is written to `path` will be on its disk."""
+    place = Path(path).absolute()
+    while not exists(place) and place != place.parent:
+        place = place.parent
+    return place
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free bytes of the disk that `path`, which need not exist, is on. Raises OSError."""
+    return shutil.disk_usage(nearest_folder(path)).free
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError unless `folder`, which need not exist, can be written, as far as that shows without writing."""
+    place = nearest_folder(folder)
+    if not place.is_dir():
+        number = errno.ENOTDIR
+    elif os.access(place, os.W_OK | os.X_OK):
+        return
+    else:
+        read_only = hasattr(os, "statvfs") and os.statvfs(place).f_flag & os.ST_RDONLY
+        number = errno.EROFS if read_only else errno.EACCES
+    raise OSError(number, os.strerror(number), str(place))
+
+
 def file_name(text: str) -> str:
     """Return the path for a text, as Python must pass it to the system: UTF-8 on disk, even in an ASCII locale.
 
@@ -313,6 +339,13 @@ def has_home() -> bool:
 def human_bytes(size: float) -> str:
     """Format a number of bytes in MiB or GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
+
+
+def human_seconds(seconds: float) -> str:
+    """Format a duration in seconds, minutes or hours, at least 1 s."""
+    if seconds < 120:
+        return f"{max(1.0, seconds):.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def _suffix(path: Path) -> str:

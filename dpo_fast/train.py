@@ -32,17 +32,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(config: TrainConfig) -> int:
     # Imported here: flags are checked in a moment, before the heavy libraries are loaded.
-    if config.dry_run:
-        from dpo_fast.training.plan import plan
-
-        print(plan(config))
-        return 0
-
-    from dpo_fast.api.training import train
+    from dpo_fast.api.training import dry_run, train
     from dpo_fast.training.trainer import Interrupted
 
     show_log()
     try:
+        if config.dry_run:
+            dry_run(config)
+            return 0
         result = train(config)
     except Interrupted as stop:
         say(str(stop))

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -324,13 +323,6 @@ def test_a_late_bad_image_has_no_weight_and_is_reported(sdxl_path, pairs, tmp_pa
     assert [json.loads(line)["row"] for line in (out / "bad_rows.jsonl").read_text().splitlines()] == [5]
     assert lines(out)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)  # the mean is over the eleven others
     assert main(flags_for(sdxl_path, pairs, tmp_path / "strict", *more, 0.01)) == 2
-
-
-def test_dry_run_only_prints(sdxl_path, tmp_path, capsys):
-    assert main(flags_for(sdxl_path, Path("nowhere"), tmp_path / "run", "--dry_run")) == 0
-    shown = capsys.readouterr().out
-    assert "19,456 trained" in shown and "FLOPs a step" in shown and "beta_dpo: 5000.0" in shown
-    assert not (tmp_path / "run").exists()
 
 
 def test_the_model_card_tells_how_it_was_made(sdxl_path, pairs, tmp_path):

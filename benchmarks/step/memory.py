@@ -6,7 +6,7 @@ checkpointing but holds every weight in fp32 and always has a separate UNet as i
 
 from benchmarks.step.cases import CASES, RANK, Case
 from dpo_fast.command_line import parse
-from dpo_fast.training.plan import memory_by_part, unet_costs
+from dpo_fast.training.costs import memory_by_part, unet_size
 
 DEFAULT = ("sdxl-1024-lora", "turbo-512-lora", "sdxl-1024-full", "turbo-512-full")  # on a GPU, in this order
 
@@ -31,8 +31,8 @@ def _held(case: Case, dtype: str, batch_size: int, checkpointing: str) -> tuple[
         "gradient_checkpointing": checkpointing,
     }
     config, _ = parse([word for name, value in flags.items() for word in (f"--{name}", str(value))])
-    costs = unet_costs({"in_channels": 4, **case.model.unet}, config, case.latent_side)
-    memory = memory_by_part(costs, config)
+    size = unet_size({"in_channels": 4, **case.model.unet}, config, case.latent_side)
+    memory = memory_by_part(size, config)
     return sum(memory.values()), memory["UNet weights"]
 
 

@@ -26,6 +26,7 @@ from dpo_fast.models.compiling import settings_kept
 from dpo_fast.objectives import Objective, Pairs, Settings, registered
 from dpo_fast.parallel import Ranks
 from dpo_fast.presets import DEFAULT_BETA, PRESETS
+from dpo_fast.training import plan
 from dpo_fast.training.callbacks import Callback, checked
 from dpo_fast.training.resume import AlreadyDone
 from dpo_fast.training.run import Run, open_run, settle
@@ -156,14 +157,27 @@ def _settings_of(config: TrainConfig) -> dict[str, object]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "config"}
 
 
+def dry_run(config: TrainConfig) -> None:
+    """Print what the run of a resolved configuration would train on and take; nothing is trained or written.
+
+    Raises BadInput for whatever the run itself would refuse.
+    """
+    with _joined(config, holds=False) as (config, ranks, _):
+        prompts = check_request(config, ranks) if config.eval_scorers else []
+        plan.dry_run(config, ranks, images=config.eval_images or len(prompts))
+
+
 @contextmanager
-def _joined(config: TrainConfig) -> Iterator[tuple[TrainConfig, Ranks, Hold | None]]:
-    """Join the launched processes and hold the output folder. Yields the settled configuration."""
+def _joined(config: TrainConfig, *, holds: bool = True) -> Iterator[tuple[TrainConfig, Ranks, Hold | None]]:
+    """Join the launched processes and, with `holds`, hold the output folder. Yields the settled configuration."""
     with settings_kept():
         ranks, held = parallel.start(config.report_to), ExitStack()
         try:
             config = settle(config, ranks)
-            yield config, ranks, ranks.on_main(lambda: held.enter_context(output_folder.hold(config.output_dir)))
+            hold = None
+            if holds:
+                hold = ranks.on_main(lambda: held.enter_context(output_folder.hold(config.output_dir)))
+            yield config, ranks, hold
         finally:
             held.close()
             ranks.close()

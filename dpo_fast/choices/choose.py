@@ -24,6 +24,7 @@ from dpo_fast.choices.remembered import recall, remember
 from dpo_fast.choices.trial import UNPROVABLE, Evidence, Limits, judge
 from dpo_fast.choices.unet import Variant
 from dpo_fast.choices.workload import Workload
+from dpo_fast.files import human_seconds
 from dpo_fast.kernels import dispatch
 from dpo_fast.models.attention import ATTENTIONS
 from dpo_fast.models.compiling import MODES, TUNED, compiles
@@ -90,12 +91,15 @@ class Question:
             return Evidence(dict.fromkeys(self.candidates, f"{UNPROVABLE}: {error}"))
 
 
-def choose(workload: Workload, ranks: Ranks, fixed: Choices, passes: float, root: Path) -> Chosen:
+def choose(
+    workload: Workload, ranks: Ranks, fixed: Choices, passes: float, root: Path, *, only_known: bool = False
+) -> Chosen:
     """Choose what `fixed` leaves open, "auto", for a run of `passes` training passes. Every rank calls this.
 
-    Answers are kept in the cache folder `root`. What is not proven, or not worth a proof, stays "auto".
+    Answers are kept in the cache folder `root`. What is not proven, or not worth a proof, stays "auto". only_known:
+    prove nothing now, and write nothing.
     """
-    ask = _Asking(ranks, root)
+    ask = _Asking(ranks, root, only_known)
     chosen, outcomes, lines = fixed, [], []
     compiled = compiles(fixed.compile)
     plain = Variant(
@@ -125,8 +129,8 @@ def choose(workload: Workload, ranks: Ranks, fixed: Choices, passes: float, root
             outcomes.append(ops)
             chosen = replace(chosen, backend=ops.chosen if ops.settled else AUTO)
             lines.append(_line(f"pair ops by {ops.chosen if ops.settled else 'the default'}", ops))
-    if not outcomes and GAIN_AT_MOST * length() < EAGER_SECONDS:
-        seconds = _duration(length())
+    if not outcomes and not only_known and GAIN_AT_MOST * length() < EAGER_SECONDS:
+        seconds = human_seconds(length())
         lines = [f"nothing is proven for a run of about {seconds}, which would not pay for it: plain defaults are used"]
     return Chosen(chosen, tuple(outcomes), tuple(filter(None, lines)))
 
@@ -194,15 +198,11 @@ def _compiling(
 
     length = length if median is None else timed
     outcome = ask.outcome(question, length, calls=passes / share)
-    if outcome is None and GAIN_AT_MOST * length() < EAGER_SECONDS:
-        return None, ""  # no run to speak of
+    if outcome is None and (ask.only_known or GAIN_AT_MOST * length() < EAGER_SECONDS):
+        return None, ""  # nothing to say, or no run to speak of
     if outcome is None:
-        return None, f"compile off: a run of about {_duration(length())} is too short to pay for finding out"
+        return None, f"compile off: a run of about {human_seconds(length())} is too short to pay for finding out"
     return outcome, _line("compile " + Variant.of(outcome.chosen).compile, outcome)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{max(1.0, seconds):.0f} s"
 
 
 def _line(what: str, outcome: Outcome) -> str:
@@ -218,8 +218,8 @@ def _line(what: str, outcome: Outcome) -> str:
 class _Asking:
     """Asks questions for all ranks."""
 
-    def __init__(self, ranks: Ranks, root: Path) -> None:
-        self.ranks, self.root = ranks, root
+    def __init__(self, ranks: Ranks, root: Path, only_known: bool) -> None:
+        self.ranks, self.root, self.only_known = ranks, root, only_known
         mine = machine.site(ranks.device)
         self.sites = [str(site) for site in ranks.gather(mine)]
         self.asks = self.sites.index(mine) == ranks.rank  # the first rank of its site
@@ -227,14 +227,16 @@ class _Asking:
     def outcome(
         self, question: Question | None, length: Callable[[], float], calls: float | None = None
     ) -> Outcome | None:
-        """Return the outcome on which all ranks agree; None if a site knows no answer and a run of this length, in
-        seconds, does not pay for a trial."""
+        """Return the outcome on which all ranks agree; None if a site knows no answer and none is to be found now, or
+        a run of this length, in seconds, does not pay for a trial."""
         if question is None:
             return None
         device = self.ranks.device
         known = self.ranks.on_all(lambda: recall(self.root, question.about(device)) if self.asks else None)
         spare = math.inf
         if not all(self.ranks.gather(known is not None or not self.asks)):
+            if self.only_known:
+                return None
             spare = GAIN_AT_MOST * length()
             if spare < question.seconds:
                 return None
@@ -267,9 +269,5 @@ def _progress(question: Question, shown: bool) -> Iterator[Callable[[str], None]
 
 def _available_mib() -> float:
     """The host memory that a trial may take."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        (kib,) = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, IndexError):
-        return Limits().memory_mib
-    return HOST_MEMORY * kib / 2**10
+    memory = machine.memory_of(torch.device("cpu"))
+    return Limits().memory_mib if memory is None else HOST_MEMORY * memory.free / 2**20

@@ -13,8 +13,8 @@ With streaming there is no index: `StreamedPairs(source, transform, ...).batches
 from dpo_fast.data.batch import Batch, PairDataset, PairTransform, collate
 from dpo_fast.data.images import BadImage
 from dpo_fast.data.pairs import BadRow, PairIndex, PairSets, build_index, write_report
-from dpo_fast.data.pairs_source import PairsSource, open_source
-from dpo_fast.data.sources import Source, StreamedSource
+from dpo_fast.data.pairs_source import NotFetched, PairsSource, not_fetched, open_source
+from dpo_fast.data.sources import RowsSource, Source, StreamedSource
 from dpo_fast.data.stream import VALIDATION_DRAWS, StreamedPairs, TrainStream, make_loader, validation_loader
 
 __all__ = [
@@ -22,11 +22,13 @@ __all__ = [
     "BadImage",
     "BadRow",
     "Batch",
+    "NotFetched",
     "PairDataset",
     "PairIndex",
     "PairSets",
     "PairTransform",
     "PairsSource",
+    "RowsSource",
     "Source",
     "StreamedPairs",
     "StreamedSource",
@@ -34,6 +36,7 @@ __all__ = [
     "build_index",
     "collate",
     "make_loader",
+    "not_fetched",
     "open_source",
     "validation_loader",
     "write_report",

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import datasets
 import pyarrow.parquet as pq
@@ -103,7 +103,7 @@ def open_source(source: PairsSource) -> "Source | StreamedSource":
         )
     else:
         name = str(source.name)
-        with as_bad_input(f"data set {name!r}"):
+        with as_bad_input(f"data set {name!r}"), _hub_advice():
             root = _cache_root(cache_dir)
             # Choose the split first: loading without one would download them all.
             hub = {"revision": source.revision, "token": source.token}
@@ -119,6 +119,43 @@ def open_source(source: PairsSource) -> "Source | StreamedSource":
         files = [file for path in files for file in (sorted(path.rglob("*.arrow")) if path.is_dir() else [path])]
         return StreamedSource.of_table(name, split, table, wanted, max_rows, files)
     return TableSource(name, split, table, wanted, max_rows)
+
+
+class NotFetched(NamedTuple):
+    """A data set of the hub that would have to be downloaded first, as far as the hub describes it."""
+
+    rows: int | None  # of the split
+    download: int | None  # bytes, of all its splits
+    size: int | None  # bytes on disk once it is unpacked
+
+
+def not_fetched(source: PairsSource) -> NotFetched | None:
+    """Return what the hub says of a data set that `open_source` would download; None if it would download nothing.
+
+    Raises BadInput like `open_source`.
+    """
+    name = str(source.name)
+    if source.streaming or is_local(name):
+        return None
+    with as_bad_input(f"data set {name!r}"), _hub_advice():
+        root = _cache_root(source.cache_dir)
+        kept = root if source.cache_dir is not None else None
+        hub = {"revision": source.revision, "token": source.token}
+        builder = datasets.load_dataset_builder(name, source.config_name, cache_dir=kept, **hub)
+        if os.path.isdir(builder.cache_dir):
+            return None
+        splits = builder.info.splits or {}
+        split = splits.get(_pick_split(source.split, list(splits), name)) if splits else None
+    return NotFetched(split.num_examples if split else None, builder.info.download_size, builder.info.dataset_size)
+
+
+@contextmanager
+def _hub_advice() -> Iterator[None]:
+    """Add what to do to the error of a data set that the hub cannot be asked for."""
+    try:
+        yield
+    except ConnectionError as error:
+        raise ConnectionError(f"{error}; name a local file or folder with --dataset_name") from error
 
 
 def stream_columns(path: Path, columns: list[str], *, split: str | None = None) -> datasets.IterableDataset:

@@ -245,6 +245,40 @@ class JsonlSource(_Encoded):
             raise BadImage(f"cannot be read ({one_line(error)})", self.columns.images[side]) from error
 
 
+class RowsSource(_Encoded):
+    """A few rows that are held in memory."""
+
+    def __init__(self, description: str, columns: Columns, rows: Sequence[StreamedRow]):
+        self.description, self.columns, self._held = description, columns, rows
+        text = repr([(row.row, row.caption, row.label) for row in rows])
+        digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).hexdigest()
+        self.identity = Identity(f"{description} rows={digest}", digest, partial(str, digest))
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def captions(self) -> list[Any]:
+        return [row.caption for row in self._held]
+
+    def labels(self) -> list[Any]:
+        return [row.label for row in self._held]
+
+    def image_names(self) -> None:
+        return None
+
+    def image_bytes(self, row: int) -> tuple[bytes, bytes]:
+        for image in self._held[row].images:
+            if isinstance(image, BadImage):
+                raise image
+        return self._held[row].images
+
+    def missing_images(self, progress: bool = False) -> list[BadRow]:
+        return []
+
+    def row_stamp(self, row: int) -> str:
+        return ""  # `identity.images` covers them
+
+
 class StreamedSource:
     """Rows in the order of the source, read anew by every call of `rows`."""
 

@@ -85,7 +85,8 @@ def implicit_rewards(
 
     def work() -> tuple[_Measured, list[tuple[int, int]]]:
         models = _Models(policy, reference, ranks.device)
-        allowed = timesteps_within(models.family, min_timestep, max_timestep)
+        family = models.family
+        allowed = timesteps_within(family.timesteps, family.schedule, min_timestep, max_timestep)
         transform = PairTransform(
             resolution=models.resolution,
             seed=seed,

@@ -72,15 +72,19 @@ def check_resolution(resolution: int, multiple: int, path: str) -> None:
         raise BadInput(f"--resolution ({resolution}) must be a multiple of {multiple} for {path}, for example {near}")
 
 
-def timesteps_within(family: "Family", first: int, after: int | None) -> torch.Tensor:
-    """Return the family's timesteps t with first <= t < after (None: no upper bound), int64 [n]. Raises BadInput if
-    there are none."""
-    after = family.schedule.num_train_timesteps if after is None else after
-    wanted = family.timesteps[(family.timesteps >= first) & (family.timesteps < after)]
+def timesteps_within(
+    timesteps: torch.Tensor,  # int64 [n], those that a model may be trained at
+    schedule: NoiseSchedule,
+    first: int,
+    after: int | None,  # None: no upper bound
+) -> torch.Tensor:
+    """Return the timesteps t with first <= t < after, int64 [n]. Raises BadInput if there are none."""
+    after = schedule.num_train_timesteps if after is None else after
+    wanted = timesteps[(timesteps >= first) & (timesteps < after)]
     if not len(wanted):
         raise BadInput(
             f"--min_timestep ({first}) and --max_timestep ({after}) leave none of the model's timesteps,"
-            f" {int(family.timesteps.min())} to {int(family.timesteps.max())}; widen them"
+            f" {int(timesteps.min())} to {int(timesteps.max())}; widen them"
         )
     return wanted
 

@@ -4,21 +4,12 @@ from pathlib import Path
 
 from diffusers import DDPMScheduler
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import safe_open
 
 from dpo_fast.errors import BadInput
 from dpo_fast.files import exists
 from dpo_fast.models.family import Family
+from dpo_fast.models.hub_errors import hub_errors
 from dpo_fast.models.load_errors import bad_input
 from dpo_fast.models.marks import refuse_edm
 from dpo_fast.models.sd15 import SD15
@@ -63,23 +54,8 @@ def index(path: str, hub: dict) -> dict[str, object]:
 
 
 def _index_from_hub(path: str, hub: dict) -> str:
-    try:
+    with hub_errors(path, hub["revision"], INDEX, "name a whole diffusers pipeline"):
         return hf_hub_download(path, INDEX, **hub)
-    except HFValidationError as error:
-        raise BadInput(f"{path} is no folder, file or hub id (owner/name): check the spelling") from error
-    except GatedRepoError as error:
-        raise BadInput(f"{path} is gated: accept https://huggingface.co/{path}, then hf auth login") from error
-    except RepositoryNotFoundError as error:
-        raise BadInput(f"{path} is no folder and no model on the hub: check the spelling, or hf auth login") from error
-    except RevisionNotFoundError as error:
-        raise BadInput(f"{path} has no revision {hub['revision']!r}: see its branches on the hub") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:  # before EntryNotFoundError, its parent
-        raise BadInput(f"{path} is no folder and the hub cannot be reached: name a downloaded folder") from error
-    except EntryNotFoundError as error:
-        raise BadInput(f"{path} has no model_index.json on the hub: name a whole diffusers pipeline") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        raise BadInput(f"{path} could not be fetched from the hub (status {status}): try again later") from error
 
 
 def kind_of_file(path: str) -> type[Family]:

@@ -42,6 +42,7 @@ from dpo_fast.models.memory_order import format_of
 from dpo_fast.models.source import ModelSource
 from dpo_fast.models.untrusted import check_part, check_pipeline, check_weights
 from dpo_fast.quiet import no_loading_bars
+from dpo_fast.schedule import NoiseSchedule, noise_schedule, turbo_grid, usable_timesteps
 
 _PICKLED = "check its files; pickled weights are not loaded, convert them with save_pretrained(folder)"
 _OTHER_CONFIG = "name the folder or hub id of a pipeline with this architecture as single_file_config"
@@ -89,14 +90,14 @@ def load_family(
     Raises BadInput, with a one-line message, for anything that cannot be found, read or trained.
     """
     path, unet_dtype, hub = source.path, unet_dtype or dtype, source.hub()
-    _refuse_pickle(path)
+    refuse_pickle(path)
     kind, marks = kind_of(path, hub), Marks()
     prediction_type, vae_path = source.prediction_type, source.vae_path
     elsewhere = {"cache_dir": source.cache_dir, "token": source.token}  # for repositories other than the model's
     if path.endswith(".safetensors"):
         named = source.single_file_config
         config = None if named is None else _config_folder(named, hub)
-        scheduler = check_scheduler(_config_source(path, config), {**elsewhere, "revision": None})
+        scheduler = check_scheduler(config_source(path, config), {**elsewhere, "revision": None})
         marks = marks_of_file(path, *header(path), prediction_type)
         if prediction_type is None and marks.prediction_type is None:
             _check_sd2(path, scheduler)
@@ -128,7 +129,8 @@ def load_family(
     return family
 
 
-def _refuse_pickle(path: str) -> None:
+def refuse_pickle(path: str) -> None:
+    """Raise BadInput for a model file that could run code."""
     if path.endswith(_PICKLES):
         raise BadInput(f"{path} is a pickle, which could run code: convert it to .safetensors or to a diffusers folder")
 
@@ -172,11 +174,11 @@ def component_config(source: ModelSource, component: str) -> dict:
     if component == "vae" and source.vae_path is not None and not source.vae_path.endswith(".safetensors"):
         return defaults | _config_of_vae(source)
     path, hub = source.path, source.hub()
-    _refuse_pickle(path)
+    refuse_pickle(path)
     advice = "name a whole diffusers pipeline"
     if path.endswith(".safetensors"):
         advice = _OTHER_CONFIG
-        path, hub["revision"] = _config_source(path, source.single_file_config), None
+        path, hub["revision"] = config_source(path, source.single_file_config), None
     else:
         kind_of_folder(path, hub)
     with bad_input(f"the {component} configuration of {path} cannot be read", advice):
@@ -199,11 +201,32 @@ def prediction_type_of(source: ModelSource) -> str:
     """Return what the UNet predicts ("epsilon" or another), without loading any weights. Raises BadInput likewise."""
     if source.prediction_type is not None:
         return source.prediction_type
-    path, hub, of_file = source.path, source.hub(), None
+    marks, scheduler = _marks_and_scheduler(source)
+    return marks.prediction_type or marks_of_scheduler(scheduler).prediction_type
+
+
+def timesteps_of(source: ModelSource) -> tuple[torch.Tensor, NoiseSchedule] | None:
+    """Return the `timesteps` (int64 [n]) and the `schedule` of the family that `load_family` would load, without any
+    weights; None if the scheduler's config cannot be read, which loading will report. Raises BadInput likewise."""
+    marks, scheduler = _marks_and_scheduler(source)
+    if not scheduler:
+        return None
+    flags = source.prediction_type, source.zero_terminal_snr
+    prediction_type, zero_terminal_snr = reconcile(source.path, marks, marks_of_scheduler(scheduler), *flags)
+    schedule = noise_schedule(
+        scheduler, zero_terminal_snr=zero_terminal_snr, turbo=source.turbo, prediction_type=prediction_type
+    )
+    grid = turbo_grid(schedule.num_train_timesteps) if family_of(source).timestep_grid else None
+    return usable_timesteps(schedule, grid), schedule
+
+
+def _marks_and_scheduler(source: ModelSource) -> tuple[Marks, dict]:
+    """Return the marks of a single file (none for others), and the scheduler's config, {} if it cannot be read."""
+    path, hub, marks = source.path, source.hub(), Marks()
     if path.endswith(".safetensors"):
-        of_file = marks_of_file(path, *header(path), None).prediction_type
-        path, hub["revision"] = _config_source(path, source.single_file_config), None
-    return of_file or marks_of_scheduler(check_scheduler(path, hub)).prediction_type
+        marks = marks_of_file(path, *header(path), source.prediction_type)
+        path, hub["revision"] = config_source(path, source.single_file_config), None
+    return marks, check_scheduler(path, hub)
 
 
 def _defaults(kind: type) -> dict[str, object]:
@@ -212,7 +235,7 @@ def _defaults(kind: type) -> dict[str, object]:
     return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
 
 
-def _config_source(path: str, single_file_config: str | Path | None) -> str:
+def config_source(path: str, single_file_config: str | Path | None) -> str:
     """Return the hub id or folder that provides the configuration for a single file.
 
     Raises BadInput for SD 2.x if none is given: epsilon (2-base) and v-prediction (768-v) have the same tensors.

@@ -168,5 +168,10 @@ def check_loaded(unet: nn.Module, file: Path) -> None:
         )
 
 
+def adapted_shapes(unet: nn.Module) -> list[torch.Size]:
+    """Return the shape of every weight that has an adapter: [out, in], or [out, in, h, w] of a convolution."""
+    return [layer.get_base_layer().weight.shape for layer in _lora_layers(unet)]
+
+
 def _lora_layers(unet: nn.Module) -> list[LoraLayer]:
     return [module for module in unet.modules() if isinstance(module, LoraLayer)]

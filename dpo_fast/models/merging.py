@@ -218,6 +218,20 @@ def _layers(pipeline: DiffusionPipeline, component: str) -> dict[str, nn.Module]
 
 def _lora_file(path: str, cache_dir: str | None, token: str | None) -> Path:
     """Return the file that `path` names, fetched if it is a hub id."""
+    if (local := local_lora_file(path)) is not None:
+        return local
+    hub = {"cache_dir": cache_dir, "token": token}
+    try:
+        return Path(hf_hub_download(path, WEIGHT_NAME, **hub))
+    except LocalEntryNotFoundError:  # offline; a subclass of EntryNotFoundError
+        raise
+    except EntryNotFoundError:
+        files = sorted(name for name in HfApi(token=token).list_repo_files(path) if name.endswith(".safetensors"))
+        return Path(hf_hub_download(path, _only(path, files), **hub))
+
+
+def local_lora_file(path: str) -> Path | None:
+    """Return the LoRA file that `path` names on this machine; None for a hub id. Raises BadInput if there is none."""
     local = Path(path)
     if local.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise BadInput(f"{path} is a pickle, which could run code: convert it to .safetensors")
@@ -228,14 +242,7 @@ def _lora_file(path: str, cache_dir: str | None, token: str | None) -> Path:
     if local.is_dir():
         files = sorted(file.name for file in local.glob("*.safetensors"))
         return regular_file(local / _only(path, files))
-    hub = {"cache_dir": cache_dir, "token": token}
-    try:
-        return Path(hf_hub_download(path, WEIGHT_NAME, **hub))
-    except LocalEntryNotFoundError:  # offline; a subclass of EntryNotFoundError
-        raise
-    except EntryNotFoundError:
-        files = sorted(name for name in HfApi(token=token).list_repo_files(path) if name.endswith(".safetensors"))
-        return Path(hf_hub_download(path, _only(path, files), **hub))
+    return None
 
 
 def _only(path: str, files: list[str]) -> str:

@@ -34,7 +34,7 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tokenizer": ("transformers", CLIP_TOKENIZERS[:2]),
     "tokenizer_2": ("transformers", CLIP_TOKENIZERS[:2]),
 }
-_WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _BASES = {"vae": ModelMixin, "scheduler": SchedulerMixin}
 _CLIP = ("clip", "clip_text_model")  # model_type of the text encoders
 _VOCABULARIES = ("vocab.json", "tokenizer.json", "added_tokens.json")  # their keys are tokens, which may be any text
@@ -95,7 +95,7 @@ def check_pipeline(folder: Path, *, weights: bool = False) -> None:
     for part in _PARTS.keys() & index.keys():
         if (folder / part).is_dir() and index[part] != [None, None]:
             check_part(folder / part, part)
-            if weights and part in _WITH_WEIGHTS:
+            if weights and part in WITH_WEIGHTS:
                 check_weights(folder / part)
 
 

@@ -29,7 +29,6 @@ from dpo_fast.data.batch import load_images, load_keys
 from dpo_fast.data.images import SAME
 from dpo_fast.data.pairs_source import PairsSource, is_local
 from dpo_fast.data.stream import WINDOW
-from dpo_fast.errors import BadInput
 from dpo_fast.models import Family
 from dpo_fast.parallel import Ranks
 
@@ -64,7 +63,7 @@ def steps_of(config: TrainConfig, pairs: RunPairs) -> int:
 
 def open_pairs(config: TrainConfig, ranks: Ranks, report_path: Path | None) -> RunPairs:
     """Open the pairs and sort their rows into sets; images that the cache already knows are not read again."""
-    root, asked = CacheSettings.of(config).root, _pairs_source(config)
+    root, asked = CacheSettings.of(config).root, pairs_source(config)
     if config.cache and config.streaming and not is_local(config.dataset_name):
         manifest = manifest_of(root, asked, "")
         if is_fully_known(config.soft_labels, manifest, needed_rows_of_stream(config)):
@@ -89,10 +88,11 @@ def open_pairs(config: TrainConfig, ranks: Ranks, report_path: Path | None) -> R
 
 def source_of(config: TrainConfig) -> Source | StreamedSource:
     """Open the source of the pairs that a run trains on."""
-    return open_source(_pairs_source(config))
+    return open_source(pairs_source(config))
 
 
-def _pairs_source(config: TrainConfig) -> PairsSource:
+def pairs_source(config: TrainConfig) -> PairsSource:
+    """Which pairs a run trains on."""
     return PairsSource.of(config, max_rows=config.max_train_samples, streaming=config.streaming)
 
 
@@ -143,10 +143,7 @@ def open_batches(
     family: Family,
     step: int,
 ) -> tuple[Iterator[Batch], PairSets | StreamedPairs, PairDataset | None, list[str]]:
-    """Open the training batches from `step` on; also return the counts, held-out pairs and sample prompts.
-
-    Raises BadInput if samples are wanted but no prompt is available.
-    """
+    """Open the training batches from `step` on; also return the counts, held-out pairs and sample prompts."""
     transform = transform_of(config, family)
     source, sets = pairs.source, pairs.sets
     work = dict(num_workers=config.dataloader_num_workers, pin_memory=ranks.device.type == "cuda")
@@ -180,8 +177,6 @@ def open_batches(
             validation = PairDataset(source, sets.validation, steady, images)
         captions = sets.validation.captions or sets.train.captions
     prompts = list(config.validation_prompts) or list(dict.fromkeys(captions))[:SAMPLE_PROMPTS]
-    if config.run_validation and not prompts:
-        raise BadInput("--run_validation with --streaming needs --validation_prompts: no caption is at hand yet")
     return batches, sets, validation, prompts
 
 

@@ -74,17 +74,20 @@ def check(config: TrainConfig, ranks: Ranks) -> None:
         raise BadInput(f"--attention {config.attention} cannot be used here ({reason}): sdpa can")
 
 
-def chosen_for(config: TrainConfig, ranks: Ranks, pairs: RunPairs, *, resuming: bool) -> tuple[TrainConfig, Chosen]:
+def chosen_for(
+    config: TrainConfig, ranks: Ranks, pairs: RunPairs, *, resuming: bool, only_known: bool = False
+) -> tuple[TrainConfig, Chosen]:
     """Return the configuration with its choices made, and what they rest on. Every rank calls this, before the weights
     are loaded: a proof needs their memory.
 
-    A resumed run keeps its choices; `--no-prove` makes none.
+    A resumed run keeps its choices; `--no-prove` makes none. only_known: nothing is proven now.
     """
     chosen = Chosen(choices_of(config))
     if config.prove and not resuming and AUTO in asdict(chosen.choices).values():
         passes = steps_of(config, pairs) * config.gradient_accumulation_steps
         root = CacheSettings.of(config).root
-        chosen = choose(workload_of(config, ranks), ranks, chosen.choices, passes, root)
+        workload = workload_of(config, ranks)
+        chosen = choose(workload, ranks, chosen.choices, passes, root, only_known=only_known)
     values = asdict(chosen.choices)
     if values["compile"] == AUTO:
         values["compile"] = "off"

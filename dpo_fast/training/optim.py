@@ -6,7 +6,7 @@ compute dtype a parameter is its own master, so nothing is copied (except for 8-
 order).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -48,18 +48,7 @@ class MasterOptimizer:
         device = self.masters[0].device
         self.max_grad_norm = config.max_grad_norm
         self.optimizer = _optimizer(self.masters, config, lr)
-        # The learning rate is a pure function of the step, so no schedule state has to be saved.
-        try:
-            self._schedule = get_scheduler(
-                config.lr_scheduler,
-                torch.optim.SGD([torch.zeros(1)], lr=lr),
-                num_warmup_steps=config.lr_warmup_steps,
-                num_training_steps=steps,
-                num_cycles=config.lr_num_cycles,
-                power=config.lr_power,
-            ).lr_lambdas[0]
-        except ValueError as error:  # the polynomial schedule ends at 1e-7 and must start above that
-            raise BadInput(f"--lr_scheduler {config.lr_scheduler} at learning rate {lr:g}: {error}") from error
+        self._schedule = rate_schedule(config, lr, steps)
         self.base_lr = lr
         self.scaled = dtype == torch.float16
         self.loss_scale = torch.tensor(INITIAL_LOSS_SCALE if self.scaled else 1.0, device=device)
@@ -212,6 +201,36 @@ class MasterOptimizer:
         self.write_back()
 
 
+def rate_of(config: TrainConfig) -> float:
+    """Return the learning rate after the warm-up, of a configuration whose `pairs_per_step` is known."""
+    return config.learning_rate * (config.pairs_per_step if config.scale_lr else 1)
+
+
+def rate_schedule(config: TrainConfig, lr: float, steps: int) -> Callable[[int], float]:
+    """Return the factor of the learning rate `lr` at each of `steps` optimizer steps, the first of which is 0.
+
+    It is a pure function of the step, so no state of it has to be saved. Raises BadInput if `lr` is too low for it.
+    """
+    try:
+        return get_scheduler(
+            config.lr_scheduler,
+            torch.optim.SGD([torch.zeros(1)], lr=lr),
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=steps,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+        ).lr_lambdas[0]
+    except ValueError as error:  # the polynomial schedule ends at 1e-7 and must start above that
+        raise BadInput(f"--lr_scheduler {config.lr_scheduler} at learning rate {lr:g}: {error}") from error
+
+
+def check_optimizer(config: TrainConfig, steps: int) -> None:
+    """Raise BadInput for an optimizer that is not installed, and for a learning rate too low for its schedule."""
+    rate_schedule(config, rate_of(config), steps)
+    if config.optimizer == "adamw8bit":
+        _adamw8bit()
+
+
 def _flat(state: dict[str, object], prefix: str) -> Iterator[tuple[str, object]]:
     """The leaves of nested dictionaries (8-bit states nest) as `prefix|key|key`, value."""
     for key, value in state.items():
@@ -236,9 +255,13 @@ def _optimizer(masters: list[nn.Parameter], config: TrainConfig, lr: float) -> t
         weight_decay=config.adam_weight_decay,
     )
     if config.optimizer == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise missing_extra("bitsandbytes", "gpu", "--optimizer adamw8bit (--use_8bit_adam)") from error
-        return AdamW8bit(masters, **options)
+        return _adamw8bit()(masters, **options)
     return torch.optim.AdamW(masters, fused=True, **options)
+
+
+def _adamw8bit() -> type[torch.optim.Optimizer]:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise missing_extra("bitsandbytes", "gpu", "--optimizer adamw8bit (--use_8bit_adam)") from error
+    return AdamW8bit

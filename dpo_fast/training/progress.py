@@ -86,7 +86,7 @@ class Progress:
             "step_time": seconds,
             "data_wait": waited,
             "pairs_per_second": config.pairs_per_step / seconds,
-            "peak_memory_gib": _peak_memory_gib(self.ranks.device),
+            "peak_memory_gib": peak_memory_gib(self.ranks.device),
             "skipped_updates": int(masters.skipped.item()),
         }
         self.last_line = line
@@ -232,7 +232,7 @@ class Progress:
         return revisions(base_of(self.config)) | {public_name(dataset): revision_of(dataset, kind="dataset")}
 
 
-def _peak_memory_gib(device: torch.device) -> float:
+def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far in GiB: the allocator's on a GPU, the process's on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30

@@ -42,11 +42,16 @@ from dpo_fast.models import (
     recompute_activations,
     reference_recipe_facts,
 )
+from dpo_fast.models.family import timesteps_within
 from dpo_fast.models.fingerprints import unet_digest
+from dpo_fast.models.load import family_of, timesteps_of
 from dpo_fast.models.sampling import SampleSettings, base_samples
+from dpo_fast.models.source import base_of
+from dpo_fast.models.within_reach import check_within_reach
 from dpo_fast.objectives import find_objective
 from dpo_fast.parallel import Ranks, allow_tf32
 from dpo_fast.training import checkpoint, choosing, hub, run_folder
+from dpo_fast.training.advice import warnings_of
 from dpo_fast.training.batches import (
     RunPairs,
     most_visits,
@@ -56,8 +61,9 @@ from dpo_fast.training.batches import (
     open_pairs,
     steps_of,
 )
+from dpo_fast.training.costs import costs_of
 from dpo_fast.training.metrics import Extent
-from dpo_fast.training.optim import MasterOptimizer
+from dpo_fast.training.optim import MasterOptimizer, check_optimizer, rate_of
 from dpo_fast.training.resume import (
     check_logs,
     check_saved,
@@ -68,7 +74,13 @@ from dpo_fast.training.resume import (
     refuse_changes,
     saved_state,
 )
-from dpo_fast.training.work_ahead import check_objective, fill_cache, load_model, score_reference_errors
+from dpo_fast.training.work_ahead import (
+    check_objective,
+    check_time_ids,
+    fill_cache,
+    load_model,
+    score_reference_errors,
+)
 
 # Counts of `Run.sets` that a stream learns while it is read, and that a checkpoint keeps.
 COUNTS = ("rows", "ties_dropped", "unlabelled")
@@ -139,14 +151,31 @@ def open_run(config: TrainConfig, ranks: Ranks) -> Run:
         raise
 
 
-def _open(config: TrainConfig, ranks: Ranks) -> Run:
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: its settings, seed and all, and the checkpoint that it resumes."""
+
+    config: TrainConfig
+    files: dict  # of the checkpoint; both are empty for a fresh run
+    saved: dict
+    restarting: bool  # over what a run left that ended before its first checkpoint
+    kept: frozenset[str]  # entries of the output folder that are caches
+
+
+def find_start(config: TrainConfig, ranks: Ranks, *, writes: bool = True) -> Start:
+    """Check what takes moments: choices, output folder, checkpoint and hub. Every rank calls this, after `settle`.
+
+    writes: claim the folder. Otherwise nothing is written, and what a killed process left half-written stays. Raises
+    BadInput.
+    """
     resuming = config.resume_from_checkpoint is not None
     if not resuming:  # a checkpoint has its own choices
         config = choosing.with_file(config, ranks)
     choosing.check(config, ranks)
     check_objective(config, ranks)
     # a killed process may have left a checkpoint half-replaced, so claim the folder before looking for one
-    ranks.on_main(lambda: run_folder.claim(config.output_dir, overwrite=config.overwrite, resuming=resuming))
+    claim = run_folder.claim if writes else run_folder.check_claim
+    ranks.on_main(lambda: claim(config.output_dir, overwrite=config.overwrite, resuming=resuming))
     files, saved = saved_state(config, ranks)
     restarting = resuming and not saved
     kept = run_folder.kept_inside(config.output_dir, CacheSettings.of(config).root, config.cache_dir)
@@ -171,9 +200,33 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
             config = replace(config, seed=ranks.share(secrets.randbits(31)))
     if config.push_to_hub:
         ranks.on_main(lambda: hub.check_login(config.hub_token))  # fail now rather than after training
+    return Start(config, files, saved, restarting, kept)
 
-    pairs = open_pairs(config, ranks, config.output_dir / output_folder.BAD_ROWS)
-    config, chosen = choosing.chosen_for(config, ranks, pairs, resuming=bool(saved))
+
+def check_without_weights(start: Start, ranks: Ranks, pairs: RunPairs | None) -> None:
+    """Raise what opening the run would raise, as far as that shows without loading the model: BadInput for settings
+    that do not go together, AlreadyDone. `pairs`: None if they are not at hand. Every rank calls this."""
+    config, saved = start.config, start.saved
+    choosing.workload_of(config, ranks)  # checks the UNet and the resolution
+    check_time_ids(config, family_of(base_of(config)))
+    if found := timesteps_of(base_of(config)):
+        timesteps_within(*found, config.min_timestep, config.max_timestep)
+    steps = config.max_train_steps if pairs is None else steps_of(config, pairs)
+    if steps is not None:
+        check_optimizer(config, steps)
+    if saved and pairs is not None:
+        config = replace(config, max_train_steps=steps)
+        step = check_saved(config, {"pairs": pairs.identity}, saved)
+        _check_draws(config, pairs, saved)
+        check_whether_done(config, ranks, step, last_step(config, saved["notes"]))
+
+
+def opened_model(
+    config: TrainConfig, ranks: Ranks, pairs: RunPairs, *, resuming: bool = False, only_known: bool = False
+) -> tuple[TrainConfig, Family, Chosen]:
+    """Make the run's choices and load its model. Returns the configuration with resolution and steps filled in, the
+    model, and the choices; `only_known` as in `choosing.chosen_for`. Every rank calls this. Raises BadInput."""
+    config, chosen = choosing.chosen_for(config, ranks, pairs, resuming=resuming, only_known=only_known)
     config, family = load_model(config, ranks)
     config = replace(config, max_train_steps=steps_of(config, pairs))
     if bad := nonfinite_tensors(family.unet.named_parameters()):
@@ -181,6 +234,15 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
             f"{config.pretrained_model_name_or_path}: {len(bad)} tensors of the UNet are not finite, first {bad[0]};"
             " download the model again, or name another"
         )
+    return config, family, chosen
+
+
+def _open(config: TrainConfig, ranks: Ranks) -> Run:
+    start = find_start(config, ranks)
+    config, files, saved, restarting, kept = start.config, start.files, start.saved, start.restarting, start.kept
+    pairs = open_pairs(config, ranks, config.output_dir / output_folder.BAD_ROWS)
+    ranks.on_main(lambda: _advise(config, ranks, pairs))
+    config, family, chosen = opened_model(config, ranks, pairs, resuming=bool(saved))
     fingerprints = {"base weights": unet_digest(family), "pairs": pairs.identity}
     model = reference_recipe_facts(family, fingerprints["base weights"]) if config.cached_reference else None
     older = older_fingerprint(family.unet) if saved and "base model" in saved["fingerprints"] else {}
@@ -239,6 +301,11 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     return run
 
 
+def _advise(config: TrainConfig, ranks: Ranks, pairs: RunPairs) -> None:
+    for line in warnings_of(config, ranks, pairs, costs_of(config, ranks.device.type)):
+        logger.warning("warning: %s", line)
+
+
 def _begin(config: TrainConfig, restarting: bool, kept: frozenset[str]) -> None:
     if restarting:
         run_folder.clear_unfinished(config.output_dir, config.logging_dir)
@@ -255,7 +322,8 @@ def sample_settings(config: TrainConfig) -> SampleSettings:
 def settle(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     """Return the configuration with batch split and output folder resolved, the same on every rank.
 
-    Settling it again changes nothing. Also sets PyTorch's TF32 flags. Raises BadInput if the batch split is impossible.
+    Settling it again changes nothing. Also sets PyTorch's TF32 flags. Raises BadInput if the batch split is impossible,
+    and if a file of the model is neither on this machine nor to be had from the hub.
     """
     a_pass = config.train_batch_size * ranks.world_size
     pairs = config.pairs_per_step or a_pass * config.gradient_accumulation_steps
@@ -264,6 +332,7 @@ def settle(config: TrainConfig, ranks: Ranks) -> TrainConfig:
             f"--pairs_per_step ({pairs}) must be a multiple of train_batch_size x processes"
             f" ({config.train_batch_size} x {ranks.world_size} = {a_pass})"
         )
+    ranks.on_main(lambda: check_within_reach(base_of(config)))
     allow_tf32(config.allow_tf32)
     folder = config.output_dir or Path("runs", f"{config.preset or 'train'}-{datetime.now():%Y%m%d-%H%M%S}")
     return replace(
@@ -369,8 +438,7 @@ def make_trainable(config: TrainConfig, ranks: Ranks, family: Family) -> tuple[M
         unet.requires_grad_(True)
     trained = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
     ranks.broadcast_([parameter.detach() for parameter in trained.values()])
-    lr = config.learning_rate * (config.pairs_per_step if config.scale_lr else 1)
-    masters = MasterOptimizer(trained, family.dtype, config, lr=lr, steps=config.max_train_steps)
+    masters = MasterOptimizer(trained, family.dtype, config, lr=rate_of(config), steps=config.max_train_steps)
     recompute_activations(unet, config.gradient_checkpointing)
     compile_unet(unet, config.compile)
     reference: Reference = NoReference()

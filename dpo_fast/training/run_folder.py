@@ -6,7 +6,6 @@ and the result: pytorch_lora_weights.safetensors, or a diffusers pipeline
 """
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,8 +16,10 @@ from dpo_fast.errors import BadInput
 from dpo_fast.files import (
     LOCK,
     atomic_folder,
+    check_writable,
     contents,
     delete,
+    free_bytes,
     is_inside,
     read_json,
     remove_folder,
@@ -36,6 +37,23 @@ PUBLISHING = ".publishing"  # a complete result that is being moved into the fol
 def claim(folder: Path, *, overwrite: bool, resuming: bool) -> None:
     """Check that a run may use `folder`, which it holds, and delete what killed processes left half-written in it.
 
+    Raises BadInput like `check_claim`.
+    """
+    try:
+        occupied = check_claim(folder, overwrite=overwrite, resuming=resuming)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+        if not occupied or (folder / "config.yaml").is_file():  # ours: a mistyped folder is left alone
+            finish_publishing(folder)
+            remove_temporaries(folder, deep=True)
+    except OSError as error:
+        raise not_writable(folder, error) from error
+
+
+def check_claim(folder: Path, *, overwrite: bool, resuming: bool) -> bool:
+    """Return whether `folder` holds anything; nothing is written.
+
     Raises BadInput if the folder is not free (`is_free`) and neither `overwrite` nor `resuming` is set, if `overwrite`
     is set but the folder is not a run's, and if it cannot be written.
     """
@@ -49,14 +67,10 @@ def claim(folder: Path, *, overwrite: bool, resuming: bool) -> None:
             )
         if occupied and overwrite and not (folder / "config.yaml").is_file():
             raise BadInput(f"--overwrite: {folder} does not look like a run (no config.yaml); empty it yourself")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"x")
-        if not occupied or (folder / "config.yaml").is_file():  # ours: a mistyped folder is left alone
-            finish_publishing(folder)
-            remove_temporaries(folder, deep=True)
+        check_writable(folder)
     except OSError as error:
         raise not_writable(folder, error) from error
+    return occupied
 
 
 def check_unfinished(folder: Path, logging_dir: str, kept: frozenset[str]) -> None:
@@ -122,8 +136,8 @@ def release(folder: Path) -> None:
 
 
 def check_space(folder: Path, needed_bytes: int, what: str = "one checkpoint and the result") -> None:
-    """Raise BadInput when the disk under `folder` cannot hold `needed_bytes` more."""
-    free = shutil.disk_usage(folder).free
+    """Raise BadInput when the disk under `folder`, which need not exist, cannot hold `needed_bytes` more."""
+    free = free_bytes(folder)
     if free < needed_bytes:
         raise BadInput(
             f"--output_dir {folder} has {free / 2**20:.1f} MiB free, but {what} need"

@@ -45,14 +45,20 @@ def load_model(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, Family]:
     )
     config = replace(config, resolution=config.resolution or family.default_resolution)
     check_resolution(config.resolution, family.resolution_multiple, config.pretrained_model_name_or_path)
-    if config.time_ids == "real" and not family.needs_time_ids:
-        raise BadInput(f"--time_ids real is for SDXL: {family.name} has no size conditioning; leave it out")
-    family.timesteps = timesteps_within(family, config.min_timestep, config.max_timestep)
+    check_time_ids(config, type(family))
+    limits = config.min_timestep, config.max_timestep
+    family.timesteps = timesteps_within(family.timesteps, family.schedule, *limits)
     if config.init_lora:
         merge_lora(family.pipeline, config.init_lora, cache_dir=config.cache_dir, token=config.hub_token)
     if config.proportion_empty_prompts and any(map(_not_finite, family.empty_prompt().values())):
         raise family.text_not_finite("--proportion_empty_prompts: the empty caption")
     return config, family
+
+
+def check_time_ids(config: TrainConfig, family: type[Family]) -> None:
+    """Raise BadInput for size conditioning that models of a family do not have."""
+    if config.time_ids == "real" and not family.needs_time_ids:
+        raise BadInput(f"--time_ids real is for SDXL: {family.name} has no size conditioning; leave it out")
 
 
 def _not_finite(tensor: torch.Tensor) -> bool:
@@ -87,10 +93,7 @@ def score_reference_errors(
     rows = _scored_rows(config, pairs, everything)
     draws = config.cached_reference
     if not everything:
-        visits = most_visits(config, len(rows[0]), config.max_train_steps)
-        if ranks.is_main:
-            _advise_draws(draws, len(rows[0]), visits)
-        draws = min(draws, visits)
+        draws = min(draws, most_visits(config, len(rows[0]), config.max_train_steps))
     transform = transform_of(config, family)
     settings = ScoringSettings.of(config)
     work = Scoring(settings, ranks, family, model, cached, transform, rows, draws)
@@ -114,16 +117,6 @@ def _scored_rows(config: TrainConfig, pairs: RunPairs, everything: bool) -> Pair
     whole = everything and config.max_train_steps is None
     visited = train.pair_id if whole else train_stream(config, train).visited(config.max_train_steps)
     return score_reference.pairs_of_table(pairs.source, train, visited.tolist())
-
-
-def _advise_draws(draws: int, pairs: int, visits: int) -> None:
-    enough = -(-visits // 2)  # measured: docs/reference_cache.md
-    if draws < enough and pairs < 10_000:
-        logger.warning(
-            "--cached_reference %d: %d pairs are visited up to %d times each, at the same noises and timesteps again"
-            " and again; so few pairs want at least %d draws, and with %d no draw recurs",
-            *(draws, pairs, visits, enough, visits),
-        )
 
 
 def check_objective(config: TrainConfig, ranks: Ranks) -> None:

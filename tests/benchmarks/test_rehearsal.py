@@ -12,9 +12,7 @@ from benchmarks import rehearsal
 from benchmarks.rehearsal import GIB, checks_of, dry_run, flags, measured
 from benchmarks.rehearsal_parts import make, policy, read
 from benchmarks.step.cases import CASES
-from dpo_fast.command_line import parse
 from dpo_fast.train import main
-from dpo_fast.training.plan import plan
 from tests.benchmarks import tiny
 from tests.helpers.runs import ROOT
 
@@ -73,10 +71,11 @@ def test_weights_are_written_in_the_dtype_that_was_asked_for(rehearsed):
         assert component != "text_encoder" or any(t.shape[0] == vocabulary for t in tensors.values())
 
 
-def test_the_dry_run_is_read_as_it_is_printed(rehearsed):
+def test_the_dry_run_is_read_as_it_is_printed(rehearsed, tmp_path, capsys):
     folder, _ = rehearsed
-    text = plan(parse([*flags(folder, 512), "--max_train_steps", "2"])[0])
-    predicted = dry_run(text.splitlines())
+    more = ["--output_dir", str(tmp_path / "run"), "--max_train_steps", "2"]
+    assert main([*flags(folder, 512), *more, "--dry-run"]) == 0
+    predicted = dry_run(capsys.readouterr().out.splitlines())
     unet = sum(t.nbytes for file in (folder / "model" / "unet").glob("*.safetensors") for t in load_file(file).values())
     assert predicted["UNet weights"] == pytest.approx(unet / GIB, abs=0.1 / 1024)
     assert predicted["in all, without VAE and text encoders"] > predicted["UNet weights"]

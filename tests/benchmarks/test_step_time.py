@@ -27,7 +27,7 @@ from benchmarks.step.worker import Failed
 from benchmarks.step_time import executed, main
 from dpo_fast.command_line import parse
 from dpo_fast.data.images import scaled, to_pixels
-from dpo_fast.training.plan import memory_by_part, unet_costs
+from dpo_fast.training.costs import memory_by_part, unet_size
 from tests.benchmarks import tiny
 
 FOLDER = Path(benchmarks.step.__file__).parent
@@ -320,10 +320,10 @@ def test_the_predicted_memory_is_that_of_the_dry_run():
     lora, full = tiny.case("sd15", "lora"), tiny.case("sd15", "full")
     flags = ["--pretrained_model_name_or_path", "m", "--dataset_name", "d", "--mixed_precision", "bf16"]
     config, _ = parse([*flags, "--tuning", "full", "--train_batch_size", "64", "--pairs_per_step", "64"])
-    costs = unet_costs({"in_channels": 4, **full.model.unet}, config, full.latent_side)
+    size = unet_size({"in_channels": 4, **full.model.unet}, config, full.latent_side)
     many = replace(full, pairs=64)
-    assert memory.needed_bytes(many, "bf16", 64) == sum(memory_by_part(costs, config).values())
-    assert memory.needed_bytes(lora, "bf16", 1) > 2 * 4 * costs.parameters
+    assert memory.needed_bytes(many, "bf16", 64) == sum(memory_by_part(size, config).values())
+    assert memory.needed_bytes(lora, "bf16", 1) > 2 * 4 * size.parameters
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The cache in whole runs: what is trained from it, what is encoded and how often, and what it takes on the disk."""
 
 import json
-import re
 import shutil
 import sys
 from dataclasses import replace
@@ -315,18 +314,16 @@ def test_random_crops_are_not_cached(sdxl_path, pairs, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["sd15_path", pytest.param("sdxl_path", marks=pytest.mark.exhaustive)])
 def test_the_disk_it_takes_is_what_is_predicted(kind, tmp_path, request):
-    """What the plan says of an image and a prompt, against the files."""
+    """What is counted for an image and a prompt, against the files."""
     from dpo_fast.command_line import parse
-    from dpo_fast.training.plan import plan
+    from dpo_fast.training.costs import costs_of
 
     model, n = request.getfixturevalue(kind), 64
     data = write_pickapic(tmp_path / "pairs.parquet", n=n)
     flags = flags_for(model, data, tmp_path / "run", "--latent_cache_dir", tmp_path / "cache", "--max_train_steps", n)
-    text = plan(parse(flags)[0])
-    said = re.search(r"(\d+) bytes an image, (\d+) a prompt", text)
-    image, prompt = int(said[1]), int(said[2])
+    costs = costs_of(parse(flags)[0], "cpu")
     assert main(flags) == 0
-    for name, count, each in (("latents", 2 * n, image), ("text", n, prompt)):
+    for name, count, each in (("latents", 2 * n, costs.latent), ("text", n, costs.prompt)):
         size = sum(path.stat().st_size for path in (tmp_path / "cache").glob(f"{name}-*/shard-*.bin"))
         assert size == count * each
     index = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/shard-*.json"))

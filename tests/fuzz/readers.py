@@ -445,7 +445,7 @@ def _read_single_files(folder: Path, changed: Iterable[str]) -> None:
         hub_revisions.revision_of(path)
         load.family_of(ModelSource(path))
         with refused(BadInput):
-            load._config_source(path, "sd2" if name.startswith("sd2") else None)
+            load.config_source(path, "sd2" if name.startswith("sd2") else None)
         with refused(BadInput):
             marks_of_file(path, *header(path), None)
         with refused(BadInput):

@@ -13,7 +13,7 @@ from dpo_fast.models.family import Conditioning
 from dpo_fast.models.opened import settled
 from dpo_fast.models.sd15 import SD15
 from dpo_fast.models.source import ModelSource
-from dpo_fast.training.plan import plan
+from dpo_fast.training.costs import costs_of
 from tests.helpers.pipelines import load_model, make_sd15
 from tests.helpers.runs import STEPS, lines, train
 
@@ -65,7 +65,7 @@ def test_its_usual_settings_are_those_of_every_command(other, tmp_path):
     source = settled(ModelSource(str(other)))
     assert (source.resolution, source.steps) == (80, 2)
     config, _ = parse(["--pretrained_model_name_or_path", str(other), "--dataset_name", "x", "--max_train_steps", "1"])
-    assert "at 80 x 80" in plan(config)
+    assert costs_of(config, "cpu").resolution == 80
 
 
 def test_a_hub_id_is_downloaded_by_its_own_class(other, monkeypatch):
