@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dpo_fast.api import training
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluate import main as evaluate
@@ -261,8 +262,8 @@ def test_prompts_are_those_read_before_the_training(sd15_path, pairs, tmp_path, 
         file.unlink()
         return evaluate_run(config, prompts, ranks)
 
-    evaluate_run = run_evaluation.evaluate_run
-    monkeypatch.setattr(run_evaluation, "evaluate_run", edited)
+    evaluate_run = training.evaluate_run
+    monkeypatch.setattr(training, "evaluate_run", edited)
     assert main(flags) == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["prompts"] == 2
     capsys.readouterr()
@@ -362,7 +363,7 @@ def test_bad_input_is_found_before_anything_is_opened(tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a dog\n")
     assert "belong together" in refused("--eval_scorers", "right")
-    assert "no scorer 'beauty'; choose from faithfulness" in refused(
+    assert "no scorer 'beauty'; choose from quality, faithfulness" in refused(
         "--eval_scorers", "beauty", "--eval_prompts", prompts
     )
     assert "'a dog' is none of" in refused("--eval_scorers", "faithfulness", "--eval_prompts", prompts)
@@ -375,6 +376,7 @@ def test_the_built_in_scorers_are_the_exact_scores():
     images = (render(SCENES[:6], torch.zeros(6, dtype=torch.int64)) * 255).round().to(torch.uint8)
     captions = [scene.caption for scene in SCENES[:6]]
     expected = {
+        "quality": score.quality(images / 255, captions),
         "faithfulness": score.faithfulness(images / 255, captions),
         "right": torch.ones(6).double(),
         "appeal": score.appeal(images / 255),
@@ -384,7 +386,7 @@ def test_the_built_in_scorers_are_the_exact_scores():
         assert torch.equal(load_scorer(name).score(images, captions), values)
 
 
-@pytest.mark.parametrize("name", ["faithfulness", "right", "appeal"])
+@pytest.mark.parametrize("name", ["quality", "faithfulness", "right", "appeal"])
 def test_the_built_in_scorers_refuse_another_world(name):
     scorer, caption = load_scorer(name), SCENES[0].caption
     for height, width in ((64, 64), (16, 8)):

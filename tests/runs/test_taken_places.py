@@ -68,8 +68,8 @@ def test_a_run_holds_its_folder_through_its_evaluation(sdxl_path, pairs, tmp_pat
             output_folder.hold(out)
         seen.append(entries(out))
 
-    monkeypatch.setattr("dpo_fast.evaluation.run_evaluation.check_request", lambda config, ranks: None)
-    monkeypatch.setattr("dpo_fast.evaluation.run_evaluation.evaluate_run", evaluate_run)
+    monkeypatch.setattr("dpo_fast.api.training.check_request", lambda config, ranks: None)
+    monkeypatch.setattr("dpo_fast.api.training.evaluate_run", evaluate_run)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat on a mat\n")
     flags = flags_for(sdxl_path, pairs, out, "--eval_scorers", "clip", "--eval_prompts", prompts)
