@@ -178,8 +178,8 @@ def test_two_hosts_that_disagree_take_what_both_prove(gpu, tmp_path):
 def test_one_rank_of_a_host_asks(gpu, tmp_path):
     same = two(lambda value: value if isinstance(value, str) else None)
     assert choose(GPU, same, Choices(), LONG, tmp_path).choices.backend == "native"
-    assert module._Asking(same, tmp_path).asks
-    assert not module._Asking(replace_rank(same, 1), tmp_path).asks
+    assert module._Asking(same, tmp_path, only_known=False).asks
+    assert not module._Asking(replace_rank(same, 1), tmp_path, only_known=False).asks
 
 
 def replace_rank(ranks: TwoRanks, rank: int) -> TwoRanks:

@@ -39,7 +39,7 @@ def asked(monkeypatch) -> list[tuple]:
     """What runs ask for; they are answered with OTHER, as far as it is open."""
     found = []
 
-    def choose(workload, ranks, fixed, passes, root):
+    def choose(workload, ranks, fixed, passes, root, *, only_known):
         found.append((workload, fixed, passes))
         values = {name: value if value != "auto" else getattr(OTHER, name) for name, value in vars(fixed).items()}
         return Chosen(Choices(**values), (OUTCOME,), ("pair ops by reference: said",))
