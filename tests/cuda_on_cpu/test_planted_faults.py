@@ -134,7 +134,7 @@ def test_a_fault_in_the_source_is_found(fault, seed):
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(reason_against("ptx")), reason=reason_against("ptx"))
-@pytest.mark.drawn(6)
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize("fault", rows("ptx"))
 def test_a_fault_in_the_instructions_is_found(fault, seed):
     said = found(fault, "ptx", seed)

@@ -23,7 +23,7 @@ def no_programs() -> Iterator[None]:
 
 # fp32 with LoRA is below, in a run with everything
 @pytest.mark.exhaustive
-@pytest.mark.drawn(2)
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(
     ("tuning", "precision"),
     [("lora", "bf16"), ("lora", "fp16"), ("full", "no"), ("full", "bf16"), ("full", "fp16")],
