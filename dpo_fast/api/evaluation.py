@@ -9,9 +9,9 @@ import torch
 
 from dpo_fast import output_folder, parallel
 from dpo_fast.api.options import settled_options
-from dpo_fast.api.training import out_of_memory
 from dpo_fast.config import TrainConfig
 from dpo_fast.data import PairIndex, PairsSource, Source, build_index, open_source
+from dpo_fast.errors import out_of_memory
 from dpo_fast.evaluation import evaluate_options
 from dpo_fast.evaluation.comparison import (
     RECORD,
@@ -85,39 +85,36 @@ def evaluate(config: EvaluateConfig | None = None, **settings: object) -> Evalua
     for name, model in models.items():
         logger.info("%s: %s", name, sampled_as(model))
 
-    ranks, held = parallel.start("none"), ExitStack()
     try:
-        parallel.allow_tf32(run is not None and run.allow_tf32)  # as in training
-        # everything that may be refused comes before everything that takes long
-        held_out = None if reference is None else _open_pairs(config, ranks)
-        ranks.on_main(lambda: held.enter_context(output_folder.hold(out)))
-        about = settings_of(config, sides, models, comparison)
-        ranks.on_main(lambda: output_folder.claim(out, RECORD, about, what="an evaluation"))
-        pairs = result = implicit = None
-        if comparison is not None:
-            texts = [prompt.text for prompt in comparison.wanted.prompts]
-            ranks.on_main(lambda: check_scorers(unscored(comparison, out), comparison.scoring, texts))
-            comparison, pairs = find_pairs(comparison, out, ranks)
-            result = compare(comparison, pairs, out, ranks, config.batch_size)
-        if reference is not None:
-            implicit = _implicit(config, run, models[sides[1].name], reference, held_out, ranks)
+        with parallel.joined("none") as ranks, ExitStack() as held:
+            parallel.allow_tf32(run is not None and run.allow_tf32)  # as in training
+            # everything that may be refused comes before everything that takes long
+            held_out = None if reference is None else _open_pairs(config, ranks)
+            ranks.on_main(lambda: held.enter_context(output_folder.hold(out)))
+            about = settings_of(config, sides, models, comparison)
+            ranks.on_main(lambda: output_folder.claim(out, RECORD, about, what="an evaluation"))
+            pairs = result = implicit = None
+            if comparison is not None:
+                texts = [prompt.text for prompt in comparison.wanted.prompts]
+                ranks.on_main(lambda: check_scorers(unscored(comparison, out), comparison.scoring, texts))
+                comparison, pairs = find_pairs(comparison, out, ranks)
+                result = compare(comparison, pairs, out, ranks, config.batch_size)
+            if reference is not None:
+                implicit = _implicit(config, run, models[sides[1].name], reference, held_out, ranks)
 
-        def write() -> Evaluation:
-            of_pairs = {} if implicit is None else {"implicit": implicit.for_summary()}
-            if result is None:
-                write_json(out / SUMMARY, of_pairs)
-                return Evaluation(out, None, implicit)
-            findings, scored = result
-            write_report(out, findings, scored, pairs, implicit)
-            write_json(out / SUMMARY, findings.for_summary() | of_pairs)
-            return Evaluation(out, findings, implicit)
+            def write() -> Evaluation:
+                of_pairs = {} if implicit is None else {"implicit": implicit.for_summary()}
+                if result is None:
+                    write_json(out / SUMMARY, of_pairs)
+                    return Evaluation(out, None, implicit)
+                findings, scored = result
+                write_report(out, findings, scored, pairs, implicit)
+                write_json(out / SUMMARY, findings.for_summary() | of_pairs)
+                return Evaluation(out, findings, implicit)
 
-        return ranks.from_main(write)
+            return ranks.from_main(write)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(error, "lower --batch_size") from error
-    finally:
-        held.close()
-        ranks.close()
 
 
 def sampled_as(model: ModelSource) -> str:
