@@ -148,12 +148,9 @@ def _on_ranks(build: str, argv: list[str]) -> tuple[Any, float]:
     from dpo_fast.training import run
 
     show_log()
-    ranks = parallel.start("none")
     started = time.perf_counter()
-    try:
+    with parallel.joined("none") as ranks:
         return getattr(run, build)(config, ranks), time.perf_counter() - started
-    finally:
-        ranks.close()
 
 
 def _is_draws(word: str) -> bool:

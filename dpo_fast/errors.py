@@ -37,6 +37,13 @@ def mark_of_this_rank(error: Exception) -> None:
     error.of_this_rank = True
 
 
+def out_of_memory(error: Exception, remedy: str) -> BadInput:
+    """Return the error for a GPU whose memory does not suffice; only this rank may have met it."""
+    refusal = BadInput(f"out of GPU memory ({str(error).split('.')[0]}); {remedy}")
+    mark_of_this_rank(refusal)
+    return refusal
+
+
 class Unresponsive(RuntimeError):
     """What a command waited for is dead or never answers: a worker process, another rank, a disk.
 

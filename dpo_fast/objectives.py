@@ -195,7 +195,7 @@ def find_objective(name: str) -> Objective:
     if name.startswith(FROM_PYTHON):
         raise BadInput(
             f"--objective {name} is a function that was given in Python and is not in any file: go on from Python, with"
-            f" dpo_fast.train(..., objective=Objective(...)) of the same name"
+            " dpo_fast.train(..., objective=Objective(...)) of the same name"
         )
     module, colon, attribute = name.partition(":")
     if not (colon and module and attribute):

@@ -246,6 +246,19 @@ def _tf32_of(part: Any) -> tuple[str, object]:
         return "fp32_precision", part.fp32_precision
 
 
+@contextmanager
+def joined(report_to: str) -> Iterator[Ranks]:
+    """Within the block this process has joined the launched ones (`start`). The process is left as it was: PyTorch's
+    random generators, which libraries draw from, too. Raises like `start`.
+    """
+    ranks = start(report_to)
+    try:
+        with torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []):
+            yield ranks
+    finally:
+        ranks.close()
+
+
 def start(report_to: str) -> Ranks:
     """Join the launched processes (`accelerate launch`, torchrun), or run alone.
 

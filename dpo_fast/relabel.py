@@ -16,8 +16,8 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dpo_fast.cli import guarded, leave, refuse, say, show_log
-from dpo_fast.errors import BadInput
+from dpo_fast.cli import guarded, leave, say, show_log
+from dpo_fast.errors import BadInput, out_of_memory
 from dpo_fast.files import user_path
 from dpo_fast.relabeling.options import RelabelConfig, parse
 
@@ -48,32 +48,30 @@ def _run(config: RelabelConfig) -> int:
 
     scorers.check_names([*config.weights])
     show_log()
-    ranks, held = parallel.start("none"), ExitStack()
     try:
-        ranks.on_main(lambda: _check_places(config))
-        ranks.on_main(lambda: held.enter_context(_hold_output(config)))
-        source = ranks.on_all(lambda: _open(config))
-        if _is_there(config, ranks, source):
-            return 0
-        scoring = {"where": config.scorer_models, "cache_dir": config.cache_dir, "token": config.hub_token}
-        loaded = ranks.on_all(
-            lambda: {name: scorers.load_scorer(name, ranks.device, **scoring) for name in config.weights}
-        )
-        with ExitStack() as scoring_alone:
-            ranks.on_main(lambda: scoring_alone.enter_context(_hold_scores(config)))
-            _relabel(config, ranks, source, loaded)
+        with parallel.joined("none") as ranks, ExitStack() as held:
+            try:
+                ranks.on_main(lambda: _check_places(config))
+                ranks.on_main(lambda: held.enter_context(_hold_output(config)))
+                source = ranks.on_all(lambda: _open(config))
+                if _is_there(config, ranks, source):
+                    return 0
+                scoring = {"where": config.scorer_models, "cache_dir": config.cache_dir, "token": config.hub_token}
+                loaded = ranks.on_all(
+                    lambda: {name: scorers.load_scorer(name, ranks.device, **scoring) for name in config.weights}
+                )
+                with ExitStack() as scoring_alone:
+                    ranks.on_main(lambda: scoring_alone.enter_context(_hold_scores(config)))
+                    _relabel(config, ranks, source, loaded)
+            except BadInput:
+                if ranks.is_main:
+                    with suppress(BadInput, OSError):
+                        with locks.hold(config.scores, otherwise="leave it as it is"):
+                            release(config.scores)
+                        config.scores.rmdir()  # where nothing else is in it, once the lock is gone
+                raise
     except torch.OutOfMemoryError as error:
-        return refuse(f"out of GPU memory ({str(error).split('.')[0]}); lower --batch_size", any_rank=True)
-    except BadInput:
-        if ranks.is_main:
-            with suppress(BadInput, OSError):
-                with locks.hold(config.scores, otherwise="leave it as it is"):
-                    release(config.scores)
-                config.scores.rmdir()  # where nothing else is in it, once the lock is gone
-        raise
-    finally:
-        held.close()
-        ranks.close()
+        raise out_of_memory(error, "lower --batch_size") from error
     return 0
 
 

@@ -279,6 +279,61 @@ def test_a_signal_raises_once_the_state_is_saved(sdxl_path, pairs, tmp_path):
     assert_same_state(tmp_path / "run", tmp_path / "whole")
 
 
+def penalised(pairs, settings):
+    return -torch.nn.functional.logsigmoid(pairs.margin) + 0 * settings.beta
+
+
+def test_a_loss_from_python_is_recorded_by_name_and_needed_to_go_on(sdxl_path, pairs, tmp_path):
+    mine = dpo_fast.Objective(penalised, default_beta=300.0)
+    settings = settings_for(sdxl_path, pairs, tmp_path / "run", learning_rate=1e-3)
+    train(**settings, objective=mine)
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    assert "\nobjective: python:penalised\n" in config and "\nbeta_dpo: 300.0\n" in config
+    state = json.loads((tmp_path / "run" / "checkpoint-4" / "state.json").read_text())
+    assert state["config"]["objective"] == "python:penalised"
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "python:penalised, beta 300" in card and "was given in Python" in card
+    # the same loss from the table gives the same run, up to the rounding of the fused op
+    table = train(
+        **settings_for(sdxl_path, pairs, tmp_path / "dpo", learning_rate=1e-3), objective="dpo", beta_dpo=300.0
+    )
+    assert lines(tmp_path / "run")[1]["loss"] == pytest.approx(lines(table.folder)[1]["loss"], rel=1e-3)
+
+    further = settings | {"max_train_steps": 6, "resume_from_checkpoint": "latest"}
+    with pytest.raises(BadInput, match="objective: python:penalised -> dpo"):
+        train(**further, beta_dpo=300.0)
+    again = dict(output_dir=tmp_path / "run", resume_from_checkpoint="latest", max_train_steps=6)
+    with pytest.raises(BadInput, match="python:penalised is a function that was given in Python"):
+        train(tmp_path / "run" / "config.yaml", **again)
+    assert main(["--config", str(tmp_path / "run" / "config.yaml"), "--resume_from_checkpoint", "latest"]) == 2
+    with pytest.raises(BadInput, match="objective: python:penalised -> python:other"):
+        train(**further, objective=dpo_fast.Objective(penalised, default_beta=300.0, name="other"))
+    assert train(**further, objective=mine).summary["steps"] == 6
+    config = TrainConfig(**settings | {"output_dir": tmp_path / "object", "learning_rate": 1e-3})
+    assert train(config, objective=mine).summary["steps"] == 4
+    assert_same_state(tmp_path / "object", tmp_path / "run")
+
+
+def test_a_loss_that_cannot_be_used_is_refused_before_the_run(sdxl_path, pairs, tmp_path):
+    def mean(pairs, settings):
+        return pairs.margin.mean()
+
+    with pytest.raises(BadInput, match=r"^the objective mean gives a loss of shape \[\], not \[3\]"):
+        train(**settings_for(sdxl_path, pairs, tmp_path / "run"), objective=mean)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_on_another_scale_does_not_take_a_preset_s_beta():
+    mine = dpo_fast.Objective(penalised, default_beta=0.5)
+    for config, settings in ((TrainConfig(preset="shapes"), {}), (None, {"preset": "shapes"})):
+        with training._resolved(config, mine, settings) as resolved:
+            assert (resolved.objective, resolved.beta_dpo) == ("python:penalised", 0.5)
+        with training._resolved(config, penalised, settings) as resolved:
+            assert resolved.beta_dpo == 2000.0
+    with training._resolved(TrainConfig(preset="shapes", beta_dpo=7.0), mine, {}) as resolved:
+        assert resolved.beta_dpo == 7.0
+
+
 def test_a_gpu_that_is_too_small_is_bad_input(sdxl_path, pairs, tmp_path, monkeypatch, capfd):
     def full(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

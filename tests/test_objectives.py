@@ -1,6 +1,7 @@
 """objectives: every row against numbers worked out by hand, float64 formulas, and what all rows have in common."""
 
 import math
+from dataclasses import dataclass
 from typing import get_args, get_type_hints
 
 import pytest
@@ -11,14 +12,18 @@ from dpo_fast.config import TrainConfig, resolve
 from dpo_fast.errors import BadInput
 from dpo_fast.kernels import pair_errors
 from dpo_fast.objectives import (
+    FROM_PYTHON,
     OBJECTIVES,
     KLTerm,
+    Objective,
     Pairs,
     Settings,
     SmoothedLabels,
     _x_over_expm1,
     evaluate,
     find_objective,
+    registered,
+    try_out,
 )
 from dpo_fast.presets import DEFAULT_BETA
 
@@ -385,3 +390,96 @@ def test_bad_arguments_are_named(name, change, message):
             OBJECTIVES[name],
             **{**dict(policy_pred=policy, ref=ref, target=target, settings=settings(name, 40.0)), **change},
         )
+
+
+# ---- objectives of one's own ---------------------------------------------------------------------------------------
+
+
+def own(pairs, settings):
+    return -logsigmoid(pairs.margin)
+
+
+def test_an_objective_from_python_is_known_within_the_block():
+    with registered(Objective(own, default_beta=0.5, name="mine")) as name:
+        assert name == "python:mine" == FROM_PYTHON + "mine"
+        assert find_objective(name).function is own and DEFAULT_BETA[name] == 0.5
+        config, _ = resolve(TrainConfig(pretrained_model_name_or_path="m", dataset_name="d", objective=name))
+        assert config.beta_dpo == 0.5
+        assert TrainConfig(preset="shapes", objective=name).beta_dpo is None  # the preset's is on the scale of dpo
+        with (
+            pytest.raises(BadInput, match="an objective named mine is in use"),
+            registered(Objective(own, name="mine")),
+        ):
+            pass
+    assert name not in OBJECTIVES and name not in DEFAULT_BETA
+    with pytest.raises(BadInput, match=r"python:mine is a function that was given in Python .* go on from Python"):
+        find_objective(name)
+    with registered(own) as name, registered(None) as none:
+        assert name == "python:own" and none is None
+        assert TrainConfig(preset="shapes", objective=name).beta_dpo == 2000.0
+    with pytest.raises(ZeroDivisionError), registered(own):
+        raise ZeroDivisionError
+    assert "python:own" not in OBJECTIVES
+
+
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        (3, "objective=3 is neither a name, an Objective nor a function"),
+        (Objective, "is neither a name, an Objective nor a function"),
+        (lambda pairs, settings: pairs.margin, r"'<lambda>' needs a name that is an identifier: Objective\(..., name="),
+        (Objective(own, name="a b"), "'a b' needs a name"),
+    ],
+)
+def test_what_is_no_objective_is_refused(objective, said):
+    with pytest.raises(BadInput, match=said), registered(objective):
+        pass
+
+
+WRONG = [
+    (lambda p, s: p.margin.mean(), "shape [], not [3]: it must give the loss of each pair, without a mean"),
+    (lambda p, s: 3.0, "gives a float, not a tensor"),
+    (lambda p, s: p.margin > 0, "a loss of dtype torch.bool"),
+    (lambda p, s: p.margin.detach(), "gives a loss without a gradient"),
+    (lambda p, s: torch.zeros(len(p.margin)), "gives a loss without a gradient"),
+    (lambda p, s: p.margin.log(), "gives a loss of -inf before the first step"),
+    (lambda p, s: p.margin.abs().sqrt(), "gives a gradient that is not finite before the first step"),
+    (lambda p, s: p.margin * (1 / s.gamma), "fails (AttributeError: 'Settings' object has no attribute 'gamma')"),
+    (lambda p, s: torch.where(p.margin == 0, p.margin, p.margin.abs() * math.inf), "inf once the policy has moved"),
+]
+
+
+@pytest.mark.parametrize(("function", "said"), WRONG, ids=[said for _, said in WRONG])
+def test_a_function_is_tried_out_before_a_run(function, said):
+    objective = Objective(function, name="mine")
+    with pytest.raises(BadInput) as refusal:
+        try_out(objective, Settings.of(beta=5000.0, label_smoothing=0.0, kl=KL), torch.device("cpu"))
+    assert str(refusal.value).startswith("the objective mine ") and said in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_table_s_own_rows_can_be_tried_out(name):
+    row = OBJECTIVES[name]
+    values = {"beta": row.default_beta, "label_smoothing": 0.1 if name == "cdpo" else 0.0, "kl": torch.zeros(())}
+    state = torch.get_rng_state()
+    try_out(row, row.settings.of(**values), torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert row.default_beta == DEFAULT_BETA[name] and row.title == name
+
+
+def test_settings_of_one_s_own_have_a_run_s_values_and_their_own_defaults():
+    @dataclass(frozen=True)
+    class Mine(KLTerm):
+        gamma: float = 0.25
+
+    made = Mine.of(beta=3.0, label_smoothing=0.0, kl=KL)
+    assert (made.beta, made.kl, made.gamma) == (3.0, KL, 0.25)
+    objective = Objective(lambda pairs, settings: settings.gamma * pairs.margin, settings=Mine, name="mine")
+    try_out(objective, made, torch.device("cpu"))
+
+    @dataclass(frozen=True)
+    class Lacking(Settings):
+        gamma: float
+
+    with pytest.raises(BadInput, match=r"Lacking.gamma needs a default: a run gives only beta, kl"):
+        Lacking.of(beta=3.0, kl=KL)

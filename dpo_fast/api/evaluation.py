@@ -9,10 +9,10 @@ import torch
 
 from dpo_fast import output_folder, parallel
 from dpo_fast.api.options import settled_options
-from dpo_fast.api.training import out_of_memory
 from dpo_fast.checksums import write_signed_json
 from dpo_fast.config import TrainConfig, public
 from dpo_fast.data import PairIndex, PairsSource, Source, build_index, open_source
+from dpo_fast.errors import out_of_memory
 from dpo_fast.evaluation import evaluate_options
 from dpo_fast.evaluation.comparison import check_scorers, compare, find_pairs, unscored, write_report
 from dpo_fast.evaluation.evaluate_options import EvaluateConfig
@@ -77,41 +77,38 @@ def evaluate(config: EvaluateConfig | None = None, **settings: object) -> Evalua
     for name, model in models.items():
         logger.info("%s: %s", name, sampled_as(model))
 
-    ranks, held = parallel.start("none"), ExitStack()
     try:
-        parallel.allow_tf32(run is not None and run.allow_tf32)  # as in training
-        # everything that may be refused comes before everything that takes long
-        held_out = None if reference is None else _open_pairs(config, ranks)
-        ranks.on_main(lambda: held.enter_context(output_folder.hold(out)))
-        about = settings_of(config, sides, models, comparison)
-        ranks.on_main(lambda: output_folder.claim(out, RECORD, about, what="an evaluation"))
-        pairs = result = implicit = None
-        if comparison is not None:
-            texts = [prompt.text for prompt in comparison.wanted.prompts]
-            ranks.on_main(lambda: check_scorers(unscored(comparison, out), comparison.scoring, texts))
-            comparison, pairs = find_pairs(comparison, out, ranks)
-            result = compare(comparison, pairs, out, ranks, config.batch_size)
-        if reference is not None:
-            implicit = _implicit(config, run, models[sides[1].name], reference, held_out, ranks)
+        with parallel.joined("none") as ranks, ExitStack() as held:
+            parallel.allow_tf32(run is not None and run.allow_tf32)  # as in training
+            # everything that may be refused comes before everything that takes long
+            held_out = None if reference is None else _open_pairs(config, ranks)
+            ranks.on_main(lambda: held.enter_context(output_folder.hold(out)))
+            about = settings_of(config, sides, models, comparison)
+            ranks.on_main(lambda: output_folder.claim(out, RECORD, about, what="an evaluation"))
+            pairs = result = implicit = None
+            if comparison is not None:
+                texts = [prompt.text for prompt in comparison.wanted.prompts]
+                ranks.on_main(lambda: check_scorers(unscored(comparison, out), comparison.scoring, texts))
+                comparison, pairs = find_pairs(comparison, out, ranks)
+                result = compare(comparison, pairs, out, ranks, config.batch_size)
+            if reference is not None:
+                implicit = _implicit(config, run, models[sides[1].name], reference, held_out, ranks)
 
-        def write() -> Evaluation:
-            summary = {} if run is None else {"run": public_config(public(run))}  # how the policy was trained
-            if implicit is not None:
-                summary["implicit"] = implicit.for_summary()
-            if result is None:
-                write_signed_json(out / SUMMARY, summary)
-                return Evaluation(out, None, implicit)
-            findings, scored = result
-            write_report(out, findings, scored, pairs, implicit)
-            write_signed_json(out / SUMMARY, findings.for_summary() | summary)
-            return Evaluation(out, findings, implicit)
+            def write() -> Evaluation:
+                summary = {} if run is None else {"run": public_config(public(run))}  # how the policy was trained
+                if implicit is not None:
+                    summary["implicit"] = implicit.for_summary()
+                if result is None:
+                    write_signed_json(out / SUMMARY, summary)
+                    return Evaluation(out, None, implicit)
+                findings, scored = result
+                write_report(out, findings, scored, pairs, implicit)
+                write_signed_json(out / SUMMARY, findings.for_summary() | summary)
+                return Evaluation(out, findings, implicit)
 
-        return ranks.from_main(write)
+            return ranks.from_main(write)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(error, "lower --batch_size") from error
-    finally:
-        held.close()
-        ranks.close()
 
 
 def sampled_as(model: ModelSource) -> str:

@@ -9,7 +9,7 @@ import torch
 from dpo_fast import parallel
 from dpo_fast.api.evaluation import sampled_as
 from dpo_fast.api.options import settled_options
-from dpo_fast.api.training import out_of_memory
+from dpo_fast.errors import out_of_memory
 from dpo_fast.evaluation import generate_options
 from dpo_fast.evaluation.generate_options import GenerateConfig, seeds_of
 from dpo_fast.evaluation.generation import GRID, LISTING, ImageRow, generate_images, wanted_of
@@ -53,11 +53,9 @@ def generate(config: GenerateConfig | None = None, **settings: object) -> Images
     out = config.output_dir or Path("images", list(models)[-1])
     for name, model in models.items():
         logger.info("%s: %s", name, sampled_as(model))
-    ranks = parallel.start("none")
     try:
-        made = generate_images(wanted, out, ranks)
+        with parallel.joined("none") as ranks:
+            made = generate_images(wanted, out, ranks)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(error, "lower --batch_size") from error
-    finally:
-        ranks.close()
     return Images(out, wanted.rows(), made)

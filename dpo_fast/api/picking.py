@@ -9,7 +9,7 @@ import torch
 
 from dpo_fast import output_folder, parallel
 from dpo_fast.api.options import settled_options
-from dpo_fast.api.training import out_of_memory
+from dpo_fast.errors import out_of_memory
 from dpo_fast.evaluation import pick_options, picking
 from dpo_fast.evaluation.findings import REPORT
 from dpo_fast.evaluation.pick_options import PickConfig
@@ -44,16 +44,13 @@ def pick(config: PickConfig | None = None, **settings: object) -> Picking:
     config = settled_options(PickConfig, pick_options.parse, config, settings)
     plan = picking.plan(config)
     logger.info(_cost(plan))
-    ranks, held = parallel.start("none"), ExitStack()
     try:
-        parallel.allow_tf32(plan.run.allow_tf32)  # as in training
-        ranks.on_main(lambda: held.enter_context(output_folder.hold(plan.out)))
-        return Picking(plan.out, ranks.share(picking.pick(plan, ranks)))
+        with parallel.joined("none") as ranks, ExitStack() as held:
+            parallel.allow_tf32(plan.run.allow_tf32)  # as in training
+            ranks.on_main(lambda: held.enter_context(output_folder.hold(plan.out)))
+            return Picking(plan.out, ranks.share(picking.pick(plan, ranks)))
     except torch.OutOfMemoryError as error:
         raise out_of_memory(error, "lower --batch_size") from error
-    finally:
-        held.close()
-        ranks.close()
 
 
 def _cost(plan: Plan) -> str:

@@ -15,7 +15,7 @@ from dpo_fast.api.options import check_alone
 from dpo_fast.checksums import read_signed_json
 from dpo_fast.command_line import command_of, parse_settings
 from dpo_fast.config import TrainConfig
-from dpo_fast.errors import BadInput, mark_of_this_rank
+from dpo_fast.errors import BadInput, out_of_memory
 from dpo_fast.evaluation.findings import REPORT, Findings
 from dpo_fast.evaluation.prompts import Prompt
 from dpo_fast.evaluation.run_evaluation import PICTURE, add_to_summary, check_request, evaluate_run
@@ -170,17 +170,11 @@ def dry_run(config: TrainConfig) -> None:
 @contextmanager
 def _joined(config: TrainConfig, *, holds: bool = True) -> Iterator[tuple[TrainConfig, Ranks, Hold | None]]:
     """Join the launched processes and, with `holds`, hold the output folder. Yields the settled configuration."""
-    with settings_kept():
-        ranks, held = parallel.start(config.report_to), ExitStack()
-        try:
-            config = settle(config, ranks)
-            hold = None
-            if holds:
-                hold = ranks.on_main(lambda: held.enter_context(output_folder.hold(config.output_dir)))
-            yield config, ranks, hold
-        finally:
-            held.close()
-            ranks.close()
+    with settings_kept(), parallel.joined(config.report_to) as ranks, ExitStack() as held:
+        config, hold = settle(config, ranks), None
+        if holds:
+            hold = ranks.on_main(lambda: held.enter_context(output_folder.hold(config.output_dir)))
+        yield config, ranks, hold
 
 
 def _train(config: TrainConfig, callbacks: tuple[Callback, ...]) -> TrainResult:
@@ -220,10 +214,3 @@ def _evaluated(config: TrainConfig, prompts: list[Prompt], ranks: Ranks) -> Trai
 
 def _summary_of(folder: Path) -> dict[str, object]:
     return read_signed_json(folder / SUMMARY, "resume_from_checkpoint='latest' writes it again")
-
-
-def out_of_memory(error: torch.OutOfMemoryError, remedy: str) -> BadInput:
-    """Return the error for a GPU whose memory does not suffice, of this rank alone."""
-    refusal = BadInput(f"out of GPU memory ({str(error).split('.')[0]}); {remedy}")
-    mark_of_this_rank(refusal)
-    return refusal

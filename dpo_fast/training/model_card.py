@@ -20,6 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from dpo_fast import __version__
 from dpo_fast.files import read_text
 from dpo_fast.hub_revisions import public_name
+from dpo_fast.objectives import FROM_PYTHON
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets")
 # As stated on the model cards of the published base models.
@@ -87,6 +88,7 @@ def model_card(
         "implicit accuracy": _number(summary["implicit_accuracy"]),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    given = "The objective is a function that was given in Python (`dpo_fast.train(..., objective=...)`).\n\n"
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     body = (
         f"# {_text(base)} aligned by Diffusion-DPO\n\n"
@@ -94,6 +96,7 @@ def model_card(
         f"| | |\n|---|---|\n{table}\n\n"
         f"## Use\n\n```python\n{imports}\n\n{load}\n```\n\n"
         f"## Made by\n\n```bash\npython -m dpo_fast.train {' '.join(map(_word, shown_command(argv)))}\n```\n\n"
+        f"{given * str(config['objective']).startswith(FROM_PYTHON)}"
         f"dpo_fast {__version__}, Python {platform.python_version()}, {versions}. All settings are in config.yaml.\n"
     )
     metadata = _metadata(config, summary, lora).to_yaml()
