@@ -24,7 +24,7 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
     assert names["result"].findings is not None and "runs/first/report.html" in out
     assert names["stopped"].stopped and names["done"].summary["steps"] == len(names["watch"].losses)
     assert "objective: python:penalised\n" in (tmp_path / "runs" / "penalised" / "config.yaml").read_text()
-    assert "1e-05 full\n" in out and len(names["found"].findings.overall) == 2
+    assert "3e-05 full\n" in out and len(names["found"].findings.overall) == 2
     images = names["images"]
     assert len(images.rows) == 4 and all((images.folder / row.file).is_file() for row in images.rows)
     assert len(names["scores"]) == 2 and names["trainer"].run.step == 1
