@@ -4,8 +4,10 @@ A table has a column of names and a cell for every row. What is not known is Non
 one that the others are compared with are marked, and a note says why.
 """
 
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from dpo_fast.comparing.pairing import Contrast, contrast, why_not
 from dpo_fast.comparing.reading import Entry
@@ -71,17 +73,18 @@ def overview(entries: Sequence[Entry], *, against: str | None = None, pool_seeds
     tables = {scorer: _of_scorer(scorer, rows, reference, reasons) for scorer in scorers}
     known = [row.settings for row in rows if row.settings is not None]
     every = [entry.settings for row in rows for entry in row.members if entry.settings is not None]
+    not_compared = ((_listed(names), reason) for reason, names in reasons.items())
     return Overview(
         rows,
-        {name: shown(value) for name, value in common(every).items()},
-        reference,
-        _training(rows, differing(known)),
-        tables,
-        _signals(rows),
-        [f"{_listed(names)}: not compared with {reference.name}: {reason}" for reason, names in reasons.items()],
-        _notes(rows, tables, reference),
-        [f"{row.name}: {line}" for row in rows for line in (*row.notes, *_unevaluated(row, scorers))],
-        _warnings(rows),
+        common={name: shown(value) for name, value in common(every).items()},
+        reference=reference,
+        training=_training(rows, differing(known)),
+        scorers=tables,
+        signals=_signals(rows),
+        incomparable=[f"{names}: not compared with {reference.name}: {reason}" for names, reason in not_compared],
+        notes=_notes(rows, tables, reference),
+        missing=[f"{row.name}: {line}" for row in rows for line in (*row.notes, *_unevaluated(row, scorers))],
+        warnings=_warnings(rows),
     )
 
 
@@ -89,9 +92,10 @@ def _reference(rows: Sequence[Row], against: str | None) -> Row | None:
     """The row that the others are compared with."""
     if against is None:
         return next((row for row in rows if row.evaluation and row.evaluation.scored), None)
-    named = against.rstrip("/")
+    place = os.path.realpath(against)
     for row in rows:
-        if named in (row.name, *(name for entry in row.members for name in (entry.name, str(entry.folder)))):
+        names = (row.name, *(entry.name for entry in row.members))
+        if against in names or any(place == os.path.realpath(entry.folder) for entry in row.members):
             if row.evaluation is None or row.evaluation.scored is None:
                 raise BadInput(f"--against {against} has no scores of single images to compare with: name another run")
             return row
@@ -130,22 +134,21 @@ def _training(rows: Sequence[Row], apart: Sequence[str]) -> Table:
         _column("held-out accuracy", "validation_accuracy", rows, lambda entry: entry.held_out, ".3f"),
         _column("seconds", "seconds", rows, lambda entry: entry.seconds, ",.0f"),
     ]
-    kept = [column for column in columns if any(cell is not None for cell in column.cells)]
-    return Table("Training", kept, [*range(len(rows))])
+    return Table("Training", _known(columns), [*range(len(rows))])
 
 
 def _of_scorer(scorer: str, rows: Sequence[Row], reference: Row | None, reasons: dict[str, dict[str, None]]) -> Table:
     """Win rates and gains by a scorer; adds to `reasons` why rows cannot be compared with the reference."""
     judged = [row.judged(scorer) for row in rows]
+    pairs = list(zip(rows, judged, strict=True))
     shown_rows = [number for number, of in enumerate(judged) if of is not None]
     columns = [
         Column("run", "run", [row.name for row in rows]),
         Column("win rate", "win_rate", [of and of.win_rate for of in judged], ".3f"),
     ]
     if any(len(row.members) > 1 for row in rows):
-        each = [", ".join(f"{rate:.3f}" for rate in row.of_each_seed(scorer)) if of else None
-                for row, of in zip(rows, judged, strict=True)]  # fmt: skip
-        columns.append(Column("of each seed", "win_rate_of_each_seed", each))
+        each = [[f"{rate:.3f}" for rate in row.of_each_seed(scorer)] if of else [] for row, of in pairs]
+        columns.append(Column("of each seed", "win_rate_of_each_seed", [", ".join(rates) or None for rates in each]))
     gains = [of and of.gain for of in judged]
     means = [mean for of in judged if of is not None for mean in (of.base, of.policy) if mean is not None]
     form = f".{decimals(*means)}f" if means else ".4g"
@@ -174,8 +177,12 @@ def _of_scorer(scorer: str, rows: Sequence[Row], reference: Row | None, reasons:
             Column("wins over it", "wins_over_reference", [of and of.direct for of in contrasts], ".3f"),
         ]
     title = f"{scorer}, differences against {reference.name}" if any(contrasts) else scorer
-    return Table(title, [column for column in columns if any(cell is not None for cell in column.cells)], shown_rows,
-                 marks)  # fmt: skip
+    return Table(title, _known(columns), shown_rows, marks)
+
+
+def _known(columns: Sequence[Column]) -> list[Column]:
+    """The columns of which anything is known."""
+    return [column for column in columns if any(cell is not None for cell in column.cells)]
 
 
 def _listed(names: Collection[str]) -> str:
@@ -192,26 +199,27 @@ def _signed(of: Sequence[Interval | None]) -> str:
 
 def _signals(rows: Sequence[Row]) -> Table | None:
     """Signs of over-optimisation: what changed in the images, and when training showed it; None: nothing is known."""
-    names = list(dict.fromkeys(name for row in rows if row.evaluation for name in row.evaluation.signals))
-    columns = [Column("run", "run", [row.name for row in rows])]
-    for name in names:
-        column = _column(name, name.replace(" ", "_"), rows, lambda entry, name=name: _change(entry, name), "")
-        relative = any(row.evaluation and name in row.evaluation.signals and row.evaluation.signals[name].base
-                       for row in rows)  # fmt: skip
-        columns.append(Column(column.head, column.key, column.cells, "+.1%" if relative else ".4f"))
-    at = _column("over-optimised at step", "overoptimised_at", rows, lambda entry: entry.overoptimised_at, ",")
-    columns += [at] if any(cell is not None for cell in at.cells) else []
-    shown_rows = [number for number in range(len(rows)) if any(column.cells[number] is not None
-                                                               for column in columns[1:])]  # fmt: skip
-    return Table("Signs of over-optimisation", columns, shown_rows) if shown_rows else None
+    evaluations = [row.evaluation for row in rows if row.evaluation]
+    columns = []
+    for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.signals):
+        relative = any(name in evaluation.signals and evaluation.signals[name].base for evaluation in evaluations)
+        form = "+.1%" if relative else ".4f"
+        columns.append(_column(name, name.replace(" ", "_"), rows, partial(_change, name=name), form))
+    columns.append(
+        _column("over-optimised at step", "overoptimised_at", rows, lambda entry: entry.overoptimised_at, ",")
+    )
+    columns = _known(columns)
+    shown_rows = [number for number in range(len(rows)) if any(one.cells[number] is not None for one in columns)]
+    names = Column("run", "run", [row.name for row in rows])
+    return Table("Signs of over-optimisation", [names, *columns], shown_rows) if shown_rows else None
 
 
 def _change(entry: Entry, name: str) -> Interval | None:
     """How much a measure changed, as a share of the base's; a distance as it is."""
     signal = entry.evaluation.signals.get(name) if entry.evaluation else None
-    if signal is None or signal.base == 0:
-        return None
-    return signal.difference if signal.base is None else Interval(*(end / signal.base for end in signal.difference))
+    if signal is None or signal.base is None:
+        return signal and signal.difference
+    return Interval(*(end / signal.base for end in signal.difference)) if signal.base > 0 else None
 
 
 def _warnings(rows: Sequence[Row]) -> list[str]:
@@ -233,7 +241,7 @@ def _notes(rows: Sequence[Row], tables: dict[str, Table], reference: Row | None)
     if tables:
         lines.append(
             "win rate: share of images won over the run's base, ties half; gain: mean score of the policy minus that of"
-            " the base; [95%]: intervals over prompts"
+            " the base; in brackets: 95% intervals over prompts"
         )
         sizes = {}
         for row in rows:
@@ -262,6 +270,5 @@ def _notes(rows: Sequence[Row], tables: dict[str, Table], reference: Row | None)
             "accuracy: implicit, of the last logged training pairs; held-out: of pairs that were not trained on"
         )
     if len(held_out) > 1:
-        lines.append("held-out accuracies are of different pairs, since runs of other seeds hold out others: compare"
-                     " them with care")  # fmt: skip
+        lines.append("held-out accuracies are of different pairs, since other seeds hold out others: compare with care")
     return lines

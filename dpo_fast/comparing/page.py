@@ -59,9 +59,9 @@ def page(of: Overview, date: str) -> str:
 
 
 def _head(of: Overview, date: str, below: dict[str, list[str]]) -> str:
-    against = "" if of.reference is None or len(of.rows) < 2 else (
-        f' <small>against</small> <span class="policy">{text(of.reference.name)}</span>'
-    )  # fmt: skip
+    against = ""
+    if of.reference is not None and len(of.rows) > 1:
+        against = f' <small>against</small> <span class="policy">{text(of.reference.name)}</span>'
     problems = [*below.get("Missing", []), *below.get("Not comparable", []), *below.get("Warnings", [])]
     common = {name.replace("_", " "): value for name, value in of.common.items()}
     return (

@@ -17,7 +17,17 @@ from dpo_fast.comparing.folders import Place
 from dpo_fast.comparing.logs import Curve, Log, read_log
 from dpo_fast.comparing.settings import Settings, read_settings, settings_of
 from dpo_fast.comparing.sweeps import CONFIG
-from dpo_fast.comparing.untrusted import count, interval, mapping, number, read_object, texts, words
+from dpo_fast.comparing.untrusted import (
+    LARGEST_NUMBER,
+    count,
+    interval,
+    mapping,
+    number,
+    read_object,
+    share,
+    texts,
+    words,
+)
 from dpo_fast.errors import BadInput, one_line
 from dpo_fast.evaluation.findings import SUMMARY
 from dpo_fast.evaluation.scored import SCORES, Scored, read_scores
@@ -134,7 +144,7 @@ def _run(place: Place, missing: list[str]) -> Entry:
         pairs=steps * per_step if pairs is None and None not in (steps, per_step) else pairs,
         loss=number(summary.get("loss_last")),
         accuracy=number(summary.get(ACCURACY)),
-        held_out=interval(held_out, summary.get(f"{HELD_OUT}_ci95")) or held_out,
+        held_out=share(held_out, summary.get(f"{HELD_OUT}_ci95")) or held_out,
         held_out_of=None if held_out is None or settings is None else _own_pairs(settings),
         seconds=number(summary.get("seconds")),
         overoptimised_at=count(summary.get("overoptimised_at")),
@@ -171,7 +181,7 @@ def _evaluation(place: Place, missing: list[str]) -> Entry:
         settings,
         steps=steps,
         pairs=None if None in (steps, per_step) else steps * per_step,
-        held_out=interval(held_out, implicit.get(f"{ACCURACY}_ci95")) or held_out,
+        held_out=share(held_out, implicit.get(f"{ACCURACY}_ci95")) or held_out,
         held_out_of=None if held_out is None else f"{count(implicit.get('draws'))} draws of {pairs}",
         evaluation=_comparison(place.folder, summary, missing) if "win_rate" in summary else None,
         missing=missing,
@@ -208,7 +218,7 @@ def _comparison(folder: Path, summary: Mapping[str, Any], missing: list[str]) ->
     for name, of in mapping(summary.get("scores")).items():
         of = mapping(of)
         rate, gain = mapping(of.get("win_rate")), mapping(of.get("gain"))
-        win_rate = interval(rate.get("rate"), (rate.get("low"), rate.get("high")))
+        win_rate = share(rate.get("rate"), (rate.get("low"), rate.get("high")))
         if win_rate is not None:
             difference = interval(gain.get("value"), (gain.get("low"), gain.get("high")))
             judged[name] = Judged(win_rate, difference, number(of.get("base")), number(of.get("policy")))
@@ -247,6 +257,10 @@ def _scores(folder: Path, judged: Mapping[str, Judged], medians: bool, missing: 
         scored = read_scores(folder / SCORES)
     except BadInput as error:
         missing.append(one_line(error))
+        return None
+    largest = max(values.abs().max().item() for side in (scored.base, scored.policy) for values in side.values())
+    if largest > LARGEST_NUMBER:
+        missing.append(f"{SCORES} holds a score of size {largest:.3g}, which no scorer gives: it is not used")
         return None
     for name, of in judged.items():
         for side, mean in ((scored.base, of.base), (scored.policy, of.policy)):

@@ -11,6 +11,7 @@ from dpo_fast.statistics import Interval
 LARGEST = 64 << 20  # bytes of a JSON or YAML file: far more than any that is written here
 REMEDY = "put it back from a copy, or make it again"
 COUNT_LIMIT = 2**63
+LARGEST_NUMBER = 1e30  # in size: sums and squares of such numbers are still finite
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -30,14 +31,14 @@ def check_size(path: Path) -> None:
 
 
 def number(value: object) -> float | None:
-    """A finite number, or None."""
+    """A finite number of a size that can be computed with, or None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
         value = float(value)
     except OverflowError:
         return None
-    return value if math.isfinite(value) else None
+    return value if math.isfinite(value) and abs(value) <= LARGEST_NUMBER else None
 
 
 def count(value: object) -> int | None:
@@ -67,3 +68,13 @@ def interval(value: object, ends: object) -> Interval | None:
     if middle is None or low is None or high is None or low > high:
         return None
     return Interval(middle, low, high)
+
+
+def share(value: object, ends: object) -> Interval | None:
+    """A share with the two ends of its interval, all in [0, 1]; None where they are none."""
+    found = interval(value, ends)
+    return (
+        found
+        if found is not None and found.low <= found.value <= found.high and 0 <= found.low and found.high <= 1
+        else None
+    )
