@@ -90,6 +90,28 @@ def test_gradient_checkpointing_with_and_without_a_value(tmp_path):
         assert parsed("--config", str(recipe)).gradient_checkpointing == expected
 
 
+def test_a_dry_run_with_and_without_a_value(tmp_path):
+    assert parsed().dry_run is None
+    for flags in (
+        ["--dry-run"],
+        ["--dry_run"],
+        ["--dry_run", "--rank", "8"],
+        ["--dry-run=plan"],
+        ["--dry-run", "plan"],
+    ):
+        assert parsed(*flags).dry_run == "plan"
+    for flags in (["--dry-run", "timed"], ["--dry_run=timed"], ["--dry-run", "--dry-run", "timed"]):
+        assert parsed(*flags).dry_run == "timed"
+    assert parsed("--dry-run", "--no-dry-run").dry_run is None and parsed("--no_dry_run").dry_run is None
+    with pytest.raises(BadInput, match="dry"):
+        parsed("--dry-run", "soon")
+    recipe = tmp_path / "recipe.yaml"
+    for text, expected in (("true", "plan"), ("false", None), ("timed", "timed"), ("null", None)):
+        recipe.write_text(f"dry_run: {text}\n")
+        assert parsed("--config", str(recipe)).dry_run == expected
+    assert "dry_run" not in to_yaml(parsed("--dry-run", "timed"))
+
+
 def test_off_in_a_recipe_is_a_word(tmp_path):
     """YAML reads it as false."""
     recipe = tmp_path / "recipe.yaml"
@@ -154,6 +176,7 @@ REFUSED = [
     (["--proportion_empty_prompts", "1.5"], "proportion_empty_prompts (1.5)"),
     (["--label_smoothing", "0.1"], "label_smoothing (0.1)"),
     (["--streaming"], "--max_train_steps"),
+    (["--streaming", "--max_train_steps", "9", "--run_validation"], "needs --validation_prompts"),
     (["--overwrite", "--resume_from_checkpoint", "latest"], "exclude each other"),
     (["--beta_dopo", "3"], "did you mean --beta_dpo?"),
     (["--beta_dpo", "many"], "many"),
@@ -225,6 +248,7 @@ def test_help_documents_every_flag(capsys):
     for field in dataclasses.fields(TrainConfig):
         assert f"\n  --{field.name}" in shown
     assert "(default" in shown and "hub id" in shown
+    assert "--dry-run {None,plan,timed}" in shown and "--dry-run timed" in shown
 
 
 @pytest.mark.parametrize("preset", [[], ["--preset", "sdxl"]])

@@ -20,10 +20,14 @@ from dpo_fast.errors import DISK_ERRORS, BadInput, disk_error
 from dpo_fast.files import (
     atomic_file,
     atomic_folder,
+    check_writable,
     contents,
     filled,
     flush,
+    free_bytes,
+    human_seconds,
     naming,
+    nearest_folder,
     regular_file,
     regular_files,
     remove_temporaries,
@@ -360,3 +364,35 @@ def test_a_path_of_the_user_names_that_file(tmp_path, monkeypatch):
     for name in ("~root", "~notes.txt"):  # a user of most systems, and of none
         Path(name).touch()
         assert user_path(name) == Path(name)
+
+
+def test_the_folder_on_whose_disk_a_path_will_be(tmp_path):
+    assert nearest_folder(tmp_path / "a" / "b" / "c") == tmp_path
+    assert nearest_folder(tmp_path) == tmp_path
+    assert free_bytes(tmp_path / "a" / "b") == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.5)
+
+
+def test_what_can_be_written_is_found_without_writing(tmp_path, monkeypatch):
+    check_writable(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(NotADirectoryError):
+        check_writable(tmp_path / "file" / "b")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(PermissionError):
+        check_writable(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.1, "1 s"),
+        (119, "119 s"),
+        (120, "2 minutes"),
+        (7199, "120 minutes"),
+        (7200, "2.0 hours"),
+        (360_000, "100.0 hours"),
+    ],
+)
+def test_durations(seconds, shown):
+    assert human_seconds(seconds) == shown

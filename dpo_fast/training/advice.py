@@ -177,7 +177,7 @@ def of_precision(config: TrainConfig, device: torch.device) -> str | None:
     why = (
         "PyTorch has no fast code for the gradients of fp16 convolutions on a CPU"
         if config.mixed_precision == "fp16"
-        else "this CPU has no instructions for it"
+        else "PyTorch has no fast bf16 code for this CPU"
     )
     return (
         f"--mixed_precision {config.mixed_precision}: the training really computes in {config.mixed_precision} here,"

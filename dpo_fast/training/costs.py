@@ -190,7 +190,12 @@ def unet_size(unet_config: dict, config: TrainConfig, latent_size: int) -> UNetS
 
 def unet_flops(unet_config: dict, config: TrainConfig, latent_size: int) -> UNetFlops:
     """Count the FLOPs of one image of `latent_size` x `latent_size` latents in a UNet of this configuration."""
-    unet, inputs = _on_meta(_as_key(unet_config, config, latent_size))
+    return _unet_flops(_as_key(unet_config, config, latent_size))
+
+
+@lru_cache
+def _unet_flops(key: str) -> UNetFlops:
+    unet, inputs = _on_meta(key)
     with torch.device("meta"), FlopCounterMode(display=False) as counter, _flash_attention():
         prediction = unet(**inputs).sample
         forward = counter.get_total_flops()

@@ -89,7 +89,8 @@ def _concessions(config: TrainConfig, device: torch.device) -> Iterator[tuple[li
 
 
 def half_precision(device: torch.device) -> str | None:
-    """Return the half precision in which a device computes fast; None for a CPU without instructions for one."""
+    """Return the half precision in which a device computes fast; None for a CPU for which PyTorch has no such code."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+    supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if supported else None

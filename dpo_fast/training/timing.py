@@ -46,7 +46,7 @@ class Timing:
     caption: float | None
     peak_gib: float
     peak_of: str  # in words, what has that peak of memory
-    choices: tuple[str, ...]  # lines on what was chosen, and how it computed
+    choices: str  # how it computed, in words
 
     @property
     def at_most(self) -> bool:
@@ -79,7 +79,7 @@ def time_run(config: TrainConfig, ranks: Ranks, pairs: RunPairs, *, resuming: bo
 
 
 def _timed(config: TrainConfig, ranks: Ranks, pairs: RunPairs, folder: Path, resuming: bool) -> Timing:
-    config, family, chosen = opened_model(config, ranks, pairs, resuming=resuming, only_known=True)
+    config, family, _ = opened_model(config, ranks, pairs, resuming=resuming, only_known=True)
     image, caption = _encoding_seconds(config, family) if config.cache else (None, None)
     model = reference_recipe_facts(family) if config.cached_reference else None
     masters, reference = make_trainable(config, ranks, family)
@@ -121,7 +121,8 @@ def _timed(config: TrainConfig, ranks: Ranks, pairs: RunPairs, folder: Path, res
         caption,
         peak_memory_gib(ranks.device),
         "GPU" if ranks.device.type == "cuda" else "process, its libraries included",
-        chosen.lines,
+        f"attention {config.attention}, memory order {config.memory_order}, compile {config.compile}, pair ops"
+        f" {config.backend} (auto: the plain default)",
     )
 
 

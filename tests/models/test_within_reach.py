@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from diffusers import DiffusionPipeline
@@ -120,9 +121,7 @@ def test_a_vae_may_be_in_a_folder_of_its_repository(online, tmp_path):
 
 
 def test_what_the_hub_does_not_have_is_not_called_out_of_reach(online, tmp_path):
-    import httpx
-
-    response = httpx.Response(404, request=httpx.Request("HEAD", "https://huggingface.co"))
+    response = SimpleNamespace(status_code=404, headers={}, request=None)
     online[0]["owner/sdxl/model_index.json"] = RepositoryNotFoundError("404", response=response)
     said = refused(ModelSource("owner/sdxl", cache_dir=str(tmp_path)))
     assert said == "owner/sdxl is no folder and no model on the hub: check the spelling, or hf auth login"

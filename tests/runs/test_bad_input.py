@@ -121,8 +121,37 @@ def test_one_line_with_the_remedy(sdxl_path, pairs, tmp_path, capfd, name):
     assert not any(entry.startswith((".tmp", "checkpoint", "pytorch_lora", "summary")) for entry in left), left
 
 
-def test_flags_that_do_not_fit_the_family(sd15_path, pairs, tmp_path, capfd):
-    assert_refused(flags_for(sd15_path, pairs, tmp_path / "out", "--time_ids", "real"), ["--time_ids"], capfd)
+OF_WEIGHTS = ("non-finite latent", "non-finite model")  # what only loading the model shows
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in OF_WEIGHTS])
+def test_a_dry_run_says_the_same_and_leaves_nothing(sdxl_path, pairs, tmp_path, capfd, name):
+    make, said = CASES[name]
+    model, data, flags = make(sdxl_path, pairs, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert_refused(flags_for(model, data, tmp_path / "out", *flags, "--dry-run"), said, capfd)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_flags_that_do_not_fit_the_family(sd15_path, pairs, tmp_path, capfd, more):
+    assert_refused(flags_for(sd15_path, pairs, tmp_path / "out", "--time_ids", "real", *more), ["--time_ids"], capfd)
+    polynomial = ["--lr_scheduler", "polynomial", "--learning_rate", 1e-8, *more]
+    assert_refused(flags_for(sd15_path, pairs, tmp_path / "out", *polynomial), ["--lr_scheduler polynomial"], capfd)
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_what_the_hub_must_give_is_asked_before_the_pairs_are_opened(sdxl_path, tmp_path, monkeypatch, capfd, more):
+    """Offline: a preset's VAE, named with its flag, although the pairs do not exist either."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    flags = flags_for(sdxl_path, tmp_path / "nowhere", tmp_path / "out", "--preset", "sdxl-lora", *more)
+    said = [
+        "the VAE madebyollin/sdxl-vae-fp16-fix is not",
+        "HF_HUB_OFFLINE is set",
+        "--pretrained_vae_model_name_or_path",
+    ]
+    assert_refused(flags, said, capfd)
+    assert not (tmp_path / "out").exists()
 
 
 def assert_refused(flags: list[str], said: list[str], capfd) -> None:
