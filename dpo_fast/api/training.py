@@ -164,7 +164,10 @@ def dry_run(config: TrainConfig) -> None:
     """
     with _joined(config, holds=False) as (config, ranks, _):
         prompts = check_request(config, ranks) if config.eval_scorers else []
-        plan.dry_run(config, ranks, images=config.eval_images or len(prompts))
+        try:
+            plan.dry_run(config, ranks, images=config.eval_images or len(prompts))
+        except AlreadyDone as done:
+            logger.info(str(done))
 
 
 @contextmanager
