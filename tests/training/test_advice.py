@@ -123,7 +123,7 @@ def test_the_share_of_the_rate_that_is_named_is_reached():
 )
 def test_a_scaled_rate_far_from_every_preset(flags, rate):
     said = advice.of_rate(settled(*flags))
-    assert f"which gives {rate}; the presets train at 1e-05 to 2.048e-05" in said
+    assert f"which gives {rate}; the presets train at 1e-05 to 3e-05" in said
     assert "--no_scale_lr --learning_rate 1e-05" in said
     assert advice.of_rate(settled(*flags, "--no_scale_lr", "--learning_rate", 1e-5)) is None
 
