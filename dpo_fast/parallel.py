@@ -5,6 +5,7 @@ backward pass, and the reference runs on the same module that is trained.
 """
 
 import importlib.util
+import itertools
 import math
 import os
 import sys
@@ -282,7 +283,25 @@ def start(report_to: str) -> Ranks:
         raise
 
 
+_joins = itertools.count()  # how many runs of this process have joined; the same on every rank
+
+
+def _join_again() -> None:
+    """Make the process group of a second or later run of launched processes.
+
+    PyTorch would use the keys of the first one's store again, and a rank that reads an address of then never answers.
+    """
+    number = next(_joins)
+    if number and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(
+            backend, store=dist.PrefixStore(f"run-{number}", store), rank=rank, world_size=world_size
+        )
+
+
 def _joined(trackers: list[str] | None, leave: Callable[[], None]) -> Ranks:
+    _join_again()
     accelerator = Accelerator(
         mixed_precision="no",
         cpu=not torch.cuda.is_available(),
