@@ -81,7 +81,7 @@ def test_the_values_of_the_preset_are_shown(capsys, preset):
     for name in FIELDS:
         of_preset = name in PRESETS[preset]
         assert (f", of --preset {preset})" in entry(text, name)) == of_preset, name
-    assert entry(text, "seed").endswith("(default: None)") and entry(text, "cache").endswith("(default: on)")
+    assert entry(text, "hub_model_id").endswith("(default: None)") and entry(text, "cache").endswith("(default: on)")
     assert entry(text, "lora_targets").endswith("(default: to_q to_k to_v to_out.0)")
 
 
@@ -144,7 +144,7 @@ def test_a_dataclass_without_sections_or_texts():
 def test_a_sweep_s_help_is_what_it_takes(capsys):
     text = shown(capsys, sweep.main)
     refused = ("overwrite", "resume_from_checkpoint", "dry_run", "push_to_hub")
-    assert flags_in(text) == [name for name in FIELDS if name not in (*refused, "hub_model_id")]
+    assert flags_in(text) == [*sweep.OWN, *(name for name in FIELDS if name not in (*refused, "hub_model_id"))]
     listed = {name for name in FIELDS if name in flags_in(text) and ",..." in entry(text, name)}
     for name in FIELDS:
         swept, _ = sweep._split([f"--{name}", "1,2"])

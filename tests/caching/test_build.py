@@ -265,9 +265,17 @@ def test_a_changed_text_of_streamed_lines_is_seen(sdxl_path, tmp_path, change):
 def test_a_build_and_a_run_compute_in_the_same_precision(sdxl_path, pairs, tmp_path, monkeypatch):
     """torch lets convolutions use TF32 unless told otherwise; a run tells it."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen, encode = [], Family.encode_images
+
+    def noted(family: Family, *given: object) -> torch.Tensor:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return encode(family, *given)
+
+    monkeypatch.setattr(Family, "encode_images", noted)
     flags = flags_for(sdxl_path, pairs, tmp_path / "run", "--latent_cache_dir", tmp_path / "cache")
     assert cache_main(["build", *flags]) == 0
-    assert not torch.backends.cudnn.allow_tf32
+    assert seen and not any(seen)
+    assert torch.backends.cudnn.allow_tf32  # and the process is left as it was
 
 
 @pytest.mark.exhaustive

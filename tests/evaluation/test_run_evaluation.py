@@ -181,10 +181,10 @@ def test_scorers_are_opened_before_training_and_held_one_at_a_time(sd15_path, pa
     assert not events
 
 
-def test_a_scorer_without_its_files_is_told_before_training(tmp_path, monkeypatch, capsys):
+def test_a_scorer_without_its_files_is_told_before_training(sdxl_path, pairs, tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.txt").write_text("a dog\n")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    flags = flags_for(tmp_path / "none", tmp_path / "none", tmp_path / "run", "--cache_dir", tmp_path / "empty")
+    flags = flags_for(sdxl_path, pairs, tmp_path / "run", "--cache_dir", tmp_path / "empty")
     assert main([*flags, "--eval_scorers", "clip", "--eval_prompts", str(tmp_path / "prompts.txt")]) == 2
     error = capsys.readouterr().err.strip()
     assert "openai/clip-vit-large-patch14" in error and "\n" not in error
@@ -355,9 +355,9 @@ def test_a_policy_that_did_not_move_ties(sd15_path, pairs, tmp_path):
     assert summary["diversity_base"] == summary["diversity_policy"] > 0
 
 
-def test_bad_input_is_found_before_anything_is_opened(tmp_path, capsys):
+def test_bad_input_is_found_before_anything_is_opened(sdxl_path, tmp_path, capsys):
     def refused(*flags: object) -> str:
-        assert main(flags_for(tmp_path / "none", tmp_path / "none", tmp_path / "run", *flags)) == 2
+        assert main(flags_for(sdxl_path, tmp_path / "none", tmp_path / "run", *flags)) == 2
         return capsys.readouterr().err
 
     prompts = tmp_path / "prompts.txt"

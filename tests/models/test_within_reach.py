@@ -135,7 +135,6 @@ def test_what_the_hub_does_not_have_is_not_called_out_of_reach(online, tmp_path)
         (dict(path="nowhere.safetensors"), "nowhere.safetensors is no file: check the path"),
         (dict(vae_path="no/such/vae"), "no/such/vae is no folder, file or hub id"),
         (dict(merged="lora.safetensors"), "lora.safetensors is no file: check the path"),
-        (dict(turbo=True), "turbo is for SDXL pipelines"),
     ],
 )
 def test_what_cannot_be_a_model_is_refused_at_once(sd15_path, fields, said):

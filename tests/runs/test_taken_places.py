@@ -67,13 +67,14 @@ def test_a_run_holds_its_folder_through_its_evaluation(sdxl_path, pairs, tmp_pat
         with pytest.raises(BadInput, match="is being written by"):
             output_folder.hold(out)
         seen.append(entries(out))
+        raise BadInput("that is all")
 
-    monkeypatch.setattr("dpo_fast.api.training.check_request", lambda config, ranks: None)
+    monkeypatch.setattr("dpo_fast.api.training.check_request", lambda config, ranks: [])
     monkeypatch.setattr("dpo_fast.api.training.evaluate_run", evaluate_run)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat on a mat\n")
     flags = flags_for(sdxl_path, pairs, out, "--eval_scorers", "clip", "--eval_prompts", prompts)
-    assert train(flags) == 0
+    assert train(flags) == 2
     assert ".lock" in seen[0] and ".lock" not in entries(out)
 
 

@@ -219,6 +219,7 @@ print(f"{done.summary['loss_last']:.6f}\\n", end="")  # one write: two processes
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_stop_on_one_rank_stops_all_and_a_process_can_make_many_runs(sdxl_path, pairs, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
