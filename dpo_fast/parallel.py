@@ -33,6 +33,7 @@ T = TypeVar("T")
 # heartbeat; this ends the wait for one that is alive but never answers.
 PATIENCE = timedelta(days=1)
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
+STATES = (AcceleratorState, PartialState, GradientState)  # of accelerate, one each a process
 BUCKET_ELEMENTS = 32 * 1024 * 1024  # 128 MiB of fp32 per collective: large enough for full bandwidth
 
 
@@ -218,7 +219,7 @@ def _own_state() -> Callable[[], None]:
     accelerate keeps one state a process and refuses other settings once there is one; a process group of the user's is
     used and left.
     """
-    states = [(kind._shared_state, {**kind._shared_state}) for kind in (AcceleratorState, PartialState, GradientState)]
+    states = [(kind._shared_state, {**kind._shared_state}) for kind in STATES]
     tf32 = [(part, *_tf32_of(part)) for part in (torch.backends.cuda.matmul, torch.backends.cudnn)]
     grouped, threads = dist.is_initialized(), torch.get_num_threads()
     for state, _ in states:

@@ -445,7 +445,7 @@ WRONG = [
     (lambda p, s: p.margin.log(), "gives a loss of -inf before the first step"),
     (lambda p, s: p.margin.abs().sqrt(), "gives a gradient that is not finite before the first step"),
     (lambda p, s: p.margin * (1 / s.gamma), "fails (AttributeError: 'Settings' object has no attribute 'gamma')"),
-    (lambda p, s: torch.where(p.margin == 0, p.margin, p.margin.abs() * math.inf), "inf once the policy has moved"),
+    (lambda p, s: (1e3 * p.margin.abs()).exp(), "inf once the policy has moved"),
 ]
 
 
