@@ -121,12 +121,12 @@ def _reference(argv: list[str]) -> int:
 
 def _help(command: str, *flags: str) -> NoReturn:
     """Print the flags that `build` or `reference` heeds, with the defaults of the preset that is named, and exit."""
-    about = "Of {} the flags below decide what is made, and how; the others are accepted and change nothing here."
     page = Page(
         prog=f"python -m dpo_fast.cache {command}",
         flags=TrainConfig,
         what=WHAT[command],
-        about=about.format("`python -m dpo_fast.train`, whose whole command line may be given,"),
+        about="""All flags of `python -m dpo_fast.train` except --dry_run are accepted, so that a command line can be
+        taken from there. Those below decide what is made, and how; the others change nothing here.""",
         usage="[--FLAG VALUE ...]" if command == "build" else "--draws K --seed N [--FLAG VALUE ...]",
         only=OF_BUILD if command == "build" else OF_REFERENCE,
         own={} if command == "build" else {"draws": ("INT", "Draws a pair: the K of --cached_reference K. Required.")},
@@ -138,6 +138,8 @@ def _help(command: str, *flags: str) -> NoReturn:
 def _on_ranks(build: str, argv: list[str]) -> tuple[Any, float]:
     """What that function of `training.run` makes of the run with the flags `argv`, and the seconds that it took."""
     config, notes = parse([*argv, "--cache"])
+    if config.dry_run:
+        raise BadInput("--dry_run is of training, and nothing here is only shown: leave it out")
     for note in notes:
         say(note)
     if config.dry_run:

@@ -52,7 +52,8 @@ def defaults_of(argv: list[str]) -> tuple[TrainConfig, dict[str, str]]:
     argv = without_help(argv)
     recipe, _, defaults = _layers(argv)
     filled = _parsed(recipe, defaults)
-    origins = dict.fromkeys(PRESETS.get(filled.preset, {}), f"--preset {filled.preset}")
+    of_preset = [name for name, value in PRESETS.get(filled.preset, {}).items() if getattr(filled, name) == value]
+    origins = dict.fromkeys(of_preset, f"--preset {filled.preset}")
     if recipe:
         named = {word.split("=")[0].removeprefix("--") for word in recipe if word.startswith("--")}
         origins |= dict.fromkeys(named | {name.removeprefix("no_") for name in named}, "--config")

@@ -40,7 +40,6 @@ class Page:
     own: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # further flags: name -> kind of value, sentence
     texts: Mapping[str, str] = field(default_factory=dict)  # name -> a sentence in the place of the dataclass's
     lists: Collection[str] = ()  # flags that take several values with commas
-    last: str = ""  # below the flags
 
 
 def asks_help(argv: Sequence[str]) -> bool:
@@ -98,11 +97,9 @@ def text_of(page: Page, defaults: object = None, origins: Mapping[str, str] | No
         default = one.default if defaults is None else getattr(defaults, one.name)
         shown = _shown(default)
         if one.name in origins:
-            shown += f", of {origins[one.name]}"
+            shown += f", from {origins[one.name]}"
         sentence = page.texts.get(one.name, sentence)
         lines += entry(_head(one.name, hints[one.name], one.name in page.lists), f"{sentence} (default: {shown})")
-    for part in paragraphs(page.last):
-        lines += ["", part]
     return "\n".join([*lines, "", "  -h, --help, --version"])
 
 
@@ -133,7 +130,7 @@ def _head(name: str, hint: object, listed: bool) -> str:
     if hint is bool:
         return f"--{name}, --no_{name}"
     kind = _kind(hint)
-    return f"--{name} {kind},{kind},..." if listed else f"--{name} {kind}"
+    return f"--{name} {kind}[,...]" if listed else f"--{name} {kind}"
 
 
 def _kind(hint: object) -> str:

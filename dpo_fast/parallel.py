@@ -34,6 +34,7 @@ T = TypeVar("T")
 # heartbeat; this ends the wait for one that is alive but never answers.
 PATIENCE = timedelta(days=1)
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
+STATES = (AcceleratorState, PartialState, GradientState)  # of accelerate, one each a process
 BUCKET_ELEMENTS = 32 * 1024 * 1024  # 128 MiB of fp32 per collective: large enough for full bandwidth
 
 
@@ -219,7 +220,7 @@ def _own_state() -> Callable[[], None]:
     accelerate keeps one state a process and refuses other settings once there is one; a process group of the user's is
     used and left.
     """
-    states = [(kind._shared_state, {**kind._shared_state}) for kind in (AcceleratorState, PartialState, GradientState)]
+    states = [(kind._shared_state, {**kind._shared_state}) for kind in STATES]
     tf32 = [(part, *_tf32_of(part)) for part in (torch.backends.cuda.matmul, torch.backends.cudnn)]
     grouped, threads = dist.is_initialized(), torch.get_num_threads()
     for state, _ in states:
@@ -292,7 +293,8 @@ def _join_again() -> None:
     PyTorch would use the keys of the first one's store again, and a rank that reads an address of then never answers.
     """
     number = next(_joins)
-    if number and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    launched = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if number and launched and not dist.is_initialized():
         store, rank, world_size = next(dist.rendezvous("env://"))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(

@@ -211,13 +211,12 @@ _SCALARS = _scalar_flags()
 
 def _help(argv: Sequence[str]) -> NoReturn:
     """Print the flags that a sweep takes, with the defaults of the preset that `argv` names, and exit."""
-    what, _, more = __doc__.partition("\n\n")
     page = Page(
         prog="python -m dpo_fast.sweep",
         flags=TrainConfig,
-        what=what.partition(": ")[2].capitalize() + "\n\n" + more,
-        about=f"""A flag with `,...` may be a list; the others hold for every run, and runs are one process each. Of
-        training's flags {", ".join(f"--{name}" for name in OF_ONE_RUN)} are refused: they belong to a single run.""",
+        what="A training run for every combination of the values of some flags.\n\n" + __doc__.partition("\n\n")[2],
+        about=f"""A flag with `[,...]` may be a list; the other flags hold for every run. A run is one process. These
+        flags of training are refused, since they belong to a single run: --{", --".join(OF_ONE_RUN)}.""",
         usage="--FLAG VALUE,VALUE,... [--FLAG VALUE ...]",
         only=[field.name for field in fields(TrainConfig) if field.name not in (*OF_ONE_RUN, "hub_model_id")],
         texts=TEXTS,

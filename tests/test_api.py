@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
 import dpo_fast
@@ -25,6 +24,7 @@ from dpo_fast.api.options import settled_options
 from dpo_fast.command_line import command_of, parse, parse_settings
 from dpo_fast.config import resolve
 from dpo_fast.evaluation import evaluate_options, generate_options
+from dpo_fast.parallel import STATES
 from dpo_fast.presets import PRESETS
 from dpo_fast.scorers import Scorer
 from dpo_fast.train import main
@@ -198,7 +198,7 @@ def process_state() -> dict[str, object]:
         "streams": (sys.stdout, sys.stderr, sys.excepthook, sys.unraisablehook),
         "folder": os.getcwd(),
         "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
-        "accelerate": [dict(kind._shared_state) for kind in (AcceleratorState, PartialState, GradientState)],
+        "accelerate": [dict(kind._shared_state) for kind in STATES],
         "groups": torch.distributed.is_initialized(),
         "threads": (torch.get_num_threads(), threading.active_count()),
         "generators": (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()),
@@ -231,8 +231,8 @@ def test_a_run_in_a_thread_beside_an_accelerator_of_the_user_s(sdxl_path, pairs,
     """A notebook's worker: no signal handler can be set there."""
     from accelerate import Accelerator
 
-    before = [{**kind._shared_state} for kind in (AcceleratorState, PartialState, GradientState)]
-    for kind in (AcceleratorState, PartialState, GradientState):
+    before = [{**kind._shared_state} for kind in STATES]
+    for kind in STATES:
         kind._shared_state.clear()
     try:
         theirs = Accelerator(mixed_precision="bf16", cpu=True)
@@ -244,7 +244,7 @@ def test_a_run_in_a_thread_beside_an_accelerator_of_the_user_s(sdxl_path, pairs,
         assert done and done[0].summary["steps"] == 1
         assert theirs.mixed_precision == "bf16" and theirs.state.num_processes == 1
     finally:
-        for kind, state in zip((AcceleratorState, PartialState, GradientState), before, strict=True):
+        for kind, state in zip(STATES, before, strict=True):
             kind._shared_state.clear()
             kind._shared_state.update(state)
 

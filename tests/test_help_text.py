@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -76,29 +75,34 @@ def test_other_commands_show_every_flag_once(capsys, of, kind):
 def test_the_values_of_the_preset_are_shown(capsys, preset):
     text = shown(capsys, parse, "--preset", preset)
     config = parse(["--preset", preset])[0]
-    assert f"(default: {config.learning_rate}, of --preset {preset})" in entry(text, "learning_rate")
-    assert f"(default: {config.max_train_steps}, of --preset {preset})" in entry(text, "max_train_steps")
+    assert f"(default: {config.learning_rate}, from --preset {preset})" in entry(text, "learning_rate")
+    assert f"(default: {config.max_train_steps}, from --preset {preset})" in entry(text, "max_train_steps")
     for name in FIELDS:
         of_preset = name in PRESETS[preset]
-        assert (f", of --preset {preset})" in entry(text, name)) == of_preset, name
+        assert (f", from --preset {preset})" in entry(text, name)) == of_preset, name
     assert entry(text, "hub_model_id").endswith("(default: None)") and entry(text, "cache").endswith("(default: on)")
     assert entry(text, "lora_targets").endswith("(default: to_q to_k to_v to_out.0)")
 
 
 def test_without_a_preset_the_values_are_those_of_a_run(capsys):
-    assert entry(shown(capsys, parse), "tuning").endswith("(default: full, of --preset shapes)")
+    assert entry(shown(capsys, parse), "tuning").endswith("(default: full, from --preset shapes)")
     named = shown(capsys, parse, "--dataset_name", "d", "--pretrained_model_name_or_path", "m")
-    assert entry(named, "tuning").endswith("(default: lora)") and "of --preset" not in named
+    assert entry(named, "tuning").endswith("(default: lora)") and "from --preset" not in named
+
+
+def test_a_preset_s_beta_is_not_shown_for_an_objective_on_another_scale(capsys):
+    text = shown(capsys, parse, "--preset", "sdxl", "--objective", "mapo")
+    assert entry(text, "beta_dpo").endswith("None: 5000, mapo 0.1. (default: None)")
 
 
 def test_the_values_of_a_recipe_are_shown_and_a_bad_one_is_refused(capsys, tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("preset: sdxl-lora\nrank: 64\nhflip: true\ncache: false\n")
     text = shown(capsys, parse, "--config", recipe)
-    assert entry(text, "rank").endswith("(default: 64, of --config)")
-    assert entry(text, "cache").endswith("(default: off, of --config)")
-    assert entry(text, "hflip").endswith("(default: on, of --config)")
-    assert entry(text, "train_batch_size").endswith("(default: 4, of --preset sdxl-lora)")
+    assert entry(text, "rank").endswith("(default: 64, from --config)")
+    assert entry(text, "cache").endswith("(default: off, from --config)")
+    assert entry(text, "hflip").endswith("(default: on, from --config)")
+    assert entry(text, "train_batch_size").endswith("(default: 4, from --preset sdxl-lora)")
     recipe.write_text("rnak: 64\n")
     with pytest.raises(BadInput, match="did you mean --rank"):
         parse(["--config", str(recipe), "--help"])
@@ -133,9 +137,9 @@ def test_a_dataclass_without_sections_or_texts():
         one: int = 3
         two: str = "a\x1b[2Jb"
 
-    text = text_of(Page("it", Flags, last="The end."))
+    text = text_of(Page("it", Flags))
     assert text.startswith("usage: it [--FLAG VALUE ...]\n\nDoes a thing.\n\nflags\n  --one INT\n")
-    assert r"a\x1b[2Jb" in text and "\nThe end.\n" in text and text.endswith("\n  -h, --help, --version")
+    assert r"a\x1b[2Jb" in text and text.endswith("\n  -h, --help, --version")
 
 
 # ---- sweep -----------------------------------------------------------------------------------------------------
@@ -154,13 +158,13 @@ def test_a_sweep_s_help_is_what_it_takes(capsys):
             sweep._run(["--rank", "1,2", f"--{name}", *(["latest"] if name.startswith("resume") else [])])
         assert f"--{name}" in text
     assert "None: runs/sweep-<time>" in entry(text, "output_dir") and "the same for all runs" in entry(text, "seed")
-    assert "--beta_dpo FLOAT,FLOAT,..." in text and "usage: python -m dpo_fast.sweep" in text
+    assert "--beta_dpo FLOAT[,...]\n" in text and "usage: python -m dpo_fast.sweep" in text
 
 
 def test_a_sweep_s_help_shows_its_preset(capsys):
     text = shown(capsys, sweep.main, "--preset", "sdxl", "--learning_rate", "1e-8,2e-8")
-    assert "(default: 2048, of --preset sdxl)" in entry(text, "pairs_per_step")
-    assert "of --preset shapes" in shown(capsys, sweep.main, "--preset", "sd15,sdxl")  # which of them is not known
+    assert "(default: 2048, from --preset sdxl)" in entry(text, "pairs_per_step")
+    assert "from --preset shapes" in shown(capsys, sweep.main, "--preset", "sd15,sdxl")  # which of them is not known
 
 
 # ---- cache build, cache reference ------------------------------------------------------------------------------
@@ -228,7 +232,7 @@ def test_the_cache_s_help(capsys, command):
     own = ["draws"] if command == "reference" else []
     assert flags_in(text) == own + [name for name in FIELDS if name in listed]
     assert text.startswith(f"usage: python -m dpo_fast.cache {command} ") and "learning_rate" not in flags_in(text)
-    assert entry(text, "resolution").endswith("(default: 1024, of --preset sdxl)")
+    assert entry(text, "resolution").endswith("(default: 1024, from --preset sdxl)")
     assert ("--draws K --seed N" in text) == (command == "reference")
     again = shown(capsys, cache.main, command, "--draws", 5, "--preset", "sdxl")
     assert again == text
@@ -240,4 +244,6 @@ def test_what_the_help_calls_required_is(sdxl_path, pairs, tmp_path, capfd):
     assert "reference needs --draws K" in capfd.readouterr().err
     assert cache.main(["reference", *flags, "--draws", "1", "--seed=None"]) == 2
     assert "reference needs --seed" in capfd.readouterr().err
-    assert not Path(tmp_path / "run").exists()
+    assert cache.main(["build", *flags, "--dry_run"]) == 2
+    assert "--dry_run is of training" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()

@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,3 +156,37 @@ def test_a_dense_tensor_in_its_memory_order_is_contiguous(layout):
     assert parallel.memory_order(one) == parallel.memory_order(one.as_strided(one.shape, (4, 1, 9, 7))) == [2, 3, 0, 1]
     odd = torch.empty(4, 5, 6).permute(2, 0, 1)
     assert parallel.memory_order(odd) == [1, 2, 0]
+
+
+@pytest.mark.parametrize("name", ["allow_tf32", "fp32_precision"])
+def test_tf32_is_what_it_was_once_a_run_is_over(name):
+    """PyTorch has two names for it, and refuses to read the older one once the newer has been set."""
+    part = torch.backends.cuda.matmul
+    value = {"allow_tf32": True, "fp32_precision": "tf32"}[name]
+    before = part.allow_tf32
+    try:
+        setattr(part, name, value)
+        with parallel.joined("none"):
+            parallel.allow_tf32(False)
+        assert getattr(part, name) == value
+    finally:
+        part.allow_tf32 = before
+    assert part.allow_tf32 == before
+
+
+def test_the_generators_of_the_user_s_are_left():
+    torch.manual_seed(1)
+    with parallel.joined("none"):
+        torch.rand(3)
+    after = torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(3))
+
+
+def test_a_run_that_cannot_start_leaves_the_process_as_it_was(monkeypatch):
+    states = [{**kind._shared_state} for kind in parallel.STATES]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(parallel, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    with pytest.raises(RuntimeError, match="2 processes were launched but 1 joined"):
+        parallel.start("none")
+    assert [{**kind._shared_state} for kind in parallel.STATES] == states
