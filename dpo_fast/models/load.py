@@ -40,6 +40,7 @@ from dpo_fast.models.lora import WEIGHT_NAME
 from dpo_fast.models.marks import Marks, marks_of_file, marks_of_scheduler, reconcile
 from dpo_fast.models.memory_order import format_of
 from dpo_fast.models.source import ModelSource
+from dpo_fast.models.trained import weights_file
 from dpo_fast.models.untrusted import check_part, check_pipeline, check_weights
 from dpo_fast.quiet import no_loading_bars
 from dpo_fast.schedule import NoiseSchedule, noise_schedule, turbo_grid, usable_timesteps
@@ -138,7 +139,7 @@ def refuse_pickle(path: str) -> None:
 def revisions(source: ModelSource) -> dict[str, str]:
     """Map the `public_name` of each repository, folder or file that a model is read from to its `revision_of`."""
     found = {source.path: revision_of(source.path, revision=source.revision, cache_dir=source.cache_dir)}
-    trained = source.trained and str(Path(source.trained, "weights.safetensors"))
+    trained = source.trained and str(weights_file(Path(source.trained)))
     for place in filter(None, (source.vae_path, source.merged, source.adapter, trained, source.single_file_config)):
         lora = Path(place, WEIGHT_NAME)  # an output folder holds other files too
         found[place] = revision_of(lora if lora.is_file() else place, cache_dir=source.cache_dir)

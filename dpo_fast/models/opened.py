@@ -38,7 +38,8 @@ def settled(source: ModelSource) -> ModelSource:
 class OneAtATime:
     """Loads models one after another and holds the last.
 
-    An adapter on the held model is added without a reload, and so are other checkpoints and strengths of one run.
+    An adapter on the held model is added without a reload. Nor do other strengths and checkpoints need one, if they are
+    of the same base, with the same kind of adapters.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -75,7 +76,7 @@ class OneAtATime:
             self._trained = source.trained, read_trained(Path(source.trained))
         trained = self._trained[1]
         held = None if self._held is None else replace(self._held[0], trained=None, strength=1.0)
-        if self._blend is None or held != bare:
+        if self._blend is None or held != bare or self._blend.adapters != trained.adapters:
             self._hold(bare)
             self._blend = Blend(self._held[1], trained)
             align_weights(self._held[1].pipeline)

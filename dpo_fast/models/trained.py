@@ -20,6 +20,7 @@ from dpo_fast.models.load_errors import bad_input
 from dpo_fast.models.lora import add_lora
 
 STATE = "state.json"
+WEIGHTS = ("ema.safetensors", "weights.safetensors")  # the first is there with --use_ema
 _SETTINGS = ("tuning", "rank", "lora_alpha", "lora_targets", "use_ema")
 
 
@@ -35,10 +36,23 @@ class Trained:
     def is_lora(self) -> bool:
         return self.settings["tuning"] == "lora"
 
+    @property
+    def adapters(self) -> dict[str, object] | None:
+        """The keywords of `add_lora` for the adapters that the weights are of; None: there are none."""
+        if not self.is_lora:
+            return None
+        of, rank = self.settings, self.settings["rank"]
+        return {"rank": rank, "alpha": of["lora_alpha"] or rank, "targets": of["lora_targets"]}
+
 
 def files_of(checkpoint: Path) -> list[Path]:
     """The files of a checkpoint that hold its state and weights, as far as they exist."""
-    return [file for name in (STATE, "weights.safetensors", "ema.safetensors") if (file := checkpoint / name).is_file()]
+    return [file for name in (STATE, *WEIGHTS) if (file := checkpoint / name).is_file()]
+
+
+def weights_file(checkpoint: Path) -> Path:
+    """The file with the weights of a checkpoint: those of the exponential moving average, if the run keeps one."""
+    return next((file for name in WEIGHTS if (file := checkpoint / name).is_file()), checkpoint / WEIGHTS[-1])
 
 
 def read_trained(checkpoint: Path) -> Trained:
@@ -46,7 +60,7 @@ def read_trained(checkpoint: Path) -> Trained:
     with bad_input(f"{checkpoint} cannot be used", "name another checkpoint, or put it back from a copy"):
         state = parse_signed(read_bytes(checkpoint / STATE))
         settings = {name: state["config"][name] for name in _SETTINGS}
-        name = "ema.safetensors" if settings["use_ema"] else "weights.safetensors"
+        name = WEIGHTS[0] if settings["use_ema"] else WEIGHTS[1]
         file = regular_file(checkpoint / name)
         if file_digest(file) != state["files"][name.removesuffix(".safetensors")]:
             raise ValueError(f"{name} is damaged: its checksum is not the one in {STATE}")
@@ -61,10 +75,9 @@ class Blend:
 
         Keeps a copy of the base's trained weights in host memory, unless they are a LoRA.
         """
-        settings, self.family = trained.settings, family
-        if trained.is_lora:
-            rank = settings["rank"]
-            add_lora(family.unet, rank, settings["lora_alpha"] or rank, settings["lora_targets"])
+        self.family, self.adapters = family, trained.adapters
+        if self.adapters is not None:
+            add_lora(family.unet, **self.adapters)
             family.unet.to(family.dtype)
         parameters = dict(family.unet.named_parameters())
         self.parameters = {name: parameters[name] for name in trained.weights if name in parameters}

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 
 from dpo_fast.checksums import write_signed_json
 from dpo_fast.errors import BadInput
+from dpo_fast.models.load import revisions
 from dpo_fast.models.lora import WEIGHT_NAME
 from dpo_fast.models.opened import OneAtATime, files_stamp
 from dpo_fast.models.source import ModelSource
@@ -132,6 +133,26 @@ def test_another_checkpoint_of_the_run_needs_no_reload(run_of, sdxl_path, monkey
     assert len(loads) == 1 and all(family is families[0] for family in families)
     models.open(ModelSource(str(sdxl_path)))
     assert len(loads) == 2  # the base itself is loaded anew
+
+
+def test_runs_with_other_adapters_on_one_base_are_told_apart(run_of, sdxl_path):
+    """The first and the second differ in alpha alone, the third in rank."""
+    models = OneAtATime(CPU)
+    kinds = [("--tuning", "lora", "--rank", "4", "--lora_alpha", alpha) for alpha in ("2", "8")]
+    for flags in (*kinds, ("--tuning", "lora", "--rank", "2"), kinds[0]):
+        last = max(run_of(*flags).glob("checkpoint-*"), key=lambda one: int(one.name[11:]))
+        source = ModelSource(str(sdxl_path), trained=str(last))
+        found, alone = (one.open(source).unet for one in (models, OneAtATime(CPU)))
+        scales = [{m.scaling["default"] for m in unet.modules() if hasattr(m, "scaling")} for unet in (found, alone)]
+        assert scales[0] == scales[1]
+        expected = dict(alone.named_parameters())
+        assert all(torch.equal(value, expected[name]) for name, value in found.named_parameters())
+
+
+def test_what_was_used_is_the_file_with_the_weights(run_of, sdxl_path):
+    for flags, name in ((("--use_ema",), "ema.safetensors"), (("--tuning", "full"), "weights.safetensors")):
+        last = max(run_of(*flags).glob("checkpoint-*"), key=lambda one: int(one.name[11:]))
+        assert name in revisions(ModelSource(str(sdxl_path), trained=str(last)))
 
 
 def test_a_stamp_tells_checkpoints_apart(run_of, sdxl_path):
