@@ -12,7 +12,6 @@ import torch
 
 from dpo_fast import output_folder, parallel
 from dpo_fast.api.options import check_alone
-from dpo_fast.checksums import read_signed_json
 from dpo_fast.command_line import command_of, parse_settings
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput, out_of_memory
@@ -30,7 +29,7 @@ from dpo_fast.training import plan
 from dpo_fast.training.callbacks import Callback, checked
 from dpo_fast.training.resume import AlreadyDone
 from dpo_fast.training.run import Run, open_run, settle
-from dpo_fast.training.run_folder import SUMMARY
+from dpo_fast.training.run_folder import read_summary
 from dpo_fast.training.trainer import Stopped, Trainer
 
 logger = logging.getLogger(__name__)
@@ -191,14 +190,14 @@ def _train(config: TrainConfig, callbacks: tuple[Callback, ...]) -> TrainResult:
             trainer = Trainer(open_run(config, ranks), command, hold, callbacks)
             trainer.train()
             config, trainer = trainer.run.config, None  # free its memory before the evaluation loads models
-            summary = ranks.from_main(lambda: _summary_of(folder))
+            summary = ranks.from_main(lambda: read_summary(folder))
             if prompts is None:
                 return TrainResult(folder, summary)
             remedy = "the training is done: the same command with --resume_from_checkpoint auto --eval_batch_size 1"
             return _evaluated(config, prompts, ranks)
         except AlreadyDone as done:
             logger.info(str(done))
-            return TrainResult(folder, ranks.from_main(lambda: _summary_of(folder)))
+            return TrainResult(folder, ranks.from_main(lambda: read_summary(folder)))
         except Stopped as stop:
             logger.info(str(stop))
             return TrainResult(folder, ranks.from_main(trainer.progress.summary), stopped=stop.reason)
@@ -213,7 +212,3 @@ def _evaluated(config: TrainConfig, prompts: list[Prompt], ranks: Ranks) -> Trai
     folder = config.output_dir
     summary = ranks.from_main(lambda: add_to_summary(folder, findings, time.perf_counter() - started))
     return TrainResult(folder, summary, findings)
-
-
-def _summary_of(folder: Path) -> dict[str, object]:
-    return read_signed_json(folder / SUMMARY, "resume_from_checkpoint='latest' writes it again")

@@ -55,6 +55,11 @@ def shares(prompts: Sequence[str], images: int) -> list[Share]:
     return found
 
 
+def kept_of(candidates: int) -> int:
+    """How many of the candidates a round keeps: half, rounded up, and at least LEAST."""
+    return max(min(LEAST, candidates), math.ceil(candidates / 2))
+
+
 @dataclass
 class Race:
     """The scores of candidates and of the base on the images made so far."""
@@ -78,9 +83,8 @@ class Race:
             self.scores[name] = torch.cat([self.scores[name], scores[name]])
 
     def drop_the_worse_half(self) -> None:
-        """Keep the better half, rounded up, and at least LEAST candidates."""
-        keep = max(min(LEAST, len(self.alive)), math.ceil(len(self.alive) / 2))
-        best = set(sorted(self.alive, key=self.value, reverse=True)[:keep])
+        """Keep the better half (`kept_of`)."""
+        best = set(sorted(self.alive, key=self.value, reverse=True)[: kept_of(len(self.alive))])
         self.alive = [name for name in self.alive if name in best]
 
     def value(self, name: str) -> float:

@@ -27,9 +27,11 @@ from dpo_fast.evaluation.comparison import check_scorers, compare, find_pairs, s
 from dpo_fast.evaluation.findings import Findings
 from dpo_fast.evaluation.formats import difference
 from dpo_fast.evaluation.generation import ImageRequest, generate_images
-from dpo_fast.evaluation.halving import Race, Share, in_two, shares
+from dpo_fast.evaluation.halving import Race, Share, in_two, kept_of, shares
+from dpo_fast.evaluation.pairing import ImagePairs
 from dpo_fast.evaluation.pick_options import PickConfig
 from dpo_fast.evaluation.prompts import Prompt, Where, read_prompts
+from dpo_fast.evaluation.scored import Scored
 from dpo_fast.evaluation.sides import Comparison, Side, prompts_of_run, read_run, seeds_in_training
 from dpo_fast.evaluation.surface import surface
 from dpo_fast.files import read_text, user_path, write_text
@@ -43,7 +45,7 @@ from dpo_fast.scorers import MODULE_OF, check_names
 from dpo_fast.scorers.kept_scores import score_images
 from dpo_fast.statistics import Bootstrap, Interval, WinRate, win_rate
 from dpo_fast.training import checkpoint
-from dpo_fast.training.run_folder import SUMMARY, publish
+from dpo_fast.training.run_folder import SUMMARY, publish, read_summary
 
 FOLDER = "pick"  # in a run's folder
 RECORD, RESULT, PICTURE = "plan.json", "pick.json", "surface.png"
@@ -71,6 +73,7 @@ class Plan:
 
     run: TrainConfig
     folder: Path  # of the run
+    result: Point  # the run's own result: its last checkpoint, or the one that it was ended with
     out: Path
     base: ModelSource
     points: list[Point]
@@ -86,17 +89,12 @@ class Plan:
         """The model at a point."""
         return replace(self.base, trained=str(checkpoint.folder_of(self.folder, point.step)), strength=point.strength)
 
-    @property
-    def result(self) -> Point:
-        """The run's own result: its last checkpoint."""
-        return Point(checkpoint.step_of(checkpoint.all_of(self.folder)[-1]), 1.0)
-
     def images_to_pick(self) -> int:
         """How many images the rounds take, of points and of the base."""
         alive, total = len(self.points), 0
         for share in self.rounds:
             total += (alive + 1) * share.images
-            alive = max(min(2, alive), -(-alive // 2))
+            alive = kept_of(alive)
         return total
 
     def images_of_grid(self) -> int:
@@ -207,6 +205,7 @@ def plan(config: PickConfig) -> Plan:
     return Plan(
         run,
         folder,
+        Point(_step_of_result(folder, sorted(found)), 1.0),
         folder / FOLDER if config.output_dir is None else user_path(config.output_dir),
         settled(base),
         [Point(step, strength) for step in steps for strength in sorted(config.strengths)],
@@ -220,6 +219,13 @@ def plan(config: PickConfig) -> Plan:
     )
 
 
+def _step_of_result(folder: Path, steps: Sequence[int]) -> int:
+    """The step of the checkpoint whose weights are the run's result: the last, if `--stop_when_worse` took no other."""
+    ended = read_summary(folder).get("ended_early") if (folder / SUMMARY).is_file() else None
+    step = ended.get("result_of") if isinstance(ended, dict) else None
+    return step if step in steps else steps[-1]
+
+
 def pick(plan: Plan, ranks: Ranks) -> Picked | None:
     """Do what is planned, in the folder `plan.out`, which the main rank holds. The main rank returns the pick.
 
@@ -230,8 +236,11 @@ def pick(plan: Plan, ranks: Ranks) -> Picked | None:
     race, dropped_in = _race(plan, ranks)
     chosen = {point.name: point for point in plan.points}[race.best()]
     judged = _judge(plan, chosen, ranks)
-    if judged is None:
-        return None
+    return ranks.on_main(lambda: _written(plan, race, dropped_in, chosen, judged))
+
+
+def _written(plan: Plan, race: Race, dropped_in: Mapping[str, int | None], chosen: Point, judged: "_Judged") -> Picked:
+    """Put together what was found, and write all of it."""
     rows = [
         Row(
             point,
@@ -242,8 +251,10 @@ def pick(plan: Plan, ranks: Ranks) -> Picked | None:
         )
         for point in plan.points
     ]
-    findings, result, lead, images = judged
+    findings, scored, pairs, result, lead = judged
+    images = (2 + (result is not None)) * len(scored.prompts)
     picked = Picked(rows, chosen, findings, result, lead, plan.images_to_pick(), plan.images_of_grid(), images)
+    write_report(plan.out, findings, scored, pairs)
     _write(plan, picked)
     return picked
 
@@ -294,10 +305,18 @@ def scores_of(
     return texts, {scorer: {name: of[rows_of] for name, rows_of in which.items()} for scorer, of in scores.items()}
 
 
-def _judge(
-    plan: Plan, chosen: Point, ranks: Ranks
-) -> tuple[Findings, tuple[WinRate, Interval] | None, Interval | None, int] | None:
-    """Compare the pick with the base and with the run's result on prompts that no round has."""
+class _Judged(NamedTuple):
+    """The pick against the base and the run's own result, on prompts that no round has."""
+
+    findings: Findings
+    scored: Scored
+    pairs: ImagePairs
+    result: tuple[WinRate, Interval] | None  # as in `Picked`
+    lead: Interval | None
+
+
+def _judge(plan: Plan, chosen: Point, ranks: Ranks) -> _Judged | None:
+    """Compare the pick with the base and with the run's result. Returns the findings on the main rank."""
     out, images = plan.out / "judged", plan.config.judge_images
     asked, seeds, without_last = seeds_in_training(plan.judging, images)
     prompts = [prompt for prompt in plan.judging if prompt.text in asked]
@@ -333,8 +352,7 @@ def _judge(
             over_prompts.mean(trained - scored.base[first]),
         )
         lead = over_prompts.mean(scored.policy[first] - trained)
-    write_report(plan.out, findings, scored, pairs)
-    return findings, result, lead, (2 + (result is not None)) * len(scored.prompts)
+    return _Judged(findings, scored, pairs, result, lead)
 
 
 def _write(plan: Plan, picked: Picked) -> None:

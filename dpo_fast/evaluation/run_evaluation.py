@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from dpo_fast import output_folder
-from dpo_fast.checksums import Damaged, read_signed_json, write_signed_json
+from dpo_fast.checksums import Damaged, write_signed_json
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput, printable
 from dpo_fast.evaluation.comparison import check_scorers, compare, find_pairs, write_report
@@ -36,7 +36,7 @@ from dpo_fast.models.load import revisions
 from dpo_fast.parallel import Ranks
 from dpo_fast.pictures import before_after, save_png, to_picture
 from dpo_fast.scorers import check_names
-from dpo_fast.training.run_folder import SUMMARY, check_space, is_finished
+from dpo_fast.training.run_folder import SUMMARY, check_space, is_finished, read_summary
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def evaluate_run(config: TrainConfig, prompts: list[Prompt], ranks: Ranks) -> Fi
             **settings_of(flags, sides, models, comparison),
             "base": revisions(models[sides[0].name]),
             "images": settings_of_images(comparison.wanted, ranks.device),
-            OF_RESULT: _read_summary(home).get("result"),
+            OF_RESULT: read_summary(home).get("result"),
         }
         return comparison, record
 
@@ -107,7 +107,7 @@ def evaluate_run(config: TrainConfig, prompts: list[Prompt], ranks: Ranks) -> Fi
 
 def add_to_summary(folder: Path, findings: Findings, seconds: float) -> dict[str, object]:
     """Add the findings, and the seconds they took, to the run's summary.json and return it."""
-    summary = _read_summary(folder) | findings.numbers() | {"evaluation_seconds": seconds}
+    summary = read_summary(folder) | findings.numbers() | {"evaluation_seconds": seconds}
     write_signed_json(folder / SUMMARY, summary)
     return summary
 
@@ -157,11 +157,6 @@ def _claim(out: Path, record: dict[str, object]) -> None:
                 delete(rename_away(out / name))
         delete(out / RECORD)
     output_folder.claim(out, RECORD, record, what="an evaluation")
-
-
-def _read_summary(folder: Path) -> dict[str, object]:
-    remedy = "the training command with --resume_from_checkpoint latest writes it again"
-    return read_signed_json(folder / SUMMARY, remedy)
 
 
 def _samples(pairs: ImagePairs, scored: Scored) -> Image.Image:

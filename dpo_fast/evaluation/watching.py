@@ -4,6 +4,10 @@ The prompts are the half of the run's that `dpo_fast.pick` picks by; the evaluat
 that what stopped a run does not judge it.
 """
 
+import hashlib
+import json
+from collections.abc import Mapping
+
 import torch
 
 from dpo_fast.config import TrainConfig
@@ -39,7 +43,10 @@ class Watch(Callback):
     def on_start(self, trainer: Trainer) -> None:
         """Say what the looks will cost, and look at the base, unless an earlier process of this run did."""
         run, every = trainer.run, self.config.eval_every
-        if NOTE in run.notes or run.step >= trainer.last_step:
+        if run.step >= trainer.last_step:
+            return
+        if (note := run.notes.get(NOTE)) is not None:
+            self._check_same(note)
             return
         if run.step:
             raise BadInput(
@@ -52,7 +59,24 @@ class Watch(Callback):
             f"every {every} steps {len(self.texts)} images of {prompts} prompts are scored by {self.scorer}:"
             f" {looks} looks and the base, {(looks + 1) * len(self.texts)} images in all"
         )
-        run.notes[NOTE] = {"scorer": self.scorer, "base": self._scores(trainer).tolist(), "best": None, "looks": []}
+        base = self._scores(trainer).tolist()
+        run.notes[NOTE] = {**self._images(), "base": base, "best": None, "looks": []}
+
+    def _images(self) -> dict[str, object]:
+        """What a look's scores are of: those of two looks can be compared if this is the same."""
+        prompts = hashlib.blake2b(json.dumps(self.texts).encode(), digest_size=8).hexdigest()
+        return {"scorer": self.scorer, "images": len(self.texts), "prompts": prompts}
+
+    def _check_same(self, note: Mapping[str, object]) -> None:
+        """Raise BadInput if the looks so far were at other images, or by another scorer."""
+        flags = {"scorer": "eval_scorers", "images": "eval_every_images", "prompts": "eval_prompts"}
+        for name, now in self._images().items():
+            if (before := note.get(name, now)) != now:
+                change = "differs" if name == "prompts" else f"was {before} and is {now}"
+                raise BadInput(
+                    f"--{flags[name]} {change}, so that looks before and after cannot be compared: give what the run"
+                    " was begun with, or leave --eval_every out"
+                )
 
     def on_step(self, trainer: Trainer) -> None:
         """Look, save the best so far, and end the run if it has become worse than that."""
@@ -69,7 +93,7 @@ class Watch(Callback):
         if is_best:
             note["best"] = {"step": run.step, "scores": scores.tolist()}
             trainer.say(f"{said}; the best so far")
-            trainer.save()
+            trainer.save_soon()
         else:
             lost = over_prompts.mean(scores - torch.tensor(best["scores"], dtype=torch.float64))
             trainer.say(f"{said}; {difference(lost)} against step {best['step']}, the best so far")
@@ -85,6 +109,7 @@ class Watch(Callback):
         mine = range(ranks.rank, len(self.texts), ranks.world_size)
         texts = [self.texts[k] for k in mine]
         scores = torch.zeros(len(mine), dtype=torch.float64)
+        trainer.finish_queued_work()
         with trainer.clock.paused(), not_compiled(), trainer.masters.showing_export():
             if texts:
                 images = sample(
@@ -106,4 +131,10 @@ class Watch(Callback):
         found = torch.zeros(len(self.texts), dtype=torch.float64)
         for rank, of_rank in enumerate(ranks.gather(scores.tolist())):
             found[rank :: ranks.world_size] = torch.tensor(of_rank, dtype=torch.float64)
+        if not found.isfinite().all():
+            text = self.texts[int((~found.isfinite()).nonzero()[0])]
+            raise BadInput(
+                f"step {trainer.run.step}: {self.scorer} gives an image of {text!r:.80} no finite score: lower"
+                " --learning_rate, or take another scorer"
+            )
         return found

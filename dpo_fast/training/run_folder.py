@@ -112,6 +112,13 @@ def is_finished(folder: Path, step: int, *, evaluated: bool, uploaded: bool) -> 
         return False
 
 
+def read_summary(folder: Path) -> dict[str, object]:
+    """Return the content of a run's summary.json. Raises Damaged."""
+    return read_signed_json(
+        folder / SUMMARY, "the training command with --resume_from_checkpoint latest writes it again"
+    )
+
+
 def begin(folder: Path, *, overwrite: bool, config_yaml: str, kept: frozenset[str] = frozenset()) -> None:
     """Once everything is open, delete an earlier run if asked, except `kept` entries, and write config.yaml.
 

@@ -89,6 +89,7 @@ class Trainer:
         self.stop_reason: str | None = None  # of a callback
         self.problem: BadInput | None = None
         self.saved_at = time.monotonic()
+        self.save_asked = False  # by a callback
         self.base_samples: list[Image.Image] = []  # only on the main rank of a run that validates
 
     # ---- one step ----------------------------------------------------------------------------------------------
@@ -190,9 +191,9 @@ class Trainer:
                     self.log()
                     self._raise_problems()
                 validating = config.run_validation and (run.step % config.validation_steps == 0 or last)
-                saving = run.step % config.checkpointing_steps == 0 or last or self._minutes_are_up()
+                saving = run.step % config.checkpointing_steps == 0 or last or self.save_asked or self._minutes_are_up()
                 if validating or saving:
-                    self._finish_queued_work()
+                    self.finish_queued_work()
                 with self.clock.paused(), not_compiled():
                     if validating:
                         self.validate()
@@ -211,6 +212,10 @@ class Trainer:
         For callbacks; any rank may call it. `reason` is what `Stopped` and `TrainResult.stopped` say.
         """
         self.stop_reason = self.stop_reason or str(reason) or "no reason was given"
+
+    def save_soon(self) -> None:
+        """Save a checkpoint of the step in progress, once its line of metrics is written. Every rank calls this."""
+        self.save_asked = True
 
     def end_with(self, step: int) -> None:
         """End the training after the step in progress, with the weights of checkpoint `step` as the result.
@@ -303,7 +308,7 @@ class Trainer:
             checkpoint.save(run.folder, run.step, files, state)
             self._prune()
         self.ranks.wait()
-        self.saved_at = time.monotonic()
+        self.saved_at, self.save_asked = time.monotonic(), False
         self.callbacks.call("on_save", self, checkpoint.folder_of(run.folder, run.step))
 
     def finish(self) -> None:
@@ -379,7 +384,7 @@ class Trainer:
             return self.masters.export()
         return read_trained(checkpoint.folder_of(self.run.folder, ended["result_of"])).weights
 
-    def _finish_queued_work(self) -> None:
+    def finish_queued_work(self) -> None:
         """Wait for the device, so that queued training work counts as training time."""
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize(self.ranks.device)
@@ -459,7 +464,7 @@ class Trainer:
             [*filter(None, one)] for one in zip(*self.ranks.gather((self.signal, self.stop_reason)), strict=True)
         )
         if not self.ranks.share(checkpoint.folder_of(run.folder, run.step).is_dir()):
-            self._finish_queued_work()
+            self.finish_queued_work()
             self.save()
         saved = f"after step {run.step}: saved as {checkpoint.folder_of(run.folder, run.step)}; {self._go_on()}"
         if signals:

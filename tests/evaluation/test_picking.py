@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from dpo_fast.checksums import read_signed_json, write_signed_json
 from dpo_fast.evaluate import main as evaluate
 from dpo_fast.evaluation import picking
 from dpo_fast.evaluation.pick_options import parse
@@ -154,6 +155,15 @@ def test_a_run_without_checkpoints_is_refused(run, tmp_path, capsys):
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoint-*", "pick", "evaluation"))
     assert pick([str(copy), *SMALL]) == 2
     assert "holds no checkpoint: train with --checkpointing_steps" in capsys.readouterr().err
+
+
+def test_the_result_of_a_run_that_was_ended_early_is_its_best_checkpoint(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("pick", "evaluation"))
+    assert picking.plan(parse([str(copy)])).result == (6, 1.0)
+    summary = read_signed_json(copy / "summary.json", "")
+    write_signed_json(copy / "summary.json", summary | {"ended_early": {"at": 6, "result_of": 4}})
+    assert picking.plan(parse([str(copy)])).result == (4, 1.0)
 
 
 def test_of_many_checkpoints_some_are_tried_with_the_last():

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from dpo_fast.checksums import read_signed_json
 from dpo_fast.evaluation import watching
 from dpo_fast.evaluation.halving import in_two
+from dpo_fast.files import delete
 from dpo_fast.shapes.pairs import split
 from dpo_fast.train import main
 
@@ -40,6 +41,14 @@ def planned(monkeypatch):
         return looked
 
     return plan
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory) -> Path:
+    """A run of two looks, which may be resumed but not to its end."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    train(folder, "--max_train_steps", "4")
+    return folder
 
 
 def test_looks_are_told_kept_and_judged_on_other_prompts(tmp_path, capsys):
@@ -96,6 +105,51 @@ def test_a_resumed_run_remembers_its_looks(tmp_path, planned):
     looked = planned(0.1)
     summary = train(folder, "--resume_from_checkpoint", "latest", "--stop_when_worse")
     assert looked == [6] and summary["ended_early"] == {"at": 6, "result_of": 4}
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--eval_every_images", "6"], "--eval_every_images was 4 and is 6, so that looks before and after cannot be"),
+        (["--eval_scorers", "appeal"], "--eval_scorers was quality and is appeal"),
+        (["--eval_prompts", "OTHERS"], "--eval_prompts differs"),
+    ],
+    ids=["images", "scorer", "prompts"],
+)
+def test_a_resumed_run_looks_at_the_same_images(begun, tmp_path, planned, capsys, flags, said):
+    others = tmp_path / "others.txt"
+    others.write_text("\n".join(split()[0][:8]))
+    flags = [str(others) if flag == "OTHERS" else flag for flag in flags]
+    looked = planned()
+    assert main([*RUN, *flags, "--output_dir", str(begun), "--resume_from_checkpoint", "latest"]) == 2
+    assert said in capsys.readouterr().err and not looked
+
+
+def test_no_line_of_metrics_is_lost_with_a_checkpoint_of_a_look(tmp_path, planned):
+    planned(0.5, 0.6, 0.5, 0.5)
+    folder = tmp_path / "run"
+    train(folder, "--log_every", "2")
+    before = steps_logged(folder)
+    for name in ("checkpoint-6", "summary.json"):
+        delete(folder / name)
+    assert {one.name for one in folder.glob("checkpoint-*")} == {"checkpoint-2"}
+    planned(0.5, 0.5)
+    train(folder, "--log_every", "2", "--resume_from_checkpoint", "latest")
+    assert steps_logged(folder) == before == [1, 2, 4, 6]
+
+
+def steps_logged(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_score_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, capsys):
+    class Broken:
+        def score(self, images, prompts):
+            return torch.full([len(prompts)], torch.nan)
+
+    monkeypatch.setattr(watching, "load_scorer", lambda *names, **where: Broken())
+    assert main([*RUN, "--output_dir", str(tmp_path / "run")]) == 2
+    assert "step 0: quality gives an image of '" in capsys.readouterr().err
 
 
 def test_the_best_checkpoint_is_not_deleted(tmp_path, planned):
