@@ -84,9 +84,11 @@ def _end(processes: Sequence[subprocess.Popen], *, tell: bool) -> None:
     if tell:
         _tell(processes)
     limit = time.monotonic() + ENDING_SECONDS
-    while any(process.poll() is None for process in processes) and time.monotonic() < limit:
+    left = True
+    while left and time.monotonic() < limit:
         try:
             time.sleep(POLL_SECONDS)
+            left = any(process.poll() is None for process in processes)
         except KeyboardInterrupt:  # again: they end at once
             _tell(processes)
     for process in processes:

@@ -392,6 +392,8 @@ def test_pairs_of_a_run_and_its_held_out_ones(sdxl_path, pairs):
     assert len(load_pairs(TrainConfig(preset="shapes", preference="appeal"))) > 0
     with pytest.raises(BadInput, match="streaming=False"):
         load_pairs(dataclasses.replace(config, streaming=True))
+    with pytest.raises(BadInput, match="soft_labels, seed: give a TrainConfig or settings, not both"):
+        load_pairs(config, soft_labels=True, seed=3)
     with pytest.raises(BadInput, match="does not exist"):
         load_pairs("nowhere.parquet")
 
@@ -436,14 +438,24 @@ def test_images_of_every_kind_and_size_get_their_own_scores(tmp_path):
     grey = pictures[0].convert("LA")
     see_through = score_images([grey], "0", Scorer(score)).item()
     assert see_through == pytest.approx(pixels_of(grey.convert("L")).mean())
+    (mirrored,) = score_images([arrays[0][:, ::-1]], "0", Scorer(lambda images, _: images[:, 0, 0, 0]))
+    assert mirrored == arrays[0][0, -1, 0]
+    printed = score_images([Image.new("CMYK", (4, 4), (0, 0, 0, 0))], "0", Scorer(score)).item()
+    assert printed == 255
 
 
-def test_what_cannot_be_scored():
+def test_what_cannot_be_scored(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "cut.bmp")
+    (tmp_path / "cut.bmp").write_bytes((tmp_path / "cut.bmp").read_bytes()[:1000])
+    cut = Image.open(tmp_path / "cut.bmp")
     scorer = Scorer(lambda images, texts: torch.full((len(texts),), float("nan")))
     picture = Image.new("RGB", (4, 4))
     for images, prompts, said in (
         ([picture], ["a", "b"], "1 images need as many prompts, not 2"),
-        ([picture, np.zeros((4, 4), np.uint8)], "a", r"images\[1\] \(torch.uint8 \[4, 4\]\) is no image"),
+        ([picture, np.zeros((4, 4), np.uint8)], "a", r"images\[1\] \(uint8 \[4, 4\]\) is no image"),
+        ([np.zeros((4, 4, 3), np.float16)], "a", r"images\[0\] \(float16 \[4, 4, 3\]\) is no image"),
+        ([np.array(["a"])], "a", r"images\[0\] \(<U1 \[1\]\) is no image"),
+        ([cut], "a", r"images\[0\] of mode RGB cannot be read .*: convert it to RGB"),
         ([torch.zeros(3, 4, 4)], "a", r"images\[0\] \(torch.float32 \[3, 4, 4\]\) is no image"),
         ([None], "a", "NoneType"),
         ([picture], "a", r"images\[0\] has no finite score \(nan\)"),

@@ -1,7 +1,7 @@
 """From the arguments of a function to the checked options of a command."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
 
 from dpo_fast.command_line import flags_of
@@ -26,7 +26,7 @@ def settled_options(
     return parse(flags_of(settings, kind))
 
 
-def check_alone(config: object, kind: type, settings: Mapping[str, object]) -> None:
+def check_alone(config: object, kind: type, settings: Collection[str]) -> None:
     """Raise BadInput if `config` is no `kind`, or if there are settings beside it."""
     if not isinstance(config, kind):
         raise BadInput(f"{config!r:.80} is no {kind.__name__}: give one, or settings by name")

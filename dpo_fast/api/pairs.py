@@ -1,13 +1,14 @@
 """`dpo_fast.load_pairs`: preference pairs as training reads them, to look at from Python."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import overload
 
 from PIL import Image
 
+from dpo_fast.api.options import check_alone
 from dpo_fast.config import TrainConfig
 from dpo_fast.data import BadImage, BadRow, PairIndex, PairSets, PairsSource, Source, build_index, open_source
 from dpo_fast.data.images import decode
@@ -98,6 +99,9 @@ class LoadedPairs(Sequence[Pair]):
         return f"<LoadedPairs {self}>"
 
 
+_DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
+
+
 def load_pairs(
     dataset_name: str | Path | TrainConfig,
     *,
@@ -119,24 +123,25 @@ def load_pairs(
     The other arguments are flags of `python -m dpo_fast.train` and mean the same; seed (None: 0) decides which captions
     are held out. Raises BadInput for a data set that cannot be opened or understood, and if too many rows are bad.
     """
+    flags = {
+        "dataset_config_name": dataset_config_name,
+        "dataset_split_name": dataset_split_name,
+        "image_columns": image_columns,
+        "label_column": label_column,
+        "caption_column": caption_column,
+        "max_train_samples": max_train_samples,
+        "soft_labels": soft_labels,
+        "max_bad_fraction": max_bad_fraction,
+        "validation_fraction": validation_fraction,
+        "seed": seed,
+        "cache_dir": cache_dir,
+        "hub_token": hub_token,
+    }
     if isinstance(dataset_name, TrainConfig):
         config = dataset_name
+        check_alone(config, TrainConfig, [name for name, value in flags.items() if value != _DEFAULTS[name]])
     else:
-        config = TrainConfig(
-            dataset_name=str(dataset_name),
-            dataset_config_name=dataset_config_name,
-            dataset_split_name=dataset_split_name,
-            image_columns=image_columns,
-            label_column=label_column,
-            caption_column=caption_column,
-            max_train_samples=max_train_samples,
-            soft_labels=soft_labels,
-            max_bad_fraction=max_bad_fraction,
-            validation_fraction=validation_fraction,
-            seed=seed,
-            cache_dir=cache_dir,
-            hub_token=hub_token,
-        )
+        config = TrainConfig(dataset_name=str(dataset_name), **flags)
     if config.dataset_name is None:
         raise BadInput("no preference pairs are named: give dataset_name")
     if config.streaming:

@@ -10,11 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from dpo_fast.data.image_files import Files
-from dpo_fast.data.images import decode
+from dpo_fast.data.images import BadImage, decode
 from dpo_fast.errors import BadInput
 from dpo_fast.scorers import Scorer, load_scorer
 from dpo_fast.scorers.by_size import batches_by_size
 
+OF_PNG = ("1", "L", "LA", "P", "RGBA", "I", "I;16")  # modes of Pillow that its PNG files can hold, besides RGB
 AnImage = str | Path | Image.Image | np.ndarray | Tensor
 
 
@@ -67,17 +68,30 @@ def _pixels(image: AnImage, position: int) -> Tensor:
     if isinstance(image, (str, Path)):
         return Files([Path(image)])[0]
     if isinstance(image, Image.Image):
-        if image.mode != "RGB":  # over white, and in 8 bits, as a file of it
-            data = io.BytesIO()
-            image.save(data, format="PNG")
-            image = decode(data.getvalue())
-        image = np.array(image)
-    if isinstance(image, np.ndarray):
-        image = torch.from_numpy(image).movedim(-1, 0) if image.ndim == 3 else torch.from_numpy(image)
+        image = np.array(_rgb(image, position))
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
+        image = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, 0)  # an array may be mirrored, a tensor not
     if not (isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3):
-        what = f"{image.dtype} {[*image.shape]}" if isinstance(image, Tensor) else type(image).__name__
+        what = f"{image.dtype} {[*image.shape]}" if isinstance(image, (Tensor, np.ndarray)) else type(image).__name__
         raise BadInput(
             f"images[{position}] ({what}) is no image: give a path, a Pillow image, or uint8 pixels, [H,W,3] of an"
             " array, [3,H,W] of a tensor"
         )
     return image.contiguous()
+
+
+def _rgb(image: Image.Image, position: int) -> Image.Image:
+    """Return a Pillow image in RGB: over white, and in 8 bits, as a file of it would be read."""
+    try:
+        image.load()  # of a file that was opened only now
+        if image.mode == "RGB":
+            return image
+        if image.mode not in OF_PNG:
+            return image.convert("RGB")
+        data = io.BytesIO()
+        image.save(data, format="PNG")
+        return decode(data.getvalue())
+    except (ValueError, OSError, BadImage) as error:
+        raise BadInput(
+            f"images[{position}] of mode {image.mode} cannot be read ({error}): convert it to RGB"
+        ) from error

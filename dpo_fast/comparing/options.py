@@ -10,7 +10,7 @@ import tyro
 from dpo_fast.cli import one_line_errors
 from dpo_fast.command_line import refuse_empty
 from dpo_fast.errors import BadInput
-from dpo_fast.files import exists, read_bytes, user_path
+from dpo_fast.files import exists, regular_file, user_path
 from dpo_fast.help_text import Page, asks_help, show_help
 
 PROG = "python -m dpo_fast.compare"
@@ -95,7 +95,7 @@ def _check_place(name: str, path: Path) -> None:
     try:
         if path.is_dir():
             raise BadInput(f"--{name} {path} is a folder: name a file in it")
-        if exists(path) and not read_bytes(path).startswith(BEGINS[name]):
+        if exists(path) and not _begins(path, BEGINS[name]):
             raise BadInput(f"--{name} {path} exists and was not written by this command: name another file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent) as file:
@@ -103,3 +103,8 @@ def _check_place(name: str, path: Path) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise BadInput(f"--{name}: {path} cannot be written ({reason}): name another file") from error
+
+
+def _begins(path: Path, expected: bytes) -> bool:
+    with regular_file(path).open("rb") as file:
+        return file.read(len(expected)) == expected

@@ -50,6 +50,9 @@ def main() -> None:
     parser.add_argument("--images_per_seed", type=int, default=16, help="images of every caption from each seed")
     parser.add_argument("--pairs_per_caption", type=int, default=8, help="at most half of its images")
     arguments = parser.parse_args()
+    most = len(arguments.seeds) * arguments.images_per_seed // 2
+    if not 0 < arguments.pairs_per_caption <= most:
+        parser.error(f"--pairs_per_caption ({arguments.pairs_per_caption}) must be 1 to {most}, half of the images")
     try:
         check_pipeline(arguments.pipeline, weights=True)
     except BadInput as error:
@@ -57,9 +60,6 @@ def main() -> None:
     with no_loading_bars():
         pipeline = StableDiffusionPipeline.from_pretrained(arguments.pipeline)
     train, held_out = split()
-    most = len(arguments.seeds) * arguments.images_per_seed // 2
-    if not 0 < arguments.pairs_per_caption <= most:
-        parser.error(f"--pairs_per_caption ({arguments.pairs_per_caption}) must be 1 to {most}, half of the images")
     table = make_pairs(pipeline, train, arguments.seeds, arguments.images_per_seed, arguments.pairs_per_caption)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     with atomic_file(arguments.output_dir / "pairs.parquet") as temporary:

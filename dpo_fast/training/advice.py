@@ -49,8 +49,11 @@ def visits_of(config: TrainConfig, pairs: RunPairs) -> Visits:
     return Visits(steps, rows or None, steps * config.pairs_per_step, False)
 
 
-def warnings_of(config: TrainConfig, ranks: Ranks, pairs: RunPairs | None, costs: Costs) -> list[str]:
-    """Return what there is to warn of, for a settled configuration; `pairs`: None if they are not at hand."""
+def warnings_of(config: TrainConfig, ranks: Ranks, pairs: RunPairs | None, costs: Costs, images: int = 0) -> list[str]:
+    """Return what there is to warn of, for a settled configuration.
+
+    pairs: None if they are not at hand. images: that an evaluation makes of each model.
+    """
     visits = None if pairs is None else visits_of(config, pairs)
     steps = config.max_train_steps if visits is None else visits.steps
     held_out = 0 if pairs is None or pairs.sets is None else len(pairs.sets.validation)
@@ -63,7 +66,7 @@ def warnings_of(config: TrainConfig, ranks: Ranks, pairs: RunPairs | None, costs
         held_out and of_held_out(config, held_out),
         of_precision(config, ranks.device),
         of_memory(config, ranks, costs),
-        steps and of_disk(config, costs, steps),
+        steps and of_disk(config, costs, steps, images),
     ]
     return [line for line in said if line]
 
@@ -220,14 +223,16 @@ def evaluation_bytes(costs: Costs, images: int) -> int:
     return 6 * images * costs.resolution**2
 
 
-def of_disk(config: TrainConfig, costs: Costs, steps: int) -> str | None:
+def of_disk(config: TrainConfig, costs: Costs, steps: int, images: int = 0) -> str | None:
     """Warn of an output folder whose disk does not hold all that the run will write."""
-    need, free = disk_need(config, costs, steps), free_bytes(config.output_dir)
+    need, free = disk_need(config, costs, steps, images), free_bytes(config.output_dir)
     if need.bytes <= free:
         return None
-    room = floor((free - costs.result) / costs.checkpoint) if costs.checkpoint else need.checkpoints
+    others = need.bytes - need.checkpoints * costs.checkpoint
+    room = floor((free - others) / costs.checkpoint) if costs.checkpoint else need.checkpoints
     fewer = f"--checkpoints_total_limit {room - 1}" if room > 1 else "another --output_dir"
+    what = ", the result and the evaluation's images" if images else " and the result"
     return (
-        f"{config.output_dir}: {human_bytes(free)} are free, but {need.checkpoints} checkpoints and the result take"
+        f"{config.output_dir}: {human_bytes(free)} are free, but {need.checkpoints} checkpoints{what} take"
         f" {human_bytes(need.bytes)}; {fewer} fits, or free some space"
     )

@@ -63,7 +63,9 @@ class Plan:
     timing: Timing | str  # or why nothing was timed
 
     @classmethod
-    def of(cls, config: TrainConfig, ranks: Ranks, pairs: RunPairs | None, waiting: NotFetched | None) -> "Plan":
+    def of(
+        cls, config: TrainConfig, ranks: Ranks, pairs: RunPairs | None, waiting: NotFetched | None, images: int
+    ) -> "Plan":
         """Count and look up what needs no weights. Raises BadInput for a disk that is too small."""
         costs = costs_of(config, ranks.device.type)
         run_folder.check_space(config.output_dir, costs.checkpoint + costs.result)
@@ -80,8 +82,8 @@ class Plan:
             costs,
             unet_flops(costs.configs.unet, config, costs.latent_size),
             fit_of(costs, ranks.device),
-            warnings_of(config, ranks, pairs, costs),
-            images=0,
+            warnings_of(config, ranks, pairs, costs, images),
+            images=images,
             timing="--dry-run timed takes a few steps to find out",
         )
 
@@ -125,7 +127,7 @@ def dry_run(config: TrainConfig, ranks: Ranks, images: int = 0) -> None:
     waiting = ranks.from_main(lambda: not_fetched(pairs_source(start.config)))
     pairs = None if waiting else open_pairs(start.config, ranks, None)
     check_without_weights(start, ranks, pairs)
-    plan = ranks.on_main(lambda: replace(Plan.of(start.config, ranks, pairs, waiting), images=images))
+    plan = ranks.on_main(lambda: Plan.of(start.config, ranks, pairs, waiting, images))
     if config.dry_run == "timed":
         why = ranks.from_main(lambda: plan.untimable)
         timing = why or time_run(start.config, ranks, pairs, resuming=bool(start.saved))

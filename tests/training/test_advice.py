@@ -275,6 +275,9 @@ def test_a_disk_that_does_not_hold_all_checkpoints(sd15_path, monkeypatch):
     assert advice.of_disk(config, costs, 5) is None
     said = advice.of_disk(config, costs, 6)
     assert "6 checkpoints and the result take" in said and "; --checkpoints_total_limit 4 fits" in said
+    assert "5 checkpoints, the result and the evaluation's images take" in advice.of_disk(
+        config, costs, 5, images=10**6
+    )
     assert advice.of_disk(replace(config, checkpoints_total_limit=4), costs, 100) is None
     assert advice.of_disk(replace(config, checkpoints_total_limit=5), costs, 100) is not None
     free = costs.result + 1.5 * costs.checkpoint
