@@ -16,6 +16,7 @@ from dpo_fast.evaluate import main
 from dpo_fast.evaluation.image_names import file_stem
 from dpo_fast.evaluation.prompts import read_prompts
 from dpo_fast.generate import main as generate
+from dpo_fast.models.lora import WEIGHT_NAME
 from dpo_fast.scorers.clip_models import VIT_L
 from dpo_fast.shapes import base as shapes_base
 from tests.helpers import scorer_files
@@ -112,6 +113,46 @@ def test_from_a_run_to_the_page(moved, tmp_path, evaluate, capfd):
         list(again["scores"]) == ["clip", "hpsv2.1"]
         and again["scores"]["clip"]["win_rate"] == found["scores"]["clip"]["win_rate"]
     )
+
+
+@pytest.fixture(scope="module")
+def begun(moved, tmp_path_factory) -> Path:
+    """The checkpoint of a run that has no result yet."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    shutil.copytree(moved / "checkpoint-4", folder / "checkpoint-4")
+    shutil.copy(moved / "config.yaml", folder)
+    return folder / "checkpoint-4"
+
+
+def test_a_checkpoint_is_a_policy_like_any_other(moved, begun, evaluate, pairs, tmp_path, capfd):
+    """The last one gives, but for rounding, what the result gives."""
+    flags = ["--dataset_name", pairs, "--draws", 1]
+    found, of_result = (summary(evaluate(one, *flags, out=one.name)) for one in (begun, moved))
+    assert list(found["models"]) == ["base", "policy"] and (found["step"], found["strength"]) == (4, 1.0)
+    assert "step" not in of_result and found["run"] == of_result["run"]
+    assert found["score_base"] == of_result["score_base"] != found["score_policy"]
+    assert found["score_policy"] == pytest.approx(of_result["score_policy"], rel=1e-3)
+    accuracies = [one["implicit"]["implicit_accuracy_one_draw"] for one in (found, of_result)]
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.1)
+    page = (tmp_path / begun.name / "report.html").read_text()
+    assert "run-checkpoint-4" in page and "of step 4" in page
+
+
+def test_a_checkpoint_against_another_model(moved, begun, evaluate):
+    found = summary(evaluate(moved, "--baseline", f"{begun}/", scorers=("clip",)))
+    assert found["score_policy"] == pytest.approx(found["score_base"], rel=1e-3)
+
+
+def test_checkpoints_that_cannot_be_used(begun, evaluate, tmp_path, capfd):
+    copy = tmp_path / "run" / begun.name
+    shutil.copytree(begun.parent, copy.parent)
+    (copy / "weights.safetensors").write_bytes(b"x")
+    evaluate(copy, status=2)
+    assert f"{copy} cannot be used: weights.safetensors is damaged" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+    evaluate(copy.parent, status=2, out="other")
+    said = capfd.readouterr().err
+    assert f"has no result yet ({WEIGHT_NAME}): let it finish, or name one of its checkpoints, such as {copy}" in said
 
 
 def test_medians_of_several_images(moved, evaluate):

@@ -22,7 +22,8 @@ from dpo_fast.evaluation.sides import (
     batch_size_of,
     comparison_of,
     evaluation_name,
-    is_run,
+    is_trained,
+    point_of,
     read_run,
     reference_of,
     settings_of,
@@ -66,7 +67,7 @@ def evaluate(config: EvaluateConfig | None = None, **settings: object) -> Evalua
     disk that is full or fails.
     """
     config = settled_options(EvaluateConfig, evaluate_options.parse, config, settings)
-    run = read_run(config.policy) if is_run(config.policy) else None
+    run = read_run(config.policy) if is_trained(config.policy) else None
     config = replace(config, batch_size=batch_size_of(config, run))
     models, sides = sides_of(config)
     comparison = None
@@ -96,6 +97,8 @@ def evaluate(config: EvaluateConfig | None = None, **settings: object) -> Evalua
 
             def write() -> Evaluation:
                 summary = {} if run is None else {"run": public_config(public(run))}  # how the policy was trained
+                if (point := point_of(config.policy)) is not None:
+                    summary |= point._asdict()  # of its weights, which are not those of the last step
                 if implicit is not None:
                     summary["implicit"] = implicit.for_summary()
                 if result is None:

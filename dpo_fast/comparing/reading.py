@@ -170,6 +170,7 @@ def _evaluation(place: Place, missing: list[str]) -> Entry:
         summary = {}
     settings = settings_of(summary["run"]) if isinstance(summary.get("run"), dict) else None
     steps, per_step = (count(settings[name]) if settings else None for name in ("max_train_steps", "pairs_per_step"))
+    steps = count(summary.get("step", steps))
     implicit = mapping(summary.get("implicit"))
     held_out = number(implicit.get(ACCURACY))
     files = texts(mapping(implicit.get("files")).get("pairs"))
@@ -181,6 +182,7 @@ def _evaluation(place: Place, missing: list[str]) -> Entry:
         settings,
         steps=steps,
         pairs=None if None in (steps, per_step) else steps * per_step,
+        strength=number(summary.get("strength")),
         held_out=share(held_out, implicit.get(f"{ACCURACY}_ci95")) or held_out,
         held_out_of=None if held_out is None else f"{count(implicit.get('draws'))} draws of {pairs}",
         evaluation=_comparison(place.folder, summary, missing) if "win_rate" in summary else None,

@@ -46,8 +46,8 @@ class EvaluateConfig(GenerateConfig):
     repository of the hub than version 2's. May be given more than once. None: what the run was evaluated on in
     training."""
     policy: str | None = None
-    """An output folder of dpo_fast.train, a pipeline (hub id, diffusers folder, .safetensors file), or a folder of
-    images named by their prompts."""
+    """An output folder of dpo_fast.train, one of its checkpoints (RUN/checkpoint-N), a pipeline (hub id, diffusers
+    folder, .safetensors file), or a folder of images named by their prompts."""
     baseline: str | None = None
     """base: what the run started from; else a run, a pipeline or a folder of images. None: base for a run."""
     seeds: str | None = None

@@ -29,7 +29,8 @@ class GenerateConfig:
     pickapic-validation, shapes; NAME=PATH: a set from your own copy; pickapic-validation=OWNER/NAME: from another
     repository of the hub than version 2's. May be given more than once."""
     policy: str | None = None
-    """An output folder of dpo_fast.train, or a pipeline: hub id, diffusers folder, .safetensors file."""
+    """An output folder of dpo_fast.train, one of its checkpoints (RUN/checkpoint-N), or a pipeline: hub id, diffusers
+    folder, .safetensors file."""
     baseline: str | None = None
     """base: what the run started from; none: only the policy; else a run or a pipeline. None: base for a run."""
     is_turbo: bool = False

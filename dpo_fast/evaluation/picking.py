@@ -32,7 +32,7 @@ from dpo_fast.evaluation.pairing import ImagePairs
 from dpo_fast.evaluation.pick_options import PickConfig
 from dpo_fast.evaluation.prompts import Prompt, Where, read_prompts
 from dpo_fast.evaluation.scored import Scored
-from dpo_fast.evaluation.sides import Comparison, Side, prompts_of_run, read_run, seeds_in_training
+from dpo_fast.evaluation.sides import Comparison, Point, Side, point_of, prompts_of_run, read_run, seeds_in_training
 from dpo_fast.evaluation.surface import surface
 from dpo_fast.files import read_text, user_path, write_text
 from dpo_fast.models.lora import save_lora
@@ -45,7 +45,7 @@ from dpo_fast.scorers import MODULE_OF, check_names
 from dpo_fast.scorers.kept_scores import score_images
 from dpo_fast.statistics import Bootstrap, Interval, WinRate, win_rate
 from dpo_fast.training import checkpoint
-from dpo_fast.training.run_folder import SUMMARY, publish, read_summary
+from dpo_fast.training.run_folder import SUMMARY, publish
 
 FOLDER = "pick"  # in a run's folder
 RECORD, RESULT, PICTURE = "plan.json", "pick.json", "surface.png"
@@ -54,17 +54,6 @@ MOST_CHECKPOINTS = 8  # that are tried if none is named
 LEAST_PROMPTS = 4
 
 logger = logging.getLogger(__name__)
-
-
-class Point(NamedTuple):
-    """One point of the grid."""
-
-    step: int
-    strength: float
-
-    @property
-    def name(self) -> str:
-        return f"step-{self.step}-x{self.strength:g}"
 
 
 @dataclass(frozen=True)
@@ -221,9 +210,8 @@ def plan(config: PickConfig) -> Plan:
 
 def _step_of_result(folder: Path, steps: Sequence[int]) -> int:
     """The step of the checkpoint whose weights are the run's result: the last, if `--stop_when_worse` took no other."""
-    ended = read_summary(folder).get("ended_early") if (folder / SUMMARY).is_file() else None
-    step = ended.get("result_of") if isinstance(ended, dict) else None
-    return step if step in steps else steps[-1]
+    point = point_of(str(folder))
+    return point.step if point is not None and point.step in steps else steps[-1]
 
 
 def pick(plan: Plan, ranks: Ranks) -> Picked | None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from dpo_fast.command_line import parse
 from dpo_fast.config import TrainConfig
@@ -21,8 +22,10 @@ from dpo_fast.models.load import family_of
 from dpo_fast.models.lora import WEIGHT_NAME
 from dpo_fast.models.opened import settled
 from dpo_fast.models.source import ModelSource, base_of, result_of
+from dpo_fast.models.trained import check_trained
 from dpo_fast.scorers import MODULE_OF, check_names
-from dpo_fast.training.run_folder import check_result
+from dpo_fast.training import checkpoint
+from dpo_fast.training.run_folder import SUMMARY, check_config, check_result, read_summary
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,38 @@ def is_run(path: str) -> bool:
     return exists(Path(path, "config.yaml")) and Path(path, "config.yaml").is_file()
 
 
-def read_run(folder: str) -> TrainConfig:
-    """Return the configuration of a finished run. Raises BadInput if its result is missing or damaged."""
-    check_result(Path(folder))
-    config, _ = parse(["--config", str(Path(folder, "config.yaml"))])
-    result = Path(folder, WEIGHT_NAME if config.tuning == "lora" else "model_index.json")
+def is_checkpoint(path: str) -> bool:
+    """Whether `path` is a checkpoint in an output folder of `python -m dpo_fast.train`."""
+    folder = Path(os.path.abspath(path))
+    return checkpoint.is_named_so(folder) and exists(folder) and folder.is_dir() and is_run(str(folder.parent))
+
+
+def is_trained(path: str) -> bool:
+    """Whether `path` is a run's output folder or one of its checkpoints, so that its base is known."""
+    return is_run(path) or is_checkpoint(path)
+
+
+def read_run(path: str) -> TrainConfig:
+    """Return the configuration of a finished run, or of the run, finished or not, that a checkpoint is of.
+
+    Raises BadInput if the result, or the checkpoint, is missing or damaged.
+    """
+    if is_checkpoint(path):
+        check_trained(Path(path))
+        return _read_config(Path(os.path.abspath(path)).parent)
+    check_result(Path(path))
+    config = _read_config(Path(path))
+    result = Path(path, WEIGHT_NAME if config.tuning == "lora" else "model_index.json")
     if not result.is_file():
-        raise BadInput(f"the run {folder} has no result yet ({result.name}): let it finish, or name another")
+        held = checkpoint.all_of(Path(path))
+        other = f"name one of its checkpoints, such as {held[-1]}" if held else "name another"
+        raise BadInput(f"the run {path} has no result yet ({result.name}): let it finish, or {other}")
     return config
+
+
+def _read_config(folder: Path) -> TrainConfig:
+    check_config(folder)
+    return parse(["--config", str(folder / "config.yaml")])[0]
 
 
 def model_sources(
@@ -73,19 +100,22 @@ def model_sources(
 ) -> dict[str, ModelSource]:
     """Return name -> model with its settings filled in: the baseline, if there is one, and then the policy.
 
-    policy: a run's folder, or a pipeline (folder, hub id, .safetensors). baseline: the same, or `base` (what the run
-    started from), or `none`; None: base for a run, else none. turbo: pipelines named here are SDXL-Turbo (a run records
-    it itself). overriding: fields of ModelSource, for both models; None: the run's value, or the model's default.
-    A baseline of the policy's family is sampled like the policy, and both compute in one dtype (fp16 without a run).
+    policy: a run's folder, a checkpoint in it, or a pipeline (folder, hub id, .safetensors). baseline: the same, or
+    `base` (what the run started from), or `none`; None: base for a run or checkpoint, else none. turbo: pipelines named
+    here are SDXL-Turbo (a run records it itself). overriding: fields of ModelSource, for both models; None: the run's
+    value, or the model's default. A baseline of the policy's family is sampled like the policy, and both compute in one
+    dtype (fp16 without a run).
     Raises BadInput for the baseline `base` of a policy that is not a run.
     """
-    config = read_run(policy) if is_run(policy) else None
+    config = read_run(policy) if is_trained(policy) else None
     given = {name: value for name, value in overriding.items() if value is not None}
     precision = config.mixed_precision if config else "fp16"
 
     def source(path: str) -> ModelSource:
-        if is_run(path):
-            found = result_of(config if path == policy else read_run(path), Path(_tidy(path)))
+        if is_trained(path):
+            of, folder = config if path == policy else read_run(path), Path(_tidy(path))
+            at = is_checkpoint(path)
+            found = replace(base_of(of), trained=str(folder)) if at else result_of(of, folder)
             return replace(found, **{"mixed_precision": precision, **given})
         return ModelSource(**{"path": _tidy(path), "turbo": turbo, "mixed_precision": precision, **given})
 
@@ -130,6 +160,8 @@ def _tidy(path: str) -> str:
 def _folder_name(path: str) -> str:
     """The last part of a path or hub id, in characters that every file system accepts."""
     last = Path(path).resolve().name if exists(Path(path)) else path.rsplit("/", 1)[-1]
+    if is_checkpoint(path):  # other runs have one of this name, too
+        last = f"{Path(os.path.abspath(path)).parent.name}-{last}"
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in last.removesuffix(".safetensors")) or "model"
 
 
@@ -148,7 +180,7 @@ def sides_of(config: EvaluateConfig) -> tuple[dict[str, ModelSource], tuple[Side
     """Return the models to generate with, settled, and (base, policy). Raises BadInput if the baseline is not known."""
 
     policy, baseline = config.policy, config.baseline
-    if not (is_run(policy) or baseline not in (None, "base")):
+    if not (is_trained(policy) or baseline not in (None, "base")):
         what = "is a folder of images" if is_images(policy) else "is no run of dpo_fast.train"
         raise BadInput(f"--policy {policy} {what}, so its base is not known: name a --baseline to compare it with")
     folders = [path for path in (baseline, policy) if path not in (None, "base") and is_images(path)]
@@ -203,7 +235,7 @@ def comparison_of(
         scorers=scorers,
         scoring=scoring_of(config, run),
         compare_medians=config.compare == "medians",
-        training=_training(run) if with_base else {},
+        training=_training(run, config.policy) if with_base else {},
         trained_towards_the_first=with_base and scorers[:1] == run.eval_scorers[:1],
     )
 
@@ -258,10 +290,36 @@ def scoring_of(config: EvaluateConfig, run: TrainConfig | None) -> dict[str, obj
     return {"where": where and user_path(where), "cache_dir": config.cache_dir, "token": config.hub_token}
 
 
-def _training(run: TrainConfig) -> dict[str, str]:
-    """How a run was trained, for the report."""
+def _training(run: TrainConfig, policy: str) -> dict[str, str]:
+    """How a run was trained, for the report, and of which step the policy's weights are if that is not the last."""
     how = f"{run.tuning}, {run.objective}, beta {run.beta_dpo:g}, learning rate {run.learning_rate:g}"
-    return {"Trained": f"{how}, {run.max_train_steps} steps of {run.pairs_per_step} pairs, seed {run.seed}"}
+    about = {"Trained": f"{how}, {run.max_train_steps} steps of {run.pairs_per_step} pairs, seed {run.seed}"}
+    if (point := point_of(policy)) is not None:
+        about["Weights"] = f"of step {point.step}" + (f" at strength {point.strength:g}" if point.strength != 1 else "")
+    return about
+
+
+class Point(NamedTuple):
+    """Weights between those of a run's base and those of a checkpoint, or beyond them."""
+
+    step: int
+    strength: float = 1.0  # 0: the base, 1: the checkpoint
+
+    @property
+    def name(self) -> str:
+        return f"step-{self.step}-x{self.strength:g}"
+
+
+def point_of(policy: str) -> Point | None:
+    """The point of a checkpoint, of a run that was ended early, and of a pick; None where the last step says it."""
+    if is_checkpoint(policy):
+        return Point(checkpoint.step_of(Path(os.path.abspath(policy))))
+    if not is_run(policy) or not Path(policy, SUMMARY).is_file():
+        return None
+    summary = read_summary(Path(policy))
+    if summary.get("ended_early"):
+        return Point(summary["ended_early"]["result_of"])
+    return Point(summary["steps"], summary["strength"]) if "strength" in summary else None
 
 
 def _in_words(config: EvaluateConfig, prompts: list[Prompt]) -> str:

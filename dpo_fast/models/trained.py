@@ -21,6 +21,7 @@ from dpo_fast.models.lora import add_lora
 
 STATE = "state.json"
 WEIGHTS = ("ema.safetensors", "weights.safetensors")  # the first is there with --use_ema
+_OTHER = "name another checkpoint, or put it back from a copy"
 _SETTINGS = ("tuning", "rank", "lora_alpha", "lora_targets", "use_ema")
 
 
@@ -57,14 +58,21 @@ def weights_file(checkpoint: Path) -> Path:
 
 def read_trained(checkpoint: Path) -> Trained:
     """Read a checkpoint's weights, verified by its checksums. Raises BadInput for one that is damaged."""
-    with bad_input(f"{checkpoint} cannot be used", "name another checkpoint, or put it back from a copy"):
+    step, settings, file = check_trained(checkpoint)
+    with bad_input(f"{checkpoint} cannot be used", _OTHER):
+        return Trained(step, settings, load_file(file))
+
+
+def check_trained(checkpoint: Path) -> tuple[int, dict[str, object], Path]:
+    """Return a checkpoint's step, settings and file of weights, verified but not loaded. Raises BadInput likewise."""
+    with bad_input(f"{checkpoint} cannot be used", _OTHER):
         state = parse_signed(read_bytes(checkpoint / STATE))
         settings = {name: state["config"][name] for name in _SETTINGS}
         name = WEIGHTS[0] if settings["use_ema"] else WEIGHTS[1]
         file = regular_file(checkpoint / name)
         if file_digest(file) != state["files"][name.removesuffix(".safetensors")]:
             raise ValueError(f"{name} is damaged: its checksum is not the one in {STATE}")
-        return Trained(int(state["step"]), settings, load_file(file))
+        return int(state["step"]), settings, file
 
 
 class Blend:

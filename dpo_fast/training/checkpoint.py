@@ -123,9 +123,14 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix(PREFIX))
 
 
+def is_named_so(folder: Path) -> bool:
+    """Whether a folder's name is checkpoint-N."""
+    return folder.name.startswith(PREFIX) and folder.name.removeprefix(PREFIX).isdecimal()
+
+
 def all_of(output_dir: Path) -> list[Path]:
     """The checkpoints in `output_dir`, oldest first."""
-    found = [p for p in output_dir.glob(PREFIX + "*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
+    found = [path for path in output_dir.glob(PREFIX + "*") if path.is_dir() and is_named_so(path)]
     return sorted(found, key=step_of)
 
 

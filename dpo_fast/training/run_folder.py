@@ -192,12 +192,17 @@ def _of_unfinished(logging_dir: str) -> frozenset[str]:
     return _BEFORE_CHECKPOINTS | set(Path(logging_dir).parts[:1])
 
 
+def check_config(folder: Path) -> None:
+    """Compare a run's config.yaml with its checksum, if it has one. Raises Damaged."""
+    check_text(folder / "config.yaml", "put it back from a copy; if the change is meant, delete its first line")
+
+
 def check_result(folder: Path) -> None:
     """Compare a run's config.yaml, summary.json and result with their checksums, if they have any.
 
     Raises Damaged for a file that is not what the run wrote.
     """
-    check_text(folder / "config.yaml", "put it back from a copy; if the change is meant, delete its first line")
+    check_config(folder)
     path = folder / SUMMARY
     if not path.is_file():
         return
