@@ -115,11 +115,13 @@ def _layers(argv: list[str]) -> tuple[list[str], list[str], TrainConfig]:
     """Return the flags of the recipe that a command line names, those with its own, and the defaults of all others."""
     refuse_empty(argv)
     own = _with_values(argv)
-    path = _early(own).config
-    recipe = _with_values(_recipe_flags(path)) if path else []
+    early = _early(own)
+    recipe = _with_values(_recipe_flags(early.config)) if early.config else []
     flags = [*recipe, *own]
-    refuse_empty(flags)
-    named = {name: value for name, value in vars(_early(flags)).items() if value is not None and name != "config"}
+    if recipe:
+        refuse_empty(flags)
+        early = _early(flags)
+    named = {name: value for name, value in vars(early).items() if value is not None and name != "config"}
     return recipe, flags, TrainConfig(**named)
 
 

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(config: TrainConfig) -> int:
     # Imported here: flags are checked in a moment, before the heavy libraries are loaded.
-    from dpo_fast.api.training import dry_run, train
+    from dpo_fast.api.training import dry_run, train_resolved
     from dpo_fast.training.trainer import Interrupted
 
     show_log()
@@ -40,7 +40,7 @@ def _run(config: TrainConfig) -> int:
         if config.dry_run:
             dry_run(config)
             return 0
-        result = train(config)
+        result = train_resolved(config)
     except Interrupted as stop:
         say(str(stop))
         return 130

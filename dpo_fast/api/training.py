@@ -94,7 +94,7 @@ def train(
     """
     callbacks = checked(callbacks)
     with _resolved(config, objective, settings) as resolved:
-        return _train(resolved, callbacks)
+        return train_resolved(resolved, callbacks)
 
 
 @contextmanager
@@ -179,7 +179,8 @@ def _joined(config: TrainConfig, *, holds: bool = True) -> Iterator[tuple[TrainC
         yield config, ranks, hold
 
 
-def _train(config: TrainConfig, callbacks: tuple[Callback, ...]) -> TrainResult:
+def train_resolved(config: TrainConfig, callbacks: tuple[Callback, ...] = ()) -> TrainResult:
+    """Train the run of a configuration that `command_line.parse` has resolved. The rest is as for `train`."""
     command, remedy = command_of(config), MORE_MEMORY
     with _joined(config) as (config, ranks, hold):  # also while evaluating
         folder, trainer = config.output_dir, None
