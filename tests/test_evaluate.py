@@ -350,6 +350,7 @@ def test_the_implicit_reward_needs_no_images(moved, pairs, tmp_path, capfd):
     assert re.search(rf"implicit accuracy +{found['implicit_accuracy']:.3f} \[", said)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(moved, tmp_path, prompts, published, evaluate):
     alone = evaluate(moved, "--seeds", 2)

@@ -78,6 +78,7 @@ def test_a_seed_gives_the_same_draws_alone_and_in_any_order(drawn):
     assert other.keys() == all_of_them.keys() and not {n for row in other.values() for n in row} & set(numbers)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_workers_draw_what_one_process_draws(drawn):
     result, numbers = drawn("-n", "2")

@@ -54,6 +54,7 @@ def test_the_counts_are_those_of_the_public_models(name):
     assert known["vae_flops"] / 1e12 == pytest.approx(VAE[CASES[name].resolution], rel=0.005)
 
 
+@pytest.mark.exhaustive
 def test_extra_work_is_counted(monkeypatch):
     """One more pass over the predictions shows in launches, and a kept copy in saved bytes."""
     from dpo_fast.models.family import Family
@@ -72,6 +73,7 @@ def test_extra_work_is_counted(monkeypatch):
     assert after.flops == before.flops
 
 
+@pytest.mark.exhaustive
 def test_making_the_optimizers_state_is_not_counted():
     """The counted step costs what a third one costs; the first costs more, as AdamW makes its moments in it."""
     case = tiny.case("sd15", "full")

@@ -60,6 +60,7 @@ def ours(folder: Path, kind: type[Ours] = Ours) -> Ours:
 CASES_OF = [("sd15", "lora"), ("sdxl", "lora"), ("sd15", "full"), ("sdxl", "full")]
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(("family", "tuning"), CASES_OF)
 def test_ours_and_the_peer_do_the_work_of_the_truth(prepared, family, tuning):
     folder = prepared(family, tuning)
@@ -180,6 +181,7 @@ def test_a_profile_accounts_for_the_step():
     assert 8 <= profile.launches <= 40
 
 
+@pytest.mark.exhaustive
 def test_report_of_real_rows(prepared, tmp_path):
     folder = prepared("sd15", "lora")
     case = tiny.case("sd15", "lora")

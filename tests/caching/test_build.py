@@ -85,6 +85,7 @@ VARIANTS = {
 EXHAUSTIVE = ("held out", "ties", "real time ids")
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.exhaustive) if n in EXHAUSTIVE else n for n in VARIANTS]
 )

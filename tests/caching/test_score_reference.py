@@ -92,6 +92,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_with_a_draw_for_every_visit_it_trains_as_with_a_reference(sdxl_path, pairs, tmp_path, where, name):
     rate = 1e-5
@@ -144,6 +145,7 @@ def test_the_held_out_pairs_are_measured_without_a_reference(sdxl_path, tmp_path
     assert 0 <= low < summary(cached)["validation_accuracy"] < high <= 1
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_no_reference_is_held_and_none_is_run(sdxl_path, pairs, tmp_path, where, tuning, monkeypatch):
     calls, flops = [], {}
@@ -294,6 +296,7 @@ def test_killed_again_and_again_it_ends_with_the_same_files(sdxl_path, pairs, tm
 # ---- resuming ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_resuming_gives_the_weights_of_a_run_that_was_not_interrupted(sdxl_path, pairs, tmp_path, where, tuning):
     more = [*where, "--tuning", tuning, "--learning_rate", 1e-3, "--checkpointing_steps", 6, "--cached_reference", 2]
@@ -398,6 +401,7 @@ def rewritten(recipe: Path, change) -> None:
             writer.add(key, record.tobytes(), meta)
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("fault", ["of another model", "columns exchanged", "draws exchanged"])
 def test_errors_that_are_not_the_references_stop_the_run_at_once(scored, tmp_path, capfd, fault, seed):
     random_ = np.random.default_rng(seed)

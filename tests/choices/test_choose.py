@@ -212,6 +212,7 @@ def test_facts_name_all_that_an_outcome_depends_on():
     assert machine.site(torch.device("cpu")).endswith(facts["device"])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_on_this_cpu(tmp_path, sd15_path):
     """The whole path with real trials: native is proven, and the second start takes no time."""

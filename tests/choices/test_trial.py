@@ -48,6 +48,7 @@ def test_each_candidate_has_its_verdict():
     }
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("name", ["hanging", "spinning"])
 def test_a_hang_ends_at_its_limit_and_leaves_no_process(name):
     started = time.monotonic()

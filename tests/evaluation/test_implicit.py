@@ -138,6 +138,7 @@ def test_a_lora_is_measured_as_defined(moved, pairs):
     assert rewards.levels == [(0, 249), (250, 499), (500, 749), (750, 999)] and rewards.beta == 2000
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "turbo"])
 def test_a_whole_model_lends_its_unet_only(request, name, pairs, tmp_path):
     """The policy's VAE and text encoders are others than the reference's, and change nothing."""
@@ -163,6 +164,7 @@ def test_v_prediction_and_the_runs_schedule(tmp_path, pairs):
     assert not torch.allclose(other.error_delta, rewards.error_delta)
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("tuning, dtype", [("lora", torch.float32), ("lora", torch.bfloat16), ("full", torch.float32)])
 def test_a_policy_that_did_not_move_is_even_to_the_bit(sdxl_path, pairs, tmp_path, monkeypatch, tuning, dtype):
     monkeypatch.setattr("dpo_fast.models.opened.compute_dtype", lambda *_: dtype)
@@ -252,6 +254,7 @@ def test_real_time_ids_are_those_of_the_images(moved, pairs):
     assert not torch.allclose(fixed.error_delta, real.error_delta)  # the images are 72 pixels wide
 
 
+@pytest.mark.exhaustive
 def test_training_makes_a_reward_model_and_counts_as_this_does(sd15_path, pairs, tmp_path):
     flags = ["--learning_rate", 1e-3, "--max_train_steps", 80, "--train_batch_size", 6, "--beta_dpo", 100]
     flags += [

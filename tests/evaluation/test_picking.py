@@ -26,7 +26,7 @@ TRAINING = (
 )
 
 
-@pytest.fixture(scope="module", params=["full", "lora"])
+@pytest.fixture(scope="module", params=["full", pytest.param("lora", marks=pytest.mark.exhaustive)])
 def run(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp(request.param) / "run"
     assert train([*TRAINING.split(), "--tuning", request.param, "--output_dir", str(folder)]) == 0

@@ -13,6 +13,8 @@ from dpo_fast.evaluation.halving import in_two
 from dpo_fast.files import delete
 from dpo_fast.shapes.pairs import split
 from dpo_fast.train import main
+from tests.helpers.runs import start
+from tests.runs.test_distributed import TORCHRUN
 
 RUN = (
     "--preset shapes --no-prove --seed 1 --max_train_steps 6 --checkpointing_steps 100 --train_batch_size 4"
@@ -182,3 +184,22 @@ def test_flags_that_need_another(tmp_path, capsys):
     assert "--eval_every (5) needs a scorer" in capsys.readouterr().err
     assert main([*model, "--stop_when_worse"]) == 2
     assert "--stop_when_worse needs --eval_every N" in capsys.readouterr().err
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_two_processes_look_as_one(tmp_path):
+    """Each rank scores its share of the images, and both end with the same checkpoint."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    # the scores fall at this rate, and looks at few images would leave that to chance
+    flags = [*RUN, "--stop_when_worse", "--learning_rate", "0.1", "--eval_every_images", "9"]
+    train(one, *flags[len(RUN) :], "--gradient_accumulation_steps", "2")
+    process = start(*flags, "--output_dir", two, launcher=TORCHRUN)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert error.count("every 2 steps 9 images of 9 prompts are scored by quality") == 1
+    alone, both = (json.loads((folder / "summary.json").read_text()) for folder in (one, two))
+    assert both["ended_early"] == alone["ended_early"] and len(both["looks"]) == len(alone["looks"])
+    for look, other in zip(alone["looks"], both["looks"], strict=True):
+        assert look["step"] == other["step"] and other["gain"] == pytest.approx(look["gain"], abs=1e-4)
+    assert {path.name for path in one.glob("checkpoint-*")} == {path.name for path in two.glob("checkpoint-*")}

@@ -41,6 +41,7 @@ def kernel_name(mangled: str) -> str:
     return found[0]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_kernels_do_not_spill_and_use_128_bit_accesses(tmp_path):
     build = load_setup()

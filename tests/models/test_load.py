@@ -376,6 +376,7 @@ def test_hub_model_is_loaded_from_where_it_was_downloaded(monkeypatch, sd15_path
 # quiet
 
 
+@pytest.mark.exhaustive
 def test_nothing_is_printed_that_a_newcomer_would_worry_about(tmp_path):
     make_sd15(tmp_path / "sd15")
     make_sdxl(tmp_path / "sdxl")

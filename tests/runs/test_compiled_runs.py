@@ -91,6 +91,7 @@ def test_what_is_compiled_late_is_told_once(sdxl_path, pairs, tmp_path, monkeypa
     assert len(told) == 1 and "step 3: 2 more programs" in told[0]
 
 
+@pytest.mark.exhaustive
 def test_with_cached_errors_the_first_margins_are_those_of_the_compiled_step(sdxl_path, pairs, tmp_path):
     """Scoring runs as written and compiles nothing; margins are off by the rounding of fp32 errors times beta / 2."""
     before = programs_made()

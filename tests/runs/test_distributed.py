@@ -79,6 +79,7 @@ def test_two_processes_train_as_one(sdxl_path, pairs, tmp_path):
     assert summary["pairs_seen"] == 4 * STEPS
 
 
+@pytest.mark.exhaustive
 def test_a_problem_of_one_rank_ends_both(sdxl_path, pairs, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").write_text("here")

@@ -31,6 +31,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_resuming_is_bit_identical(sdxl_path, pairs, tmp_path, name):
     more = ["--gradient_accumulation_steps", 2, "--learning_rate", 1e-4, "--checkpointing_steps", 2, *VARIANTS[name]]
@@ -61,6 +62,7 @@ def results(folder: Path) -> dict[str, object]:
     return found | {key: value for key, value in summary.items() if key not in varying}
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("how", ["latest", pytest.param("auto", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", LAST_STEP)
 def test_stopped_after_the_last_checkpoint_the_result_is_still_written(sdxl_path, pairs, tmp_path, capsys, name, how):
@@ -192,6 +194,7 @@ def test_checkpoints_by_the_clock(sdxl_path, pairs, tmp_path):
     assert [checkpoint.step_of(folder) for folder in checkpoint.all_of(out)] == [1, 2, 3]
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(
     ("step", "sent"),
     [

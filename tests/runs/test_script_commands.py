@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from dpo_fast.command_line import parse
 from tests.helpers.runs import environment, lines
 
 SD = """
@@ -71,17 +72,22 @@ sys.exit(main())
 """
 
 
+COMMANDS = {"sd15": SD, "sdxl": SDXL, "turbo": TURBO}
+
+
+@pytest.mark.parametrize("family", COMMANDS)
+def test_a_published_command_is_understood(family):
+    config, notes = parse(shlex.split(COMMANDS[family]))
+    assert (
+        config.tuning == "lora" and config.objective == "dpo" and config.max_train_steps and config.report_to == "wandb"
+    )
+    assert all("does nothing here" in note for note in notes)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "text"),
-    [
-        ("sd15", SD),
-        pytest.param("sdxl", SDXL, marks=pytest.mark.exhaustive),
-        pytest.param("turbo", TURBO, marks=pytest.mark.exhaustive),
-    ],
-    ids=["sd15", "sdxl", "turbo"],
-)
-def test_the_published_command_runs(request, pairs, tmp_path, family, text):
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", COMMANDS)
+def test_the_published_command_runs(request, pairs, tmp_path, family):
     model = request.getfixturevalue(f"{family}_path")
     small = {
         "pretrained_model_name_or_path": model,
@@ -93,7 +99,7 @@ def test_the_published_command_runs(request, pairs, tmp_path, family, text):
         "validation_steps": 1,
     }
     flags = []
-    for word in shlex.split(text.replace("--resolution 512", "--resolution=512")):
+    for word in shlex.split(COMMANDS[family].replace("--resolution 512", "--resolution=512")):
         name = word.lstrip("-").split("=")[0]
         flags.append(f"--{name}={small[name]}" if name in small else word)
     done = subprocess.run(

@@ -14,12 +14,14 @@ def _all(height: int) -> torch.Tensor:
     return render(list(SCENES), torch.full((len(SCENES),), height))
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("height", range(len(HEIGHTS)))
 def test_a_rendering_is_wholly_faithful(height):
     assert faithfulness(_all(height), CAPTIONS).tolist() == [1.0] * len(SCENES)
     assert is_right(_all(height), CAPTIONS).all()
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("height", range(len(HEIGHTS)))
 def test_one_wrong_word_costs(height):
     for scene, image in zip(SCENES, _all(height), strict=True):

@@ -45,6 +45,7 @@ def test_the_weights_are_small():
     assert sum(path.stat().st_size for path in (FOLDER / "pipeline").rglob("*.safetensors")) <= 8 * 2**20
 
 
+@pytest.mark.exhaustive
 def test_the_base_follows_captions_as_often_as_it_says(base):
     assert isinstance(base, StableDiffusionPipeline)
     said = json.loads((FOLDER / "pipeline" / "pretraining.json").read_text())

@@ -212,6 +212,7 @@ def applied(config: TrainConfig, flags: str) -> TrainConfig:
     return settled(*words, "--dataset_name", "d", *flags.split())
 
 
+@pytest.mark.exhaustive
 def test_the_cheapest_flags_fit_and_cheaper_ones_do_not(sd15_path, monkeypatch):
     monkeypatch.setattr(memory_fit, "half_precision", lambda _: "bf16")
     flags = ["--tuning", "full", "--resolution", 256, "--train_batch_size", 6, "--pairs_per_step", 12]

@@ -120,6 +120,7 @@ def test_the_call_after_a_step_waits_for_nothing(sdxl_path, pairs, tmp_path, mon
     assert not found
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(("method", "number", "step"), [("on_step", 2, 2), ("on_log", 3, 3), ("on_save", 1, 2)])
 def test_a_callback_may_stop_a_run_which_goes_on_to_the_same_result(sdxl_path, pairs, tmp_path, method, number, step):
     flags = flags_for(sdxl_path, pairs, tmp_path / "run", *MORE, "--checkpointing_steps", 2)
@@ -160,6 +161,7 @@ def planted(trainer) -> None:
     raise Planted("by a callback")
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("method", ["on_start", "on_step", "on_log", "on_save", "on_end"])
 def test_an_exception_ends_the_run_and_what_was_saved_is_whole(sdxl_path, pairs, tmp_path, method, caplog):
     flags = flags_for(sdxl_path, pairs, tmp_path / "run", *MORE, "--checkpointing_steps", 2)

@@ -30,6 +30,7 @@ def config(*flags: object):
     return parse([*named, *map(str, flags)])[0]
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in COUNTED])
 def test_the_costs_of_the_real_architectures(name):
     unet, tuning, parameters, trained, forward, backward, saved = COUNTED[name]
@@ -44,6 +45,7 @@ def test_the_costs_of_the_real_architectures(name):
     assert F.scaled_dot_product_attention is before
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_what_gradient_checkpointing_keeps(tuning):
