@@ -455,7 +455,7 @@ def test_what_cannot_be_scored(tmp_path):
         ([picture, np.zeros((4, 4), np.uint8)], "a", r"images\[1\] \(uint8 \[4, 4\]\) is no image"),
         ([np.zeros((4, 4, 3), np.float16)], "a", r"images\[0\] \(float16 \[4, 4, 3\]\) is no image"),
         ([np.array(["a"])], "a", r"images\[0\] \(<U1 \[1\]\) is no image"),
-        ([cut], "a", r"images\[0\] of mode RGB cannot be read .*: convert it to RGB"),
+        ([cut], "a", r"images\[0\] of mode RGB cannot be read .*: leave it out, or"),
         ([torch.zeros(3, 4, 4)], "a", r"images\[0\] \(torch.float32 \[3, 4, 4\]\) is no image"),
         ([None], "a", "NoneType"),
         ([picture], "a", r"images\[0\] has no finite score \(nan\)"),

@@ -191,7 +191,7 @@ def test_flags_that_need_another(tmp_path, capsys):
 def test_two_processes_look_as_one(tmp_path):
     """Each rank scores its share of the images, and both end with the same checkpoint."""
     one, two = tmp_path / "one", tmp_path / "two"
-    # the scores fall at this rate, and looks at few images would leave that to chance
+    # at this rate the scores fall at once
     flags = [*RUN, "--stop_when_worse", "--learning_rate", "0.1", "--eval_every_images", "9"]
     train(one, *flags[len(RUN) :], "--gradient_accumulation_steps", "2")
     process = start(*flags, "--output_dir", two, launcher=TORCHRUN)
@@ -199,7 +199,7 @@ def test_two_processes_look_as_one(tmp_path):
     assert process.returncode == 0, error
     assert error.count("every 2 steps 9 images of 9 prompts are scored by quality") == 1
     alone, both = (json.loads((folder / "summary.json").read_text()) for folder in (one, two))
-    assert both["ended_early"] == alone["ended_early"] and len(both["looks"]) == len(alone["looks"])
+    assert both["ended_early"] == alone["ended_early"] is not None and len(both["looks"]) == len(alone["looks"])
     for look, other in zip(alone["looks"], both["looks"], strict=True):
         assert look["step"] == other["step"] and other["gain"] == pytest.approx(look["gain"], abs=1e-4)
     assert {path.name for path in one.glob("checkpoint-*")} == {path.name for path in two.glob("checkpoint-*")}
