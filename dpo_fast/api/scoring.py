@@ -93,5 +93,5 @@ def _rgb(image: Image.Image, position: int) -> Image.Image:
         return decode(data.getvalue())
     except (ValueError, OSError, BadImage) as error:
         raise BadInput(
-            f"images[{position}] of mode {image.mode} cannot be read ({error}): convert it to RGB"
+            f"images[{position}] of mode {image.mode} cannot be read ({error}): leave it out, or convert it to RGB"
         ) from error
