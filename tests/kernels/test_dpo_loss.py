@@ -28,6 +28,7 @@ def naive(policy_pred, ref, target, beta, label, weight, dtype):
     return torch.stack(losses).mean(), torch.stack(margins), torch.stack(errors), torch.stack(ref_errors)
 
 
+@pytest.mark.drawn(30)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_loss_reports_and_gradient_are_near_float64(case, backend, seed):
     inputs = loss_inputs(case, seed)
@@ -194,6 +195,7 @@ def test_inputs_are_left_alone(seed):
     assert all(map(torch.equal, tensors, given))
 
 
+@pytest.mark.exhaustive
 def test_a_whole_step_compiles_in_one_graph(seed):
     """Noise, a model, the loss and its backward by the default compiler: the same bits as eager from the same model."""
     latents = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(seed))

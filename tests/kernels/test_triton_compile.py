@@ -100,6 +100,7 @@ def compile_for(kernels, kernel: str, row: dict, capability: int, aligned: bool 
     )
 
 
+@pytest.mark.drawn(16)
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("kernel, row", KERNELS, ids=label)
 def test_compiles_without_spills_and_with_wide_accesses(kernels, kernel, row, capability, tmp_path):
