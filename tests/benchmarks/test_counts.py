@@ -31,7 +31,7 @@ def exhaustive_unless_quick(name: str):
     return pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive)
 
 
-@pytest.mark.drawn(2)
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("name", [exhaustive_unless_quick(name) for name in COUNTED])
 def test_a_step_costs_what_is_published(name):
     """No more, and no less either: then the tables of the README say too much."""

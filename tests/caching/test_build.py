@@ -321,7 +321,8 @@ def test_random_crops_are_not_cached(sdxl_path, pairs, tmp_path, capsys):
     assert main(flags_for(sdxl_path, pairs, tmp_path / "run", "--random_crop", "--no-cache")) == 0
 
 
-@pytest.mark.parametrize("kind", ["sd15_path", pytest.param("sdxl_path", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", ["sd15_path", "sdxl_path"])
 def test_the_disk_it_takes_is_what_is_predicted(kind, tmp_path, request):
     """What is counted for an image and a prompt, against the files."""
     from dpo_fast.command_line import parse

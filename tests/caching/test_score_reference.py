@@ -175,6 +175,7 @@ def computed(model: Path, data: Path, out: Path, *more: object) -> int:
     return opened(flags_for(model, data, out, *more)).scored.scored_now
 
 
+@pytest.mark.exhaustive
 def test_more_draws_compute_only_the_new_ones(sdxl_path, pairs, tmp_path, where):
     long = [*where, "--max_train_steps", 24]  # four visits
     assert computed(sdxl_path, pairs, tmp_path / "1", *long, "--cached_reference", 1) == 12
@@ -463,6 +464,7 @@ def test_the_command_wants_draws_and_a_seed(sdxl_path, pairs, tmp_path, capfd):
     refused(lambda: cache_command.main(["reference", "--draws", "2", *flags[:at], *flags[at + 2 :]]), ["--seed"], capfd)
 
 
+@pytest.mark.exhaustive
 def test_too_few_draws_for_few_pairs_are_told(sdxl_path, pairs, tmp_path, where, capfd):
     train(sdxl_path, pairs, tmp_path / "few", *where, "--max_train_steps", 24, "--cached_reference", 1)
     said = capfd.readouterr().err

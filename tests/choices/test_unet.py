@@ -31,6 +31,7 @@ def arguments(path: Path, **changes: object) -> dict:
     return Workload("cpu", "float32", 2, 8, config, 7, **changes).for_unet() | changes
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
@@ -40,6 +41,7 @@ def test_what_is_right_is_proven(request, name, tuning, dtype):
         unet.prove(candidate, given)
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("changes", [{"pairs": 1}, {"reference": "cached"}, {"recompute": "full"}], ids=str)
 def test_other_runs_are_proven_too(sdxl_path, changes):
     unet.prove(CONTIGUOUS, arguments(sdxl_path) | changes)
@@ -76,6 +78,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("said", FAULTS)
 def test_a_planted_fault_is_found(sdxl_path, monkeypatch, said):
     def planted(module: nn.Module, attention: str) -> None:

@@ -210,6 +210,7 @@ def test_a_lora_is_loaded_once_and_its_reference_is_the_base(moved, pairs, monke
     torch.testing.assert_close(switched.error_delta, apart.error_delta, rtol=0, atol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_the_batch_changes_rounding_only(moved, pairs):
     base, policy = model_sources(str(moved)).values()
     one, many = (measured(policy, base, pairs, batch_size=size) for size in (1, 7))

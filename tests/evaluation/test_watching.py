@@ -66,6 +66,7 @@ def test_looks_are_told_kept_and_judged_on_other_prompts(tmp_path, capsys):
     assert judged and judged <= set(other) and not judged & set(looked_at)
 
 
+@pytest.mark.exhaustive
 def test_looking_changes_nothing_of_the_training(tmp_path):
     train(tmp_path / "run")
     assert main([*RUN[: RUN.index("--eval_every")], "--output_dir", str(tmp_path / "plain")]) == 0

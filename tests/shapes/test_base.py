@@ -70,6 +70,7 @@ def test_pretraining_reports_and_repeats(folder):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.exhaustive
 def test_the_loss_falls():
     """Fresh weights predict nothing; forty steps in, much of the noise is told from the scene."""
     base = pretrain.train(40, 8, seed=0, measure_every=99)

@@ -137,6 +137,7 @@ def test_a_rate_that_is_given_as_it_is_is_never_doubted():
 # ---- model -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_a_rank_above_a_layers_width(sdxl_path):
     def said(rank: int) -> str | None:
         config = settled("--pretrained_model_name_or_path", sdxl_path, "--dataset_name", "d", "--rank", rank)

@@ -133,6 +133,7 @@ def test_a_file_of_choices(sdxl_path, pairs, tmp_path, monkeypatch):
     assert recorded(two) == Choices("reference", "sdpa", "channels_last", "off")
 
 
+@pytest.mark.exhaustive
 def test_a_resumed_run_does_not_read_the_file_again(sdxl_path, pairs, tmp_path, monkeypatch):
     """It may be gone, or say something else by now."""
     monkeypatch.setattr(choosing, "choose", None)
