@@ -139,7 +139,8 @@ def _known(config: TrainConfig, pairs: RunPairs, costs: Costs) -> Known:
     rows = needed_rows(replace(config, max_train_steps=visits_of(config, pairs).steps), pairs).rows
     texts = pairs.source.captions()
     root, captions = CacheSettings.of(config).root, (texts[row] for row in rows)
-    return known_of(root, pairs.manifest, rows, captions, resolution=costs.resolution, hflip=config.hflip)
+    of_run = dict(resolution=costs.resolution, hflip=config.hflip, max_token_length=config.max_token_length)
+    return known_of(root, pairs.manifest, rows, captions, **of_run)
 
 
 # ---- sections ------------------------------------------------------------------------------------------------------
