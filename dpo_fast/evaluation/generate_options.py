@@ -48,8 +48,8 @@ class GenerateConfig:
     sampling_guidance: float | None = None
     """Classifier-free guidance scale; None: the run's, else the model's usual (SD1.5 7.5, SDXL 5, Turbo 0)."""
     max_token_length: int | None = None
-    """Tokens of a prompt that are encoded: 75, or 150 or 225 in chunks of 75, as kohya's sd-scripts does. None: the run's,
-    of pipelines 75."""
+    """Tokens of a prompt that are encoded: 75, or 150 or 225 in chunks of 75, as kohya's sd-scripts does. None: as in
+    the run; of pipelines 75."""
     resolution: int | None = None
     """Side of the square images in pixels; None: the run's, else the model's own."""
     layout: Path | None = None

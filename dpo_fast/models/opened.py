@@ -22,8 +22,8 @@ from dpo_fast.models.untrusted import read_index
 def settled(source: ModelSource) -> ModelSource:
     """Return `source` with steps, guidance and resolution filled in, from the model's configuration alone.
 
-    Raises BadInput for a model that does not exist, for a resolution that it does not support, and for captions that are
-    longer than its text encoders can take.
+    Raises BadInput for a model that does not exist, and for a resolution or a length of captions that it does not
+    support.
     """
     family = family_of(source)
     sides = family.sides(*(component_config(source, part) for part in ("unet", "vae")))

@@ -52,8 +52,8 @@ def chunk_ids(
     """Return the tokens of N prompts in n chunks, int64 [N,n,77] on the CPU.
 
     The last token of a chunk is that of the whole padded sequence: the end token, or padding. Where padding is not the
-    end token (SD2.x, SDXL's second tokenizer), a chunk that is full to its last but one position still ends with the end
-    token, and a chunk that begins with padding has the end token there.
+    end token (SD2.x, SDXL's second tokenizer), a chunk with 75 tokens of the caption still ends with the end token, and
+    a chunk that begins with padding has the end token there.
     """
     ids = tokenizer(
         list(prompts), padding="max_length", truncation=True, max_length=max_token_length + 2, return_tensors="pt"
