@@ -48,8 +48,7 @@ def letters(seed: int, *lengths: int) -> str:
 
 
 def captions(seed: int) -> list[str]:
-    """Captions that end around the borders of the chunks, and some with the token that pads at a border: number 0, the
-    first of two "!"."""
+    """Captions that end around the borders of the chunks, and some with "!", which may be the token that pads, there."""
     around = [letters(seed + n, n // 3, n - n // 3) for n in (3, 74, 75, 76, 149, 150, 151, 224, 225, 226, 300)]
     padding = [letters(seed + n, n) + "!!" + letters(seed, 40) for n in (73, 74, 75)]
     return ["", "a", *around, *padding]
@@ -120,8 +119,8 @@ def test_an_example_of_each_case_where_padding_is_a_token_of_its_own():
     assert empty == [[start, end, *[0] * 75]] * 2
     assert part == [[start, *[letter] * 75, end], [start, *[letter] * 4, last, end, *[0] * 70]]
     assert filled == [[start, *[letter] * 75, end], [start, *word, end]]
-    # "!" looks like padding, so the first chunk does not end
-    assert border == [[start, *word[1:], 0, 0], [start, words("!").input_ids[1], end, *[0] * 74]]
+    # "!" looks like padding: after the first the chunk has no end, and in the place of the second there is one
+    assert border == [[start, *word[1:], 0, 0], [start, end, end, *[0] * 74]]
 
 
 def test_states_are_joined_without_the_inner_ends():

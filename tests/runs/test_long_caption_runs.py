@@ -112,7 +112,7 @@ def test_pipelines_are_sampled_with_the_flag(sdxl_path, tmp_path, seen):
     assert generate(argv) == 2  # the folder's images are of other settings
 
 
-@pytest.mark.parametrize("length, said", [(75, 10), (150, 6), (225, 2)])
+@pytest.mark.parametrize("length, said", [pytest.param(75, 10, marks=pytest.mark.exhaustive), (150, 6), (225, 2)])
 def test_what_is_cut_off_is_said(sd15_path, tmp_path, capsys, caplog, length, said):
     captions = ["a" * n for n in (75, 76, 150, 151, 225, 226)] * 2
     pairs = write_pickapic(tmp_path / "p.parquet", n=12, captions=captions)
