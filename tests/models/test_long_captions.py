@@ -48,7 +48,7 @@ def letters(seed: int, *lengths: int) -> str:
 
 
 def captions(seed: int) -> list[str]:
-    """Captions that end around the borders of the chunks, and some with "!", which may be the token that pads, there."""
+    """Captions that end around the borders of the chunks, and some with "!" there, which may be the token that pads."""
     around = [letters(seed + n, n // 3, n - n // 3) for n in (3, 74, 75, 76, 149, 150, 151, 224, 225, 226, 300)]
     padding = [letters(seed + n, n) + "!!" + letters(seed, 40) for n in (73, 74, 75)]
     return ["", "a", *around, *padding]
