@@ -36,9 +36,9 @@ WHAT = {
 OF_BUILD = frozenset(
     "preset config pretrained_model_name_or_path pretrained_vae_model_name_or_path revision variant single_file_config"
     " is_turbo cache_dir dataset_name dataset_config_name dataset_split_name image_columns label_column preference"
-    " caption_column streaming max_train_samples soft_labels max_bad_fraction validation_fraction resolution hflip"
-    " init_lora train_batch_size gradient_accumulation_steps pairs_per_step max_train_steps seed mixed_precision"
-    " allow_tf32 dataloader_num_workers vae_encode_batch_size latent_cache_dir hub_token".split()
+    " caption_column max_token_length streaming max_train_samples soft_labels max_bad_fraction validation_fraction"
+    " resolution hflip init_lora train_batch_size gradient_accumulation_steps pairs_per_step max_train_steps seed"
+    " mixed_precision allow_tf32 dataloader_num_workers vae_encode_batch_size latent_cache_dir hub_token".split()
 )
 # And those that decide the reference's errors.
 OF_REFERENCE = OF_BUILD | frozenset(

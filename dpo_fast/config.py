@@ -18,6 +18,7 @@ from dpo_fast.errors import BadInput
 from dpo_fast.presets import DEFAULT_BETA, PICKAPIC, PRESETS
 
 C = TypeVar("C")
+TOKEN_LENGTHS = (75, 150, 225)  # tokens of a caption that can be encoded
 
 
 def preset_values(flags: Mapping[str, object]) -> dict[str, object]:
@@ -100,6 +101,9 @@ class TrainConfig:
     """For the built-in pairs: train on the column label_<preference>, and let that scorer lead the evaluation."""
     caption_column: str | None = None
     """Column with the prompt; None: caption or prompt."""
+    max_token_length: int = 75
+    """Tokens of a caption that are encoded: 75, or 150 or 225 in chunks of 75, as kohya's sd-scripts does. Samples and
+    evaluation follow; what is longer is cut off, and counted at the start."""
     streaming: bool = False
     """Read a hub data set as a stream, without storing it; shuffled in windows of 1024 pairs. Needs max_train_steps."""
     max_train_samples: int | None = None
@@ -353,6 +357,7 @@ _NUMBERS = {
     "max_train_samples": (lambda v: v >= 1, "at least 1"),
     "max_bad_fraction": (lambda v: 0 <= v <= 1, "in [0, 1]"),
     "validation_fraction": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "max_token_length": (lambda v: v in TOKEN_LENGTHS, "75, 150 or 225"),
     "resolution": (lambda v: v >= 8, "at least 8 pixels"),
     "proportion_empty_prompts": (lambda v: 0 <= v <= 1, "in [0, 1]"),
     "vae_encode_batch_size": (lambda v: v >= 1, "at least 1"),

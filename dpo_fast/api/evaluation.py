@@ -32,6 +32,7 @@ from dpo_fast.evaluation.sides import (
 from dpo_fast.hub_revisions import public_name, revision_of
 from dpo_fast.models.load import revisions
 from dpo_fast.models.source import ModelSource
+from dpo_fast.models.text_chunks import CHUNK
 from dpo_fast.parallel import Ranks
 from dpo_fast.training.hub import public_config
 
@@ -116,7 +117,8 @@ def evaluate(config: EvaluateConfig | None = None, **settings: object) -> Evalua
 
 def sampled_as(model: ModelSource) -> str:
     """Describe in one line which model is sampled, and how."""
-    return f"{model}, {model.steps} steps, guidance {model.guidance:g}, {model.resolution} pixels a side"
+    long = "" if model.max_token_length == CHUNK else f", prompts of up to {model.max_token_length} tokens"
+    return f"{model}, {model.steps} steps, guidance {model.guidance:g}, {model.resolution} pixels a side{long}"
 
 
 def _open_pairs(config: EvaluateConfig, ranks: Ranks) -> tuple[Source, PairIndex]:

@@ -8,6 +8,7 @@ from dpo_fast.caching.manifest import Manifest
 from dpo_fast.caching.recipe import caption_key, mirrored, read_recipe
 from dpo_fast.checksums import Damaged
 from dpo_fast.errors import BadInput
+from dpo_fast.models.fingerprints import token_facts
 from dpo_fast.store import Store
 
 
@@ -15,7 +16,8 @@ class Known(NamedTuple):
     """What is known of the rows that a run needs, and what of them is kept.
 
     Which latents belong to a run depends on its VAE's weights, and which embeddings on its text encoders': the fullest
-    store of the run's resolution and the fullest store of embeddings are counted, which may be of other models.
+    store of latents of the run's resolution and the fullest store of embeddings of its max_token_length are counted,
+    which may be of other models.
     """
 
     needed: int  # rows
@@ -35,6 +37,7 @@ def known_of(
     *,
     resolution: int,
     hflip: bool,
+    max_token_length: int,
 ) -> Known:
     """Count what the cache at `root` holds of some rows and their captions. Damaged stores count as empty."""
     hashed = [row for row in rows if row in manifest]
@@ -48,7 +51,7 @@ def known_of(
         len(wanted) + 2 * (1 + hflip) * (len(rows) - len(hashed)),
         _most_kept(root, "latents", wanted, resolution=resolution),
         len(texts),
-        _most_kept(root, "text", texts),
+        _most_kept(root, "text", texts, **token_facts(max_token_length)),
     )
 
 

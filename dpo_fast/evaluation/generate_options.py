@@ -9,6 +9,7 @@ import tyro
 
 from dpo_fast.cli import one_line_errors
 from dpo_fast.command_line import refuse_empty
+from dpo_fast.config import TOKEN_LENGTHS
 from dpo_fast.errors import BadInput
 from dpo_fast.files import user_path
 from dpo_fast.help_text import Page, asks_help, show_help
@@ -47,6 +48,9 @@ class GenerateConfig:
     """Denoising steps; None: the run's, else the model's usual (SD1.5 and SDXL 50, Turbo 4)."""
     sampling_guidance: float | None = None
     """Classifier-free guidance scale; None: the run's, else the model's usual (SD1.5 7.5, SDXL 5, Turbo 0)."""
+    max_token_length: int | None = None
+    """Tokens of a prompt that are encoded: 75, or 150 or 225 in chunks of 75, as kohya's sd-scripts does. None: as in
+    the run; of pipelines 75."""
     resolution: int | None = None
     """Side of the square images in pixels; None: the run's, else the model's own."""
     layout: Path | None = None
@@ -94,6 +98,8 @@ def check(config: GenerateConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise BadInput(f"--{name} ({value}) must be at least 1")
+    if config.max_token_length not in (None, *TOKEN_LENGTHS):
+        raise BadInput(f"--max_token_length ({config.max_token_length}) must be 75, 150 or 225")
     if config.resolution is not None and config.resolution < 8:
         raise BadInput(f"--resolution ({config.resolution}) must be at least 8 pixels")
     guidance = config.sampling_guidance

@@ -38,6 +38,7 @@ from dpo_fast.models.fingerprints import weights_digest
 from dpo_fast.models.opened import OneAtATime, compute_dtype, files_stamp
 from dpo_fast.models.sampling import sample
 from dpo_fast.models.source import ModelSource
+from dpo_fast.models.text_chunks import CHUNK
 from dpo_fast.parallel import Ranks
 from dpo_fast.pictures import picture_grid, save_png, to_picture
 
@@ -257,6 +258,8 @@ class _Share:
             "dtype": str(family.dtype).removeprefix("torch."),
             "versions": versions(),
         }
+        if source.max_token_length != CHUNK:
+            self.about["max_token_length"] = str(source.max_token_length)
 
     def make(self, models: OneAtATime, show: bool) -> None:
         """Generate the batches and write those images that are missing. show: display a progress bar."""
@@ -304,6 +307,8 @@ def settings_of_images(wanted: ImageRequest, device: torch.device) -> dict[str, 
             del facts[passing]
         if source.zero_terminal_snr == "auto":  # to match folders begun before samplers followed it
             del facts["zero_terminal_snr"]
+        if source.max_token_length == CHUNK:  # to match folders begun before there was a choice
+            del facts["max_token_length"]
         if source.trained is None:  # to match folders begun before checkpoints could be named
             del facts["trained"], facts["strength"]
         models[name] = {**facts, "dtype": str(compute_dtype(source, device)).removeprefix("torch.")}

@@ -322,6 +322,7 @@ class _Models:
             mixed_precision=policy.mixed_precision,
             attention=policy.attention,
             memory_order=policy.memory_order,
+            max_token_length=policy.max_token_length,
             zero_terminal_snr=policy.zero_terminal_snr,
         )
         _check_fit(policy, reference)

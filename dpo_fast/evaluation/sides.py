@@ -131,7 +131,13 @@ def model_sources(
     else:
         other_name, other = _folder_name(baseline), source(baseline)
         if family_of(other) is family_of(aligned):
-            other = replace(other, steps=aligned.steps, guidance=aligned.guidance, resolution=aligned.resolution)
+            other = replace(
+                other,
+                steps=aligned.steps,
+                guidance=aligned.guidance,
+                resolution=aligned.resolution,
+                max_token_length=aligned.max_token_length,
+            )
     if other_name.lower() == name.lower():
         other_name = f"baseline-{name}"
     return {other_name: settled(other), name: aligned}
@@ -147,6 +153,7 @@ def models_of(config: GenerateConfig, policy: str, baseline: str | None) -> dict
         steps=config.sampling_steps,
         guidance=config.sampling_guidance,
         resolution=config.resolution,
+        max_token_length=config.max_token_length,
         cache_dir=config.cache_dir,
         token=config.hub_token,
     )
@@ -188,7 +195,7 @@ def sides_of(config: EvaluateConfig) -> tuple[dict[str, ModelSource], tuple[Side
     if not named:
         refuse_idle(
             config,
-            (*OF_GENERATION, "resolution", "is_turbo", "mixed_precision"),
+            (*OF_GENERATION, "resolution", "max_token_length", "is_turbo", "mixed_precision"),
             "is of generated images: leave it out",
         )
     models = {} if not named else models_of(config, named[0], named[1] if len(named) > 1 else "none")

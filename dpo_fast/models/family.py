@@ -17,20 +17,19 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin
 from torch import nn
-from tqdm import tqdm
 
 from dpo_fast.errors import BadInput
+from dpo_fast.models import caption_limits
+from dpo_fast.models.caption_limits import Limit
 from dpo_fast.models.load_errors import bad_input
 from dpo_fast.models.sampler import sampler_for
-from dpo_fast.models.tokenizers import same_tokens
+from dpo_fast.models.text_chunks import CHUNK
 from dpo_fast.quiet import no_loading_bars
 from dpo_fast.schedule import NoiseSchedule, noise_schedule, turbo_grid, usable_timesteps
 
 logger = logging.getLogger(__name__)
 
 Conditioning = dict[str, torch.Tensor]
-
-MANY_PROMPTS = 100_000  # counting their tokens takes some ten seconds, so a progress bar is shown
 
 # Keyed by the names that launchers and the public scripts use; "no" means no mixed precision.
 COMPUTE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -122,10 +121,12 @@ class Family(ABC):
         device: torch.device,
         prediction_type: str | None = None,  # None: the scheduler's
         zero_terminal_snr: str = "auto",
+        max_token_length: int = CHUNK,  # tokens of a caption that are encoded: 75, 150 or 225
     ) -> None:
         self.pipeline = pipeline
         self.dtype = dtype
         self.device = torch.device(device)
+        self.max_token_length = max_token_length
         self._check_architecture()
         self.schedule = self._make_schedule(prediction_type, zero_terminal_snr)
         grid = turbo_grid(self.schedule.num_train_timesteps) if self.timestep_grid else None
@@ -253,28 +254,16 @@ class Family(ABC):
         )
 
     def cut_off(self, prompts: Sequence[str]) -> tuple[list[bool], int]:
-        """Return whether each prompt has more tokens than the text encoders take (the rest are dropped), and how many
-        they take."""
-        limits: list[tuple[Any, int]] = []  # a tokenizer, and how many of its tokens are encoded
+        """Return whether each prompt has more tokens than are encoded (the rest are dropped), and how many are, without
+        the start and the end."""
+        limits = []
         for suffix in ("", "_2"):
             tokenizer = getattr(self.pipeline, f"tokenizer{suffix}", None)
-            if tokenizer is None:
-                continue
-            encoder = getattr(self.pipeline, f"text_encoder{suffix}", None)
-            positions = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
-            takes = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
-            if not any(takes == known and same_tokens(tokenizer, other) for other, known in limits):
-                limits.append((tokenizer, takes))
-        cut = [False] * len(prompts)
-        total = len(prompts) * len(limits)
-        with tqdm(total=total, desc="Counting tokens", unit=" captions", disable=len(prompts) < MANY_PROMPTS) as bar:
-            for tokenizer, takes in limits:
-                for first in range(0, len(prompts), 4096):
-                    some = list(prompts[first : first + 4096])
-                    for place, ids in enumerate(tokenizer(some, verbose=False)["input_ids"], start=first):
-                        cut[place] |= len(ids) > takes
-                    bar.update(len(some))
-        return cut, min((takes for _, takes in limits), default=0)
+            if tokenizer is not None:
+                encoder = getattr(self.pipeline, f"text_encoder{suffix}", None)
+                positions = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
+                limits.append(Limit.of(tokenizer, positions, self.max_token_length))
+        return caption_limits.cut_off(limits, prompts)
 
     def free_encoders(self, *, keep: bool) -> None:
         """Free the device memory of the VAE and text encoders, for training from encoded images and prompts.
@@ -294,11 +283,21 @@ class Family(ABC):
     def empty_prompt(self) -> Conditioning:
         """Return the conditioning for a dropped caption, fp16 [1,...]: the pipeline's own unconditional input."""
         if self._empty_prompt is None:
-            encoded = self.encode_prompts([""])
-            if self.pipeline.config.get("force_zeros_for_empty_prompt", False):
-                encoded = {name: torch.zeros_like(tensor) for name, tensor in encoded.items()}
-            self._empty_prompt = encoded
+            self._empty_prompt = self._unconditional(self.encode_prompts([""]))
         return self._empty_prompt
+
+    @torch.no_grad()
+    def sampling_inputs(self, prompts: list[str]) -> dict[str, Any]:
+        """Return what the pipeline is called with to sample N prompts, as keyword arguments.
+
+        Where 75 tokens of them are encoded, it encodes them itself. With a larger `max_token_length` they are encoded
+        here, [N,...] in the compute dtype, with an unconditional input of the same length.
+        """
+        if self.max_token_length == CHUNK:
+            return {"prompt": prompts}
+        empty = self._unconditional(self._encode([""]))
+        repeated = {name: tensor.expand(len(prompts), *tensor.shape[1:]) for name, tensor in empty.items()}
+        return {**self._encode(prompts), **{f"negative_{name}": tensor for name, tensor in repeated.items()}}
 
     def denoise(
         self,
@@ -337,7 +336,14 @@ class Family(ABC):
 
     @abstractmethod
     def _encode(self, prompts: list[str]) -> Conditioning:
-        """Encode prompts as the pipeline does without classifier-free guidance."""
+        """Encode prompts as the pipeline does without classifier-free guidance; with a `max_token_length` of more than
+        75, in chunks (`dpo_fast.models.text_chunks`). The names are those of the pipeline's arguments."""
+
+    def _unconditional(self, encoded: Conditioning) -> Conditioning:
+        """Return the pipeline's unconditional input, for the encoding of an empty prompt."""
+        if self.pipeline.config.get("force_zeros_for_empty_prompt", False):
+            return {name: torch.zeros_like(tensor) for name, tensor in encoded.items()}
+        return encoded
 
     def _added_conditioning(self, conditioning: Conditioning, dtype: torch.dtype) -> Conditioning | None:
         """Return the UNet's added_cond_kwargs."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dpo_fast.models.family import Family
+from dpo_fast.models.text_chunks import CHUNK
 from dpo_fast.models.tokenizers import tokenizer_digest
 
 # A recipe holds a component's complete configuration, except for settings that are known not to affect its outputs:
@@ -55,6 +56,7 @@ def latents_recipe_facts(family: Family) -> dict[str, Any]:
 def text_recipe_facts(family: Family) -> dict[str, Any]:
     """Return everything that a cached embedding depends on, except the caption."""
     facts: dict[str, Any] = {"dtype": _precision(family.dtype, family.device), "value": f"{family.text_kind}, fp16"}
+    facts |= {name: value for name, value in token_facts(family.max_token_length).items() if value is not None}
     for suffix in ("", "_2"):
         encoder = getattr(family.pipeline, f"text_encoder{suffix}", None)
         if encoder is not None:
@@ -62,6 +64,12 @@ def text_recipe_facts(family: Family) -> dict[str, Any]:
             facts[f"text_config{suffix}"] = _configuration(encoder)
             facts[f"tokenizer{suffix}"] = tokenizer_digest(getattr(family.pipeline, f"tokenizer{suffix}"))
     return facts
+
+
+def token_facts(max_token_length: int) -> dict[str, int | None]:
+    """Return what a text recipe says of the length of captions: None, that it says nothing, for the usual 75 tokens, so
+    that caches that are older than the choice still match."""
+    return {"max_token_length": None if max_token_length == CHUNK else max_token_length}
 
 
 def unet_digest(family: Family) -> str:

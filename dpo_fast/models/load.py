@@ -40,6 +40,7 @@ from dpo_fast.models.lora import WEIGHT_NAME
 from dpo_fast.models.marks import Marks, marks_of_file, marks_of_scheduler, reconcile
 from dpo_fast.models.memory_order import format_of
 from dpo_fast.models.source import ModelSource
+from dpo_fast.models.text_chunks import check_chunks
 from dpo_fast.models.trained import weights_file
 from dpo_fast.models.untrusted import check_part, check_pipeline, check_weights
 from dpo_fast.quiet import no_loading_bars
@@ -112,6 +113,8 @@ def load_family(
     if vae_path is not None:
         pipeline.vae = _load_vae(vae_path, pipeline.vae, elsewhere)
     _check_complete(path, pipeline)
+    encoders = (getattr(pipeline, part).config.to_dict() for part in kind.text_encoders)
+    check_chunks(source.max_token_length, encoders, path)
     _check_vae({"_class_name": type(pipeline.vae).__name__})
     if pipeline.vae.config.force_upcast is False:
         pipeline.vae.to(dtype)
@@ -123,6 +126,7 @@ def load_family(
         device=torch.device(device),
         prediction_type=prediction_type,
         zero_terminal_snr=zero_terminal_snr,
+        max_token_length=source.max_token_length,
     )
     set_attention(family.unet, source.attention)
     family.unet.to(memory_format=format_of(source.memory_order))

@@ -14,6 +14,7 @@ from dpo_fast.models.load_errors import bad_input
 from dpo_fast.models.lora import WEIGHT_NAME, check_adapter, check_loaded
 from dpo_fast.models.merging import merge_lora
 from dpo_fast.models.source import ModelSource
+from dpo_fast.models.text_chunks import check_chunks
 from dpo_fast.models.trained import Blend, Trained, files_of, read_trained
 from dpo_fast.models.untrusted import read_index
 
@@ -21,10 +22,13 @@ from dpo_fast.models.untrusted import read_index
 def settled(source: ModelSource) -> ModelSource:
     """Return `source` with steps, guidance and resolution filled in, from the model's configuration alone.
 
-    Raises BadInput for a model that does not exist and for a resolution that it does not support.
+    Raises BadInput for a model that does not exist, and for a resolution or a length of captions that it does not
+    support.
     """
     family = family_of(source)
     sides = family.sides(*(component_config(source, part) for part in ("unet", "vae")))
+    encoders = (component_config(source, part) for part in family.text_encoders)
+    check_chunks(source.max_token_length, encoders, source.path)
     resolution = source.resolution or sides.default_resolution
     check_resolution(resolution, sides.resolution_multiple, source.path)
     return replace(

@@ -52,7 +52,7 @@ def sample(
             latents = family.encode_images(layouts[rows], batch_size)
             pipeline, start = _from_latents(family, latents), {"image": latents, "strength": strength}
         latents = pipeline(
-            prompts[rows],
+            **family.sampling_inputs(prompts[rows]),
             num_inference_steps=steps or family.sampling_steps,
             guidance_scale=family.sampling_guidance if guidance is None else guidance,
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]],

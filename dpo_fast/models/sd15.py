@@ -5,10 +5,11 @@ from typing import ClassVar
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
 from dpo_fast.models.family import Conditioning, Family
+from dpo_fast.models.text_chunks import CHUNK, chunk_ids, joined
 
 
 class SD15(Family):
-    """Conditioning: prompt_embeds [N,77,768] (1024 wide in 2.x)."""
+    """Conditioning: prompt_embeds [N,77,768] (1024 wide in 2.x); with n chunks of text [N,75n+2,768]."""
 
     name = "sd15"
     pipeline_class = StableDiffusionPipeline
@@ -24,6 +25,10 @@ class SD15(Family):
         return {"requires_safety_checker": False}
 
     def _encode(self, prompts: list[str]) -> Conditioning:
+        if self.max_token_length != CHUNK:
+            ids = chunk_ids(self.pipeline.tokenizer, prompts, self.max_token_length).to(self.device)
+            states = self.pipeline.text_encoder(ids.flatten(0, 1))[0]
+            return {"prompt_embeds": joined(states.unflatten(0, ids.shape[:2]))}
         prompt_embeds, _ = self.pipeline.encode_prompt(
             prompts, self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )

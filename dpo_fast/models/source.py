@@ -25,6 +25,7 @@ class ModelSource:
     variant: str | None = None
     vae_path: str | None = None
     prediction_type: str | None = None
+    max_token_length: int = 75  # tokens of a caption that are encoded, in chunks of 75
     zero_terminal_snr: str = "auto"  # of the schedule it was trained with, which the sampler follows
     attention: str = "auto"
     memory_order: str = "auto"
@@ -66,6 +67,7 @@ def base_of(config: TrainConfig) -> ModelSource:
         variant=config.variant,
         vae_path=config.pretrained_vae_model_name_or_path,
         prediction_type=config.prediction_type,
+        max_token_length=config.max_token_length,
         zero_terminal_snr=config.zero_terminal_snr,
         attention=config.attention,
         memory_order=config.memory_order,

@@ -16,6 +16,7 @@ from dpo_fast.models import COMPUTE_DTYPES, check_compiler, compiles, usable_att
 from dpo_fast.models.family import check_resolution, check_unet
 from dpo_fast.models.load import component_config, family_of, prediction_type_of
 from dpo_fast.models.source import base_of
+from dpo_fast.models.text_chunks import check_chunks, positions_of
 from dpo_fast.objectives import find_objective
 from dpo_fast.parallel import Ranks
 from dpo_fast.training.batches import RunPairs, steps_of
@@ -103,6 +104,8 @@ def workload_of(config: TrainConfig, ranks: Ranks) -> Workload:
     sides = family_of(source).sides(unet, vae)
     resolution = config.resolution or sides.default_resolution
     check_resolution(resolution, sides.resolution_multiple, source.path)
+    encoders = (component_config(source, part) for part in family_of(source).text_encoders)
+    check_chunks(config.max_token_length, encoders, source.path)
     reference = "none"
     if find_objective(config.objective).needs_reference:
         reference = "cached" if config.cached_reference else "online"
@@ -112,7 +115,7 @@ def workload_of(config: TrainConfig, ranks: Ranks) -> Workload:
         config.train_batch_size,
         resolution // sides.vae_factor,
         unet,
-        component_config(source, "text_encoder").get("max_position_embeddings", 77),
+        positions_of(config.max_token_length, component_config(source, "text_encoder")),
         config.tuning,
         config.lora_targets if config.tuning == "lora" else (),
         config.gradient_checkpointing,

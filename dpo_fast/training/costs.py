@@ -29,6 +29,7 @@ from dpo_fast.models.load import component_config, family_of
 from dpo_fast.models.load_errors import bad_input
 from dpo_fast.models.lora import adapted_shapes, add_lora
 from dpo_fast.models.source import ModelSource, base_of
+from dpo_fast.models.text_chunks import positions_of
 from dpo_fast.objectives import find_objective
 
 # Bytes of optimizer state per trained parameter: two fp32 moments; two 8-bit ones with their scales; factored moments.
@@ -116,7 +117,7 @@ def costs_of(config: TrainConfig, device: str, configs: ModelConfigs | None = No
     memory = memory_by_part(unet, config)
     if holds_encoders(config, device):
         memory["VAE and text encoders"] = encoders
-    tokens = configs.text_encoders[0].get("max_position_embeddings", 77)
+    tokens = positions_of(config.max_token_length, configs.text_encoders[0])
     latent, prompt = record_bytes(configs.unet, latent_size, tokens)
     return Costs(
         configs,
@@ -205,7 +206,7 @@ def _unet_flops(key: str) -> UNetFlops:
 
 def _as_key(unet_config: dict, config: TrainConfig, latent_size: int) -> str:
     """All that a count depends on."""
-    flags = ("mixed_precision", "tuning", "rank", "lora_targets", "gradient_checkpointing")
+    flags = ("mixed_precision", "tuning", "rank", "lora_targets", "gradient_checkpointing", "max_token_length")
     return json.dumps([unet_config, {name: getattr(config, name) for name in flags}, latent_size], default=str)
 
 
@@ -238,7 +239,7 @@ def _on_meta(key: str) -> tuple[UNet2DConditionModel, dict[str, Any]]:
         if flags["tuning"] == "lora":
             add_lora(unet, flags["rank"], flags["rank"], flags["lora_targets"])
         unet.to(dtype)
-        inputs = of_one_image(unet_config, latent_size, 77, dtype)
+        inputs = of_one_image(unet_config, latent_size, flags["max_token_length"] + 2, dtype)
     recompute_activations(unet, flags["gradient_checkpointing"])
     return unet, inputs
 

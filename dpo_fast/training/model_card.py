@@ -34,6 +34,7 @@ _LICENCES = {
         "license_link": "https://huggingface.co/stabilityai/sdxl-turbo/blob/main/LICENSE.md",
     },
 }
+_LONG = "up to {} tokens, encoded in chunks of 75; a diffusers pipeline by itself cuts a prompt at 75"
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 _WORD = re.compile(r"[\w.+:/-]{1,200}")  # what a field of a licence may contain
 _MARKUP = re.compile(r"[\\`*\[\]|~!#$]|^[-+=>]|(?<!\w)_|_(?!\w)")
@@ -81,6 +82,7 @@ def model_card(
         else "full UNet",
         "objective": f"{config['objective']}, beta {config['beta_dpo']:g}",
         "pairs": f"{_text(pairs)}: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.items()),
+        **({} if config["max_token_length"] == 75 else {"captions": _LONG.format(config["max_token_length"])}),
         "steps": f"{summary['steps']} of {config['pairs_per_step']} pairs",
         "learning rate": f"{config['learning_rate']:g}" + (" x pairs a step" if config["scale_lr"] else ""),
         "compute dtype": {"no": "fp32"}.get(config["mixed_precision"], config["mixed_precision"]) + ", masters fp32",

@@ -6,6 +6,7 @@ steps are timed if that is asked for (`timing`). What the run would refuse is re
 
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 from dpo_fast.caching.known import Known, known_of
@@ -15,6 +16,9 @@ from dpo_fast.config import TrainConfig, to_yaml
 from dpo_fast.data import NotFetched, not_fetched
 from dpo_fast.errors import printable
 from dpo_fast.files import free_bytes, human_bytes, human_seconds, nearest_folder
+from dpo_fast.models.caption_limits import cut_off
+from dpo_fast.models.read_tokenizers import caption_limits
+from dpo_fast.models.source import base_of
 from dpo_fast.parallel import Ranks
 from dpo_fast.training import run_folder
 from dpo_fast.training.advice import Visits, disk_need, evaluation_bytes, visits_of, warnings_of
@@ -26,6 +30,7 @@ from dpo_fast.training.batches import (
     pairs_source,
 )
 from dpo_fast.training.costs import Costs, UNetFlops, costs_of, runs_reference, unet_flops
+from dpo_fast.training.cut_captions import CutCaptions, cut_captions
 from dpo_fast.training.memory_fit import Fit, fit_of
 from dpo_fast.training.run import check_without_weights, find_start
 from dpo_fast.training.timing import Timing, time_run
@@ -54,6 +59,7 @@ class Plan:
     pairs: RunPairs | None  # None: they are not on this machine
     waiting: NotFetched | None  # what the hub says of them then
     visits: Visits | None
+    cut: CutCaptions | None  # None: of pairs that are not a table
     known: Known | None  # what the cache holds; None: without one, and of pairs that are not a table
     costs: Costs
     flops: UNetFlops
@@ -70,7 +76,7 @@ class Plan:
         costs = costs_of(config, ranks.device.type)
         run_folder.check_space(config.output_dir, costs.checkpoint + costs.result)
         visits = None if pairs is None else visits_of(config, pairs)
-        table = pairs is not None and pairs.sets is not None and config.cache
+        table = pairs is not None and pairs.sets is not None
         return cls(
             config,
             device_name(ranks.device),
@@ -78,7 +84,8 @@ class Plan:
             pairs,
             waiting,
             visits,
-            _known(config, pairs, costs) if table else None,
+            _cut(config, pairs) if table else None,
+            _known(config, pairs, costs) if table and config.cache else None,
             costs,
             unet_flops(costs.configs.unet, config, costs.latent_size),
             fit_of(costs, ranks.device),
@@ -137,11 +144,16 @@ def dry_run(config: TrainConfig, ranks: Ranks, images: int = 0) -> None:
         print(f"{to_yaml(replace(start.config, **shown))}\n{plan}", flush=True)
 
 
+def _cut(config: TrainConfig, pairs: RunPairs) -> CutCaptions:
+    return cut_captions(config, pairs, partial(cut_off, caption_limits(base_of(config))))
+
+
 def _known(config: TrainConfig, pairs: RunPairs, costs: Costs) -> Known:
     rows = needed_rows(replace(config, max_train_steps=visits_of(config, pairs).steps), pairs).rows
     texts = pairs.source.captions()
     root, captions = CacheSettings.of(config).root, (texts[row] for row in rows)
-    return known_of(root, pairs.manifest, rows, captions, resolution=costs.resolution, hflip=config.hflip)
+    of_run = dict(resolution=costs.resolution, hflip=config.hflip, max_token_length=config.max_token_length)
+    return known_of(root, pairs.manifest, rows, captions, **of_run)
 
 
 # ---- sections ------------------------------------------------------------------------------------------------------
@@ -197,6 +209,7 @@ def _pairs(plan: Plan) -> list[Line]:
         Line("pairs", f"{len(sets.train):,}", "to train on"),
         *(Line("pairs", f"{count:,}", text) for count, text in counts if count),
         Line("pairs", f"{captions:,}", "different captions"),
+        *([Line("pairs", f"{plan.cut.cut:,}", f"captions are {plan.cut.what}")] if plan.cut.cut else []),
         visited,
     ]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dpo_fast import output_folder
-from dpo_fast.caching import build, score_reference
+from dpo_fast.caching import build
 from dpo_fast.caching.needed import NeededRows
 from dpo_fast.caching.score_reference import ReferenceErrors, StartCheck
 from dpo_fast.caching.settings import CacheSettings
@@ -26,7 +26,6 @@ from dpo_fast.data import (
     BadRow,
     Batch,
     PairDataset,
-    PairIndex,
     PairSets,
     StreamedPairs,
 )
@@ -62,6 +61,7 @@ from dpo_fast.training.batches import (
     steps_of,
 )
 from dpo_fast.training.costs import costs_of
+from dpo_fast.training.cut_captions import cut_captions
 from dpo_fast.training.metrics import Extent
 from dpo_fast.training.optim import MasterOptimizer, check_optimizer, rate_of
 from dpo_fast.training.resume import (
@@ -405,28 +405,10 @@ def _known_cut_captions(config: TrainConfig, saved: dict | None) -> int | None:
 
 def _count_cut_captions(config: TrainConfig, pairs: RunPairs, family: Family) -> int | None:
     """Count and log the pairs whose captions are cut off; None for a stream whose rows are not known."""
-    if pairs.sets is not None:
-        rows = [(i, c) for index in (pairs.sets.train, pairs.sets.validation) for i, c in _captions_of(index)]
-    elif pairs.manifest is not None:
-        needed = needed_rows_of_stream(config)
-        picked, pair_of = score_reference.pairs_of_stream(config.soft_labels, pairs.manifest, needed)
-        rows = [(row, pair_of(row).caption) for row in picked]
-    else:
-        return None
-    captions = list(dict.fromkeys(caption for _, caption in rows))
-    cut, limit = family.cut_off(captions)
-    long = {caption for caption, is_cut in zip(captions, cut, strict=True) if is_cut}
-    cut_rows = [row for row, caption in rows if caption in long]
-    if cut_rows:
-        logger.warning(
-            "%d of %d captions are longer than %d tokens and are cut off there, for example that of row %d",
-            *(len(cut_rows), len(rows), limit, min(cut_rows)),
-        )
-    return len(cut_rows)
-
-
-def _captions_of(index: PairIndex) -> Iterator[tuple[int, str]]:
-    return zip(index.pair_id.tolist(), index.captions, strict=True)
+    found = cut_captions(config, pairs, family.cut_off)
+    if found is not None and found.cut:
+        logger.warning("%d of %d captions are %s", found.cut, found.captions, found.what)
+    return found and found.cut
 
 
 def make_trainable(config: TrainConfig, ranks: Ranks, family: Family) -> tuple[MasterOptimizer, Reference]:

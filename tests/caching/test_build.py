@@ -367,7 +367,7 @@ def test_captions_that_are_cut_off_are_counted_and_said(sd15_path, tmp_path, cap
     folder = train(sd15_path, pairs, tmp_path / "run", "--latent_cache_dir", tmp_path / "cache", *more)
     unknown = more == ["--streaming", "--no-cache"]
     assert json.loads((folder / "summary.json").read_text())["captions_cut"] == (None if unknown else 3)
-    said = "3 of 6 captions are longer than 77 tokens and are cut off there, for example that of row 1"
+    said = "3 of 6 captions are longer than 75 tokens and are cut off there, for example that of row 1"
     assert (said in caplog.text) is not unknown
     if not unknown:  # counted once: resuming takes it from the checkpoint
         monkeypatch.setattr(Family, "cut_off", None)

@@ -382,7 +382,7 @@ def test_save_full_refuses_a_state_that_is_not_the_unets(request, tmp_path):
 def test_prompts_that_are_cut_off_are_those_whose_last_words_say_nothing(family):
     prompts = ["word " * n + "end" for n in range(10, 40)]  # a letter is a token in these tokenizers
     cut, limit = family.cut_off(prompts)
-    assert limit == 77 and any(cut) and not all(cut)
+    assert limit == 75 and any(cut) and not all(cut)
     for prompt, is_cut in zip(prompts, cut, strict=True):
         one, other = (family.encode_prompts([text])["prompt_embeds"] for text in (prompt, prompt[:-1] + "q"))
         assert torch.equal(one, other) == is_cut
@@ -403,5 +403,5 @@ def test_tokens_are_counted_once_where_both_tokenizers_make_the_same(request, mo
     cut = family.cut_off(prompts)[0]
     assert counted == ([first] if alike else [first, second]) and any(cut) and not all(cut)
     assert "Counting tokens" not in capfd.readouterr().err
-    monkeypatch.setattr("dpo_fast.models.family.MANY_PROMPTS", 1)
+    monkeypatch.setattr("dpo_fast.models.caption_limits.MANY_PROMPTS", 1)
     assert family.cut_off(prompts)[0] == cut and "Counting tokens" in capfd.readouterr().err
