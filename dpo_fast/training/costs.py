@@ -30,6 +30,7 @@ from dpo_fast.models.load_errors import bad_input
 from dpo_fast.models.lora import adapted_shapes, add_lora
 from dpo_fast.models.source import ModelSource, base_of
 from dpo_fast.objectives import find_objective
+from dpo_fast.training.exports import bytes_of_result
 
 # Bytes of optimizer state per trained parameter: two fp32 moments; two 8-bit ones with their scales; factored moments.
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256, "adafactor": 0.0}
@@ -126,7 +127,7 @@ def costs_of(config: TrainConfig, device: str, configs: ModelConfigs | None = No
         memory,
         loading=unet.parameters * (4 if config.tuning == "full" else width) + encoders,
         checkpoint=unet.trained * (4 + STATE_BYTES[config.optimizer] + 4 * config.use_ema),
-        result=4 * (unet.trained if config.tuning == "lora" else unet.parameters + vae + text_encoders),
+        result=bytes_of_result(config, unet.trained, unet.parameters, vae + text_encoders),
         latent=latent,
         prompt=prompt,
     )
