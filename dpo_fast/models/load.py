@@ -387,7 +387,7 @@ def _absent_parts(
     other_vae: bool,  # whether another VAE is named, which will replace this one
     where: dict,
 ) -> dict[str, nn.Module]:
-    """Return what a single file lacks (component name -> module), from the pipeline that is named for its configuration.
+    """Return what a single file lacks (component name -> module), from the pipeline that its configuration is of.
 
     Raises BadInput if it cannot be read.
     """
