@@ -138,8 +138,6 @@ def _help(command: str, *flags: str) -> NoReturn:
 def _on_ranks(build: str, argv: list[str]) -> tuple[Any, float]:
     """What that function of `training.run` makes of the run with the flags `argv`, and the seconds that it took."""
     config, notes = parse([*argv, "--cache"])
-    if config.dry_run:
-        raise BadInput("--dry_run is of training, and nothing here is only shown: leave it out")
     for note in notes:
         say(note)
     if config.dry_run:

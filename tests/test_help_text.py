@@ -244,6 +244,4 @@ def test_what_the_help_calls_required_is(sdxl_path, pairs, tmp_path, capfd):
     assert "reference needs --draws K" in capfd.readouterr().err
     assert cache.main(["reference", *flags, "--draws", "1", "--seed=None"]) == 2
     assert "reference needs --seed" in capfd.readouterr().err
-    assert cache.main(["build", *flags, "--dry_run"]) == 2
-    assert "--dry_run is of training" in capfd.readouterr().err
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
