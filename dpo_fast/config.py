@@ -75,7 +75,8 @@ class TrainConfig:
     variant: str | None = None
     """Weight file variant of the base model, for example fp16."""
     single_file_config: str | None = None
-    """Pipeline configuration (hub id or folder) for a single-file model; None: the hub's for the detected family."""
+    """Pipeline configuration (hub id or folder) for a single-file model, and the text encoders and VAE that the file
+    lacks; None: the hub's for the detected family, and the file must be whole."""
     is_turbo: bool = False
     """The model is SDXL-Turbo or SD-Turbo: train on its 4-step timestep grid. Never guessed from the path."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
@@ -145,7 +146,8 @@ class TrainConfig:
     lora_alpha: float | None = None
     """LoRA alpha: the update is scaled by alpha / rank, which is folded into the saved tensors; None: equal to rank."""
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Names of the UNet modules that get an adapter."""
+    """Names of the UNet modules that get an adapter, or of a group: attention (the default), attention+ff, all-linear,
+    conv (all linear layers and convolutions but the first and the last)."""
     init_lora: str | None = None
     """A LoRA (file, folder, hub id) merged into the base first, whole: it becomes part of the reference."""
 
@@ -248,6 +250,13 @@ class TrainConfig:
     """Also save it when this many minutes have passed since the last save, after the optimizer step in progress."""
     checkpoints_total_limit: int | None = None
     """Keep only the newest N checkpoints."""
+
+    # ---- result ------------------------------------------------------------------------------------------------------
+    export: tuple[Literal["diffusers", "kohya", "single_file"], ...] | None = None
+    """Formats of the result: diffusers' own, which is always written; kohya, a LoRA for ComfyUI, A1111, Forge and
+    kohya's scripts; single_file, a whole checkpoint for these. None: diffusers, and kohya for a LoRA."""
+    export_dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    """Precision of kohya and single_file; None: fp32 for kohya, fp16 for single_file."""
 
     # ---- logging -----------------------------------------------------------------------------------------------------
     log_every: int = 10
@@ -422,6 +431,8 @@ def check(config: TrainConfig) -> None:
         raise BadInput(
             f"--label_smoothing ({config.label_smoothing}) belongs to --objective cdpo, not {config.objective}"
         )
+    if "kohya" in (config.export or ()) and config.tuning == "full":
+        raise BadInput("--export kohya is the format of a LoRA, and --tuning is full: say --export single_file")
     if config.streaming and config.max_train_steps is None:
         raise BadInput("--streaming needs --max_train_steps: the length of a stream is not known")
     if config.streaming and config.run_validation and not config.validation_prompts:

@@ -45,7 +45,7 @@ def test_training_s_flags_are_grouped(capsys):
     assert flags_in(text) == FIELDS
     sections = [
         *("preset", "model", "data", "objective", "LoRA", "training", "memory and speed", "cache"),
-        *("output and checkpoints", "logging", "samples and evaluation", "upload", "names of other scripts"),
+        *("output and checkpoints", "result", "logging", "samples and evaluation", "upload", "names of other scripts"),
     ]
     assert titles(TrainConfig) == sections
     assert [line for line in text.splitlines() if line in sections] == sections

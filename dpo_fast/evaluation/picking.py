@@ -35,7 +35,6 @@ from dpo_fast.evaluation.scored import Scored
 from dpo_fast.evaluation.sides import Comparison, Point, Side, point_of, prompts_of_run, read_run, seeds_in_training
 from dpo_fast.evaluation.surface import surface
 from dpo_fast.files import read_text, user_path, write_text
-from dpo_fast.models.lora import save_lora
 from dpo_fast.models.opened import OneAtATime, settled
 from dpo_fast.models.source import ModelSource, base_of
 from dpo_fast.models.trained import read_trained
@@ -45,6 +44,7 @@ from dpo_fast.scorers import MODULE_OF, check_names
 from dpo_fast.scorers.kept_scores import score_images
 from dpo_fast.statistics import Bootstrap, Interval, WinRate, win_rate
 from dpo_fast.training import checkpoint
+from dpo_fast.training.exports import write_result
 from dpo_fast.training.run_folder import SUMMARY, publish
 
 FOLDER = "pick"  # in a run's folder
@@ -352,12 +352,11 @@ def _write(plan: Plan, picked: Picked) -> None:
 
     def write(folder: Path) -> None:
         family = OneAtATime(torch.device("cpu")).open(source)
+        weights = family.unet.state_dict()
         if plan.run.tuning == "lora":
-            names = read_trained(Path(source.trained)).weights
-            parameters = dict(family.unet.named_parameters())
-            save_lora(family, folder, {name: parameters[name].detach() for name in names})
-        else:
-            family.save_full(folder, family.unet.state_dict())
+            weights = {name: weights[name] for name in read_trained(Path(source.trained)).weights}
+        counts = {"pairs_seen": picked.pick.step * plan.run.pairs_per_step, "strength": picked.pick.strength}
+        write_result(family, folder, plan.run, weights, counts)
 
     result = publish(plan.out, write)
     write_text(plan.out / "config.yaml", read_text(plan.folder / "config.yaml"))

@@ -61,12 +61,13 @@ def _index_from_hub(path: str, hub: dict) -> str:
 def kind_of_file(path: str) -> type[Family]:
     """Return SD15 or SDXL, judging by the tensors in the header of a .safetensors file.
 
-    Raises BadInput for a missing file and for anything but a complete base model of these.
+    The file must hold the UNet; `absent_parts` says what else it lacks. Raises BadInput for a missing file and for
+    anything but a base model of these.
     """
     if not exists(Path(path)) or not Path(path).is_file():
         raise BadInput(f"{path} is no file: check the path")
     names, _ = header(path)
-    first_layer = "model.diffusion_model.input_blocks.0.0.weight"
+    first_layer, sizes = "model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.label_emb.0.0.weight"
     with bad_input(f"{path} cannot be loaded", "copy it again"), safe_open(path, framework="pt") as file:
         channels = file.get_slice(first_layer).get_shape()[1] if first_layer in names else None
     refuse_edm(path, names)
@@ -82,10 +83,19 @@ def kind_of_file(path: str) -> type[Family]:
         return SDXL
     if channels and has("cond_stage_model."):
         return SD15
+    if channels and not has("conditioner."):  # no text encoder at all
+        return SDXL if sizes in names else SD15
     raise BadInput(
         f"{path} is not a whole Stable Diffusion 1.x, 2.x or SDXL base model (its first tensor is "
         f"{min(names, default='missing')}): name such a file, or a diffusers folder"
     )
+
+
+def absent_parts(path: str) -> tuple[str, ...]:
+    """Return which of "vae" and "text encoders" a single file lacks. Raises BadInput if it cannot be read."""
+    names = header(path)[0]
+    prefixes = {"vae": ("first_stage_model.",), "text encoders": ("cond_stage_model.", "conditioner.")}
+    return tuple(part for part, of in prefixes.items() if not any(name.startswith(of) for name in names))
 
 
 def header(path: str) -> tuple[list[str], dict[str, str]]:

@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 from packaging.version import Version
 from safetensors import safe_open
 from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from dpo_fast.errors import BadInput
 from dpo_fast.files import exists, regular_files
@@ -27,6 +28,7 @@ from dpo_fast.hub_revisions import public_names, revision_of
 from dpo_fast.models.attention import set_attention
 from dpo_fast.models.family import Family
 from dpo_fast.models.kinds import (
+    absent_parts,
     check_scheduler,
     header,
     index,
@@ -97,13 +99,16 @@ def load_family(
     prediction_type, vae_path = source.prediction_type, source.vae_path
     elsewhere = {"cache_dir": source.cache_dir, "token": source.token}  # for repositories other than the model's
     if path.endswith(".safetensors"):
+        check_supplied(source)
         named = source.single_file_config
         config = None if named is None else _config_folder(named, hub)
         scheduler = check_scheduler(config_source(path, config), {**elsewhere, "revision": None})
         marks = marks_of_file(path, *header(path), prediction_type)
         if prediction_type is None and marks.prediction_type is None:
             _check_sd2(path, scheduler)
-        pipeline = _load_file(path, kind, dtype, unet_dtype, {"config": config, **elsewhere})
+        where = {"config": config, **elsewhere}
+        others = _absent_parts(path, kind, dtype, named, vae_path is not None, where)
+        pipeline = _load_file(path, kind, dtype, unet_dtype, others, where)
     else:
         if vae_path is None and (part := index(path, hub).get("vae")):
             _check_vae({"_class_name": part[1]})
@@ -132,6 +137,25 @@ def load_family(
     family.unet.to(memory_format=format_of(source.memory_order))
     align_weights(pipeline)
     return family
+
+
+def check_supplied(source: ModelSource) -> None:
+    """Raise BadInput, naming what is missing and what supplies it, for a single file without VAE or text encoders for
+    which no others are named."""
+    path, other_vae = source.path, source.vae_path is not None
+    if not path.endswith(".safetensors") or source.single_file_config is not None:
+        return
+    absent = absent_parts(path)
+    if "text encoders" in absent:
+        raise BadInput(
+            f"{path} has no text encoders{' and no VAE' * ('vae' in absent and not other_vae)}: name a whole pipeline"
+            " that has them (a folder or hub id) with --single_file_config"
+        )
+    if "vae" in absent and not other_vae:
+        raise BadInput(
+            f"{path} has no VAE: name one with --pretrained_vae_model_name_or_path, or a whole pipeline that has it"
+            " with --single_file_config"
+        )
 
 
 def refuse_pickle(path: str) -> None:
@@ -360,15 +384,59 @@ def _check_complete(path: str, pipeline: DiffusionPipeline) -> None:
             )
 
 
+def _absent_parts(
+    path: str,
+    kind: type[Family],
+    dtype: torch.dtype,
+    named: str,  # single_file_config
+    other_vae: bool,  # whether another VAE is named, which will replace this one
+    where: dict,
+) -> dict[str, nn.Module]:
+    """Return what a single file lacks (component name -> module), from the pipeline that its configuration is of.
+
+    Raises BadInput if it cannot be read.
+    """
+    absent, parts, subfolders = absent_parts(path), {}, {}
+    if "text encoders" in absent:
+        subfolders |= {
+            name: CLIPTextModelWithProjection if "2" in name else CLIPTextModel for name in kind.text_encoders
+        }
+    if "vae" in absent and not other_vae:
+        subfolders["vae"] = AutoencoderKL
+    if subfolders:
+        with bad_input(f"{named} cannot supply what {path} lacks", "name a whole pipeline"), no_loading_bars():
+            folder = Path(named)
+            if not folder.is_dir():
+                hub = {"cache_dir": where["cache_dir"], "token": where["token"]}
+                files = [f"{name}/*.{end}" for name in subfolders for end in ("json", "safetensors")]
+                folder = Path(snapshot_download(named, allow_patterns=files, **hub))
+            for name, model in subfolders.items():
+                check_part(folder / name, name)
+                check_weights(folder / name)
+                width = {_DTYPE: torch.float32} if name == "vae" else {"dtype": dtype}
+                parts[name] = model.from_pretrained(folder / name, use_safetensors=True, **width)
+    if "vae" in absent and other_vae:  # replaced later; its configuration is needed
+        config = AutoencoderKL.load_config(config_source(path, where["config"]), subfolder="vae")
+        parts["vae"] = AutoencoderKL.from_config(config)
+    return parts
+
+
 def _load_file(
-    path: str, kind: type[Family], dtype: torch.dtype, unet_dtype: torch.dtype, where: dict
+    path: str,
+    kind: type[Family],
+    dtype: torch.dtype,
+    unet_dtype: torch.dtype,
+    others: dict[str, nn.Module],  # components from elsewhere
+    where: dict,
 ) -> DiffusionPipeline:
     with bad_input(f"{path} cannot be loaded", _OTHER_CONFIG), no_loading_bars():
         # from_single_file takes one dtype only, so components with another are loaded separately
-        vae = AutoencoderKL.from_single_file(path, subfolder="vae", **{_DTYPE: torch.float32}, **where)
+        if "vae" not in others:
+            vae = AutoencoderKL.from_single_file(path, subfolder="vae", **{_DTYPE: torch.float32}, **where)
+            others = {**others, "vae": vae}
         unet = UNet2DConditionModel.from_single_file(path, subfolder="unet", **{_DTYPE: unet_dtype}, **where)
         pipeline = kind.pipeline_class.from_single_file(
-            path, unet=unet, vae=vae, **{_DTYPE: dtype}, **kind.unused_parts, **where
+            path, unet=unet, **others, **{_DTYPE: dtype}, **kind.unused_parts, **where
         )
         if len(kind.text_encoders) > 1 and _CONVERTERS_PROJECTION in header(path)[0]:
             with safe_open(path, framework="pt") as file:

@@ -21,7 +21,17 @@ from dpo_fast.models.memory_order import memory_format
 
 DEFAULT_TARGETS = TrainConfig.lora_targets  # the attention projections
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
-_ADAPTER = "default"
+# Names for several targets: of the transformers, of every linear layer, and of every convolution but the first and the
+# last too, which are the layers that kohya's scripts adapt.
+_FEED_FORWARD = (*DEFAULT_TARGETS, "ff.net.0.proj", "ff.net.2")
+_LINEAR = (*_FEED_FORWARD, "proj_in", "proj_out", "time_emb_proj", "linear_1", "linear_2")
+GROUPS = {
+    "attention": DEFAULT_TARGETS,
+    "attention+ff": _FEED_FORWARD,
+    "all-linear": _LINEAR,
+    "conv": (*_LINEAR, "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
+}
+ADAPTER = "default"
 _PATTERNS = ("rank_pattern", "alpha_pattern")  # empty, but diffusers 0.39 fails without them
 _METADATA = ("r", "lora_alpha", "target_modules", *_PATTERNS)  # a file's adapter metadata, under peft's names
 
@@ -31,7 +41,7 @@ def add_lora(
     unet: UNet2DConditionModel,
     rank: int,
     alpha: float,
-    targets: Sequence[str] = DEFAULT_TARGETS,  # suffixes of module names
+    targets: Sequence[str] = DEFAULT_TARGETS,  # suffixes of module names, or names of GROUPS
     *,
     seed: int = 0,
 ) -> None:
@@ -42,20 +52,31 @@ def add_lora(
     adapt.
     """
     names = [name for name, _ in unet.named_modules()]
+    targets = targets_of(unet, targets)
     for target in targets:
         if not any(name == target or name.endswith("." + target) for name in names):
             raise BadInput(f"LoRA target {target!r} names no module of the UNet: use e.g. to_q, conv1, proj_in")
     unet.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
     with bad_input(f"LoRA targets {', '.join(targets)} cannot be used", "name linear layers and convolutions"):
-        unet.add_adapter(config, adapter_name=_ADAPTER)
+        unet.add_adapter(config, adapter_name=ADAPTER)
     generator = torch.Generator().manual_seed(seed)
     for layer in _lora_layers(unet):
-        layer.lora_A[_ADAPTER].float()
-        layer.lora_B[_ADAPTER].float()
-        a = layer.lora_A[_ADAPTER].weight
+        layer.lora_A[ADAPTER].float()
+        layer.lora_B[ADAPTER].float()
+        a = layer.lora_A[ADAPTER].weight
         a.copy_(torch.randn(a.shape, generator=generator) / rank)
     unet.to(memory_format=memory_format(unet))  # including the convolutions' adapters
+
+
+def targets_of(unet: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Replace the names of groups by the members that this UNet has."""
+    names = [f".{name}" for name, _ in unet.named_modules()]
+    found = []
+    for target in targets:
+        members = GROUPS.get(target, (target,))
+        found += [one for one in members if len(members) == 1 or any(name.endswith(f".{one}") for name in names)]
+    return list(dict.fromkeys(found))
 
 
 class AdapterSwitch:
@@ -93,10 +114,10 @@ def save_lora(family: Family, folder: Path, state: Mapping[str, torch.Tensor]) -
     takes alpha to be the rank; the file's adapter metadata agrees. The product is rounded to fp32 once, and is exact if
     alpha / rank is a power of two.
     """
-    config = family.unet.peft_config[_ADAPTER]
+    config = family.unet.peft_config[ADAPTER]
     scale = config.lora_alpha / config.r
     layers = {
-        name.replace(f".{_ADAPTER}.", "."): (tensor * scale if ".lora_B." in name else tensor).contiguous()
+        name.replace(f".{ADAPTER}.", "."): (tensor * scale if ".lora_B." in name else tensor).contiguous()
         for name, tensor in state.items()
     }
     family.pipeline.save_lora_weights(
@@ -110,10 +131,10 @@ def save_lora(family: Family, folder: Path, state: Mapping[str, torch.Tensor]) -
         },
         weight_name=WEIGHT_NAME,
     )
-    _sort_metadata(Path(folder, WEIGHT_NAME))
+    sort_metadata(Path(folder, WEIGHT_NAME))
 
 
-def _sort_metadata(file: Path) -> None:
+def sort_metadata(file: Path) -> None:
     """Sort the metadata of a safetensors file in place: it is written in random order, but equal LoRAs should be equal
     files.
     """

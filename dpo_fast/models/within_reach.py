@@ -15,7 +15,7 @@ from dpo_fast.errors import BadInput, one_line
 from dpo_fast.files import exists
 from dpo_fast.models.hub_errors import hub_errors
 from dpo_fast.models.kinds import kind_of
-from dpo_fast.models.load import config_source, refuse_pickle
+from dpo_fast.models.load import check_supplied, config_source, refuse_pickle
 from dpo_fast.models.lora import WEIGHT_NAME
 from dpo_fast.models.merging import local_lora_file
 from dpo_fast.models.source import ModelSource
@@ -38,6 +38,7 @@ def check_within_reach(source: ModelSource) -> None:
     if source.merged is not None:
         local_lora_file(source.merged)
     kind_of(source.path, source.hub())
+    check_supplied(source)
     if Path(source.path).is_dir():
         check_pipeline(Path(source.path), weights=True)
 

@@ -41,7 +41,8 @@ MAY_CHANGE = frozenset(
     " gradient_accumulation_steps backend attention memory_order compile prove choices gradient_checkpointing"
     " cache latent_cache_dir cached_reference"
     " eval_scorers eval_prompts eval_images eval_batch_size scorer_models"
-    " eval_every eval_every_images stop_when_worse".split()
+    " eval_every eval_every_images stop_when_worse"
+    " export export_dtype".split()
 )
 
 

@@ -31,6 +31,7 @@ from dpo_fast.models.lora import adapted_shapes, add_lora
 from dpo_fast.models.source import ModelSource, base_of
 from dpo_fast.models.text_chunks import positions_of
 from dpo_fast.objectives import find_objective
+from dpo_fast.training.exports import bytes_of_result, needs_encoders
 
 # Bytes of optimizer state per trained parameter: two fp32 moments; two 8-bit ones with their scales; factored moments.
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256, "adafactor": 0.0}
@@ -127,7 +128,7 @@ def costs_of(config: TrainConfig, device: str, configs: ModelConfigs | None = No
         memory,
         loading=unet.parameters * (4 if config.tuning == "full" else width) + encoders,
         checkpoint=unet.trained * (4 + STATE_BYTES[config.optimizer] + 4 * config.use_ema),
-        result=4 * (unet.trained if config.tuning == "lora" else unet.parameters + vae + text_encoders),
+        result=bytes_of_result(config, unet.trained, unet.parameters, vae + text_encoders),
         latent=latent,
         prompt=prompt,
     )
@@ -156,10 +157,10 @@ def runs_reference(config: TrainConfig) -> bool:
 def holds_encoders(config: TrainConfig, device: str) -> bool:
     """Whether VAE and text encoders stay in the memory of the device after the cache is filled.
 
-    They are needed without a cache and for samples, and a pipeline is written with them: a full run then keeps them in
+    They are needed without a cache and for samples, and a whole model is written with them: until then they are kept in
     the host's memory.
     """
-    return not config.cache or config.run_validation or (config.tuning == "full" and device == "cpu")
+    return not config.cache or config.run_validation or (needs_encoders(config) and device == "cpu")
 
 
 @lru_cache

@@ -10,6 +10,7 @@ from dpo_fast.errors import BadInput
 from dpo_fast.models import Family
 from dpo_fast.parallel import Ranks
 from dpo_fast.training import checkpoint, run_folder
+from dpo_fast.training.exports import bytes_of_result
 from dpo_fast.training.metrics import LOGS, Extent, kept_lines
 from dpo_fast.training.optim import COUNTERS, MasterOptimizer
 
@@ -126,5 +127,8 @@ def check_space(config: TrainConfig, family: Family, masters: MasterOptimizer) -
     trained = sum(master.numel() for master in masters.masters)
     unmade = config.optimizer == "adamw" and not masters.optimizer.state  # the first step creates the moments
     moments = 8 * trained if unmade else 0
-    result = 4 * (trained if config.tuning == "lora" else sum(p.numel() for p in family.unet.parameters()))
+    modules = (part for part in family.pipeline.components.values() if isinstance(part, torch.nn.Module))
+    parameters = {part: sum(p.numel() for p in part.parameters()) for part in modules}
+    unet = parameters.pop(family.unet)
+    result = bytes_of_result(config, trained, unet, sum(parameters.values()))
     run_folder.check_space(config.output_dir, state + moments + result)

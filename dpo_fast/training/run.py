@@ -62,6 +62,7 @@ from dpo_fast.training.batches import (
 )
 from dpo_fast.training.costs import costs_of
 from dpo_fast.training.cut_captions import cut_captions
+from dpo_fast.training.exports import check_formats, needs_encoders
 from dpo_fast.training.metrics import Extent
 from dpo_fast.training.optim import MasterOptimizer, check_optimizer, rate_of
 from dpo_fast.training.resume import (
@@ -243,6 +244,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     pairs = open_pairs(config, ranks, config.output_dir / output_folder.BAD_ROWS)
     ranks.on_main(lambda: _advise(config, ranks, pairs))
     config, family, chosen = opened_model(config, ranks, pairs, resuming=bool(saved))
+    check_formats(config, family)
     fingerprints = {"base weights": unet_digest(family), "pairs": pairs.identity}
     model = reference_recipe_facts(family, fingerprints["base weights"]) if config.cached_reference else None
     older = older_fingerprint(family.unet) if saved and "base model" in saved["fingerprints"] else {}
@@ -262,7 +264,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     if captions_cut is None:
         captions_cut = ranks.from_main(lambda: _count_cut_captions(config, pairs, family))
     if cached and not config.run_validation:  # samples need the encoders
-        family.free_encoders(keep=config.tuning == "full")
+        family.free_encoders(keep=needs_encoders(config))
     scored = None
     if model and trains:
         with not_compiled():  # its batch shapes differ from training's

@@ -24,6 +24,7 @@ from dpo_fast.kernels import dispatch
 from dpo_fast.models import Family, reference_recipe_facts
 from dpo_fast.parallel import Ranks
 from dpo_fast.training.batches import RunPairs, open_batches, source_of
+from dpo_fast.training.exports import needs_encoders
 from dpo_fast.training.progress import peak_memory_gib
 from dpo_fast.training.run import Run, make_trainable, opened_model
 from dpo_fast.training.trainer import Trainer
@@ -99,7 +100,7 @@ def _timed(config: TrainConfig, ranks: Ranks, pairs: RunPairs, folder: Path, res
     if config.cache:
         cached = fill_cache(shown, ranks, few, NeededRows(rows=few.sets.train.pair_id.tolist()), family)
         if not config.run_validation:
-            family.free_encoders(keep=config.tuning == "full")
+            family.free_encoders(keep=needs_encoders(config))
     if model:
         scored = score_reference_errors(shown, ranks, few, cached, family, model)
     endless = replace(shown, max_train_steps=MANY)

@@ -26,7 +26,6 @@ from dpo_fast.models import (
     nonfinite_tensors,
     not_compiled,
     sampling,
-    save_lora,
 )
 from dpo_fast.models.trained import read_trained
 from dpo_fast.objectives import Terms, evaluate, find_objective
@@ -34,6 +33,7 @@ from dpo_fast.pictures import before_after, save_png
 from dpo_fast.statistics import interval95
 from dpo_fast.training import checkpoint, hub, run_folder
 from dpo_fast.training.callbacks import Callback, Callbacks, checked
+from dpo_fast.training.exports import write_result
 from dpo_fast.training.metrics import PairSums
 from dpo_fast.training.model_card import model_card
 from dpo_fast.training.progress import Progress
@@ -508,9 +508,12 @@ class Trainer:
         return sampling.run_samples(self.family, self.run.prompts, sample_settings(self.config))
 
     def _export(self, folder: Path) -> None:
-        """Write the trained weights (the EMA's if there is one) in a form that diffusers loads."""
-        weights = self._result()
-        if self.config.tuning == "lora":
-            save_lora(self.family, folder, weights)
-        else:
-            self.family.save_full(folder, self.unet.state_dict() | weights)
+        """Write the trained weights (the EMA's if there is one) in the formats of --export."""
+        weights, run = self._result(), self.run
+        if self.config.tuning == "full":
+            weights = self.unet.state_dict() | weights
+        counts = {
+            "pairs_seen": run.step * self.config.pairs_per_step,
+            "base_weights": run.fingerprints["base weights"],
+        }
+        write_result(self.family, folder, self.config, weights, counts)

@@ -44,8 +44,12 @@ def make_sd15(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     vae: dict | None = None,  # more of the VAE's configuration
+    second: bool = False,
 ) -> Path:
-    """Write a Stable Diffusion 1.5 pipeline with weights in `dtype` to `folder`; return `folder`."""
+    """Write a Stable Diffusion 1.5 pipeline with weights in `dtype` to `folder`; return `folder`.
+
+    second: of Stable Diffusion 2.x instead, with OpenCLIP's text encoder and linear projections.
+    """
     unet = UNet2DConditionModel(
         sample_size=RESOLUTION // 8,
         block_out_channels=(16, 32),
@@ -55,11 +59,12 @@ def make_sd15(
         cross_attention_dim=_TEXT_WIDTH,
         attention_head_dim=2,
         norm_num_groups=4,
+        use_linear_projection=second,
     )
     pipeline = StableDiffusionPipeline(
         unet=unet,
         vae=_vae(scaling_factor=0.18215, **vae or {}),
-        text_encoder=CLIPTextModel(_text_config(_TEXT_WIDTH, "quick_gelu")),
+        text_encoder=CLIPTextModel(_text_config(_TEXT_WIDTH, "gelu" if second else "quick_gelu")),
         tokenizer=tokenizer(pad_token=_END),
         scheduler=PNDMScheduler(
             **_BETAS, steps_offset=1, skip_prk_steps=True, set_alpha_to_one=False, prediction_type=prediction_type

@@ -67,6 +67,8 @@ def write_single_file(
     if hasattr(pipeline, "text_encoder_2"):
         state |= _prefixed("conditioner.embedders.0.", clip)
         state |= _prefixed("conditioner.embedders.1.model.", _open_clip(pipeline.text_encoder_2.state_dict()))
+    elif pipeline.unet.config.use_linear_projection:  # Stable Diffusion 2.x
+        state |= _prefixed("cond_stage_model.model.", _open_clip(pipeline.text_encoder.state_dict()))
     else:
         state |= _prefixed("cond_stage_model.", clip)
     state |= marks or {}
@@ -139,7 +141,9 @@ def _text_model(state: _State) -> _State:
 
 def _open_clip(state: _State) -> _State:
     state = _text_model(state)
-    original = {"text_projection": state.pop("text_projection.weight").T}
+    original = {}
+    if "text_projection.weight" in state:  # not in Stable Diffusion 2.x as diffusers has it
+        original["text_projection"] = state.pop("text_projection.weight").T
     for name, tensor in state.items():
         if ".self_attn.q_proj." in name:  # one matrix holds q, k and v
             parts = [state[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
