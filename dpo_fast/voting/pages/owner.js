@@ -40,14 +40,16 @@
 
   // ---- elements: text is only ever set as text
 
-  const make = (space) => (tag, attributes = {}, ...children) => {
-    const element = space ? document.createElementNS(space, tag) : document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) {
-      if (value !== null && value !== false) element.setAttribute(name, value === true ? "" : value);
-    }
-    element.append(...children.filter((child) => child !== null));
-    return element;
-  };
+  const make =
+    (space) =>
+    (tag, attributes = {}, ...children) => {
+      const element = space ? document.createElementNS(space, tag) : document.createElement(tag);
+      for (const [name, value] of Object.entries(attributes)) {
+        if (value !== null && value !== false) element.setAttribute(name, value === true ? "" : value);
+      }
+      element.append(...children.filter((child) => child !== null));
+      return element;
+    };
   const h = make(null);
   const svg = make(SVG);
 
@@ -65,7 +67,8 @@
         for (const { name } of [...twin.attributes]) {
           if (!child.hasAttribute(name) && name !== "open") twin.removeAttribute(name);
         }
-        for (const { name, value } of child.attributes) if (twin.getAttribute(name) !== value) twin.setAttribute(name, value);
+        for (const { name, value } of child.attributes)
+          if (twin.getAttribute(name) !== value) twin.setAttribute(name, value);
         morph(twin, child);
       }
     });
@@ -76,7 +79,8 @@
   // ---- numbers as words
 
   const NONE = "–";
-  const fixed = (value, digits) => (value === null || value === undefined ? NONE : value.toFixed(digits).replace("-", "−"));
+  const fixed = (value, digits) =>
+    value === null || value === undefined ? NONE : value.toFixed(digits).replace("-", "−");
   const percent = (value) => (value === null || value === undefined ? NONE : `${(100 * value).toFixed(0)} %`);
   const seconds = (value) => (value === null || value === undefined ? NONE : `${fixed(value, 1)} s`);
   const many = (n, noun) => `${n} ${noun}${n === 1 ? "" : "s"}`;
@@ -90,8 +94,8 @@
     if (alpha >= 0.8) return "The voters agree closely: nearly any of them would give the same result.";
     if (alpha >= 0.667) return "The voters agree well.";
     if (alpha >= 0.2) return "The voters share a taste in part: the majority says more than one person's vote.";
-    if (alpha > 0) return "The voters agree hardly more than by chance: they differ in taste, the images hardly differ, or votes were careless.";
-    return "The voters agree no more than by chance: they differ in taste, the images hardly differ, or votes were careless.";
+    const reasons = "they differ in taste, the images hardly differ, or votes were careless.";
+    return `The voters agree ${alpha > 0 ? "hardly" : "no"} more than by chance: ${reasons}`;
   };
 
   // ---- pictures
@@ -101,10 +105,15 @@
   // One row: a name, a bar from `from` to the value with its interval, the value. All places are shares of the width.
   const bar = (name, beneath, value, ci, { at, from, kind, spoken, digits }) => {
     const [low, middle, high] = [at(ci[0]), at(value), at(ci[1])];
-    const parts = [svg("title", {}, spoken), svg("rect", { class: "track", x: 0, width: "100%", y: MIDDLE - 1, height: 2 })];
+    const parts = [
+      svg("title", {}, spoken),
+      svg("rect", { class: "track", x: 0, width: "100%", y: MIDDLE - 1, height: 2 }),
+    ];
     if (kind) {
       const x = `${100 * Math.min(middle, from)}%`;
-      parts.push(svg("rect", { class: kind, x, width: `${100 * Math.abs(middle - from)}%`, y: MIDDLE - 8, height: 16 }));
+      parts.push(
+        svg("rect", { class: kind, x, width: `${100 * Math.abs(middle - from)}%`, y: MIDDLE - 8, height: 16 }),
+      );
     }
     parts.push(line("even", from, from, 0, 2 * MIDDLE), line("whisker", low, high, MIDDLE, MIDDLE));
     for (const end of [low, high]) parts.push(line("whisker", end, end, MIDDLE - 5, MIDDLE + 5));
@@ -146,8 +155,10 @@
     const [first, last] = [Math.floor(low / step), Math.max(Math.ceil(high / step), Math.floor(low / step) + 1)];
     const at = (x) => (x / step - first) / (last - first);
     const marks = Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step);
-    const items = ranking.map(({ model, strength, ci95, win_rate_against_average: rate }) =>
-      bar([h("bdi", {}, model)], `wins ${percent(rate)} against an average model`, strength, ci95, {
+    const beneath = (rate, unbounded) =>
+      `wins ${percent(rate)} against an average model` + (unbounded ? "; the votes do not bound its distance" : "");
+    const items = ranking.map(({ model, strength, ci95, unbounded, win_rate_against_average: rate }) =>
+      bar([h("bdi", {}, model)], beneath(rate, unbounded), strength, ci95, {
         at,
         from: at(0),
         kind: null,
@@ -158,7 +169,7 @@
     return h("ul", { class: "bars" }, ...items, axis(marks.map((x) => [at(x), fixed(x, step < 1 ? 1 : 0)])));
   };
 
-  // A table that scrolls in its own box. head: names; rows: cells, the first a name; a cell is text, a node or an array.
+  // A table that scrolls in its own box. rows: cells, each a text, a node or an array of these; the first is a name.
   const table = (label, head, rows) =>
     h(
       "div",
@@ -185,6 +196,17 @@
 
   // ---- the page
 
+  // Of several pairs of models: who leads, and how many of the pairs are decided.
+  const headline = (of, pairs) => {
+    const number = pairs.filter((pair) => decided(pair.ci95)).length;
+    const text = `Of ${pairs.length} pairs of models ${number} are decided: the 95% interval does not hold 0.5.`;
+    const [best, second] = of.ranking ?? [];
+    if (!best || best.unbounded) return [text];
+    const clear = best.ci95[0] > second.ci95[1];
+    const lead = clear ? " is the strongest model. " : ` leads, but its interval overlaps that of ${second.model}. `;
+    return [h("b", {}, best.model), lead, text];
+  };
+
   const question = (id, of, groups) => {
     const known = of.pairs.filter((pair) => pair.win_rate !== null);
     const grouped = (pair) => (groups > 1 ? [h("small", {}, pair.group)] : []);
@@ -202,7 +224,7 @@
         ? ["People prefer ", h("b", {}, winner), " to ", h("bdi", {}, loser), `: 95% interval ${rest}`]
         : ["Not decided: the 95% interval holds 0.5, ", rest];
       parts.push(h("div", { class: "lead" }, h("p", {}, ...first), h("p", { class: kind }, ...text)));
-    }
+    } else parts.push(h("p", {}, ...headline(of, known)));
     if (known.length) {
       const rows = known.map((pair) => ({
         name: versus(pair.models),
@@ -224,10 +246,16 @@
     if (of.ranking?.length) {
       parts.push(
         h("h3", {}, "Strength of each model"),
-        h("p", { class: "hint" }, "From all pairs at once (Bradley-Terry with ties, Davidson 1970): 0 is the average of the models, and 1 more means e times the odds to win."),
+        h(
+          "p",
+          { class: "hint" },
+          "From all pairs at once (Bradley-Terry with ties, Davidson 1970). 0 is the average of the models; " +
+            "a difference of 1 means odds of e : 1 among votes that are no ties.",
+        ),
         strengths(of.ranking),
       );
     }
+    if (of.ranking_note) parts.push(h("p", { class: "hint" }, `Strengths: ${of.ranking_note}.`));
     parts.push(
       h(
         "p",
@@ -252,13 +280,23 @@
         "details",
         {},
         h("summary", {}, "Pairs of models"),
-        h("p", { class: "hint" }, "Won, tied and lost count comparisons by majority, for the model named first. Open: comparisons with fewer votes than wanted."),
+        h(
+          "p",
+          { class: "hint" },
+          "Won, tied and lost count comparisons by majority, for the model named first. " +
+            "Open: comparisons with fewer votes than wanted.",
+        ),
         table(`Pairs of models: ${of.text}`, head, rows),
       ),
     );
     const slices = of.pairs.flatMap((pair) =>
       Object.entries(pair.categories ?? {}).map(([name, slice]) => ({
-        cells: [h("bdi", {}, name), [...versus(pair.models), ...grouped(pair)], rate(slice.win_rate, slice.ci95), String(slice.comparisons)],
+        cells: [
+          h("bdi", {}, name),
+          [...versus(pair.models), ...grouped(pair)],
+          rate(slice.win_rate, slice.ci95),
+          String(slice.comparisons),
+        ],
       })),
     );
     if (slices.length) {
@@ -276,10 +314,14 @@
       ["Time a vote, median", seconds(of.seconds_median)],
     ];
     const share = of.wanted ? of.complete / of.wanted : 0;
-    const done = `${of.complete} of ${of.wanted} have all their votes (${percent(share)}): each comparison counts once a question.`;
+    const done = `${of.complete} of ${of.wanted} comparisons have all their votes (${percent(share)}), questions apart.`;
     return [
       h("dl", {}, ...facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
-      h("progress", { max: Math.max(of.wanted, 1), value: of.complete, "aria-label": "Comparisons with all their votes" }),
+      h("progress", {
+        max: Math.max(of.wanted, 1),
+        value: of.complete,
+        "aria-label": "Comparisons with all their votes",
+      }),
       h("p", { class: "hint" }, done),
       h("p", { class: "hint" }, of.rule),
     ];
@@ -293,7 +335,17 @@
       rows.map((voter) => {
         const out = voter.excluded !== null;
         const button = (act, text) =>
-          h("button", { type: "button", class: "small", "data-act": act, "data-name": voter.name, "aria-label": `${text}: ${voter.name}` }, text);
+          h(
+            "button",
+            {
+              type: "button",
+              class: "small",
+              "data-act": act,
+              "data-name": voter.name,
+              "aria-label": `${text}: ${voter.name}`,
+            },
+            text,
+          );
         return {
           key: voter.name,
           kind: out ? "out" : null,
@@ -304,8 +356,15 @@
             percent(voter.left_share),
             percent(voter.tie_share),
             percent(voter.agrees_with_majority),
-            !voter.checks ? NONE : h(voter.checks_failed ? "mark" : "span", {}, `${voter.checks_failed} of ${voter.checks}`),
-            h("div", { class: "actions" }, out ? button("include", "Include") : button("exclude", "Exclude"), button("link", "New link")),
+            !voter.checks
+              ? NONE
+              : h(voter.checks_failed ? "mark" : "span", {}, `${voter.checks_failed} of ${voter.checks}`),
+            h(
+              "div",
+              { class: "actions" },
+              out ? button("include", "Include") : button("exclude", "Exclude"),
+              button("link", "New link"),
+            ),
           ],
         };
       }),
@@ -320,7 +379,11 @@
     draw("questions", ...Object.entries(results.questions).map(([id, of]) => question(id, of, groups)));
     draw(
       "by-voter",
-      h("p", { class: "hint" }, "Nobody is excluded but by you. With the majority: how often a vote is that of the others on the same comparison."),
+      h(
+        "p",
+        { class: "hint" },
+        "Nobody is excluded but by you. With the majority: how often a vote is that of the others on a comparison.",
+      ),
       results.by_voter.length ? voters(results.by_voter) : h("p", {}, "Nobody has voted yet."),
     );
     $("voters").hidden = $("files").hidden = false;
@@ -381,7 +444,11 @@
       $("reason").required = needsReason;
       $("reason").value = "";
       $("sure").returnValue = "";
-      $("sure").addEventListener("close", () => resolve($("sure").returnValue === "yes" ? $("reason").value.trim() : null), { once: true });
+      $("sure").addEventListener(
+        "close",
+        () => resolve($("sure").returnValue === "yes" ? $("reason").value.trim() : null),
+        { once: true },
+      );
       $("sure").showModal();
     });
   $("sure-form").addEventListener("submit", (event) => {
@@ -401,7 +468,12 @@
 
   const exclude = async (name, excluded) => {
     const reason = excluded
-      ? await ask(`Exclude ${name}?`, "Their votes leave all results, and the results say so. The votes are kept: you can include them again.", "Exclude", true)
+      ? await ask(
+          `Exclude ${name}?`,
+          "Their votes leave all results, and the results say so. The votes are kept: you can include them again.",
+          "Exclude",
+          true,
+        )
       : await ask(`Include ${name} again?`, "Their votes count again.", "Include", false);
     if (reason === null) return;
     await attempt(async () => {
@@ -410,8 +482,8 @@
     });
   };
 
-  const newLink = async (name) => {
-    if ((await ask(`A new link for ${name}?`, "The old link stops working at once. Votes stay.", "Make a new link", false)) === null) return;
+  const newLink = async (name, text = "The old link stops working at once. Votes stay.") => {
+    if ((await ask(`A new link for ${name}?`, text, "Make a new link", false)) === null) return;
     await attempt(async () => showLink(await request("/api/owner/links", { name })));
   };
 
@@ -426,7 +498,12 @@
     const name = $("name").value.trim();
     if (!name) return;
     attempt(async () => {
-      showLink(await request("/api/owner/voters", { name }));
+      try {
+        showLink(await request("/api/owner/voters", { name }));
+      } catch (error) {
+        if (error.status !== 409) throw error;
+        return newLink(name, `${error.message} A new link can be made; the old one then stops working. Votes stay.`);
+      }
       $("add").reset();
       look();
     });

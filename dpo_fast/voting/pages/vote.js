@@ -29,19 +29,24 @@
   let given = 0; // votes since the last rest
   let retry = null; // ends the wait between two tries
   let stacked = false;
-  let view = { zoom: 1, x: 0.5, y: 0.5 }; // x, y: the point of the images that is in the middle, as a share of their sides
+  let view = { zoom: 1, x: 0.5, y: 0.5 }; // x, y: what is in the middle, as shares of the sides
 
   // ---- what the page says
 
   const say = (text) => ($("say").textContent = text);
   const many = (n, noun) => `${n} ${noun}${n === 1 ? "" : "s"}`;
-  const side = (choice) => (stacked ? { left: "Top", right: "Bottom" } : { left: "Left", right: "Right" })[choice] ?? "Tie";
+  const side = (choice) =>
+    (stacked ? { left: "Top", right: "Bottom" } : { left: "Left", right: "Right" })[choice] ?? "Tie";
 
   const screen = (name) => {
     document.body.dataset.state = name;
     $("voting").hidden = !["voting", "sending"].includes(name);
     $("message").hidden = !$("voting").hidden;
     $("pause").hidden = $("voting").hidden;
+    if ($("voting").hidden) {
+      down.clear();
+      gesture = null;
+    }
   };
 
   const message = (name, title, text, { goOn = "", back = false } = {}) => {
@@ -80,7 +85,11 @@
     });
     if (response.ok) return path.startsWith("/api/image/") ? response.blob() : response.json();
     const said = await response.json().catch(() => null);
-    throw new Refused(response.status, said?.error ?? `status ${response.status}`, Number(response.headers.get("Retry-After")));
+    throw new Refused(
+      response.status,
+      said?.error ?? `status ${response.status}`,
+      Number(response.headers.get("Retry-After")),
+    );
   };
 
   // Does a task again until the server answers, and says so meanwhile.
@@ -99,7 +108,8 @@
           $("trouble").hidden = true;
           throw error;
         }
-        const why = error instanceof Refused ? `The server is busy (${error.message}).` : "No connection to the server.";
+        const why =
+          error instanceof Refused ? `The server is busy (${error.message}).` : "No connection to the server.";
         const wait = Math.min(LONGEST_WAIT, 1000 * 2 ** Math.min(tries, 10));
         await pause(Math.max(wait, 1000 * (error.wait || 0)), `${why} ${lost}`);
       }
@@ -123,7 +133,7 @@
         resolve();
       };
       addEventListener("online", retry);
-      if ($("trouble-text").textContent !== text) $("trouble-text").textContent = text; // read aloud once, not at every try
+      if ($("trouble-text").textContent !== text) $("trouble-text").textContent = text; // read aloud once
       $("trouble").hidden = false;
       tick();
     });
@@ -201,7 +211,10 @@
     for (const [path, loading] of images) {
       if (keep.some((pair) => path === pair.left || path === pair.right)) continue;
       images.delete(path);
-      loading.then((image) => URL.revokeObjectURL(image.src), () => {});
+      loading.then(
+        (image) => URL.revokeObjectURL(image.src),
+        () => {},
+      );
     }
   };
 
@@ -226,7 +239,10 @@
     shown = null;
     if (error.status === 401 || error.status === 403)
       message("refused", "This link does not work", `${error.message} Ask whoever sent it for a new one.`);
-    else message("failed", "Something went wrong", `${error.message}. Votes that were confirmed are saved.`, { goOn: "Try again" });
+    else
+      message("failed", "Something went wrong", `${error.message}. Votes that were confirmed are saved.`, {
+        goOn: "Try again",
+      });
   };
 
   // Shows what the server wants answered next.
@@ -266,13 +282,16 @@
     document.title = pair.question.text;
     $("note").textContent = before || (state.done < 3 ? hint() : "");
     const of = state.target === null ? "" : ` of ${state.target}`;
-    say([before, `Pair ${state.done + 1}${of}. ${pair.question.text} Prompt: ${pair.prompt}`].filter(Boolean).join(" "));
+    say(
+      [before, `Pair ${state.done + 1}${of}. ${pair.question.text} Prompt: ${pair.prompt}`].filter(Boolean).join(" "),
+    );
     if (!document.contains(from) || from.closest("[hidden]") || from === $("message-title")) $("question").focus();
     settled = performance.now() + SETTLE;
   };
 
   const hint = () => {
-    if (!matchMedia("(hover: none) and (pointer: coarse)").matches) return "Every vote is saved at once. You can stop at any time.";
+    if (!matchMedia("(hover: none) and (pointer: coarse)").matches)
+      return "Every vote is saved at once. You can stop at any time.";
     return stacked ? "Tap the better image." : "Tap the better image, or swipe towards it. Pinch to zoom.";
   };
 
@@ -307,7 +326,8 @@
       if (given >= REST && answer.pairs.length && (answer.target === null || answer.target - answer.done >= REST / 4)) {
         given = 0;
         rest(answer, "A good moment for a break");
-      } else await show(answer, answer.done > state.done ? `Saved: ${side(choice).toLowerCase()}.` : $("note").textContent);
+      } else
+        await show(answer, answer.done > state.done ? `Saved: ${side(choice).toLowerCase()}.` : $("note").textContent);
     });
   };
 
@@ -339,12 +359,19 @@
     shown = null;
     const back = state.can_undo;
     if (state.finished)
-      message("finished", "Done. Thank you!", `Your ${many(state.done, "vote")} are saved. You can close this page.`, { back });
-    else
-      message("finished", "No pair is free now", `${many(state.done, "vote")}, all saved. Others have the last pairs before them.`, {
-        goOn: "Look again",
+      message("finished", "Done. Thank you!", `Your ${many(state.done, "vote")} are saved. You can close this page.`, {
         back,
       });
+    else
+      message(
+        "finished",
+        "No pair is free now",
+        `${many(state.done, "vote")}, all saved. Others have the last pairs before them.`,
+        {
+          goOn: "Look again",
+          back,
+        },
+      );
   };
 
   // ---- where the images stand, and zoom
@@ -354,7 +381,10 @@
     const { width, height } = shown;
     const box = $("images");
     const wide = box.clientWidth;
-    box.style.setProperty("--need", `${Math.round(Math.min(((wide - GAP) / 2) * (height / width), innerHeight * 0.5))}px`);
+    box.style.setProperty(
+      "--need",
+      `${Math.round(Math.min(((wide - GAP) / 2) * (height / width), innerHeight * 0.5))}px`,
+    );
     const high = box.clientHeight;
     const fit = (w, h) => Math.min(w / width, h / height, Math.max(width, SMALL) / width);
     const beside = fit((wide - GAP) / 2, high);
@@ -396,7 +426,8 @@
     const words = $("prompt");
     words.classList.toggle("long", $("prompt-text").scrollHeight > 60);
     words.style.setProperty("--prompt", `${$("prompt-text").scrollHeight}px`);
-    if (words.scrollHeight > words.clientHeight + 1) words.tabIndex = 0; // scrolled by keys
+    if (words.scrollHeight > words.clientHeight + 1)
+      words.tabIndex = 0; // scrolled by keys
     else words.removeAttribute("tabindex");
   };
 
@@ -413,8 +444,10 @@
       Object.assign(view, { x: view.x + at.x - now.x, y: view.y + at.y - now.y });
       layout();
     }
-    if ((before > 1) !== (view.zoom > 1)) {
-      const how = matchMedia("(pointer: coarse)").matches ? "Drag moves both." : "Drag or arrow keys move both, space ends it.";
+    if (before > 1 !== view.zoom > 1) {
+      const how = matchMedia("(pointer: coarse)").matches
+        ? "Drag moves both."
+        : "Drag or arrow keys move both, space ends it.";
       $("note").textContent = view.zoom > 1 ? `Both images are enlarged. ${how}` : "";
       say(view.zoom > 1 ? $("note").textContent : "Both images are whole again.");
     }
@@ -477,7 +510,8 @@
       return;
     }
     const [far, up] = [finger.x - gesture.x, finger.y - gesture.y];
-    if (gesture.kind === "tap" && Math.hypot(far, up) > SLIP) gesture.kind = view.zoom > 1 ? "pan" : event.pointerType === "mouse" ? "none" : "swipe";
+    if (gesture.kind === "tap" && Math.hypot(far, up) > SLIP)
+      gesture.kind = view.zoom > 1 ? "pan" : event.pointerType === "mouse" ? "none" : "swipe";
     if (gesture.kind === "pan") pan(dx, dy);
     if (gesture.kind === "swipe" && !busy) mark(swiped(far, up));
   });
@@ -574,7 +608,11 @@
     screen("loading");
     const [, invitation] = location.hash.match(/^#join=(.+)$/) ?? [];
     if (location.hash.length < 2)
-      return message("refused", "This link is not whole", "It ends with # and a key. Copy all of it, or ask whoever sent it.");
+      return message(
+        "refused",
+        "This link is not whole",
+        "It ends with # and a key. Copy all of it, or ask whoever sent it.",
+      );
     if (!invitation) {
       token = location.hash.slice(1);
       return begin();
