@@ -314,7 +314,7 @@
       ["Time a vote, median", seconds(of.seconds_median)],
     ];
     const share = of.wanted ? of.complete / of.wanted : 0;
-    const done = `${of.complete} of ${of.wanted} comparisons have all their votes (${percent(share)}), questions apart.`;
+    const done = `${of.complete} of ${of.wanted} have all their votes (${percent(share)}), each question counted.`;
     return [
       h("dl", {}, ...facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
       h("progress", {

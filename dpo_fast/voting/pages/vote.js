@@ -10,7 +10,6 @@
   const ZOOM = { first: 2.5, most: 12, wheel: 0.002 }; // wheel: the logarithm of a zoom per px
   const PAN = 60; // px of an arrow key
   const SMALL = 640; // px up to which an image is enlarged
-  const TINY = 128; // px: the sides of images that are enlarged with sharp pixels, as in the report
   const STACK = 1.7; // images stand above each other where that makes them so much larger
   const GAP = 8; // px between the images
   const KEYS = { 1: "left", 2: "right", 0: "tie" };
@@ -413,7 +412,6 @@
     stage.style.setProperty("--gap", `${GAP}px`);
     stage.classList.toggle("stacked", stacked);
     stage.classList.toggle("zoomed", zoomed);
-    stage.classList.toggle("tiny", Math.max(width, height) <= TINY);
     for (const name of ["left", "right"]) {
       Object.assign(figures[name].style, { width: `${frame.width}px`, height: `${frame.height}px` });
       const image = figures[name].firstElementChild;
