@@ -55,9 +55,7 @@ def _serve(argv: list[str]) -> int:
 
 def _results(argv: list[str]) -> int:
     if any(word in HELP for word in argv):
-        print(
-            "usage: python -m dpo_fast.vote results FILE [--json]\n\nprint what the votes of a file say; --json: all of it"
-        )
+        print("usage: python -m dpo_fast.vote results FILE [--json]\n\nprint what votes say; --json: all of it")
         return 0
     files = [word for word in argv if word != "--json"]
     if unknown := next((word for word in files if word.startswith("-")), None):

@@ -6,7 +6,7 @@ Everything is spread evenly, so that votes can be counted whenever people stop:
 - Among these come first comparisons that the voter has not seen with another question, then kinds of comparisons (a
   group's two models) that the voter has seen least; then the draw decides.
 - A voter keeps a question for BLOCK showings; voters begin with different ones.
-- The first model's image stands left as often as right, by comparison and question; the draw decides where that is even.
+- The first model's image stands left as often as right, by comparison and question; the draw decides if that is even.
 
 It is a count in memory: `votes.desk` keeps it in step with the store.
 """

@@ -1,7 +1,7 @@
 """The desk of a session: it hands out showings to voters and takes their votes, on an open store.
 
-What is asked often is kept in memory (tokens, open showings, the counts of `assignment`); whatever changes is written to
-the store in the same call. The caller wraps calls that write in `store.transaction()`, may commit several at once, and
+What is asked often is kept in memory (tokens, open showings, the counts of `assignment`); whatever changes is written
+to the store in the same call. The caller wraps calls that write in `store.transaction()`, may commit several at once, and
 calls `load` after a transaction that failed. One thread at a time uses a desk.
 """
 
@@ -430,8 +430,8 @@ class Desk:
 
     def _insert(self, of: Voter, showing: Showing) -> None:
         self.store.connection.execute(
-            """INSERT INTO showings (id, voter, place, question, comparison, kind, side, first_left, left_key, right_key)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+            """INSERT INTO showings
+            (id, voter, place, question, comparison, kind, side, first_left, left_key, right_key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
             [showing.id, of.id, showing.place, showing.question, showing.comparison, showing.kind, showing.side,
              showing.first_left, *showing.keys],
         )  # fmt: skip

@@ -1,8 +1,8 @@
 """What stands between the network and the application: limits on connections, time, size and rate, and the headers.
 
 `GuardedProtocol` is uvicorn's HTTP protocol with limits on connections (all, and of one address) and on time (headers,
-a whole request). `Guard` is the ASGI application around the real one: it checks Host and Origin, limits the rate of each
-address and each token and the size of a body, and sets the same headers on every response.
+a whole request). `Guard` is the ASGI application around the real one: it checks Host and Origin, limits the rate of
+each address and each token and the size of a body, and sets the same headers on every response.
 """
 
 import asyncio
