@@ -8,9 +8,9 @@ import torch
 from dpo_fast.errors import printable
 from dpo_fast.evaluation.conclusion import Conclusion, conclude
 from dpo_fast.evaluation.formats import counted, decimals, difference, p_value
-from dpo_fast.evaluation.plain_table import plain_table, width_of
 from dpo_fast.evaluation.scored import Scored
 from dpo_fast.evaluation.signals import Signal
+from dpo_fast.plain_table import plain_table, width_of
 from dpo_fast.statistics import (
     RESAMPLES,
     Bootstrap,
