@@ -173,16 +173,15 @@
 
   const pairs = () => persist(() => request("/api/pairs"), "The page goes on by itself.");
 
-  // Sends a vote. An answer that the server did not take is no vote, and the voter is told.
+  // Sends a vote; returns what comes next, and what to say of the vote. One that the server did not take is no vote.
   const send = async (vote) => {
     waiting.set(vote);
     try {
-      return await persist(() => request("/api/vote", vote), "Your vote is kept and will be sent.");
+      const answer = await persist(() => request("/api/vote", vote), "Your vote is kept and will be sent.");
+      return [answer, `Saved: ${side(vote.choice).toLowerCase()}.`];
     } catch (error) {
       if (![404, 409].includes(error.status)) throw error;
-      $("note").textContent = `That vote did not count: ${error.message}`;
-      say($("note").textContent);
-      return await pairs();
+      return [await pairs(), `That vote did not count. ${error.message}`];
     } finally {
       waiting.set(null);
     }
@@ -320,13 +319,12 @@
     act(async () => {
       mark(choice);
       screen("sending");
-      const answer = await send({ showing: shown.showing, choice });
+      const [answer, said] = await send({ showing: shown.showing, choice });
       given += answer.done > state.done;
-      if (given >= REST && answer.pairs.length && (answer.target === null || answer.target - answer.done >= REST / 4)) {
-        given = 0;
-        rest(answer, "A good moment for a break");
-      } else
-        await show(answer, answer.done > state.done ? `Saved: ${side(choice).toLowerCase()}.` : $("note").textContent);
+      const left = answer.target === null ? Infinity : answer.target - answer.done;
+      if (given < REST || !answer.pairs.length || left < REST / 4) return show(answer, said);
+      given = 0;
+      rest(answer, "A good moment for a break");
     });
   };
 
@@ -599,7 +597,7 @@
 
   const begin = async () => {
     const vote = waiting.get();
-    await show(vote ? await send(vote) : await pairs());
+    await show(...(vote ? await send(vote) : [await pairs()]));
   };
 
   act(async () => {
