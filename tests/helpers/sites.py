@@ -23,6 +23,7 @@ class Site(NamedTuple):
     links: dict[str, str]  # voter's name -> link
     owner: str  # the link of the owner's page
     file: Path
+    invitation: str | None  # the link with which anyone can join, if the session has one
 
     def votes(self, voter: str) -> list[Vote]:
         """The votes of one voter, excluded or not, oldest first."""
@@ -40,11 +41,14 @@ def served(config: VoteConfig, voters: Sequence[str]) -> Iterator[Site]:
             with Writer(session.desk) as writer:
                 tokens = {name: writer.submit(lambda desk, name=name: desk.add_voter(name)).result() for name in voters}
                 owner = writer.submit(lambda desk: desk.new_owner()).result()
+                invitation = None
+                if config.open_link:
+                    invitation = f"{base}/vote#join={writer.submit(lambda desk: desk.new_invitation()).result()}"
                 server = make_server(session, writer, listener, config)
                 thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
                 thread.start()
                 links = {name: f"{base}/vote#{token}" for name, token in tokens.items()}
-                yield Site(links, f"{base}/owner#{owner}", config.votes_file)
+                yield Site(links, f"{base}/owner#{owner}", config.votes_file, invitation)
                 server.should_exit = True
                 thread.join(PATIENCE)
                 assert not thread.is_alive()

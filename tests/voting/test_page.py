@@ -65,15 +65,18 @@ def serve(tmp_path_factory) -> Iterator[Callable[..., Site]]:
     """A function that serves a vote of voters on prompts."""
     with ExitStack() as stack:
 
-        def start(voters: list[str], prompts: list[str] = PROMPTS, size: tuple[int, int] = (320, 320)) -> Site:
+        def start(
+            voters: list[str], prompts: list[str] = PROMPTS, size: tuple[int, int] = (320, 320), **options: Any
+        ) -> Site:
             home = tmp_path_factory.mktemp("vote")
             config = VoteConfig(
                 folders=tuple(make_images(home, prompts, size)),
                 questions=("general",),
-                votes=len(voters),
+                votes=max(len(voters), 1),
                 checks=0,
                 delay=0.05,
                 votes_file=home / "votes.sqlite",
+                **options,
             )
             return stack.enter_context(served(config, voters))
 
@@ -394,6 +397,53 @@ def test_wide_images_stand_above_each_other_on_a_phone(browser, serve, size, sta
     visit.close()
 
 
+def test_the_open_link_makes_one_voter_of_a_browser(browser, serve):
+    site = serve([], PROMPTS, open_link=True)
+    visit = Visit(browser, site.invitation, viewport={"width": 1000, "height": 700})
+    voter, page = Voter(visit), visit.page
+    voter.ready()
+    voter.vote("left", voter.press("1"))
+    for go in (page.reload, lambda: page.goto("about:blank") and page.goto(site.invitation)):
+        go()
+        voter.ready(1)
+    same_as_stored(voter.voted, site.votes("guest 1"))
+
+    page.locator("#help").click()
+    page.locator("#keys").uncheck()
+    page.get_by_role("button", name="Close").click()
+    voter.press("1")()  # keys were switched off
+    page.reload()  # also for the next time
+    voter.ready(1)
+    voter.press("1")()
+    page.wait_for_timeout(300)
+    same_as_stored(voter.voted, site.votes("guest 1"))
+    voter.vote("right", page.locator("[data-choice=right]").click)
+    page.wait_for_selector("body[data-state=voting]")
+    same_as_stored(voter.voted, site.votes("guest 1"))
+    with VoteStore.read(site.file) as store:
+        assert store.voters() == ["guest 1"]
+    visit.close()
+
+
+@pytest.mark.exhaustive
+def test_the_page_offers_a_break(browser, serve):
+    site = serve(["Eve"], [f"a house number {number} at the sea" for number in range(26)])
+    visit = Visit(browser, site.links["Eve"], viewport={"width": 1000, "height": 700})
+    voter, page = Voter(visit), visit.page
+    for _ in range(20):
+        voter.ready()
+        voter.vote("tie", voter.press("0"))
+    page.wait_for_selector("body[data-state=pause]")
+    assert page.locator("#message-text").text_content().startswith("20 votes, all saved. 6 to go. You can stop here")
+    voter.undo(page.locator("#take-back").click)
+    for _ in range(7):
+        voter.ready()
+        voter.vote("left", voter.press("1"))
+    page.wait_for_selector("body[data-state=finished]")
+    same_as_stored(voter.voted, site.votes("Eve"))
+    visit.close()
+
+
 def test_links_that_do_not_work_say_so(browser, site):
     for ending, said in (("#wrong", "This link does not work"), ("", "This link is not whole")):
         visit = Visit(browser, site.links["Ada"].partition("#")[0] + ending)
@@ -461,10 +511,24 @@ def test_the_owners_page(browser, serve):
     assert download.value.suggested_filename == "votes.csv"
     assert len(Path(download.value.path()).read_text().splitlines()) == 5
 
-    page.evaluate("Object.defineProperty(document, 'hidden', { value: true })")
+    visit.close()
+
+
+@pytest.mark.exhaustive
+def test_the_owners_page_asks_only_while_it_is_seen(browser, site):
+    visit = Visit(browser, site.owner)
+    page = visit.page
+    page.wait_for_selector("#by-voter *", state="attached")
+    hide = "(hidden) => { Object.defineProperty(document, 'hidden', { value: hidden, configurable: true });"
+    hide += " document.dispatchEvent(new Event('visibilitychange')); }"
     before = len(visit.requested)
     page.wait_for_timeout(4600)
-    assert len(visit.requested) == before  # nobody looks
+    assert len(visit.requested) == before + 1
+    page.evaluate(hide, True)
+    page.wait_for_timeout(6000)
+    assert len(visit.requested) == before + 1
+    page.evaluate(hide, False)
+    until(lambda: len(visit.requested) == before + 2)
     visit.close()
 
 
@@ -568,4 +632,7 @@ def test_axe_finds_no_serious_fault(browser, serve, axe, tmp_path, scheme, width
     judge(owner, "owner", full=True)
     owner.page.get_by_role("button", name="Exclude").first.click()
     judge(owner, "exclude")
+    owner.page.evaluate("document.getElementById('sure').append(document.createElement('button'))")
+    with pytest.raises(AssertionError, match="button-name"):  # axe sees what it should
+        judge(owner, "planted")
     owner.close()

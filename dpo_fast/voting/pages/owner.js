@@ -94,8 +94,9 @@
     if (alpha >= 0.8) return "The voters agree closely: nearly any of them would give the same result.";
     if (alpha >= 0.667) return "The voters agree well.";
     if (alpha >= 0.2) return "The voters share a taste in part: the majority says more than one person's vote.";
-    const reasons = "they differ in taste, the images hardly differ, or votes were careless.";
-    return `The voters agree ${alpha > 0 ? "hardly" : "no"} more than by chance: ${reasons}`;
+    const reasons =
+      "tastes differ, the images hardly differ, votes were careless, or one model wins so often that chance ";
+    return `The voters agree ${alpha > 0 ? "hardly" : "no"} more than by chance: ${reasons}would agree as well.`;
   };
 
   // ---- pictures
@@ -219,10 +220,9 @@
       const kind = !sure ? null : pair.win_rate > 0.5 ? "better" : "worse";
       const winner = pair.win_rate > 0.5 ? pair.models[1] : pair.models[0];
       const loser = pair.win_rate > 0.5 ? pair.models[0] : pair.models[1];
-      const rest = `${range(pair.ci95)}, of ${many(pair.comparisons, "comparison")}.`;
       const text = sure
-        ? ["People prefer ", h("b", {}, winner), " to ", h("bdi", {}, loser), `: 95% interval ${rest}`]
-        : ["Not decided: the 95% interval holds 0.5, ", rest];
+        ? ["People prefer ", h("b", {}, winner), " to ", h("bdi", {}, loser), `: 95% interval ${range(pair.ci95)}.`]
+        : [`Not decided: the 95% interval, ${range(pair.ci95)}, holds 0.5.`];
       parts.push(h("div", { class: "lead" }, h("p", {}, ...first), h("p", { class: kind }, ...text)));
     } else parts.push(h("p", {}, ...headline(of, known)));
     if (known.length) {
@@ -323,14 +323,14 @@
         "aria-label": "Comparisons with all their votes",
       }),
       h("p", { class: "hint" }, done),
-      h("p", { class: "hint" }, of.rule),
+      h("p", { class: "hint" }, `By majority: ${of.rule}.`),
     ];
   };
 
   const voters = (rows) => {
     const head = ["Name", "Votes", "Seconds, median", "Left", "Ties", "With the majority", "Checks failed", "Change"];
     return table(
-      "Voters",
+      "Table of voters",
       head,
       rows.map((voter) => {
         const out = voter.excluded !== null;

@@ -348,7 +348,8 @@
     state = answer;
     progress();
     const left = state.target === null ? "" : ` ${state.target - state.done} to go.`;
-    const text = `${many(state.done, "vote")}, all saved.${left} You can stop here and go on later with the same link.`;
+    const saved = state.done ? `${many(state.done, "vote")}, all saved.` : "No votes yet.";
+    const text = `${saved}${left} You can stop here and go on later with the same link.`;
     message("pause", title, text, { goOn: "Go on", back: state.can_undo });
   };
 
