@@ -84,6 +84,7 @@ def _pair(group: str, first: str, second: str, votes: Sequence[Vote], wanted: in
         "comparisons": len(majorities),
         "votes": len(votes),
         "undecided": sum(number < wanted for number in numbers.values()),
+        "note": found.note,
         "categories": {name: _category(of) for name, of in sorted(by_category.items())},
     }
 
