@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -27,7 +28,7 @@ from dpo_fast.pictures import save_png
 from dpo_fast.votes.desk import Desk, Showing
 from dpo_fast.voting.options import VoteConfig
 from dpo_fast.voting.session import open_session
-from tests.helpers.sites import served
+from tests.helpers.vote_sessions import running
 
 VOTERS, CARELESS = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn"), "Finn"
 COMPARISONS, VOTES, CHECKS = 48, 5, 12  # pairs of images, votes wanted for each, one check in so many showings
@@ -57,8 +58,10 @@ def main() -> int:
                 votes_file=Path(folder, "votes.sqlite"),
             )
             simulate(config, scores_of(arguments.run), random.Random(arguments.seed))
-            with served(config, ["Gül"]) as site:
-                pages = screenshots(command, {site.links["Gül"]: "#stage img", site.owner: "#by-voter table"})
+            with running(replace(config, voters=("Gül",))) as server:
+                voter, owner = f"/vote#{server.tokens['Gül']}", f"/owner#{server.owner_token}"
+                waits = {server.base + voter: "#stage img", server.base + owner: "#by-voter table"}
+                pages = screenshots(command, waits)
     except BadInput as error:
         print(error, file=sys.stderr)
         return 2

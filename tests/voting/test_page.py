@@ -3,6 +3,7 @@ connections, any prompt on any screen, and the owner's page."""
 
 import html.parser
 import os
+import random
 import re
 import subprocess
 import tarfile
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from PIL import Image, ImageDraw
@@ -19,9 +20,10 @@ from PIL.PngImagePlugin import PngInfo
 import dpo_fast
 from dpo_fast.votes.records import Vote
 from dpo_fast.votes.store import VoteStore
+from dpo_fast.votes.tally import summary_of
 from dpo_fast.voting.options import VoteConfig
 from tests.helpers.browsers import Visit, started_browser
-from tests.helpers.sites import Site, served
+from tests.helpers.vote_sessions import Client, running
 
 PAGES = Path(dpo_fast.__file__).parent / "voting" / "pages"
 REPORT = PAGES.parents[1] / "evaluation" / "report" / "base.css"
@@ -45,10 +47,24 @@ def browser() -> Iterator[Any]:
         yield started
 
 
-def make_images(home: Path, prompts: list[str], size: tuple[int, int] = (320, 320)) -> list[Path]:
+class Site(NamedTuple):
+    """A vote that is served."""
+
+    links: dict[str, str]  # voter's name -> link
+    invitation: str  # the link with which everyone can join
+    owner: str  # the owner's link
+    file: Path
+
+    def votes(self, voter: str) -> list[Vote]:
+        """The votes of one voter, excluded or not, oldest first."""
+        with VoteStore.read(self.file) as store:
+            return [vote for vote in store.votes(excluded=True) if vote.voter == voter]
+
+
+def make_images(home: Path, prompts: list[str], size: tuple[int, int], models: dict[str, Any]) -> list[Path]:
     """Write an image of each prompt by each model, and return the models' folders."""
     folders = []
-    for model, colour in MODELS.items():
+    for model, colour in models.items():
         (home / model).mkdir()
         for number, prompt in enumerate(prompts):
             image = Image.new("RGB", size, colour)
@@ -66,19 +82,28 @@ def serve(tmp_path_factory) -> Iterator[Callable[..., Site]]:
     with ExitStack() as stack:
 
         def start(
-            voters: list[str], prompts: list[str] = PROMPTS, size: tuple[int, int] = (320, 320), **options: Any
+            voters: list[str],
+            prompts: list[str] = PROMPTS,
+            size: tuple[int, int] = (320, 320),
+            models: dict[str, Any] = MODELS,
+            **options: Any,
         ) -> Site:
             home = tmp_path_factory.mktemp("vote")
             config = VoteConfig(
-                folders=tuple(make_images(home, prompts, size)),
+                folders=tuple(make_images(home, prompts, size, models)),
                 questions=("general",),
                 votes=max(len(voters), 1),
+                voters=tuple(voters),
                 checks=0,
                 delay=0.05,
                 votes_file=home / "votes.sqlite",
                 **options,
             )
-            return stack.enter_context(served(config, voters))
+            server = stack.enter_context(running(config))
+            links = {name: f"{server.base}/vote#{token}" for name, token in server.tokens.items()}
+            invitation = server.writer.submit(lambda desk: desk.new_invitation()).result()
+            joining = f"{server.base}/vote#join={invitation}"
+            return Site(links, joining, f"{server.base}/owner#{server.owner_token}", config.votes_file)
 
         yield start
 
@@ -531,6 +556,41 @@ def test_the_owners_page_asks_only_while_it_is_seen(browser, site):
     assert len(visit.requested) == before + 1
     page.evaluate(hide, False)
     until(lambda: len(visit.requested) == before + 2)
+    visit.close()
+
+
+@pytest.mark.exhaustive
+def test_the_owners_page_of_several_models(browser, serve, seed):
+    site = serve(["Eve", "Finn", "Gus"], models=MODELS | {"dark": (20, 20, 20), "<u>pale": "white"})
+    draw = random.Random(seed)
+    for link in site.links.values():
+        base, _, token = link.partition("/vote#")
+        client = Client(base, token)
+        while pairs := client.pairs()["pairs"]:
+            assert client.vote(pairs[0]["showing"], draw.choice(("left", "right", "tie"))).status_code == 200
+    with VoteStore.read(site.file) as store:
+        summary = summary_of(store.votes(), store.checks(), store.settings())["questions"]["general"]
+    visit = Visit(browser, site.owner, viewport={"width": 1280, "height": 800})
+    page = visit.page
+    page.wait_for_selector("#by-voter tbody tr")
+    spoken = page.locator("svg[role=img]").evaluate_all("(all) => all.map((one) => one.getAttribute('aria-label'))")
+    expected = [
+        f"{second} against {first}: win rate {pair['win_rate']:.3f}, 95% interval {low:.3f} to {high:.3f}"
+        for pair in summary["pairs"]
+        for (first, second), (low, high) in [(pair["models"], pair["ci95"])]
+    ]
+    expected += [
+        f"{row['model']}: strength {row['strength']:.2f}, 95% interval {row['ci95'][0]:.2f} to {row['ci95'][1]:.2f}"
+        for row in summary["ranking"]
+    ]
+    assert len(spoken) == 6 + 4 and spoken == [line.replace("-", "\N{MINUS SIGN}") for line in expected]
+    assert f"alpha {summary['alpha']:.2f}".replace("-", "\N{MINUS SIGN}") in page.locator(".agreement").text_content()
+    table = page.locator("#questions table").first
+    page.locator("summary").first.click()
+    won = [[str(pair[name]) for name in ("wins", "ties", "losses", "votes")] for pair in summary["pairs"]]
+    rows = table.locator("tbody tr").all()
+    assert [[cell.text_content() for cell in row.locator("td").all()[2:6]] for row in rows] == won
+    assert page.locator("main u").count() == 0  # a model's name is text
     visit.close()
 
 

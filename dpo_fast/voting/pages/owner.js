@@ -225,6 +225,9 @@
         : [`Not decided: the 95% interval, ${range(pair.ci95)}, holds 0.5.`];
       parts.push(h("div", { class: "lead" }, h("p", {}, ...first), h("p", { class: kind }, ...text)));
     } else parts.push(h("p", {}, ...headline(of, known)));
+    for (const note of new Set(known.map((pair) => pair.note).filter(Boolean))) {
+      parts.push(h("p", { class: "hint" }, `Intervals: ${note}.`));
+    }
     if (known.length) {
       const rows = known.map((pair) => ({
         name: versus(pair.models),
