@@ -63,22 +63,20 @@ def _results(argv: list[str]) -> int:
     if len(files) != 1:
         raise BadInput("`vote results` takes one file of votes: name votes.sqlite")
     path = user_path(Path(files[0]))
-    show(json.dumps(_summary(path), indent=2, ensure_ascii=False) if "--json" in argv else _table(path))
+    if "--json" in argv:
+        from dpo_fast.voting.summaries import summary_of_file
+
+        show(json.dumps(summary_of_file(path), indent=2, ensure_ascii=False))
+    else:
+        show(_table(path))
     return 0
 
 
 def _table(path: Path) -> str:
     from dpo_fast.votes.tally import as_text
+    from dpo_fast.voting.summaries import summary_of_file
 
-    return as_text(_summary(path))
-
-
-def _summary(path: Path) -> dict[str, object]:
-    from dpo_fast.votes.store import VoteStore
-    from dpo_fast.votes.tally import summary_of
-
-    with VoteStore.read(path) as store:
-        return summary_of(store.votes(excluded=True), store.checks(), store.settings(), store.excluded())
+    return as_text(summary_of_file(path))
 
 
 if __name__ == "__main__":
