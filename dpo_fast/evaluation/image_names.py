@@ -98,6 +98,16 @@ def images_of(folder: Path, prompts: Sequence[str]) -> Found:
     return Found({prompt: [image for *_, image in sorted(found[prompt])] for prompt in there}, unused)
 
 
+def prompt_of(file: Path) -> str:
+    """The prompt that an image states: its PNG text `prompt`, else its name without a number at the end, with spaces
+    for dashes and underscores where it has no spaces."""
+    if text := _texts_in(file).get("prompt", "").strip():
+        return text
+    bare, _ = _without_number(file.stem)
+    name = (bare if plain(bare) else file.stem).strip()
+    return name if " " in name else re.sub(r"[_\-]+", " ", name).strip() or name
+
+
 def _is_shown(file: Path, folder: Path) -> bool:
     return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
 

@@ -1,6 +1,6 @@
 """The evaluation that ends a training run: `dpo_fast.evaluate` of the run, with its results in the run's folder.
 
-RUN/evaluation/        evaluation.json, images/ and scores/, as in the folder of any evaluation (`comparison`)
+RUN/evaluation/        evaluation.json, images/, scores/ and summary.json, as in the folder of any evaluation (`comparison`)
 RUN/scores.parquet     RUN/report.html     RUN/samples.png     RUN/summary.json gets the numbers
 """
 
@@ -20,6 +20,7 @@ from dpo_fast.evaluation.findings import RECORD, Findings
 from dpo_fast.evaluation.generation import LISTING, settings_of_images
 from dpo_fast.evaluation.pairing import ImagePairs
 from dpo_fast.evaluation.prompts import Prompt, Where
+from dpo_fast.evaluation.reopened import OF_RUN
 from dpo_fast.evaluation.report.gallery import drawn, extremes
 from dpo_fast.evaluation.scored import Scored
 from dpo_fast.evaluation.sides import (
@@ -31,6 +32,7 @@ from dpo_fast.evaluation.sides import (
     settings_of,
     sides_of,
 )
+from dpo_fast.evaluation.voted import people_of
 from dpo_fast.files import delete, rename_away
 from dpo_fast.models.load import revisions
 from dpo_fast.parallel import Ranks
@@ -40,7 +42,6 @@ from dpo_fast.training.run_folder import SUMMARY, check_space, is_finished
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "evaluation"  # in a run's folder
 PICTURE = "samples.png"
 COLUMNS = 8  # of samples.png
 OF_RESULT = "result"  # in the record: the checksums of the result that was evaluated
@@ -64,7 +65,7 @@ def check_request(config: TrainConfig, ranks: Ranks) -> list[Prompt]:
         check_space(config.output_dir, needed, f"the {number} images of the evaluation")
         finished = is_finished(config.output_dir, config.max_train_steps, evaluated=True, uploaded=False)
         if not (finished or config.overwrite):
-            _read_record(config.output_dir / FOLDER)
+            _read_record(config.output_dir / OF_RUN)
         return prompts
 
     return ranks.from_main(check)
@@ -100,6 +101,8 @@ def evaluate_run(config: TrainConfig, prompts: list[Prompt], ranks: Ranks) -> Fi
         if result is None:
             return None
         findings, scored = result
+        findings = findings.with_people(people_of(out, pairs), scored)
+        write_signed_json(out / SUMMARY, findings.for_summary())
         write_report(home, findings, scored, pairs)
         save_png(_samples(pairs, scored), home / PICTURE)
     return findings
@@ -116,7 +119,7 @@ def _as_flags(config: TrainConfig) -> EvaluateConfig:
     """The flags of `dpo_fast.evaluate` that evaluate a run as its training does."""
     return EvaluateConfig(
         policy=str(config.output_dir),
-        output_dir=config.output_dir / FOLDER,
+        output_dir=config.output_dir / OF_RUN,
         batch_size=config.eval_batch_size,
         cache_dir=config.cache_dir,
         hub_token=config.hub_token,
