@@ -11,7 +11,7 @@ ROOT = Path(dpo_fast.__file__).parent
 # From the ground up; modules of one level do not import each other, files of one package may.
 LEVELS = [
     ["errors", "quiet", "threads", "statistics", "version", "fonts"],
-    ["files", "heartbeat", "help_text"],
+    ["files", "heartbeat", "help_text", "plain_table"],
     ["cli"],
     ["locks", "checksums", "hub_revisions", "kernels", "presets", "captions"],
     ["output_folder", "draws", "schedule", "objectives", "pictures", "plot", "parallel", "store", "jobs"],
@@ -19,7 +19,7 @@ LEVELS = [
     ["command_line"],
     ["models", "data"],
     ["shapes", "forward"],
-    ["caching", "scorers", "choices"],
+    ["caching", "scorers", "choices", "votes"],
     ["training"],
     ["evaluation"],
     ["relabeling", "comparing"],

@@ -149,8 +149,8 @@ def _check_protocol(config: EvaluateConfig) -> None:
     for given in config.prompts:
         if given.partition("=")[0] not in PROTOCOL_SETS:
             raise BadInput(
-                f"--prompts {given} is no set of the protocol {config.protocol}, which are {' and '.join(PROTOCOL_SETS)}"
-                " (NAME=PATH: your own copy): name these, or leave --prompts out"
+                f"--prompts {given} is no set of the protocol {config.protocol}: name {' or '.join(PROTOCOL_SETS)}, as"
+                " NAME=PATH your own copy, or leave --prompts out"
             )
     names = []
     for given in config.closed:

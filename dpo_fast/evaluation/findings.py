@@ -4,15 +4,13 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
-import torch
-
 from dpo_fast.errors import printable
 from dpo_fast.evaluation.conclusion import Conclusion, conclude
 from dpo_fast.evaluation.formats import counted, decimals, difference, p_value
-from dpo_fast.evaluation.plain_table import plain_table, side_by_side
 from dpo_fast.evaluation.people import ENOUGH_RULE, Agreement, People
 from dpo_fast.evaluation.scored import Scored
 from dpo_fast.evaluation.signals import Signal
+from dpo_fast.plain_table import plain_table, side_by_side
 from dpo_fast.statistics import (
     RESAMPLES,
     Bootstrap,

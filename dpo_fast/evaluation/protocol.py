@@ -24,7 +24,7 @@ from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.evaluate_options import PROTOCOL_SETS, EvaluateConfig
 from dpo_fast.evaluation.generation import read_layouts
 from dpo_fast.evaluation.image_names import image_files, images_of, prompt_of
-from dpo_fast.evaluation.prompts import Prompt, Where, narrowed, read_prompts
+from dpo_fast.evaluation.prompts import Prompt, Where, read_prompts
 from dpo_fast.evaluation.reopened import IMAGES, is_evaluation
 from dpo_fast.evaluation.sides import Side, batch_size_of, scoring_of, sides_of
 from dpo_fast.files import user_path, write_text

@@ -22,7 +22,7 @@ from dpo_fast.evaluation.report.html import document, notes, section, table, tex
 from dpo_fast.evaluation.scored import SCORES, Scored, read_scores
 from dpo_fast.evaluation.voted import people_of, refresh
 from dpo_fast.files import write_text
-from dpo_fast.evaluation.plain_table import side_by_side
+from dpo_fast.plain_table import side_by_side
 from dpo_fast.presets import SDXL_BASE
 from dpo_fast.statistics import Interval
 
