@@ -6,8 +6,9 @@ OUT/layouts.txt        the prompts of SDEdit, where the layouts' names are
 OUT/votes.sqlite       people's votes on all groups (`python -m dpo_fast.vote OUT`)
 OUT/summary.json  table.md  report.html        the table (`protocol_table`)
 
-The paper is Wallace et al., Diffusion Model Alignment Using Direct Preference Optimization (arXiv 2311.12908): PartiPrompts
-and HPSv2's benchmark, the same seeds of base and policy, five votes a comparison and question, the majority decides.
+The paper is Wallace et al., Diffusion Model Alignment Using Direct Preference Optimization (arXiv 2311.12908):
+PartiPrompts and HPSv2's benchmark, the same seeds of base and policy, five votes a comparison and question, the
+majority decides.
 """
 
 from collections.abc import Sequence
@@ -93,7 +94,7 @@ def begin(config: EvaluateConfig, run: TrainConfig | None) -> Plan:
 
     Raises BadInput for whatever cannot be read, before anything is generated.
     """
-    models, (base, policy) = sides_of(config)
+    _, (_, policy) = sides_of(config)
     out = config.output_dir or Path("protocols", policy.name)
     where = Where(config.cache_dir, config.hub_token)
     given = {text.partition("=")[0]: text for text in config.prompts or PROTOCOL_SETS}

@@ -1,4 +1,4 @@
-"""An evaluation read back from its folder: its pairs of images, to vote on them, and its findings, to report them again.
+"""An evaluation read back from its folder: its pairs of images, to vote on, and its findings, to report them again.
 
 Nothing is generated, scored or measured again.
 """
@@ -95,13 +95,14 @@ def _pairs(folder: Path, scored: Scored) -> ImagePairs:
             home = user_path(side["of"])
             if not home.is_dir():
                 raise BadInput(
-                    f"{folder}: the images of {side['name']} were in {side['of']}, which is not there: start the command"
-                    " where the evaluation was started, or put them back"
+                    f"{folder}: the images of {side['name']} were in {side['of']}, which is not there: put them back,"
+                    " or start the command where the evaluation was started"
                 )
             images = images_of(home, list(seeds)).images
         sides.append(images)
     categories = scored.categories or [None] * len(scored.prompts)
-    prompts = [Prompt(*of) for of in {text: (text, "", of) for text, of in zip(scored.prompts, categories)}.values()]
+    category_of = dict(zip(scored.prompts, categories, strict=True))
+    prompts = [Prompt(text, "", category) for text, category in category_of.items()]
     found = pair_up(
         prompts,
         None if record["seeds"] == "all" else seeds,

@@ -1,6 +1,6 @@
 """The evaluation that ends a training run: `dpo_fast.evaluate` of the run, with its results in the run's folder.
 
-RUN/evaluation/        evaluation.json, images/, scores/ and summary.json, as in the folder of any evaluation (`comparison`)
+RUN/evaluation/        evaluation.json, images/, scores/, summary.json, as in any evaluation's folder (`comparison`)
 RUN/scores.parquet     RUN/report.html     RUN/samples.png     RUN/summary.json gets the numbers
 """
 

@@ -1,7 +1,7 @@
 """Find the votes on an evaluation's images, and show them in its report: nothing else of it changes.
 
-Votes are in `votes.sqlite` in the evaluation's folder, or in that of the protocol above it. Those on pairs of the same two
-files count, whatever the session called its groups and models.
+Votes are in `votes.sqlite` in the evaluation's folder, or in that of the protocol above it. Those on pairs of the same
+two files count, whatever the session called its groups and models.
 """
 
 from pathlib import Path

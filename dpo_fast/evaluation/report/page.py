@@ -85,8 +85,8 @@ def _head(findings: Findings) -> str:
         f'<header>\n<p class="kind">Evaluation, {text(about.date)}</p>\n'
         f'<h1><span class="policy">{text(about.policy)}</span> <small>against</small>'
         f' <span class="base">{text(about.base)}</span></h1>\n'
-        f'<div class="lead {kind}"><p>{rate}</p><p><b>{text(verdict.outcome.capitalize())}</b>, {text(verdict.grounds)}{cost}{remedy}.</p>"
-        "</div>\n</header>"
+        f'<div class="lead {kind}"><p>{rate}</p><p><b>{text(verdict.outcome.capitalize())}</b>,'
+        f" {text(verdict.grounds)}{cost}{remedy}.</p></div>\n</header>"
     )
 
 
@@ -197,16 +197,13 @@ def _people(findings: Findings) -> str:
     opinions, summary = people.opinions, people.summary["questions"]
     decides = people.verdict
     chart = bars(
-        [
-            (name, f"{people.questions[name]}{', decides' if of is decides else ''}", of)
-            for name, of in opinions.items()
-        ]
+        [(name, f"{people.questions[name]}{', decides' if of is decides else ''}", of) for name, of in opinions.items()]
     )
     rows = [
         [
             text(name),
             with_interval(of.by_votes, ".3f"),
-            f"{of.comparisons} of {len(people.asked)}<small>{of.undecided} with fewer than {people.wanted} votes</small>",
+            f"{of.comparisons} of {len(people.asked)}<small>{of.undecided} short of {people.wanted} votes</small>",
             str(of.votes),
             text(alpha(summary[name])),
         ]
@@ -216,7 +213,7 @@ def _people(findings: Findings) -> str:
         [
             text(scorer),
             *(
-                f"{with_interval(of.share, '.3f')}<small>of {counted(of.pairs, 'pair')}</small>" if of.share else "no pair"
+                f"{with_interval(of.share, '.3f')}<small>{counted(of.pairs, 'pair')}</small>" if of.share else "no pair"
                 for of in (by_question[name] for name in opinions)
             ),
         ]
@@ -229,8 +226,8 @@ def _people(findings: Findings) -> str:
         + table(("Question", "Share of votes", "Comparisons", "Votes", "Krippendorff's alpha"), rows)
         + "<h3>How far the scorers agree with people</h3>"
         + table(("Scorer", *opinions), agreement)
-        + '<p class="hint">The share of pairs on which a scorer prefers the image that most people prefer, ties of either'
-        " left aside; 0.5 is chance. 95% intervals by the bootstrap over prompts.</p>"
+        + '<p class="hint">The share of pairs on which a scorer prefers the image that most people prefer, ties of'
+        " either left aside; 0.5 is chance. 95% intervals by the bootstrap over prompts.</p>"
     )
 
 
