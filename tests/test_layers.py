@@ -22,9 +22,9 @@ LEVELS = [
     ["caching", "scorers", "choices", "votes"],
     ["training"],
     ["evaluation"],
-    ["relabeling", "comparing"],
+    ["relabeling", "comparing", "voting"],
     ["api"],
-    ["train", "cache", "env", "evaluate", "generate", "pick", "relabel", "sweep", "compare"],
+    ["train", "cache", "env", "evaluate", "generate", "pick", "relabel", "sweep", "compare", "vote"],
     ["__main__"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
