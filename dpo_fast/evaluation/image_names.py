@@ -98,14 +98,18 @@ def images_of(folder: Path, prompts: Sequence[str]) -> Found:
     return Found({prompt: [image for *_, image in sorted(found[prompt])] for prompt in there}, unused)
 
 
-def prompt_of(file: Path) -> str:
-    """The prompt that an image states: its PNG text `prompt`, else its name without a number at the end, with spaces
-    for dashes and underscores where it has no spaces."""
-    if text := _texts_in(file).get("prompt", "").strip():
-        return text
-    bare, _ = _without_number(file.stem)
-    name = (bare if plain(bare) else file.stem).strip()
-    return name if " " in name else re.sub(r"[_\-]+", " ", name).strip() or name
+def name_as_prompt(file: Path, folder: Path) -> str:
+    """Return the prompt that a file's name stands for: its words without a number at the end, or its folder's."""
+    stem, _ = _without_number(file.stem)
+    if not plain(stem):
+        stem = file.parent.name if file.parent != folder else file.stem
+    words = re.sub(r"[_\-]+", " ", stem) if " " not in stem else stem
+    return " ".join(words.split()) or file.stem
+
+
+def prompt_of(file: Path, folder: Path) -> str:
+    """Return the prompt that an image in `folder` states: its PNG text `prompt`, else what its name stands for."""
+    return _texts_in(file).get("prompt", "").strip() or name_as_prompt(file, folder)
 
 
 def _is_shown(file: Path, folder: Path) -> bool:

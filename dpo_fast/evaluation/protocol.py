@@ -22,6 +22,7 @@ from dpo_fast import output_folder
 from dpo_fast.checksums import Damaged, write_signed_json
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput
+from dpo_fast.evaluation.comparison import check_scorers
 from dpo_fast.evaluation.evaluate_options import PROTOCOL_SETS, EvaluateConfig
 from dpo_fast.evaluation.generation import read_layouts
 from dpo_fast.evaluation.image_names import image_files, images_of, prompt_of
@@ -29,7 +30,7 @@ from dpo_fast.evaluation.prompts import Prompt, Where, read_prompts
 from dpo_fast.evaluation.reopened import IMAGES, is_evaluation
 from dpo_fast.evaluation.sides import Side, batch_size_of, scoring_of, sides_of
 from dpo_fast.files import user_path, write_text
-from dpo_fast.scorers import load_scorer
+from dpo_fast.scorers import check_names, load_scorer
 from dpo_fast.scorers.kept_scores import has_scores
 
 PROTOCOL = "protocol.json"
@@ -107,8 +108,12 @@ def begin(config: EvaluateConfig, run: TrainConfig | None) -> Plan:
     layouts = None if config.layout is None else _layout_prompts(user_path(config.layout))
 
     scoring = scoring_of(config, run)
-    scorers = config.scorers
-    if not scorers:
+    scorers = tuple(dict.fromkeys(config.scorers))
+    if scorers:
+        check_names(scorers)
+        texts = [prompt.text for prompts in sets.values() for prompt in prompts] + (layouts[1] if layouts else [])
+        check_scorers([name for name in scorers if not _has_scored(name, out)], scoring, texts)
+    else:
         scorers, lacking = _scorers_there(scoring, out)
         remarks += lacking
     shared = replace(
@@ -191,7 +196,7 @@ def _layout_prompts(path: Path) -> tuple[Path | None, list[str]]:
         return file, [prompt.text for prompt in prompts]
     if not path.exists():
         raise BadInput(f"--layout {path} does not exist; name an image or a folder of images")
-    texts = list(dict.fromkeys(prompt_of(image) for image in (image_files(path) if path.is_dir() else [path])))
+    texts = list(dict.fromkeys(prompt_of(image, path) for image in (image_files(path) if path.is_dir() else [path])))
     read_layouts(path, [Prompt(text, LAYOUTS) for text in texts])
     return None, texts
 
@@ -200,7 +205,7 @@ def _scorers_there(scoring: dict[str, object], out: Path) -> tuple[tuple[str, ..
     """The paper's scorers whose files are there, and a line on each of the others."""
     there, lacking = [], []
     for name in PAPERS_SCORERS:
-        if not any(has_scores(folder, name) for folder in out.glob("*/scores")):
+        if not _has_scored(name, out):
             try:
                 load_scorer(name, torch.device("cpu"), **scoring)
             except BadInput as error:
@@ -213,6 +218,10 @@ def _scorers_there(scoring: dict[str, object], out: Path) -> tuple[tuple[str, ..
             f" (--scorer_models) or other scorers (--scorers): {lacking[0]}"
         )
     return tuple(there), lacking
+
+
+def _has_scored(name: str, out: Path) -> bool:
+    return any(has_scores(folder, name) for folder in out.glob("*/scores"))
 
 
 def _claim(out: Path, protocol: str, groups: Sequence[Group], remarks: Sequence[str]) -> None:

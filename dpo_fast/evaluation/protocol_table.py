@@ -17,7 +17,7 @@ from dpo_fast.evaluation.findings import REPORT, SUMMARY, WIDTH, About, judge
 from dpo_fast.evaluation.formats import counted
 from dpo_fast.evaluation.people import LEADS, People
 from dpo_fast.evaluation.protocol import BASE, SDEDIT, Group, groups_of, is_protocol, remarks_of
-from dpo_fast.evaluation.reopened import AGAIN, is_evaluation, names_of, pairs_of
+from dpo_fast.evaluation.reopened import AGAIN, OF_RUN, is_evaluation, names_of, pairs_of
 from dpo_fast.evaluation.report.html import document, notes, section, table, text
 from dpo_fast.evaluation.scored import SCORES, Scored, read_scores
 from dpo_fast.evaluation.voted import people_of, refresh
@@ -150,13 +150,14 @@ class ProtocolTable:
 
 
 def show_votes(folder: Path) -> list[Path]:
-    """Write the reports that show the votes on what is in a folder again: of an evaluation its own, of a protocol those
-    of its groups, and its table. Returns the pages; none where the folder holds neither.
+    """Write the reports again that show the votes on what is in a folder: of an evaluation or an evaluated run its own,
+    of a protocol those of its groups, and its table. Returns the pages; none where the folder holds neither.
     """
     if is_protocol(folder):
         write_table(folder, again=True)
         return [folder / REPORT]
-    return [refresh(folder) / REPORT] if is_evaluation(folder) and (folder / SUMMARY).is_file() else []
+    found = next((home for home in (folder, folder / OF_RUN) if is_evaluation(home)), None)
+    return [] if found is None or not (found / SUMMARY).is_file() else [refresh(found) / REPORT]
 
 
 def write_table(folder: Path, *, again: bool = False) -> ProtocolTable:
@@ -225,10 +226,10 @@ def _rows_of(group: Group, people: People | None, questions: Sequence[str], want
             PUBLISHED.get(group.name) if from_sdxl else None,
         )
     ]
-    if group.people:
-        places = [row for row, prompt in enumerate(scored.prompts) if prompt in set(group.people)]
-        of_people = people and people.of(set(group.people))
-        rows += [
+    about_people = set(group.people)
+    if places := [row for row, prompt in enumerate(scored.prompts) if prompt in about_people]:
+        of_people = people and people.of(about_people)
+        rows.append(
             Row(
                 group.name,
                 f"{name}, people",
@@ -237,7 +238,7 @@ def _rows_of(group: Group, people: People | None, questions: Sequence[str], want
                 _rates(scored.of_rows(places), summary["medians_compared"]),
                 None,
             )
-        ] * bool(places)
+        )
     return rows
 
 
@@ -256,4 +257,4 @@ def _rates(scored: Scored, medians: bool) -> dict[str, Cell]:
 
 def _escaped(cell: str) -> str:
     """A text inside a Markdown table, with nothing in it that Markdown or HTML would take for its own."""
-    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", printable(cell))
+    return re.sub(r"([\\`*<>|]|(?<=\])\()", r"\\\1", printable(cell))

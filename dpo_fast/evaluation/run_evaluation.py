@@ -20,7 +20,7 @@ from dpo_fast.evaluation.findings import RECORD, Findings
 from dpo_fast.evaluation.generation import LISTING, settings_of_images
 from dpo_fast.evaluation.pairing import ImagePairs
 from dpo_fast.evaluation.prompts import Prompt, Where
-from dpo_fast.evaluation.reopened import OF_RUN
+from dpo_fast.evaluation.reopened import OF_RUN as FOLDER
 from dpo_fast.evaluation.report.gallery import drawn, extremes
 from dpo_fast.evaluation.scored import Scored
 from dpo_fast.evaluation.sides import (
@@ -65,7 +65,7 @@ def check_request(config: TrainConfig, ranks: Ranks) -> list[Prompt]:
         check_space(config.output_dir, needed, f"the {number} images of the evaluation")
         finished = is_finished(config.output_dir, config.max_train_steps, evaluated=True, uploaded=False)
         if not (finished or config.overwrite):
-            _read_record(config.output_dir / OF_RUN)
+            _read_record(config.output_dir / FOLDER)
         return prompts
 
     return ranks.from_main(check)
@@ -119,7 +119,7 @@ def _as_flags(config: TrainConfig) -> EvaluateConfig:
     """The flags of `dpo_fast.evaluate` that evaluate a run as its training does."""
     return EvaluateConfig(
         policy=str(config.output_dir),
-        output_dir=config.output_dir / OF_RUN,
+        output_dir=config.output_dir / FOLDER,
         batch_size=config.eval_batch_size,
         cache_dir=config.cache_dir,
         hub_token=config.hub_token,

@@ -1,6 +1,6 @@
 """Find the votes on an evaluation's images, and show them in its report: nothing else of it changes.
 
-Votes are in `votes.sqlite` in the evaluation's folder, or in that of the protocol above it. Those on pairs of the same
+Votes are in `votes.sqlite` in the evaluation's folder, or in that of its run or protocol. Those on pairs of the same
 two files count, whatever the session called its groups and models.
 """
 
@@ -25,7 +25,8 @@ def people_of(folder: Path, pairs: ImagePairs) -> People | None:
 
     Raises BadInput for a file of votes that cannot be read.
     """
-    files = [home / VOTES for home in (folder, folder.parent) if home == folder or is_protocol(home)]
+    above = folder.parent if is_protocol(folder.parent) else home_of(folder)
+    files = [folder / VOTES, above / VOTES]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         return None

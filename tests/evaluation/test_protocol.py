@@ -122,8 +122,9 @@ def test_from_one_command_to_the_table(world, tmp_path, capfd):
 
     rows = {row["name"]: row for row in summary(out)["rows"]}
     assert list(rows) == [
-        "base, partiprompts", "base, partiprompts, people", "base, hps", "base, hps, people", "base, SDEdit from layouts",
-        "midjourney, partiprompts", "midjourney, partiprompts, people", "midjourney, hps", "emu, partiprompts",
+        "base, partiprompts", "base, partiprompts, people", "base, hps", "base, hps, people",
+        "base, SDEdit from layouts", "midjourney, partiprompts", "midjourney, partiprompts, people",
+        "midjourney, hps", "emu, partiprompts",
     ]  # fmt: skip
     assert [row["prompts"] for row in rows.values()] == [5, 2, 5, 1, 2, 2, 1, 1, 1]
     for name in names:
@@ -143,14 +144,14 @@ def test_from_one_command_to_the_table(world, tmp_path, capfd):
         general, appeal, _ = row["people"].values()
         assert general["lacking"] is appeal["lacking"] is None
         assert general["win_rate"] > 0.8 > 0.2 > appeal["win_rate"]
-    assert rows["base, partiprompts"]["people"]["general"]["ci95"][0] > 0.5
+        assert general["ci95"][0] < general["win_rate"] <= general["ci95"][1]
     assert summary(out / "base-hps")["people"]["votes"] == 5 * 3 * 5
 
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*.png")}
     protocol(world, out)  # what was evaluated before stays; the same table comes from the command
     said = capfd.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*.png")} == before
-    assert list(row["name"] for row in summary(out)["rows"])[-1] == "base, SDEdit from layouts" or True
+    assert {row["name"] for row in summary(out)["rows"]} == set(rows)
     assert "votes" not in " ".join(summary(out)["missing"])
     for text in (said, (out / "table.md").read_text()):
         assert all(f"{rows[name]['people']['general']['win_rate']:.3f} [" in text for name in rows)
@@ -176,7 +177,8 @@ def test_what_is_missing_is_named(world, tmp_path, capfd, monkeypatch):
         "no SDEdit: --layout FOLDER",
     ):
         assert sum(one.startswith(line) for one in missing) == 1, (line, missing)
-    assert all(one in " ".join(capfd.readouterr().out.split()) for one in missing[3:])
+    said = " ".join(capfd.readouterr().out.split())
+    assert all(one in said for one in missing[2:])
     (row,) = summary(out)["rows"][:1]
     assert row["prompts"] == 2 and list(row["scorers"]) == list(SCORERS[1:])
     session(out / "votes.sqlite", comparisons_in(out))
@@ -226,7 +228,7 @@ def test_flags_of_a_protocol_alone(world, capfd):
 )
 def test_the_prompt_that_a_name_states(tmp_path, name, prompt):
     Image.new("RGB", (8, 8)).save(tmp_path / name)
-    assert prompt_of(tmp_path / name) == prompt
+    assert prompt_of(tmp_path / name, tmp_path) == prompt
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Simulated voters: a session in a real file of votes, handed out and answered through its desk, without the network."""
+"""Simulated voters: a session in a real file of votes, handed out and answered through its desk, without a network."""
 
 import hashlib
 import math
