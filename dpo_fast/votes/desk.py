@@ -1,8 +1,8 @@
 """The desk of a session: it hands out showings to voters and takes their votes, on an open store.
 
 What is asked often is kept in memory (tokens, open showings, the counts of `assignment`); whatever changes is written
-to the store in the same call. The caller wraps calls that write in `store.transaction()`, may commit several at once, and
-calls `load` after a transaction that failed. One thread at a time uses a desk.
+to the store in the same call. The caller wraps calls that write in `store.transaction()`, may commit several at once,
+and calls `load` after a transaction that failed. One thread at a time uses a desk.
 """
 
 import random
@@ -249,12 +249,10 @@ class Desk:
         self.load()
 
     def live(self) -> dict[str, object]:
-        """Return counts of this moment: votes, how many are wanted, answers of each voter (checks included)."""
-        cells = len(self._ids) * len(self._question_ids)
+        """Return counts of this moment: how many votes are wanted, and the answers of each voter, checks included."""
         now = self._clock()
         return {
-            "votes": sum(len(of.voted) for of in self._voters.values() if not of.excluded),
-            "votes_wanted": cells * self.wanted,
+            "votes_wanted": len(self._ids) * len(self._question_ids) * self.wanted,
             "voters": [
                 {"name": of.name, "done": of.done, "open": len(of.open), "idle_seconds": now - of.seen_at}
                 for of in self._voters.values()
@@ -431,7 +429,8 @@ class Desk:
     def _insert(self, of: Voter, showing: Showing) -> None:
         self.store.connection.execute(
             """INSERT INTO showings
-            (id, voter, place, question, comparison, kind, side, first_left, left_key, right_key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+            (id, voter, place, question, comparison, kind, side, first_left, left_key, right_key)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
             [showing.id, of.id, showing.place, showing.question, showing.comparison, showing.kind, showing.side,
              showing.first_left, *showing.keys],
         )  # fmt: skip

@@ -35,7 +35,8 @@ class ImageSet:
     folder: str
     models: dict[str, Images]  # the base first, where it is known
     prompts: list[Prompt]
-    seeds: dict[str, Sequence[int]] | None = None  # of each prompt; None: all images
+    seeds: dict[str, Sequence[int]] | None = None  # of each prompt, for the models of `own`; None: all images
+    own: frozenset[str] | None = None  # models that are in the set by its folder; None: all
     remarks: list[str] = field(default_factory=list)
 
 
@@ -181,14 +182,13 @@ def _joined(sets: list[ImageSet], singles: list[ImageSet], plain: list[Path]) ->
         models[_free(name, models, f"{folder.resolve().parent.name}/{name}")] = read.images[folder]
     if sets:
         for one in sets:
+            one.own = frozenset(one.models)
             for name, images in models.items():
                 one.models[_free(name, one.models, f"{name} (images)")] = images
-            one.remarks += read.remarks
-            one.seeds = None
         return sets
     prompts = known | {text: Prompt(text, "images") for text in read.prompts if text not in known}
     folders = [one.folder for one in singles] + [str(folder) for folder in plain]
-    return [ImageSet("images", ", ".join(folders), models, list(prompts.values()), None, read.remarks)]
+    return [ImageSet("images", ", ".join(folders), models, list(prompts.values()), None)]
 
 
 class _Plain:
@@ -196,7 +196,6 @@ class _Plain:
 
     def __init__(self, folders: Sequence[Path], known: Mapping[str, Prompt]) -> None:
         self.images: dict[Path, Images] = {}
-        self.remarks: list[str] = []
         written = {folder: {file: prompt_image(file) for file in image_files(folder)} for folder in folders}
         for folder, of in written.items():
             if not of:
@@ -205,7 +204,6 @@ class _Plain:
         for of in written.values():
             texts |= dict.fromkeys(prompt for prompt, _ in filter(None, of.values()))
         by_text = {composed(text): text for text in texts}
-        #  Names that fit no prompt known so far become prompts, the longest of their wordings first found.
         for folder, of in written.items():
             images: Images = {}
             named = images_of(folder, list(texts)).images
@@ -259,7 +257,8 @@ def _comparisons(images: ImageSet, against: str | None) -> list[Comparison]:
             if len(pairs) > 1:
                 images.remarks.append(f"{first} and {second} have no prompt in common and are not compared")
                 continue
-        paired = pair_up(images.prompts, images.seeds, *sides, (first, second))
+        own = images.own is None or {first, second} <= images.own
+        paired = pair_up(images.prompts, images.seeds if own else None, *sides, (first, second))
         images.remarks += [remark for remark in paired.remarks if remark not in images.remarks]
         categories = paired.categories or [None] * len(paired.prompts)
         for k, prompt in enumerate(paired.prompts):

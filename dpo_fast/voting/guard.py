@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 logger = logging.getLogger(__name__)
@@ -146,6 +147,8 @@ class Guard:
         self, scope: dict, headers: dict[bytes, bytes], address: str, joining: bool
     ) -> tuple[int, str] | tuple[int, str, float] | None:
         """The status and sentence of a refusal, and after how many seconds to try again; None: there is none."""
+        if seconds := self._of_address.wait(address):
+            return 429, "That was too fast; try again in a moment.", seconds
         host = headers.get(b"host", b"").decode("latin-1").lower()
         if host not in self.hosts and host != _own_host(scope):
             return 421, "This server is not known by the name in the address."
@@ -157,7 +160,6 @@ class Guard:
         if scope["method"] not in METHODS:
             return 405, "This method is not offered."
         for buckets, key, amount in (
-            (self._of_address, address, 1.0),
             (self._of_token, _token_key(headers), float(b"authorization" in headers)),
             (self._failures, address, 0.0),
             (self._joins, address, float(joining)),
@@ -225,7 +227,7 @@ class GuardedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self._counted, self._deadline, self._known = "", None, None
+        self._counted, self._deadline, self._known = None, None, None
         address = self.client[0] if self.client else ""
         if (
             len(self.connections) > self.limits.connections
@@ -240,7 +242,7 @@ class GuardedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect(None)
-        if self._counted is not None and self.client and self._counted == self.client[0]:
+        if self._counted is not None:
             self.open_of[self._counted] -= 1
             if self.open_of[self._counted] <= 0:
                 del self.open_of[self._counted]
@@ -266,6 +268,22 @@ class GuardedProtocol(H11Protocol):
         super().on_response_complete()
         if self.conn.trailing_data[0] and self._deadline is None:  # the beginning of a next request is there
             self._expect(self.limits.header_seconds)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP request, with the headers of all responses, and close the connection."""
+        body = b'{"error": "This is no HTTP request."}'
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"connection", b"close"),
+            *HEADERS,
+        ]
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # a response is under way
+            self.transport.abort()
+            return
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
 
     def _expect(self, seconds: float | None) -> None:
         """Close the connection after so many seconds, unless this is called again; None: no longer."""
