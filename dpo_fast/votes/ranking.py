@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dpo_fast.statistics import Bootstrap, students_t
-from dpo_fast.votes.intervals import effective
+from dpo_fast.statistics import Bootstrap, Interval, students_t
+from dpo_fast.votes.intervals import ONE_PROMPT, ONE_VOTER, freedom_of
 from dpo_fast.votes.records import Vote
 
 RESAMPLES = 1000
@@ -135,7 +135,6 @@ def ranking(votes: Sequence[Vote]) -> dict[str, Any]:
     if not linked.all():
         return none | {"ranking_note": f"no ranking: {_apart(table.models, linked)}"}
     found = table.fit(counts)
-    halves = _halves(table, counts, found)
     # i won or tied against j: the maximum is finite if from every model a chain of these leads to every other
     reached = _reached(_links(table, counts[:, :2].sum(-1) > 0, counts[:, 1:].sum(-1) > 0))
     together = reached & reached.T
@@ -145,12 +144,12 @@ def ranking(votes: Sequence[Vote]) -> dict[str, Any]:
     rows = [
         {
             "model": model,
-            "strength": float(strength),
-            "ci95": [float(strength - half), float(strength + half)],
-            "win_rate_against_average": against_average(float(strength), tie),
+            "strength": of.value,
+            "ci95": [of.low, of.high],
+            "win_rate_against_average": against_average(of.value, tie),
             "unbounded": not bool(fixed),
         }
-        for model, strength, half, fixed in zip(table.models, found.strengths, halves, bounded, strict=True)
+        for model, of, fixed in zip(table.models, strengths(table, found), bounded, strict=True)
     ]
     rows.sort(key=lambda row: (-row["strength"], row["model"]))
     return {"ranking": rows, "tie_parameter": tie, "ranking_note": _note(table, bounded)}
@@ -162,23 +161,26 @@ def against_average(strength: float, tie: float) -> float:
     return (ahead + tie / 2) / (ahead + behind + tie)
 
 
-def _halves(table: Table, counts: np.ndarray, found: Fit) -> np.ndarray:
-    """Half the width of each strength's interval, fp64 [M]: as `intervals` has it, in two parts.
+def strengths(table: Table, found: Fit | None = None) -> list[Interval]:
+    """The strength of each model, with its 95% interval over prompts and voters. found: the fit, where it is made.
 
-    The prompts' part is the variance of strengths fitted to resampled prompts, at least that of independent votes; the
-    voters' part that of resampled voters, less what they would give if their votes were of different people.
+    As in `intervals`, the variance has two parts, each with its own Student's t: the prompts' part is that of strengths
+    fitted to resampled prompts, at least that of independent votes; the voters' part is that of resampled voters, less
+    what it would be if each vote of a voter on another prompt were another person's.
     """
-    by_prompt, freedom_of_prompts = _resampled(table, table.prompt)
-    by_voter, freedom_of_voters = _resampled(table, table.voter)
-    prompts = np.maximum(by_prompt, found.covariance.diagonal()[:-1])
-    voters = np.maximum(by_voter - _of_single_votes(table, found), 0.0)
-    return np.sqrt(students_t(freedom_of_prompts) ** 2 * prompts + students_t(freedom_of_voters) ** 2 * voters)
+    found = found or table.fit(table.counts())
+    prompts, freedom_of_prompts = _resampled(table, table.prompt)
+    voters, freedom_of_voters = _resampled(table, table.voter)
+    prompts = np.maximum(prompts, found.covariance.diagonal()[:-1])
+    voters = np.maximum(voters - _of_single_votes(table, found), 0.0)
+    halves = np.sqrt(students_t(freedom_of_prompts) ** 2 * prompts + students_t(freedom_of_voters) ** 2 * voters)
+    return [Interval(s, s - half, s + half) for s, half in zip(found.strengths.tolist(), halves.tolist(), strict=True)]
 
 
 def _resampled(table: Table, group: np.ndarray) -> tuple[np.ndarray, float]:
     """The variance of strengths over resampled groups, fp64 [M], and its degrees of freedom."""
     groups = int(group.max()) + 1
-    freedom = max(1.0, effective(group) - 1)
+    freedom = freedom_of(group)
     if groups == 1:
         return np.zeros(len(table.models)), freedom
     bootstrap = Bootstrap([str(k) for k in range(groups)], RESAMPLES)
@@ -229,9 +231,9 @@ def _apart(models: Sequence[str], linked: np.ndarray) -> str:
 def _note(table: Table, bounded: np.ndarray) -> str | None:
     notes = []
     if table.voter.max() == 0:
-        notes.append("one voter: intervals are over prompts, and say nothing of other voters")
+        notes.append(ONE_VOTER)
     if table.prompt.max() == 0:
-        notes.append("one prompt: intervals say nothing of other prompts")
+        notes.append(ONE_PROMPT)
     if not bounded.all():
         names = ", ".join(model for model, fixed in zip(table.models, bounded, strict=True) if not fixed)
         notes.append(f"won or lost every vote against the others, so the votes do not bound the distance: {names}")

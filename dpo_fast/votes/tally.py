@@ -1,21 +1,26 @@
-"""What votes say: majorities, win rates by question, pair and category, strengths, and how each voter voted."""
+"""What votes say: majorities, win rates by question, pair and category, strengths; as a summary and as text."""
 
+import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 import numpy as np
 
+from dpo_fast.errors import printable
+from dpo_fast.plain_table import plain_table
 from dpo_fast.votes.agreement import agreement
 from dpo_fast.votes.intervals import Rates, rates
 from dpo_fast.votes.ranking import ranking
 from dpo_fast.votes.records import Check, Vote
+from dpo_fast.votes.voters import by_voter
 
 RULE = (
-    "the model with more votes wins a comparison; ties count for neither, and as many votes for each are a tie,"
-    " half a win for both"
+    "the model with more votes wins a comparison, votes for a tie counting for neither; as many for each are a tie,"
+    " half a win for both; comparisons that lack votes count by those they have"
 )
+WIDTH = 100  # of notes on a terminal
 
 
 def summary_of(
@@ -30,24 +35,24 @@ def summary_of(
     has (those voted on, where it is not there). Votes of excluded voters count nowhere; these voters are listed.
     """
     excluded = excluded or {}
-    counted = [vote for vote in votes if vote.voter not in excluded]
+    kept = [vote for vote in votes if vote.voter not in excluded]
     wanted = int(settings.get("votes", 5))
-    texts = dict(settings.get("questions") or {}) or {vote.question: vote.question for vote in votes}
-    of_question = {name: [vote for vote in counted if vote.question == name] for name in texts}
+    texts = {vote.question: vote.question for vote in votes} | dict(settings.get("questions") or {})
+    of_question = {name: [vote for vote in kept if vote.question == name] for name in texts}
     comparisons = max(int(settings.get("comparisons", 0)), len({vote.comparison for vote in votes}))
     had = defaultdict(int)
-    for vote in counted:
+    for vote in kept:
         had[vote.question, vote.comparison] += 1
     return {
-        "votes": len(counted),
+        "votes": len(kept),
         "comparisons": comparisons,
         "complete": sum(number >= wanted for number in had.values()),
         "wanted": comparisons * len(texts),
-        "voters": len({vote.voter for vote in counted}),
+        "voters": len({vote.voter for vote in kept}),
         "rule": RULE,
         "questions": {name: _question(texts[name], of, wanted) for name, of in of_question.items()},
-        "by_voter": _by_voter(votes, checks, excluded),
-        "seconds_median": median(vote.seconds for vote in counted) if counted else None,
+        "by_voter": by_voter(votes, checks, excluded),
+        "seconds_median": median(vote.seconds for vote in kept) if kept else None,
     }
 
 
@@ -84,6 +89,7 @@ def _pair(group: str, first: str, second: str, votes: Sequence[Vote], wanted: in
         "comparisons": len(majorities),
         "votes": len(votes),
         "undecided": sum(number < wanted for number in numbers.values()),
+        "note": found.note,
         "categories": {name: _category(of) for name, of in sorted(by_category.items())},
     }
 
@@ -114,53 +120,97 @@ def _codes(names: Iterable[Any]) -> np.ndarray:
     return np.array([number.setdefault(name, len(number)) for name in names], np.int64)
 
 
-def _by_voter(votes: Sequence[Vote], checks: Sequence[Check], excluded: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Each voter, in the order of names. Agreement is with the other voters that count: an excluded voter's votes are
-    compared with the others', and never the others' with them."""
-    lead: dict[tuple[str, int], float] = defaultdict(float)  # of the first model
+def _grouped(votes: Iterable[Vote], key: Callable[[Vote], Hashable]) -> dict[Any, list[Vote]]:
+    groups: dict[Any, list[Vote]] = defaultdict(list)
     for vote in votes:
-        if vote.voter not in excluded:
-            lead[vote.question, vote.comparison] += vote.outcome - 0.5
-    of_voter = _grouped(votes, lambda vote: vote.voter)
-    of_check = _grouped(checks, lambda check: check.voter)
-    return [
-        _voter(name, of_voter.get(name, []), of_check.get(name, []), lead, excluded.get(name))
-        for name in sorted({*of_voter, *of_check, *excluded})
-    ]
-
-
-def _voter(
-    name: str,
-    votes: Sequence[Vote],
-    checks: Sequence[Check],
-    lead: Mapping[tuple[str, int], float],
-    reason: str | None,
-) -> dict[str, Any]:
-    decided = [vote for vote in votes if vote.outcome != 0.5]
-    left = sum((vote.outcome == 1) == vote.first_left for vote in decided)
-    agrees = []
-    for vote in votes:
-        others = (
-            lead[vote.question, vote.comparison] if reason is None else lead.get((vote.question, vote.comparison), 0.0)
-        )
-        others -= vote.outcome - 0.5 if reason is None else 0.0
-        if others != 0:
-            agrees.append(vote.outcome if others > 0 else 1 - vote.outcome)
-    return {
-        "name": name,
-        "votes": len(votes),
-        "seconds_median": median(vote.seconds for vote in votes) if votes else None,
-        "left_share": left / len(decided) if decided else None,
-        "tie_share": 1 - len(decided) / len(votes) if votes else None,
-        "agrees_with_majority": sum(agrees) / len(agrees) if agrees else None,
-        "checks": len(checks),
-        "checks_failed": sum(not check.passed for check in checks),
-        "excluded": reason,
-    }
-
-
-def _grouped(rows: Iterable[Any], key: Any) -> dict[Any, list[Any]]:
-    groups: dict[Any, list[Any]] = defaultdict(list)
-    for row in rows:
-        groups[key(row)].append(row)
+        groups[key(vote)].append(vote)
     return dict(groups)
+
+
+def as_text(summary: Mapping[str, Any]) -> str:
+    """The summary for a terminal: a table of rates for each question, strengths, voters, and how to read them."""
+    pace = "" if summary["seconds_median"] is None else f", {summary['seconds_median']:.1f} s each (median)"
+    parts = [
+        f"{counted(summary['votes'], 'vote')} of {counted(summary['voters'], 'voter')}{pace};"
+        f" complete: {summary['complete']:,} of {summary['wanted']:,} (comparisons x questions)"
+    ]
+    for name, question in summary["questions"].items():
+        parts += _question_text(name, question)
+    if summary["by_voter"]:
+        head = ["voter", "votes", "seconds", "left", "ties", "agrees", "checks failed"]
+        parts.append(plain_table(head, [_voter_cells(row) for row in summary["by_voter"]]))
+    notes = [
+        f"excluded, with {counted(row['votes'], 'vote')}: {printable(row['name'])} ({printable(row['excluded'])})"
+        for row in summary["by_voter"]
+        if row["excluded"] is not None
+    ]
+    notes += [
+        f"win rate, won, tied, lost: of the model named first, by majority: {summary['rule']}",
+        "by votes: how often one voter prefers the model named first, ties half",
+        "intervals: 95%, over other prompts and other voters",
+        "agreement: Krippendorff's alpha, 1 full, 0 as by chance",
+        "left: votes for the image on the left, of those that are no ties; agrees: with the majority of the others",
+    ]
+    parts.append("\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in notes))
+    return "\n\n".join(parts)
+
+
+def _label(pair: Mapping[str, Any], grouped: bool) -> str:
+    """What a pair's rates are of. grouped: whether pairs of several groups are shown."""
+    first, second = pair["models"]
+    return f"{second} against {first}" + (f" ({pair['group']})" if grouped else "")
+
+
+def _question_text(name: str, question: Mapping[str, Any]) -> list[str]:
+    title = printable(question["text"]) + ("" if name == question["text"] else f" ({printable(name)})")
+    if not question["votes"]:
+        return [f"{title}\nno votes yet"]
+    alpha = "not defined" if question["alpha"] is None else _rate(question, "alpha", "alpha_ci95")
+    groups = {pair["group"] for pair in question["pairs"]}
+    rows, notes = [], []
+    for pair in question["pairs"]:
+        label = _label(pair, len(groups) > 1)
+        numbers = (pair["wins"], pair["ties"], pair["losses"], pair["undecided"], pair["votes"])
+        rows.append(
+            [label, _rate(pair, "win_rate", "ci95"), _rate(pair, "by_votes", "by_votes_ci95"), *map(str, numbers)]
+        )
+        for category, of in pair["categories"].items():
+            blank = [""] * (len(numbers) + 1)
+            rows.append([f"  {category} ({of['comparisons']})", _rate(of, "win_rate", "ci95"), *blank])
+        if pair["note"]:
+            notes.append(f"{label}: {pair['note']}")
+    head = ["models", "win rate [95%]", "by votes [95%]", "won", "tied", "lost", "lacking votes", "votes"]
+    parts = [f"{title}\n{counted(question['votes'], 'vote')}, agreement {alpha}\n\n{plain_table(head, rows)}"]
+    if question["ranking"]:
+        rows = [
+            [row["model"], f"{row['strength']:+.2f}{_ends(row['ci95'], 2)}", f"{row['win_rate_against_average']:.3f}"]
+            for row in question["ranking"]
+        ]
+        parts.append(plain_table(["model", "strength [95%]", "against the average"], rows))
+    if question["ranking_note"]:
+        notes.append(f"strengths: {question['ranking_note']}")
+    if notes:
+        parts.append("\n".join(textwrap.fill(printable(line), WIDTH, subsequent_indent="  ") for line in notes))
+    return parts
+
+
+def _rate(of: Mapping[str, Any], value: str, ends: str) -> str:
+    return f"{round(of[value], 3) + 0.0:.3f}{_ends(of[ends], 3)}"  # + 0.0: no -0.000
+
+
+def _ends(ends: Sequence[float] | None, digits: int) -> str:
+    return "" if ends is None else f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+
+
+def _voter_cells(row: Mapping[str, Any]) -> list[str]:
+    shares = [
+        "-" if row[of] is None else f"{row[of]:.2f}" for of in ("left_share", "tie_share", "agrees_with_majority")
+    ]
+    seconds = "-" if row["seconds_median"] is None else f"{row['seconds_median']:.1f}"
+    name = row["name"] + ("" if row["excluded"] is None else " (excluded)")
+    return [name, str(row["votes"]), seconds, *shares, f"{row['checks_failed']} of {row['checks']}"]
+
+
+def counted(number: int, noun: str) -> str:
+    """The number with its noun: 1 vote, 2 votes."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
