@@ -2,6 +2,8 @@
 
     vote FOLDER ... [--FLAG VALUE ...]   serve until Ctrl-C; the same command goes on
     vote results FILE [--json]           what the votes of a file say
+    vote export FILE --to votes.csv      the votes, one a row
+    vote export FILE --to pairs.parquet  pairs of images to train on, labelled by the votes
 
 Exit status: 0 done, also after Ctrl-C while serving, 2 bad input, 130 interrupted before that, 1 an internal error.
 """
@@ -19,7 +21,7 @@ from dpo_fast.help_text import HELP
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"results": _results}
+    commands = {"results": _results, "export": _export}
     command = commands.get(argv[0]) if argv else None
     return guarded(
         lambda: command(argv[1:]) if command is not None else _serve(argv),
@@ -64,6 +66,13 @@ def _results(argv: list[str]) -> int:
         raise BadInput("`vote results` takes one file of votes: name votes.sqlite")
     path = user_path(Path(files[0]))
     show(json.dumps(_summary(path), indent=2, ensure_ascii=False) if "--json" in argv else _table(path))
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    from dpo_fast.voting.export import export, parse
+
+    show(str(export(parse(argv))))
     return 0
 
 
