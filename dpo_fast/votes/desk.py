@@ -242,7 +242,7 @@ class Desk:
         The comparisons then want votes of others. The voter's link is closed as long as that lasts.
         """
         of = self._named(name)
-        text = " ".join(printable(reason).split())[:LONGEST_REASON] or "by the owner"
+        text = " ".join(printable(" ".join(reason.split())).split())[:LONGEST_REASON] or "by the owner"
         self.store.connection.execute(
             "UPDATE voters SET excluded = ? WHERE id = ?", [text if excluded else None, of.id]
         )

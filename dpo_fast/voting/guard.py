@@ -34,6 +34,7 @@ HEADERS = [
     (b"cache-control", b"no-store"),
 ]
 METHODS = ("GET", "POST")
+TOO_FAST = "That was too fast; try again in a moment."
 MOST_BUCKETS = 10_000  # addresses and tokens that are remembered, each
 
 
@@ -59,8 +60,7 @@ class Limits:
     body_bytes: int = 4 << 10
     address: Rate = Rate(400, 800)
     token: Rate = Rate(20, 60)  # a vote and its two images are three requests
-    failures: Rate = Rate(0.5, 20)  # of an address: wrong tokens and invitations
-    joins: Rate = Rate(0.2, 30)  # of an address: new voters by the open link
+    joins: Rate = Rate(1, 200)  # of an address: new voters by the open link
 
 
 class Buckets:
@@ -70,15 +70,13 @@ class Buckets:
         self._rate, self._clock = rate, clock
         self._levels: OrderedDict[object, tuple[float, float]] = OrderedDict()  # key -> level, and when
 
-    def wait(self, key: object, amount: float = 1.0) -> float:
-        """Take `amount` and return 0, or return the seconds after which that will be possible. Amount 0 only looks."""
+    def wait(self, key: object) -> float:
+        """Take 1 and return 0, or return the seconds after which that will be possible."""
         now = self._clock()
         level, at = self._levels.pop(key, (self._rate.burst, now))
         level = min(self._rate.burst, level + (now - at) * self._rate.per_second)
-        lacking = max(amount, 1.0) - level
-        if lacking <= 0:
-            level -= amount
-        self._levels[key] = level, now
+        lacking = 1.0 - level
+        self._levels[key] = level - (lacking <= 0), now
         while len(self._levels) > MOST_BUCKETS:
             self._levels.popitem(last=False)
         return max(0.0, lacking) / self._rate.per_second
@@ -98,23 +96,20 @@ class Guard:
         self._app, self._limits = app, limits
         self.hosts, self.origins = set(hosts), set(origins)
         self._of_address, self._of_token = Buckets(limits.address, clock), Buckets(limits.token, clock)
-        self._failures, self._joins = Buckets(limits.failures, clock), Buckets(limits.joins, clock)
+        self._joins = Buckets(limits.joins, clock)
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":
             return  # there is nothing but HTTP here
         headers: dict[bytes, bytes] = dict(scope["headers"])
         address = (scope.get("client") or ("",))[0]
-        joining = scope["path"] == "/api/join"
-        refusal = self._refusal(scope, headers, address, joining)
+        refusal = self._refusal(scope, headers, address)
         started = False
 
         async def guarded_send(message: dict[str, Any]) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                if message["status"] == 401 or (joining and message["status"] == 403):
-                    self._failures.wait(address)
                 message = {**message, "headers": [*message["headers"], *HEADERS]}
             await send(message)
 
@@ -144,11 +139,11 @@ class Guard:
                 await _answer(guarded_send, 500, "Something went wrong here; the owner's terminal says more.")
 
     def _refusal(
-        self, scope: dict, headers: dict[bytes, bytes], address: str, joining: bool
+        self, scope: dict, headers: dict[bytes, bytes], address: str
     ) -> tuple[int, str] | tuple[int, str, float] | None:
         """The status and sentence of a refusal, and after how many seconds to try again; None: there is none."""
         if seconds := self._of_address.wait(address):
-            return 429, "That was too fast; try again in a moment.", seconds
+            return 429, TOO_FAST, seconds
         host = headers.get(b"host", b"").decode("latin-1").lower()
         if host not in self.hosts and host != _own_host(scope):
             return 421, "This server is not known by the name in the address."
@@ -159,13 +154,13 @@ class Guard:
             return 403, "Requests from other sites are refused."
         if scope["method"] not in METHODS:
             return 405, "This method is not offered."
-        for buckets, key, amount in (
-            (self._of_token, _token_key(headers), float(b"authorization" in headers)),
-            (self._failures, address, 0.0),
-            (self._joins, address, float(joining)),
-        ):
-            if (amount or buckets is self._failures) and (seconds := buckets.wait(key, amount)):
-                return 429, "That was too fast; try again in a moment.", seconds
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > self._limits.header_bytes:
+            return 431, f"The headers of a request have at most {self._limits.header_bytes} bytes."
+        seconds = self._of_token.wait(_token_key(headers)) if b"authorization" in headers else 0.0
+        if scope["path"] == "/api/join":
+            seconds = max(seconds, self._joins.wait(address))
+        if seconds:
+            return 429, TOO_FAST, seconds
         return None
 
     async def _body(self, receive: Callable, headers: dict[bytes, bytes]) -> bytes | tuple[int, str] | None:
@@ -199,7 +194,7 @@ async def _answer(send: Callable, status: int, sentence: str, retry_after: float
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     if retry_after is not None:
         headers.append((b"retry-after", b"%d" % max(1, round(retry_after + 0.5))))
-    if status in (408, 413, 429):
+    if status in (408, 413, 429, 431):
         headers.append((b"connection", b"close"))  # what is left of the request is not read
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -14,7 +14,9 @@ from dpo_fast.votes.store import APPLICATION, Comparison, ImageFile, VoteStore, 
 from tests.helpers.vote_sessions import QUESTIONS, store_of
 
 
-def add(store: VoteStore, comparison: int, choice: str | None, *, voter: int = 1, place: int, kind=None, left=1) -> None:
+def add(
+    store: VoteStore, comparison: int, choice: str | None, *, voter: int = 1, place: int, kind=None, left=1
+) -> None:
     seconds, at = (None, None) if choice is None else (1.5, 100.0 + place)
     store.connection.execute(
         "INSERT INTO showings VALUES (?, ?, ?, 'general', ?, ?, ?, ?, 'l', 'r', ?, ?, ?)",
