@@ -42,7 +42,7 @@ QUESTION = {"appeal": "Which image looks better, whatever the text says?"}
 VOTERS = {"vivid": 1.0, "plain": -1.0}  # what appeal is worth to each
 SHARPNESS = 200.0  # logits for a difference in appeal of 1: half of all pairs differ by more than 0.012, or 2.3
 TIE_BELOW = 0.5  # logits
-SEEDS = ("0,1,2,3", "4,5,6,7")  # of the images compared with each other
+SEEDS = ("0,1,2", "3,4,5")  # of the images compared with each other
 FLAGS = "--no-prove --label_column label_0 --learning_rate 1e-5 --eval_scorers appeal faithfulness quality"
 
 

@@ -51,6 +51,7 @@ def _serve(argv: list[str]) -> int:
             show(_table(path))
     finally:
         session.close()
+    _show_reports(path)
     say(f"go on: python -m dpo_fast.vote --votes_file {path}; results: python -m dpo_fast.vote results {path}")
     return 0
 
@@ -65,8 +66,25 @@ def _results(argv: list[str]) -> int:
     if len(files) != 1:
         raise BadInput("`vote results` takes one file of votes: name votes.sqlite")
     path = user_path(Path(files[0]))
-    show(json.dumps(_summary(path), indent=2, ensure_ascii=False) if "--json" in argv else _table(path))
+    if "--json" in argv:
+        show(json.dumps(_summary(path), indent=2, ensure_ascii=False))
+        return 0
+    show(_table(path))
+    _show_reports(path)
     return 0
+
+
+def _show_reports(path: Path) -> None:
+    """Write the reports again that show these votes: of the evaluation, run or protocol in whose folder the file is."""
+    from dpo_fast.evaluation.protocol_table import show_votes
+
+    try:
+        said = show_votes(path)
+    except BadInput as error:  # votes are kept, and read, whatever became of the images
+        say(f"the report that shows these votes is not written again: {error}")
+        return
+    if said:
+        show(f"\n{said}")
 
 
 def _export(argv: list[str]) -> int:

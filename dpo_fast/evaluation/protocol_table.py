@@ -20,7 +20,7 @@ from dpo_fast.evaluation.protocol import BASE, SDEDIT, Group, groups_of, is_prot
 from dpo_fast.evaluation.reopened import AGAIN, OF_RUN, is_evaluation, names_of, pairs_of
 from dpo_fast.evaluation.report.html import document, notes, section, table, text
 from dpo_fast.evaluation.scored import SCORES, Scored, read_scores
-from dpo_fast.evaluation.voted import people_of, refresh
+from dpo_fast.evaluation.voted import VOTES, people_of, refresh
 from dpo_fast.files import write_text
 from dpo_fast.plain_table import side_by_side
 from dpo_fast.presets import SDXL_BASE
@@ -149,15 +149,19 @@ class ProtocolTable:
         }
 
 
-def show_votes(folder: Path) -> list[Path]:
-    """Write the reports again that show the votes on what is in a folder: of an evaluation or an evaluated run its own,
-    of a protocol those of its groups, and its table. Returns the pages; none where the folder holds neither.
+def show_votes(file: Path) -> str:
+    """Write the reports again that show the votes of a file: in the folder of an evaluation or an evaluated run its
+    own, in that of a protocol those of its groups, and its table. Returns what to print; empty for any other file.
+
+    Raises BadInput for files that cannot be read.
     """
+    folder = file.parent
+    if file.name != VOTES:
+        return ""
     if is_protocol(folder):
-        write_table(folder, again=True)
-        return [folder / REPORT]
+        return str(write_table(folder, again=True))
     found = next((home for home in (folder, folder / OF_RUN) if is_evaluation(home)), None)
-    return [] if found is None or not (found / SUMMARY).is_file() else [refresh(found) / REPORT]
+    return "" if found is None or not (found / SUMMARY).is_file() else f"report: {refresh(found) / REPORT}"
 
 
 def write_table(folder: Path, *, again: bool = False) -> ProtocolTable:

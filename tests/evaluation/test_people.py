@@ -97,10 +97,10 @@ def read(out: Path, name: str) -> str:
 def test_a_report_is_written_again_as_it_was(evaluated):
     out = evaluated()
     before = {name: read(out, name) for name in ("report.html", "summary.json")}
-    assert show_votes(out) == [out / "report.html"]  # nobody has voted
+    assert show_votes(out / "votes.sqlite") == f"report: {out / 'report.html'}"  # nobody has voted
     assert {name: read(out, name) for name in before} == before
     begin(out, out / "votes.sqlite")
-    assert show_votes(out) == [out / "report.html"]  # a session without votes
+    assert show_votes(out / "votes.sqlite") == f"report: {out / 'report.html'}"  # a session without votes
     assert {name: read(out, name) for name in before} == before
 
 
@@ -110,7 +110,7 @@ def test_votes_stand_beside_the_scorers(evaluated, turned, capsys):
     file = begin(out, out / "votes.sqlite", turned=turned)
     before = json.loads(read(out, "summary.json"))
     assert vote(file, {f"v{k}": likes_bright for k in range(5)}) == PROMPTS * 3 * 5
-    show_votes(out)
+    show_votes(out / "votes.sqlite")
     found = json.loads(read(out, "summary.json"))
     people = found.pop("people")
     for name in ("notes", "verdict"):
@@ -149,7 +149,7 @@ def test_people_decide_once_enough_prompts_have_their_votes(evaluated, capsys):
     out = evaluated()
     file = begin(out, out / "votes.sqlite", questions={"general": "Which?"})
     vote(file, {f"v{k}": likes_bright for k in range(4)})  # four of five on all prompts
-    show_votes(out)
+    show_votes(out / "votes.sqlite")
     first = json.loads(read(out, "summary.json"))
     assert first["verdict"]["scorer"] == "dark" and first["verdict"]["outcome"] == "worse"
     assert not first["people"]["decides"]
@@ -175,10 +175,10 @@ def test_votes_on_the_evaluation_that_ended_a_run(sd15_path, pairs, tmp_path):
     assert train([*flags, "--eval_prompts", str(tmp_path / "prompts.txt")]) == 0
     run, home = tmp_path / "run", tmp_path / "run" / "evaluation"
     before = {name: read(run, name) for name in ("report.html", "summary.json")}
-    assert show_votes(run) == show_votes(home) == [run / "report.html"]
+    assert show_votes(run / "votes.sqlite") == show_votes(home / "votes.sqlite") == f"report: {run / 'report.html'}"
     assert {name: read(run, name) for name in before} == before
     vote(begin(home, run / "votes.sqlite", votes=1), {"v": lambda *_: 0.0})
-    show_votes(run)
+    show_votes(run / "votes.sqlite")
     after = json.loads(read(run, "summary.json"))
     assert after["people"]["votes"] == 9 and after["steps"] == json.loads(before["summary.json"])["steps"]
     assert "agree" in read(run, "report.html") and "people" not in json.loads(before["summary.json"])

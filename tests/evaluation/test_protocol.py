@@ -13,9 +13,9 @@ from dpo_fast.errors import BadInput
 from dpo_fast.evaluate import main
 from dpo_fast.evaluation.image_names import file_stem, prompt_of
 from dpo_fast.evaluation.protocol import groups_of
-from dpo_fast.evaluation.protocol_table import show_votes, table_of
-from dpo_fast.evaluation.reopened import names_of, pairs_of
-from dpo_fast.votes.store import Comparison
+from dpo_fast.evaluation.protocol_table import table_of
+from dpo_fast.vote import main as vote_command
+from dpo_fast.voting.folders import read_folders
 from tests.helpers import scorer_files
 from tests.helpers.runs import train
 from tests.helpers.voters import session, vote
@@ -70,19 +70,6 @@ def protocol(world: Path, out: Path, *flags: object, status: int = 0) -> Path:
     argv += ["--scorer_models", world / "scorers"] if "--scorer_models" not in flags else []
     assert main([str(word) for word in (*argv, *flags)]) == status
     return out
-
-
-def comparisons_in(out: Path) -> list[Comparison]:
-    """What `python -m dpo_fast.vote OUT` shows."""
-    found = []
-    for group in groups_of(out):
-        pairs, names = pairs_of(group.folder), names_of(group.folder)
-        for k, prompt in enumerate(pairs.prompts):
-            files = pairs.base.paths[k], pairs.policy.paths[k]
-            found.append(
-                Comparison(group.name, prompt, pairs.categories and pairs.categories[k], pairs.seeds[k], names, files)
-            )
-    return found
 
 
 def likes_policy(question: str, prompt: str, file: Path) -> float:
@@ -144,10 +131,11 @@ def test_from_one_command_to_the_table(world, tmp_path, capfd):
             assert row["scorers"][scorer]["ci95"] == [of["win_rate"]["low"], of["win_rate"]["high"]]
         assert row["published"] is None  # another base than the published one
 
-    session(out / "votes.sqlite", comparisons_in(out))
+    session(out / "votes.sqlite", read_folders([out]).comparisons)
     number = vote(out / "votes.sqlite", {f"voter {k}": likes_policy for k in range(7)})
     assert number == 16 * 3 * 5  # every comparison and question gets its five votes
-    assert show_votes(out) == [out / "report.html"]
+    assert vote_command(["results", str(out / "votes.sqlite")]) == 0
+    assert "win rates of mine [95%]" in capfd.readouterr().out
     rows = {row["name"]: row for row in summary(out)["rows"]}
     for row in rows.values():
         general, appeal, _ = row["people"].values()
@@ -192,7 +180,7 @@ def test_what_is_missing_is_named(world, tmp_path, capfd, monkeypatch):
     assert all(one in said for one in missing[2:])
     (row,) = summary(out)["rows"][:1]
     assert row["prompts"] == 2 and list(row["scorers"]) == list(SCORERS[1:])  # the paper's, in its order
-    session(out / "votes.sqlite", comparisons_in(out))
+    session(out / "votes.sqlite", read_folders([out]).comparisons)
     vote(out / "votes.sqlite", {"one": likes_policy}, most=1)
     cells = [*table_of(out).rows[0].people.values()]
     (begun,) = (str(cell) for cell in cells if cell.rate is not None)
