@@ -2,6 +2,8 @@
 
     vote FOLDER ... [--FLAG VALUE ...]   serve until Ctrl-C; the same command goes on
     vote results FILE [--json]           what the votes of a file say
+    vote export FILE --to votes.csv      the votes, one a row
+    vote export FILE --to pairs.parquet  pairs of images to train on, labelled by the votes
 
 Exit status: 0 done, also after Ctrl-C while serving, 2 bad input, 130 interrupted before that, 1 an internal error.
 """
@@ -19,7 +21,7 @@ from dpo_fast.help_text import HELP
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"results": _results}
+    commands = {"results": _results, "export": _export}
     command = commands.get(argv[0]) if argv else None
     return guarded(
         lambda: command(argv[1:]) if command is not None else _serve(argv),
@@ -49,6 +51,7 @@ def _serve(argv: list[str]) -> int:
             show(_table(path))
     finally:
         session.close()
+    _show_reports(path)
     say(f"go on: python -m dpo_fast.vote --votes_file {path}; results: python -m dpo_fast.vote results {path}")
     return 0
 
@@ -63,22 +66,41 @@ def _results(argv: list[str]) -> int:
     if len(files) != 1:
         raise BadInput("`vote results` takes one file of votes: name votes.sqlite")
     path = user_path(Path(files[0]))
-    show(json.dumps(_summary(path), indent=2, ensure_ascii=False) if "--json" in argv else _table(path))
+    if "--json" in argv:
+        from dpo_fast.voting.summaries import summary_of_file
+
+        show(json.dumps(summary_of_file(path), indent=2, ensure_ascii=False))
+        return 0
+    show(_table(path))
+    _show_reports(path)
+    return 0
+
+
+def _show_reports(path: Path) -> None:
+    """Write the reports again that show these votes: of the evaluation, run or protocol in whose folder the file is."""
+    from dpo_fast.evaluation.protocol_table import show_votes
+
+    try:
+        said = show_votes(path)
+    except BadInput as error:  # votes are kept, and read, whatever became of the images
+        say(f"the report that shows these votes is not written again: {error}")
+        return
+    if said:
+        show(f"\n{said}")
+
+
+def _export(argv: list[str]) -> int:
+    from dpo_fast.voting.export import export, parse
+
+    show(str(export(parse(argv))))
     return 0
 
 
 def _table(path: Path) -> str:
     from dpo_fast.votes.tally import as_text
+    from dpo_fast.voting.summaries import summary_of_file
 
-    return as_text(_summary(path))
-
-
-def _summary(path: Path) -> dict[str, object]:
-    from dpo_fast.votes.store import VoteStore
-    from dpo_fast.votes.tally import summary_of
-
-    with VoteStore.read(path) as store:
-        return summary_of(store.votes(excluded=True), store.checks(), store.settings(), store.excluded())
+    return as_text(summary_of_file(path))
 
 
 if __name__ == "__main__":

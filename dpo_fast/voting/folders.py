@@ -15,14 +15,15 @@ from dpo_fast import output_folder
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.findings import RECORD
 from dpo_fast.evaluation.generation import LISTING
-from dpo_fast.evaluation.image_names import PromptImage, composed, image_files, images_of
+from dpo_fast.evaluation.image_names import PromptImage, composed, image_files, images_of, name_as_prompt
 from dpo_fast.evaluation.pairing import UNCATEGORISED, pair_up
 from dpo_fast.evaluation.prompts import Prompt
+from dpo_fast.evaluation.protocol import PROTOCOL, groups_of
 from dpo_fast.evaluation.run_evaluation import FOLDER as OF_RUN
 from dpo_fast.evaluation.scored import SCORES, read_scores
 from dpo_fast.files import is_inside
 from dpo_fast.votes.store import Comparison
-from dpo_fast.voting.prompt_texts import name_as_prompt, prompt_image
+from dpo_fast.voting.prompt_texts import prompt_image
 
 Images = dict[str, list[PromptImage]]  # prompt -> its images
 
@@ -80,8 +81,8 @@ def read_folders(folders: Sequence[Path], *, against: str | None = None, most: i
 
 
 def is_own_set(folder: Path) -> bool:
-    """Whether a folder is an evaluation, an evaluated run, or a set of dpo_fast.generate."""
-    return any((folder / name).is_file() for name in (RECORD, f"{OF_RUN}/{RECORD}", LISTING))
+    """Whether a folder is an evaluation, an evaluated run, a protocol, or a set of dpo_fast.generate."""
+    return any((folder / name).is_file() for name in (RECORD, f"{OF_RUN}/{RECORD}", PROTOCOL, LISTING))
 
 
 def _sets_in(folder: Path) -> list[ImageSet]:
@@ -90,6 +91,8 @@ def _sets_in(folder: Path) -> list[ImageSet]:
         return [_evaluation(folder, folder / SCORES, folder.resolve().name, folder)]
     if (folder / OF_RUN / RECORD).is_file():
         return [_evaluation(folder / OF_RUN, folder / SCORES, folder.resolve().name, folder)]
+    if (folder / PROTOCOL).is_file():
+        return [_evaluation(of.folder, of.folder / SCORES, of.name, of.folder) for of in groups_of(folder)]
     if (folder / LISTING).is_file():
         return [_generation(folder)]
     inner = [path for path in sorted(folder.iterdir()) if path.is_dir() and is_own_set(path)]
