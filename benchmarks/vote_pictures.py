@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from benchmarks.pictures import DOCS, browser
+from benchmarks.pictures import DOCS, PATIENCE, browser
 from dpo_fast.errors import BadInput
 from dpo_fast.pictures import save_png
 from dpo_fast.votes.desk import Desk, Showing
@@ -58,7 +58,7 @@ def main() -> int:
                 votes_file=Path(folder, "votes.sqlite"),
             )
             simulate(config, scores_of(arguments.run), random.Random(arguments.seed))
-            with running(replace(config, voters=("Gül",))) as server:
+            with running(replace(config, voters=("Gül",), checks=0)) as server:
                 voter, owner = f"/vote#{server.tokens['Gül']}", f"/owner#{server.owner_token}"
                 waits = {server.base + voter: "#stage img", server.base + owner: "#by-voter table"}
                 pages = screenshots(command, waits)
@@ -132,7 +132,7 @@ def screenshots(command: str, waits: Mapping[str, str]) -> list[Image.Image]:
         for link, selector in waits.items():
             page = chromium.new_page(viewport={"width": SIZE[0], "height": SIZE[1]}, color_scheme="light")
             page.goto(link)
-            page.wait_for_selector(selector)
+            page.wait_for_selector(selector, timeout=1000 * PATIENCE)
             file = Path(folder, "page.png")
             page.screenshot(path=file)
             with Image.open(file) as image:

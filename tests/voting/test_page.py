@@ -22,6 +22,7 @@ from dpo_fast.votes.records import Vote
 from dpo_fast.votes.store import VoteStore
 from dpo_fast.votes.tally import summary_of
 from dpo_fast.voting.options import VoteConfig
+from dpo_fast.voting.summaries import summary_of_file
 from tests.helpers.browsers import Visit, started_browser
 from tests.helpers.vote_sessions import Client, running
 
@@ -100,6 +101,8 @@ def serve(tmp_path_factory) -> Iterator[Callable[..., Site]]:
                 **options,
             )
             server = stack.enter_context(running(config))
+            # in this process, since the start of another takes seconds; tests/voting/test_app.py has the real one
+            server.session.summaries.make = lambda: summary_of_file(config.votes_file)
             links = {name: f"{server.base}/vote#{token}" for name, token in server.tokens.items()}
             invitation = server.writer.submit(lambda desk: desk.new_invitation()).result()
             joining = f"{server.base}/vote#join={invitation}"
@@ -494,6 +497,7 @@ def test_the_owners_page(browser, serve):
     page = visit.page
     page.wait_for_selector("#by-voter tbody tr")
     row = page.locator("#by-voter tr", has_text="Eve")
+    assert page.locator("#by-voter tr", has_text="Finn").locator("td").first.text_content() == "0"  # not yet
     assert row.locator("td").first.text_content() == "3"
     assert page.evaluate("document.documentElement.scrollWidth") <= 390  # tables scroll in their own boxes
     assert page.locator("svg[role=img]").first.get_attribute("aria-label").startswith("vivid against plain: win rate")
@@ -521,6 +525,7 @@ def test_the_owners_page(browser, serve):
     page.locator("#name").fill("Gül")
     page.get_by_role("button", name="Add").click()
     page.wait_for_selector("#link:visible")
+    page.wait_for_selector("#by-voter tr >> text=Gül")
     link = page.locator("#link-value").input_value()
     page.locator("#name").fill("Gül")  # there is one already: a new link, and the old one is dead
     page.get_by_role("button", name="Add").click()

@@ -3,7 +3,7 @@
 (() => {
   const EVERY = 4000; // ms between two looks at the results
   const LONGEST = 60000; // ms between two tries when the server does not answer
-  const PATIENCE = 20000; // ms for one request
+  const PATIENCE = 90000; // ms for one request: statistics of many votes take their time
   const SVG = "http://www.w3.org/2000/svg";
   const MIDDLE = 15; // of a bar's height, px
   const $ = (id) => document.getElementById(id);
@@ -311,7 +311,7 @@
 
   const totals = (of) => {
     const facts = [
-      ["Votes", String(of.votes)],
+      ["Votes", of.live ? `${of.votes} of ${of.live.votes_wanted}` : String(of.votes)],
       ["Voters", String(of.voters)],
       ["Comparisons", String(of.comparisons)],
       ["Time a vote, median", seconds(of.seconds_median)],
@@ -330,8 +330,29 @@
     ];
   };
 
+  // How long ago a voter last asked for anything.
+  const ago = (idle) => {
+    if (idle === undefined) return NONE;
+    if (idle < 60) return "now";
+    if (idle < 3600) return `${Math.floor(idle / 60)} min ago`;
+    return idle < 86400 ? `${Math.floor(idle / 3600)} h ago` : `${Math.floor(idle / 86400)} d ago`;
+  };
+
+  // All voters, those who have not voted yet too.
+  const everybody = ({ by_voter: voted, live }) => {
+    const known = new Map(voted.map((voter) => [voter.name, voter]));
+    const none = { votes: 0, seconds_median: null, left_share: null, tie_share: null, agrees_with_majority: null };
+    const waiting = (live?.voters ?? []).filter(({ name }) => !known.has(name));
+    const idle = new Map((live?.voters ?? []).map((voter) => [voter.name, voter.idle_seconds]));
+    const rows = [
+      ...voted,
+      ...waiting.map(({ name }) => ({ name, ...none, checks: 0, checks_failed: 0, excluded: null })),
+    ];
+    return rows.map((voter) => ({ ...voter, seen: ago(idle.get(voter.name)) }));
+  };
+
   const voters = (rows) => {
-    const head = ["Name", "Votes", "Seconds, median", "Left", "Ties", "With the majority", "Checks failed", "Change"];
+    const head = ["Name", "Votes", "Seconds", "Left", "Ties", "With the majority", "Checks failed", "Seen", "Change"];
     return table(
       "Table of voters",
       head,
@@ -362,6 +383,7 @@
             !voter.checks
               ? NONE
               : h(voter.checks_failed ? "mark" : "span", {}, `${voter.checks_failed} of ${voter.checks}`),
+            voter.seen,
             h(
               "div",
               { class: "actions" },
@@ -385,9 +407,10 @@
       h(
         "p",
         { class: "hint" },
-        "Nobody is excluded but by you. With the majority: how often a vote is that of the others on a comparison.",
+        "Nobody is excluded but by you. Seconds: the median of a vote. With the majority: how often a vote is that of " +
+          "the others on a comparison.",
       ),
-      results.by_voter.length ? voters(results.by_voter) : h("p", {}, "Nobody has voted yet."),
+      everybody(results).length ? voters(everybody(results)) : h("p", {}, "There is nobody yet: add voters below."),
     );
     $("voters").hidden = $("files").hidden = false;
     $("live").textContent = `Live, as of ${new Date().toLocaleTimeString()}`;
