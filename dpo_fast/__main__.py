@@ -20,6 +20,7 @@ COMMANDS = {
     "pick": "the checkpoint of a run, and the strength of what it trained, that score best",
     "compare": "runs, sweeps and evaluations in one table, with intervals, image by image",
     "relabel": "preference pairs labelled by scorers instead of people",
+    "vote": "people compare images blindly on a page; win rates with intervals from their votes",
     "sweep": "a training run for every combination of values of some flags",
     "env": "versions, devices and what can run on this machine",
 }

@@ -77,7 +77,7 @@ class Bootstrap:
 
     def mean(self, values: Tensor) -> Interval:  # [N]
         """The mean of all rows, with its interval."""
-        return self._percentiles(values.double().mean().item(), self._means(values))
+        return self.percentiles(values.double().mean().item(), self._means(values))
 
     def share(self, looks: Tensor) -> Interval:  # [N], or [N, looks] with several looks per row: 0, 1, or 1/2 in a tie
         """The mean of all looks, with Wilson's interval at the bootstrap's variance.
@@ -134,9 +134,15 @@ class Bootstrap:
             middle = torch.cat([(total + 1) // 2, total // 2 + 1], 1)  # the one or two in the middle, counted from 1
             return ordered[torch.searchsorted(upto, middle)].mean(1)
 
-        return self._percentiles(values.double().quantile(0.5).item(), self._each(medians, len(values)))
+        return self.percentiles(values.double().quantile(0.5).item(), self._each(medians, len(values)))
 
-    def _percentiles(self, value: float, resampled: Tensor) -> Interval:  # fp64 [resamples]
+    def sums(self, values: Tensor) -> Tensor:  # [N, columns] -> fp64 [resamples, columns]
+        """The sums of all rows in each resample."""
+        of_group = torch.zeros(self.groups, values.shape[1], dtype=torch.float64)
+        of_group.index_add_(0, self.group, values.double())
+        return self._each(lambda counts: counts.double() @ of_group, self.groups)
+
+    def percentiles(self, value: float, resampled: Tensor) -> Interval:  # fp64 [resamples]
         """Return the value with expanded percentiles (Hesterberg, The American Statistician 69, 2015, 371).
 
         They lie further out as Student's t exceeds the normal deviate, and by sqrt(n / (n - 1)) for n effective

@@ -11,7 +11,7 @@ ROOT = Path(dpo_fast.__file__).parent
 # From the ground up; modules of one level do not import each other, files of one package may.
 LEVELS = [
     ["errors", "quiet", "threads", "statistics", "version", "fonts"],
-    ["files", "heartbeat", "help_text"],
+    ["files", "heartbeat", "help_text", "plain_table"],
     ["cli"],
     ["locks", "checksums", "hub_revisions", "kernels", "presets", "captions"],
     ["output_folder", "draws", "schedule", "objectives", "pictures", "plot", "parallel", "store", "jobs"],
@@ -19,12 +19,12 @@ LEVELS = [
     ["command_line"],
     ["models", "data"],
     ["shapes", "forward"],
-    ["caching", "scorers", "choices"],
+    ["caching", "scorers", "choices", "votes"],
     ["training"],
     ["evaluation"],
-    ["relabeling", "comparing"],
+    ["relabeling", "comparing", "voting"],
     ["api"],
-    ["train", "cache", "env", "evaluate", "generate", "pick", "relabel", "sweep", "compare"],
+    ["train", "cache", "env", "evaluate", "generate", "pick", "relabel", "sweep", "compare", "vote"],
     ["__main__"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -18,6 +18,8 @@ from dpo_fast.evaluation.comparison import check_scorers, compare, find_pairs, u
 from dpo_fast.evaluation.evaluate_options import EvaluateConfig
 from dpo_fast.evaluation.findings import RECORD, REPORT, SUMMARY, Findings
 from dpo_fast.evaluation.implicit import ImplicitAccuracy, accuracy, implicit_rewards
+from dpo_fast.evaluation.protocol import begin
+from dpo_fast.evaluation.protocol_table import ProtocolTable, write_table
 from dpo_fast.evaluation.sides import (
     batch_size_of,
     comparison_of,
@@ -29,6 +31,7 @@ from dpo_fast.evaluation.sides import (
     settings_of,
     sides_of,
 )
+from dpo_fast.evaluation.voted import people_of
 from dpo_fast.hub_revisions import public_name, revision_of
 from dpo_fast.models.load import revisions
 from dpo_fast.models.source import ModelSource
@@ -57,8 +60,9 @@ class Evaluation:
         return "\n\n".join(parts)
 
 
-def evaluate(config: EvaluateConfig | None = None, **settings: object) -> Evaluation:
+def evaluate(config: EvaluateConfig | None = None, **settings: object) -> Evaluation | ProtocolTable:
     """Compare a policy with a baseline, or measure its implicit-reward accuracy on pairs, and return what was found.
+    With `protocol` make all comparisons of a published protocol, and return its table.
 
     The evaluation is described by `settings`, flags of `python -m dpo_fast.evaluate` by name (`policy=folder,
     prompts=["partiprompts"], scorers=["pickscore"]`), or by `config`, an EvaluateConfig. Images and scores that are in
@@ -68,6 +72,22 @@ def evaluate(config: EvaluateConfig | None = None, **settings: object) -> Evalua
     disk that is full or fails.
     """
     config = settled_options(EvaluateConfig, evaluate_options.parse, config, settings)
+    return _evaluate(config) if config.protocol is None else _protocol(config)
+
+
+def _protocol(config: EvaluateConfig) -> ProtocolTable:
+    """Evaluate what the protocol compares, one evaluation after the other."""
+    run = read_run(config.policy) if is_trained(config.policy) else None
+    with parallel.joined("none") as ranks:
+        plan = ranks.from_main(lambda: begin(config, run))
+    for place, part in enumerate(plan.parts, start=1):
+        logger.info("%s, %d of %d: %s", config.protocol, place, len(plan.parts), part.group.name)
+        _evaluate(part.config)
+    with parallel.joined("none") as ranks:
+        return ranks.from_main(lambda: write_table(plan.folder))
+
+
+def _evaluate(config: EvaluateConfig) -> Evaluation:
     run = read_run(config.policy) if is_trained(config.policy) else None
     config = replace(config, batch_size=batch_size_of(config, run))
     models, sides = sides_of(config)
@@ -106,6 +126,7 @@ def evaluate(config: EvaluateConfig | None = None, **settings: object) -> Evalua
                     write_signed_json(out / SUMMARY, summary)
                     return Evaluation(out, None, implicit)
                 findings, scored = result
+                findings = findings.with_people(people_of(out, pairs), scored)
                 write_report(out, findings, scored, pairs, implicit)
                 write_signed_json(out / SUMMARY, findings.for_summary() | summary)
                 return Evaluation(out, findings, implicit)

@@ -17,7 +17,7 @@ from dpo_fast.comparing.overview import Column, Overview, Table
 from dpo_fast.comparing.rows import Spread
 from dpo_fast.errors import printable
 from dpo_fast.evaluation.formats import counted
-from dpo_fast.evaluation.plain_table import BETWEEN, plain_table
+from dpo_fast.plain_table import BETWEEN, plain_table
 from dpo_fast.statistics import Interval
 
 WIDTH = 80  # columns of a terminal whose width is not known

@@ -1,4 +1,7 @@
-"""The verdict on a comparison, in one sentence: which scorer decides, what its win rate shows, and at what cost."""
+"""The verdict on a comparison, in one sentence: who decides, what that win rate shows, and at what cost.
+
+The first scorer decides, unless enough people voted (`people.ENOUGH`): then they do.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,23 +12,26 @@ from dpo_fast.evaluation.signals import Signal
 
 if TYPE_CHECKING:
     from dpo_fast.evaluation.findings import Verdict
+    from dpo_fast.evaluation.people import People
 
 LEVEL = 0.05  # of the Holm-corrected p below which the win rate differs from one half
 NOTHING = "no difference shown"
+PEOPLE = "people"
 REMEDY = "over-optimised: raise --beta_dpo, lower --learning_rate, or take fewer steps"
 
 
 @dataclass(frozen=True)
 class Conclusion:
-    """The verdict of the scorer that decides.
+    """The verdict of whoever decides.
 
-    outcome: `aligned` (of a policy trained towards that scorer) or `better`, `worse`, or `no difference shown`.
+    outcome: `aligned` (of a policy trained towards the scorer that decides) or `better`, `worse`, or `no difference
+    shown`.
     """
 
     outcome: str
-    scorer: str  # the one that decides
+    scorer: str  # the one that decides, or PEOPLE
     grounds: str  # who decides, and by what numbers
-    p_holm: float  # of its win rate
+    p_holm: float | None  # of its win rate; None: people decide, by the interval of theirs
     linked: str  # how the costs go with the outcome: "paid for with", "and worse by"
     costs: dict[str, str]  # scorer or signal that got worse -> by how much
     remedy: str | None
@@ -55,29 +61,58 @@ def conclude(
     signals: Sequence[Signal],
     *,
     trained: bool,  # the policy was trained from this base towards the first scorer
+    people: "People | None" = None,  # None: nobody voted
 ) -> Conclusion:
     """Conclude from the win rate of the first scorer: it differs from one half if its 95% interval excludes that and,
     corrected by Holm for the number of scorers, p is below 0.05.
 
     Another scorer got worse if the interval of its win rate lies below one half, whatever the correction says: a false
-    alarm costs less than a loss that is not mentioned.
+    alarm costs less than a loss that is not mentioned. Where people decide, the interval of their win rate does, and
+    every scorer is one of the others.
     """
+    if people is not None and people.verdict is not None:
+        return _by_people(people, overall, signals)
     first, others = overall[0], overall[1:]
     shown = first.decided and first.rate_p_holm < LEVEL
     won = first.interval.value > 0.5
     outcome = (("aligned" if trained else "better") if won else "worse") if shown else NOTHING
-    costs = {v.scorer: _loss(v) for v in others if v.interval.high < 0.5}
-    costs |= {signal.name: _change(signal) for signal in signals if signal.suspect}
     return Conclusion(
         outcome,
         first.scorer,
         f"as {first.scorer} decides{f' (the first of {len(overall)} scorers)' if others else ''}:"
         f" {_grounds(first, len(overall), shown)}",
         first.rate_p_holm,
-        "and worse by" if outcome == NOTHING else "paid for with" if won else "worse by",
-        costs,
+        _linked(outcome, won),
+        _costs(others, signals),
         REMEDY if trained and outcome == "worse" else None,
     )
+
+
+def _by_people(people: "People", overall: "Sequence[Verdict]", signals: Sequence[Signal]) -> Conclusion:
+    said, first = people.verdict, overall[0]
+    rate = said.win_rate
+    won = rate.value > 0.5
+    outcome = ("better" if won else "worse") if said.decided else NOTHING
+    return Conclusion(
+        outcome,
+        PEOPLE,
+        f"as people decide ({said.question}: {counted(said.votes, 'vote')} by {counted(people.voters, 'voter')} on"
+        f" {counted(said.prompts, 'prompt')}): win rate {rate}{'' if said.decided else ' holds 0.5'}; by {first.scorer}"
+        f" {first.interval}",
+        None,
+        _linked(outcome, won),
+        _costs(overall, signals),
+        None,
+    )
+
+
+def _linked(outcome: str, won: bool) -> str:
+    return "and worse by" if outcome == NOTHING else "paid for with" if won else "worse by"
+
+
+def _costs(others: "Sequence[Verdict]", signals: Sequence[Signal]) -> dict[str, str]:
+    costs = {v.scorer: _loss(v) for v in others if v.interval.high < 0.5}
+    return costs | {signal.name: _change(signal) for signal in signals if signal.suspect}
 
 
 def _grounds(first: "Verdict", scorers: int, shown: bool) -> str:

@@ -1,5 +1,6 @@
 """The flags of evaluation, each with its unit, and what is refused before anything is loaded."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ OF_PAIRS = (
 )
 OF_GENERATION = ("sampling_steps", "sampling_guidance", "layout", "strength")
 OF_IMAGES = (*OF_GENERATION, "seeds", "slice", "max_prompts", "scorers", "scorer_models", "compare")
+PROTOCOL_SETS = ("partiprompts", "hps")  # of the protocol diffusion-dpo
+RESERVED = ("base", "sdedit", *PROTOCOL_SETS)  # names in a protocol's folder that --closed cannot give
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,21 @@ class EvaluateConfig(GenerateConfig):
     """Images generated, or scored, at once by a rank; of held-out pairs as many images. None: the run's
     --eval_batch_size, else 8."""
     output_dir: Path | None = None
-    """None: evaluations/<policy>-against-<baseline>. The same command goes on with what is missing there."""
+    """None: evaluations/<policy>-against-<baseline>, of a protocol protocols/<policy>. The same command goes on with
+    what is missing there."""
+
+    # ---- a published protocol ----------------------------------------------------------------------------------------
+    protocol: Literal["diffusion-dpo"] | None = None
+    """diffusion-dpo: the comparisons of the paper, one evaluation each, for people to vote on (docs/protocol.md). None:
+    one evaluation."""
+    closed: tuple[str, ...] = ()
+    """Of the protocol: images of closed models that you have, as NAME=FOLDER (midjourney=FOLDER emu=FOLDER); images are
+    found by the names of the prompts."""
 
     # ---- scores ------------------------------------------------------------------------------------------------------
     scorers: tuple[str, ...] = ()
-    """Names (docs/evaluation.md), the one that leads first. None: those of the run's evaluation in training."""
+    """Names (docs/evaluation.md), the one that leads first. None: those of the run's evaluation in training; of the
+    protocol, the paper's as far as their files are there."""
     scorer_models: Path | None = None
     """Folder that holds the scorers' models as OWNER/NAME; None: the run's, else the hub."""
     compare: Literal["images", "medians"] | None = None
@@ -97,7 +110,7 @@ def parse(argv: list[str]) -> EvaluateConfig:
     """Parse a command line. Raises BadInput for an unknown flag and for a value that nothing can be compared with."""
     if asks_help(argv):
         show_help(Page(PROG, EvaluateConfig))
-    words = gathered(gathered(argv, "prompts"), "scorers")
+    words = gathered(gathered(gathered(argv, "prompts"), "scorers"), "closed")
     refuse_empty(argv)
     with one_line_errors(EvaluateConfig):
         config = tyro.cli(EvaluateConfig, args=words, prog=PROG)
@@ -118,10 +131,35 @@ def check(config: EvaluateConfig) -> None:
         raise BadInput(f"--max_bad_fraction ({config.max_bad_fraction}) must be in [0, 1]")
     if config.dataloader_num_workers is not None and config.dataloader_num_workers < 0:
         raise BadInput(f"--dataloader_num_workers ({config.dataloader_num_workers}) must be 0 or more")
+    if config.protocol is None:
+        refuse_idle(config, ("closed",), "is of a protocol: add --protocol diffusion-dpo, or leave it out")
+    else:
+        _check_protocol(config)
     if config.dataset_name is None:
         refuse_idle(config, OF_PAIRS, "is of preference pairs: add --dataset_name, or leave it out")
     elif not config.prompts:
         refuse_idle(config, OF_IMAGES, "is of images, and none are compared: add --prompts, or leave it out")
+
+
+def _check_protocol(config: EvaluateConfig) -> None:
+    if config.dataset_name is not None:
+        raise BadInput(f"--dataset_name ({config.dataset_name}) is no part of the protocol: evaluate on it separately")
+    if config.slice is not None:
+        raise BadInput(f"--slice {config.slice}: the protocol reports the people slice anyway, leave it out")
+    for given in config.prompts:
+        if given.partition("=")[0] not in PROTOCOL_SETS:
+            raise BadInput(
+                f"--prompts {given} is no set of the protocol {config.protocol}: name {' or '.join(PROTOCOL_SETS)}, as"
+                " NAME=PATH your own copy, or leave --prompts out"
+            )
+    names = []
+    for given in config.closed:
+        name, equals, folder = given.partition("=")
+        if not (equals and folder and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+]{0,39}", name)):
+            raise BadInput(f"--closed {given} must be NAME=FOLDER, with letters, digits, dots, + and _ in NAME")
+        if name.lower() in (*names, *RESERVED):
+            raise BadInput(f"--closed {given}: the name {name} is taken, give each folder one of its own")
+        names.append(name.lower())
 
 
 def refuse_idle(config: EvaluateConfig, names: Sequence[str], why: str) -> None:

@@ -1,16 +1,16 @@
 """The findings of an evaluation, for summary.json, the terminal and the report page."""
 
 import textwrap
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-
-import torch
 
 from dpo_fast.errors import printable
 from dpo_fast.evaluation.conclusion import Conclusion, conclude
 from dpo_fast.evaluation.formats import counted, decimals, difference, p_value
-from dpo_fast.evaluation.plain_table import plain_table, width_of
+from dpo_fast.evaluation.people import ENOUGH_RULE, Agreement, People
 from dpo_fast.evaluation.scored import Scored
 from dpo_fast.evaluation.signals import Signal
+from dpo_fast.plain_table import plain_table, side_by_side
 from dpo_fast.statistics import (
     RESAMPLES,
     Bootstrap,
@@ -102,6 +102,18 @@ class Findings:
     images: int  # pairs of images
     medians_compared: bool  # medians of each prompt's images, rather than image by image
     resamples: int
+    people: People | None = None  # who voted on the same images; None: nobody
+    agreement: Mapping[str, Mapping[str, Agreement]] = field(default_factory=dict)  # scorer -> question -> with people
+
+    def with_people(self, people: People | None, scored: Scored) -> "Findings":
+        """The same with what people voted. scored: what these findings are of."""
+        if people is None or not people.votes:
+            return self
+        agreement = {
+            name: {question: people.agreement(scored, name, question) for question in people.opinions}
+            for name in scored.scorers
+        }
+        return replace(self, people=people, agreement=agreement)
 
     @property
     def categories(self) -> list[str]:
@@ -135,12 +147,26 @@ class Findings:
                 f" {first.effective_prompts:.1f} equally sized ones; the intervals account for this; --compare medians"
                 " weights prompts equally"
             )
+        if self.people is not None:
+            lines += self._notes_on_people()
         return lines + self.about.remarks
+
+    def _notes_on_people(self) -> list[str]:
+        people = self.people
+        lines = [f"people: {people.summary['rule']}; intervals over prompts and voters"]
+        if people.verdict is None:
+            said = people.opinions.get(people.leading)
+            number = 0 if said is None else said.prompts
+            lines.append(
+                f"{counted(number, 'prompt')} {'has' if number == 1 else 'have'} all {people.wanted} votes on"
+                f" {people.leading}: {ENOUGH_RULE}; until then {self.overall[0].scorer} does"
+            )
+        return lines
 
     @property
     def conclusion(self) -> Conclusion:
         """The verdict of the first scorer, in a sentence, with all that the policy paid for it."""
-        return conclude(self.overall, self.signals, trained=self.about.trained_towards_the_first)
+        return conclude(self.overall, self.signals, trained=self.about.trained_towards_the_first, people=self.people)
 
     def warnings(self) -> list[str]:
         """Signs that the policy was degraded rather than aligned, one line each."""
@@ -191,7 +217,24 @@ class Findings:
             "scorers": self.about.scorers,
             "signals": {s.name: asdict(s) | {"difference": s.difference._asdict()} for s in self.signals},
             "warnings": self.warnings(),
+            **({} if self.people is None else {"people": self._people()}),
         }
+
+    def _people(self) -> dict[str, object]:
+        """`tally.summary_of` the votes, and how far each scorer agrees with them."""
+        agreement = {
+            scorer: {
+                question: {
+                    "share": of.share and of.share.value,
+                    "ci95": of.share and [*of.share[1:]],
+                    "pairs": of.pairs,
+                    "tied": of.tied,
+                }
+                for question, of in by_question.items()
+            }
+            for scorer, by_question in self.agreement.items()
+        }
+        return self.people.summary | {"decides": self.people.verdict is not None, "agreement": agreement}
 
     def __str__(self) -> str:
         """Text for the terminal; the exact intervals and the medians are on the page and in summary.json."""
@@ -207,6 +250,8 @@ class Findings:
                 ],
             ),
         ]
+        if self.people is not None:
+            parts += self._people_tables()
         if self.by_category:
             parts += self._category_tables()
         if self.signals:
@@ -219,21 +264,35 @@ class Findings:
         parts.append(textwrap.fill(f"verdict: {printable(str(self.conclusion))}", WIDTH, subsequent_indent="  "))
         return "\n\n".join(parts)
 
+    def _people_tables(self) -> list[str]:
+        """Win rates by people's votes, and how far the scorers agree with them."""
+        opinions, summary = self.people.opinions, self.people.summary["questions"]
+        votes = [
+            [
+                name,
+                str(of.win_rate),
+                str(of.by_votes),
+                str(of.comparisons),
+                str(of.undecided),
+                str(of.votes),
+                alpha(summary[name]),
+            ]
+            for name, of in opinions.items()
+        ]
+        head = ["people", "win rate [95%]", "share of votes [95%]", "comparisons", "undecided", "votes", "alpha"]
+        agreement = [
+            [scorer, *(agreed(by_question[name]) for name in opinions)]
+            for scorer, by_question in self.agreement.items()
+        ]
+        return [plain_table(head, votes), plain_table(["agrees with people", *opinions], agreement)]
+
     def _category_tables(self) -> list[str]:
         """Win rates by category: as many scorers side by side as fit into WIDTH, the others below."""
-        named = {c: [c, str(self.of(c)[0].prompts)] for c in self.categories}
-
-        def table(scorers: range) -> str:
-            head = ["category", "prompts", *(self.overall[k].scorer for k in scorers)]
-            return plain_table(head, [[*named[c], *(str(self.of(c)[k].interval) for k in scorers)] for c in named])
-
-        tables, start, number = [], 0, len(self.overall)
-        while start < number:
-            ends = range(number, start, -1)
-            end = next((end for end in ends if width_of(table(range(start, end))) <= WIDTH), start + 1)
-            tables.append(table(range(start, end)))
-            start = end
-        return tables
+        head = ["category", "prompts", *(verdict.scorer for verdict in self.overall)]
+        rows = [
+            [c, str(self.of(c)[0].prompts), *(str(verdict.interval) for verdict in self.of(c))] for c in self.categories
+        ]
+        return [side_by_side(head, rows, fixed=2, width=WIDTH)]
 
 
 def judge(
@@ -249,7 +308,7 @@ def judge(
     by_category = []
     for category in dict.fromkeys(scored.categories or []):
         rows = [row for row, of_row in enumerate(scored.categories) if of_row == category]
-        by_category += _verdicts(_rows(scored, rows), category, compare_medians, resamples)
+        by_category += _verdicts(scored.of_rows(rows), category, compare_medians, resamples)
     return Findings(
         about, _corrected(overall), _corrected(by_category), signals, len(scored.prompts), compare_medians, resamples
     )
@@ -289,16 +348,6 @@ def _verdicts(scored: Scored, category: str | None, compare_medians: bool, resam
     return found
 
 
-def _rows(scored: Scored, rows: list[int]) -> Scored:
-    picked = torch.tensor(rows)
-    return Scored(
-        [scored.prompts[row] for row in rows],
-        [scored.seeds[row] for row in rows],
-        {scorer: values[picked] for scorer, values in scored.base.items()},
-        {scorer: values[picked] for scorer, values in scored.policy.items()},
-    )
-
-
 def _corrected(verdicts: list[Verdict]) -> list[Verdict]:
     signs, rates = holm([v.p for v in verdicts]), holm([v.rate_p for v in verdicts])
     return [replace(v, p_holm=sign, rate_p_holm=rate) for v, sign, rate in zip(verdicts, signs, rates, strict=True)]
@@ -308,6 +357,18 @@ def _scores(verdict: Verdict) -> list[str]:
     """Both means, and the gain with its interval."""
     means = verdict.base_mean.value, verdict.policy_mean.value
     return [*(f"{mean:.{decimals(*means)}f}" for mean in means), difference(verdict.gain)]
+
+
+def alpha(of: Mapping[str, object]) -> str:
+    """Krippendorff's alpha of one question of a tally, with its interval."""
+    if of["alpha"] is None:
+        return "none"
+    return str(Interval(of["alpha"], *of["alpha_ci95"])) if of["alpha_ci95"] else f"{of['alpha']:.3f}"
+
+
+def agreed(of: Agreement) -> str:
+    """How often a scorer agrees with people, and on how many pairs both decide."""
+    return "no pair" if of.share is None else f"{of.share} of {of.pairs}"
 
 
 def _signal(signal: Signal) -> list[str]:

@@ -98,6 +98,20 @@ def images_of(folder: Path, prompts: Sequence[str]) -> Found:
     return Found({prompt: [image for *_, image in sorted(found[prompt])] for prompt in there}, unused)
 
 
+def name_as_prompt(file: Path, folder: Path) -> str:
+    """Return the prompt that a file's name stands for: its words without a number at the end, or its folder's."""
+    stem, _ = _without_number(file.stem)
+    if not plain(stem):
+        stem = file.parent.name if file.parent != folder else file.stem
+    words = re.sub(r"[_\-]+", " ", stem) if " " not in stem else stem
+    return " ".join(words.split()) or file.stem
+
+
+def prompt_of(file: Path, folder: Path) -> str:
+    """Return the prompt that an image in `folder` states: its PNG text `prompt`, else what its name stands for."""
+    return _texts_in(file).get("prompt", "").strip() or name_as_prompt(file, folder)
+
+
 def _is_shown(file: Path, folder: Path) -> bool:
     return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
 

@@ -8,8 +8,10 @@ and a pair is ranked correctly if its mean margin over several draws is positive
 captions are encoded once, and each draw is one forward pass of each model.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -222,6 +224,33 @@ class ImplicitAccuracy(_Share):
             "files": self.files,
         }
 
+    @classmethod
+    def from_summary(cls, found: Mapping[str, Any]) -> "ImplicitAccuracy":
+        """The accuracy that `for_summary` gave. Raises LookupError and TypeError for other values."""
+        return cls(
+            interval=_interval_in(found, "implicit_accuracy"),
+            one_draw=_interval_in(found, "implicit_accuracy_one_draw"),
+            levels=[
+                LevelAccuracy(
+                    first=level["timesteps"][0],
+                    last=level["timesteps"][1],
+                    pairs=level["pairs"],
+                    interval=_interval_in(level, "implicit_accuracy"),
+                )
+                for level in found["implicit_accuracy_by_noise"]
+            ],
+            margin=_interval_in(found, "margin"),
+            chosen_delta=_interval_in(found, "chosen_error_delta"),
+            rejected_delta=_interval_in(found, "rejected_error_delta"),
+            beta=found["beta"],
+            pairs=found["pairs"],
+            captions=found["captions"],
+            draws=found["draws"],
+            ties=found["ties"],
+            bad=found["bad_rows"],
+            files=found["files"],
+        )
+
     def __str__(self) -> str:
         rows = [("implicit accuracy", self.interval, f"by a pair's mean margin over {counted(self.draws, 'draw')}")]
         rows.append(("at one draw", self.one_draw, "the same by one margin; what training logs"))
@@ -287,6 +316,10 @@ def _right(delta: Tensor) -> Tensor:
 
 def _with_interval(name: str, of: Interval | None) -> dict[str, object]:
     return {name: of and of.value, f"{name}_ci95": of and [of.low, of.high]}
+
+
+def _interval_in(found: Mapping[str, Any], name: str) -> Interval | None:
+    return None if found[name] is None else Interval(found[name], *found[f"{name}_ci95"])
 
 
 def _short(of: Interval) -> str:

@@ -1,6 +1,6 @@
 """The evaluation that ends a training run: `dpo_fast.evaluate` of the run, with its results in the run's folder.
 
-RUN/evaluation/        evaluation.json, images/ and scores/, as in the folder of any evaluation (`comparison`)
+RUN/evaluation/        evaluation.json, images/, scores/, summary.json, as in any evaluation's folder (`comparison`)
 RUN/scores.parquet     RUN/report.html     RUN/samples.png     RUN/summary.json gets the numbers
 """
 
@@ -20,6 +20,7 @@ from dpo_fast.evaluation.findings import RECORD, Findings
 from dpo_fast.evaluation.generation import LISTING, settings_of_images
 from dpo_fast.evaluation.pairing import ImagePairs
 from dpo_fast.evaluation.prompts import Prompt, Where
+from dpo_fast.evaluation.reopened import OF_RUN as FOLDER
 from dpo_fast.evaluation.report.gallery import drawn, extremes
 from dpo_fast.evaluation.scored import Scored
 from dpo_fast.evaluation.sides import (
@@ -31,6 +32,7 @@ from dpo_fast.evaluation.sides import (
     settings_of,
     sides_of,
 )
+from dpo_fast.evaluation.voted import people_of
 from dpo_fast.files import delete, rename_away
 from dpo_fast.models.load import revisions
 from dpo_fast.parallel import Ranks
@@ -40,7 +42,6 @@ from dpo_fast.training.run_folder import SUMMARY, check_space, is_finished, read
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "evaluation"  # in a run's folder
 PICTURE = "samples.png"
 COLUMNS = 8  # of samples.png
 OF_RESULT = "result"  # in the record: the checksums of the result that was evaluated
@@ -100,6 +101,8 @@ def evaluate_run(config: TrainConfig, prompts: list[Prompt], ranks: Ranks) -> Fi
         if result is None:
             return None
         findings, scored = result
+        findings = findings.with_people(people_of(out, pairs), scored)
+        write_signed_json(out / SUMMARY, findings.for_summary())
         write_report(home, findings, scored, pairs)
         save_png(_samples(pairs, scored), home / PICTURE)
     return findings

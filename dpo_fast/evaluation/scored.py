@@ -1,6 +1,7 @@
 """The scores that an evaluation rests on, and the table they are kept in: scores.parquet."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,16 @@ class Scored:
     @property
     def scorers(self) -> list[str]:
         return list(self.base)
+
+    def of_rows(self, rows: Sequence[int]) -> "Scored":
+        """The scores of some rows, without their categories."""
+        picked = torch.tensor(rows)
+        return Scored(
+            [self.prompts[row] for row in rows],
+            [self.seeds[row] for row in rows],
+            {scorer: values[picked] for scorer, values in self.base.items()},
+            {scorer: values[picked] for scorer, values in self.policy.items()},
+        )
 
     def gain(self, scorer: str) -> Tensor:
         """Policy minus base, fp64 [N]."""

@@ -5,9 +5,10 @@ from html import escape
 from pathlib import Path
 
 from dpo_fast.evaluation.conclusion import NOTHING
-from dpo_fast.evaluation.findings import About, Findings, Verdict
+from dpo_fast.evaluation.findings import About, Findings, Verdict, alpha
 from dpo_fast.evaluation.formats import counted, decimals, p_value
 from dpo_fast.evaluation.implicit import ImplicitAccuracy
+from dpo_fast.evaluation.people import ENOUGH_RULE
 from dpo_fast.evaluation.report.charts import bars, legend
 from dpo_fast.evaluation.report.gallery import (
     LOSSLESS,
@@ -51,6 +52,7 @@ def page(
         _head(findings),
         section("What changed", _changes(findings, scored, gains, losses, gallery), "changes"),
         section("Win rates", _win_rates(findings)),
+        section("People's votes", _people(findings), "people") if findings.people else "",
         section("Scores", _scores(findings.overall)),
         section("By category", _by_category(findings)) if findings.by_category else "",
         section("Signs of over-optimisation", _signals(findings.signals)) if findings.signals else "",
@@ -71,7 +73,11 @@ def page(
 
 def _head(findings: Findings) -> str:
     about, first, verdict = findings.about, findings.overall[0], findings.conclusion
+    people = findings.people and findings.people.verdict
     what = "prompts, by the median of their images," if findings.medians_compared else "pairs"
+    rate = f"<strong>{first.interval.value:.1%}</strong> of {what} won by the policy, ties counted half"
+    if people:
+        rate = f"<strong>{people.win_rate.value:.1%}</strong> of pairs won by the policy in people's votes, ties half"
     kind = {"worse": "worse", NOTHING: "open"}.get(verdict.outcome, "better")
     cost = f"; <mark>{text(verdict.cost.replace('->', '→'))}</mark>" if verdict.cost else ""
     remedy = f"; {text(verdict.remedy)}" if verdict.remedy else ""
@@ -79,9 +85,8 @@ def _head(findings: Findings) -> str:
         f'<header>\n<p class="kind">Evaluation, {text(about.date)}</p>\n'
         f'<h1><span class="policy">{text(about.policy)}</span> <small>against</small>'
         f' <span class="base">{text(about.base)}</span></h1>\n'
-        f'<div class="lead {kind}"><p><strong>{first.interval.value:.1%}</strong> of {what} won by the policy, ties'
-        f" counted half</p><p><b>{text(verdict.outcome.capitalize())}</b>, {text(verdict.grounds)}{cost}{remedy}.</p>"
-        "</div>\n</header>"
+        f'<div class="lead {kind}"><p>{rate}</p><p><b>{text(verdict.outcome.capitalize())}</b>,'
+        f" {text(verdict.grounds)}{cost}{remedy}.</p></div>\n</header>"
     )
 
 
@@ -153,7 +158,8 @@ def _revisions(files: dict[str, str]) -> str:
 
 
 def _win_rates(findings: Findings) -> str:
-    decides = ", decides" if len(findings.overall) > 1 else ""
+    decided_by_people = findings.people is not None and findings.people.verdict is not None
+    decides = ", decides" if len(findings.overall) > 1 and not decided_by_people else ""
     chart = bars([(v.scorer, f"{_of_prompts(v)}{'' if k else decides}", v) for k, v in enumerate(findings.overall)])
     head = ("Scorer", "p", "Won : tied : lost", "Won, without ties", "p of the sign test")
     rows = [
@@ -183,6 +189,46 @@ def _scores(overall: list[Verdict]) -> str:
         cells = [with_interval(of, form) for of in levels]
         rows.append([text(v.scorer), *cells, with_interval(v.gain, f"+.{decimals(*v.gain, digits=3)}f")])
     return table(head, rows) + '<p class="hint">With 95% intervals by the bootstrap over prompts.</p>'
+
+
+def _people(findings: Findings) -> str:
+    """Render the win rates by people's votes, and how far the scorers agree with them."""
+    people = findings.people
+    opinions, summary = people.opinions, people.summary["questions"]
+    decides = people.verdict
+    chart = bars(
+        [(name, f"{people.questions[name]}{', decides' if of is decides else ''}", of) for name, of in opinions.items()]
+    )
+    rows = [
+        [
+            text(name),
+            with_interval(of.by_votes, ".3f"),
+            f"{of.comparisons} of {len(people.asked)}<small>{of.undecided} short of {people.wanted} votes</small>",
+            str(of.votes),
+            text(alpha(summary[name])),
+        ]
+        for name, of in opinions.items()
+    ]
+    agreement = [
+        [
+            text(scorer),
+            *(
+                f"{with_interval(of.share, '.3f')}<small>{counted(of.pairs, 'pair')}</small>" if of.share else "no pair"
+                for of in (by_question[name] for name in opinions)
+            ),
+        ]
+        for scorer, by_question in findings.agreement.items()
+    ]
+    return (
+        f'<p class="hint">{counted(people.summary["votes"], "vote")} by {counted(people.voters, "voter")}. Win rate by'
+        f" majority: {text(people.summary['rule'])}. 95% intervals over prompts and voters. {text(ENOUGH_RULE)}.</p>"
+        f"{legend()}{chart}"
+        + table(("Question", "Share of votes", "Comparisons", "Votes", "Krippendorff's alpha"), rows)
+        + "<h3>How far the scorers agree with people</h3>"
+        + table(("Scorer", *opinions), agreement)
+        + '<p class="hint">The share of pairs on which a scorer prefers the image that most people prefer, ties of'
+        " either left aside; 0.5 is chance. 95% intervals by the bootstrap over prompts.</p>"
+    )
 
 
 def _by_category(findings: Findings) -> str:
