@@ -18,7 +18,7 @@ from dpo_fast.evaluation.formats import counted
 from dpo_fast.evaluation.people import LEADS, People
 from dpo_fast.evaluation.protocol import BASE, SDEDIT, Group, groups_of, is_protocol, remarks_of
 from dpo_fast.evaluation.reopened import AGAIN, OF_RUN, is_evaluation, names_of, pairs_of
-from dpo_fast.evaluation.report.html import document, notes, section, table, text
+from dpo_fast.evaluation.report.html import document, notes, section, table, text, with_interval
 from dpo_fast.evaluation.scored import SCORES, Scored, read_scores
 from dpo_fast.evaluation.voted import VOTES, people_of, refresh
 from dpo_fast.files import write_text
@@ -41,6 +41,10 @@ class Cell(NamedTuple):
 
     def __str__(self) -> str:
         return " ".join(filter(None, (str(self.rate) if self.rate else "", self.lacking)))
+
+    def html(self) -> str:
+        lacking = f"<small>{text(self.lacking)}</small>" if self.lacking else ""
+        return (with_interval(self.rate, ".3f") if self.rate else "") + lacking
 
 
 @dataclass(frozen=True)
@@ -112,13 +116,16 @@ class ProtocolTable:
         """The table as a page that loads nothing; each row leads to its evaluation's report."""
         rows = []
         for row in self.rows:
-            name, *cells = (text(cell) for cell in self.cells(row))
-            report = self.reports.get(row.group)
-            rows.append([f'<a href="{text(report)}">{name}</a>' if report else name, *cells])
+            name, report = text(row.name), self.reports.get(row.group)
+            of_people = (row.people[question].html() for question in self.questions)
+            of_scorers = (row.scorers[scorer].html() if scorer in row.scorers else "" for scorer in self.scorers)
+            published = [text(cell) for cell in self.cells(row)[2 + len(self.questions) + len(self.scorers) :]]
+            linked = f'<a href="{text(report)}">{name}</a>' if report else name
+            rows.append([linked, str(row.prompts), *of_people, *of_scorers, *published])
         body = [
             f'<header>\n<p class="kind">Protocol diffusion-dpo</p>\n<h1><span class="policy">{text(self.policy)}</span>'
             "</h1>\n</header>",
-            section("Win rates", table([name.capitalize() for name in self.head], rows) + notes(self.notes), "rates"),
+            section("Win rates", table(self.head, rows) + notes(self.notes), "rates"),
             section("What is missing", notes(self.remarks, "warnings"), "missing") if self.remarks else "",
         ]
         return document(f"{self.policy}: protocol diffusion-dpo", body, made_by="dpo_fast.evaluate")
