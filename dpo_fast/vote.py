@@ -67,7 +67,9 @@ def _results(argv: list[str]) -> int:
         raise BadInput("`vote results` takes one file of votes: name votes.sqlite")
     path = user_path(Path(files[0]))
     if "--json" in argv:
-        show(json.dumps(_summary(path), indent=2, ensure_ascii=False))
+        from dpo_fast.voting.summaries import summary_of_file
+
+        show(json.dumps(summary_of_file(path), indent=2, ensure_ascii=False))
         return 0
     show(_table(path))
     _show_reports(path)
@@ -96,16 +98,9 @@ def _export(argv: list[str]) -> int:
 
 def _table(path: Path) -> str:
     from dpo_fast.votes.tally import as_text
+    from dpo_fast.voting.summaries import summary_of_file
 
-    return as_text(_summary(path))
-
-
-def _summary(path: Path) -> dict[str, object]:
-    from dpo_fast.votes.store import VoteStore
-    from dpo_fast.votes.tally import summary_of
-
-    with VoteStore.read(path) as store:
-        return summary_of(store.votes(excluded=True), store.checks(), store.settings(), store.excluded())
+    return as_text(summary_of_file(path))
 
 
 if __name__ == "__main__":

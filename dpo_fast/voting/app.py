@@ -19,10 +19,12 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
+from dpo_fast.errors import BadInput
 from dpo_fast.files import parse_json
 from dpo_fast.votes.desk import Desk, Refused, Screen, Showing
 from dpo_fast.votes.store import CHOICES, VoteStore
 from dpo_fast.voting.images import Gallery
+from dpo_fast.voting.summaries import Summaries
 from dpo_fast.voting.writer import Writer
 
 PAGES = {  # path -> file among the package's data, and its type
@@ -46,7 +48,8 @@ class Site:
     writer: Writer
     gallery: Gallery
     images: Mapping[int, Any]  # id -> file
-    store: VoteStore  # for its path: the results are read by a connection of their own
+    store: VoteStore  # for its path: results are read by connections of their own
+    summaries: Summaries
     delay: float  # seconds from the request of an image to its response
     link: Callable[[str], str]  # token -> a voter's link
 
@@ -75,6 +78,11 @@ def make_app(site: Site) -> FastAPI:
     async def not_here(request: Request, error: HTTPException) -> Response:
         sentence = "This method is not offered." if error.status_code == 405 else NOT_FOUND
         return _json({"error": sentence}, 405 if error.status_code == 405 else 404)
+
+    @app.exception_handler(BadInput)
+    async def unreadable(request: Request, error: BadInput) -> Response:
+        logger.error("%s", error)
+        return _json({"error": "The results cannot be read; the owner's terminal says more."}, 503)
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
@@ -242,7 +250,7 @@ class _Asking:
             state, after = await asyncio.to_thread(self._state), self._summarised[1]
             if self._summary is None or (state != self._summarised[0] and time.monotonic() >= after):
                 begun = time.monotonic()
-                self._summary = await asyncio.to_thread(self._summarise)
+                self._summary = await asyncio.to_thread(self._site.summaries.make)
                 took = time.monotonic() - begun
                 self._summarised = state, begun + took + max(SUMMARY_SECONDS, 10 * took)
             return _json({**self._summary, "live": await self._do(lambda desk: desk.live())})
@@ -250,12 +258,6 @@ class _Asking:
     def _state(self) -> tuple[object, ...]:
         with VoteStore.read(self._site.store.path) as store:
             return store.changes()
-
-    def _summarise(self) -> dict[str, Any]:
-        from dpo_fast.votes.tally import summary_of
-
-        with VoteStore.read(self._site.store.path) as store:
-            return summary_of(store.votes(excluded=True), store.checks(), store.settings(), store.excluded())
 
     def _csv(self) -> str:
         with VoteStore.read(self._site.store.path) as store:

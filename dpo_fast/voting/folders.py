@@ -15,7 +15,7 @@ from dpo_fast import output_folder
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.findings import RECORD
 from dpo_fast.evaluation.generation import LISTING
-from dpo_fast.evaluation.image_names import PromptImage, composed, image_files, images_of
+from dpo_fast.evaluation.image_names import PromptImage, composed, image_files, images_of, name_as_prompt
 from dpo_fast.evaluation.pairing import UNCATEGORISED, pair_up
 from dpo_fast.evaluation.prompts import Prompt
 from dpo_fast.evaluation.protocol import PROTOCOL, groups_of
@@ -23,7 +23,7 @@ from dpo_fast.evaluation.run_evaluation import FOLDER as OF_RUN
 from dpo_fast.evaluation.scored import SCORES, read_scores
 from dpo_fast.files import is_inside
 from dpo_fast.votes.store import Comparison
-from dpo_fast.voting.prompt_texts import name_as_prompt, prompt_image
+from dpo_fast.voting.prompt_texts import prompt_image
 
 Images = dict[str, list[PromptImage]]  # prompt -> its images
 

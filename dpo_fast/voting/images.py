@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -31,7 +30,7 @@ QUALITY = 95
 SMALLEST, LARGEST = 256, 1024  # pixels of the longer side, unless one is asked for
 GREY = (128, 128, 128)  # beside an image of another shape than the box
 LISTING = "images.json"
-TILES, NOISE = 8, 60.0  # of a ruined copy: tiles a side, which change places; standard deviation in levels
+TILES, BLURRED = 6, 24  # of a ruined copy: tiles a side, which change places; pixels a side to which it is reduced
 COMMENT = 65533  # bytes in one JPEG comment, at most
 FORMAT = 1  # of the kept images; any change of the pixels must change it
 
@@ -143,7 +142,10 @@ def padded(jpeg: bytes, length: int) -> bytes:
 
 
 def ruined_copy(image: Image.Image, seed: str) -> Image.Image:
-    """Return a copy of which nobody can prefer anything: its tiles have changed places, under strong noise."""
+    """Return a copy in which nobody can prefer anything: its tiles have changed places, and all is blurred.
+
+    Noise would ruin it as well, but would make it the longest of all files, to whose length all are padded.
+    """
     draw = random.Random(seed)
     width, height = image.size
     across, down = min(TILES, width), min(TILES, height)
@@ -157,8 +159,8 @@ def ruined_copy(image: Image.Image, seed: str) -> Image.Image:
     mixed = image.copy()
     for tile, box in zip(tiles, boxes, strict=True):
         mixed.paste(tile.resize((box[2] - box[0], box[3] - box[1])), box)
-    noise = np.random.default_rng(draw.getrandbits(64)).normal(0.0, NOISE, (height, width, 3))
-    return Image.fromarray((np.asarray(mixed) + noise).clip(0, 255).astype(np.uint8))
+    small = (min(BLURRED, width), min(BLURRED, height))
+    return mixed.resize(small, Image.Resampling.BOX).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _box(shapes: Iterable[tuple[int, int]], side: int | None) -> Size:

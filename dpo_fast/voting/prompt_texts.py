@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from dpo_fast.data.images import texts_of
-from dpo_fast.evaluation.image_names import plain
 from dpo_fast.files import parse_json
 
 LONGEST = 4000  # characters of a prompt
@@ -33,15 +32,6 @@ def prompt_image(file: Path) -> tuple[str, int | None] | None:
             text = " ".join(found[0].split())[:LONGEST]
             return text, found[1]
     return None
-
-
-def name_as_prompt(file: Path, folder: Path) -> str:
-    """Return the prompt that a file's name stands for: its words without a number at the end, or its folder's."""
-    stem = re.sub(r"[\s_\-#(\[]*\d{1,18}[)\]]?$", "", file.stem)
-    if not plain(stem):
-        stem = file.parent.name if file.parent != folder else file.stem
-    words = re.sub(r"[_\-]+", " ", stem) if " " not in stem else stem
-    return " ".join(words.split()) or file.stem
 
 
 def _of_diffusers(texts: Mapping[str, str]) -> tuple[str, int | None] | None:

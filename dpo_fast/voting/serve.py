@@ -43,9 +43,8 @@ def serve(config: VoteConfig) -> Session:
         raise
     try:
         with Writer(session.desk) as writer:
-            base = _base(config, listener)
-            _print_links(config, session, writer, base)
             server = make_server(session, writer, listener, config)
+            _print_links(config, session, writer, _base(config, listener))
             with on_signals(ENDING, _ender(server)):
                 server.run(sockets=[listener])
     except BaseException:
@@ -62,7 +61,13 @@ def make_server(
     """Return a server of the session for a listening socket; its `run(sockets=[listener])` serves."""
     base = _base(config, listener)
     site = Site(
-        writer, session.gallery, session.images, session.store, config.delay, lambda token: f"{base}/vote#{token}"
+        writer,
+        session.gallery,
+        session.images,
+        session.store,
+        session.summaries,
+        config.delay,
+        lambda token: f"{base}/vote#{token}",
     )
     limits = _within_files(limits or Limits(), behind_proxy=config.public_url is not None)
     guard = Guard(make_app(site), limits, _hosts(config, listener), _origins(config))

@@ -15,6 +15,7 @@ from dpo_fast.votes.store import Row, VoteStore
 from dpo_fast.voting.folders import Compared, is_own_set, read_folders
 from dpo_fast.voting.images import Gallery, prepare
 from dpo_fast.voting.options import FILE, QUESTIONS, VOTES, VoteConfig, changed_questions, questions_of
+from dpo_fast.voting.summaries import Summaries
 
 KEPT = ".images"  # behind the name of the file of votes: the folder of the images that are ready to be shown
 RUINED = 32  # images of which a ruined copy is made, at most
@@ -29,6 +30,7 @@ class Session:
     desk: Desk
     gallery: Gallery
     images: dict[int, Path]  # id -> file
+    summaries: Summaries
     held: ExitStack
 
     def close(self) -> None:
@@ -102,7 +104,9 @@ def open_session(config: VoteConfig) -> Session:
         )
         with store.transaction():
             desk.tidy()
-        return Session(store, desk, gallery, ids, stack.pop_all())
+        summaries = Summaries(path)
+        stack.callback(summaries.close)
+        return Session(store, desk, gallery, ids, summaries, stack.pop_all())
 
 
 def _as_recorded(config: VoteConfig, store: VoteStore | None) -> tuple[VoteConfig, list[str]]:

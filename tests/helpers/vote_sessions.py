@@ -93,9 +93,8 @@ class Client:
     def __init__(self, base: str, token: str | None) -> None:
         self.base, self.token = base, token
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
-        self.http = httpx.Client(
-            base_url=base, headers=headers, timeout=20, verify=False
-        )  # certificates take long to read
+        # verify: reading the certificates would take longer than most tests
+        self.http = httpx.Client(base_url=base, headers=headers, timeout=20, verify=False)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         return self.http.get(path, **options)
@@ -112,6 +111,15 @@ class Client:
 
     def vote(self, showing: str, choice: str = "left") -> httpx.Response:
         return self.post("/api/vote", {"showing": showing, "choice": choice})
+
+
+def vote_all(client: Client, choice: str = "left") -> int:
+    """Vote until there is nothing left; return the number of votes."""
+    now, number = client.pairs(), 0
+    while not now["finished"]:
+        now = client.vote(now["pairs"][0]["showing"], choice).json()
+        number += 1
+    return number
 
 
 class Running:

@@ -100,7 +100,7 @@ def test_comparisons_come_and_go_and_votes_stay(tmp_path):
         images = {file: ImageFile(10, "0" * 32) for file in (*files, new)}
         with store.transaction():
             assert store.set_comparisons({"set": "folder"}, rows, images) == (1, 2)
-        assert [(row.prompt, row.id) for row in store.comparisons()][0] == old[1]
+        assert next((row.prompt, row.id) for row in store.comparisons()) == old[1]
         assert len(store.comparisons()) == 2 and len(store.votes()) == 1
         assert store.settings()["comparisons"] == 2
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dpo_fast.voting import app
 from dpo_fast.voting.options import QUESTIONS, VoteConfig
-from tests.helpers.vote_sessions import Client, running
+from tests.helpers.vote_sessions import Client, running, vote_all
 from tests.voting.conftest import NAMES
 
 SAME_HEADERS = {
@@ -36,11 +36,7 @@ def test_a_voter_votes_undoes_and_comes_to_an_end(server):
     back = ann.post("/api/undo", {}).json()
     assert back["done"] == 0 and back["pairs"][0]["prompt"] == pair["prompt"]
     assert back["pairs"][0]["showing"] != pair["showing"] and len(back["pairs"]) == 2
-    number = 0
-    while not (now := ann.pairs())["finished"]:
-        assert ann.vote(now["pairs"][0]["showing"], "left").status_code == 200
-        number += 1
-        assert number < 100
+    number = vote_all(ann)
     votes = server.session.store.votes()
     assert len(votes) == 18 and number == 18 + len(server.session.store.checks())
     assert ann.post("/api/undo", {}).status_code == 200
@@ -108,8 +104,7 @@ def test_the_owner_sees_results_adds_renews_and_excludes(server):
     results = owner.get("/api/owner/results").json()
     assert results["votes"] == 0 and results["live"]["votes_wanted"] == 6 * 3 * 5
     assert [one["name"] for one in results["live"]["voters"]] == list(NAMES)
-    while not ann.pairs()["finished"]:
-        ann.vote(ann.pairs()["pairs"][0]["showing"], "left")
+    vote_all(ann)
     added = owner.post("/api/owner/voters", {"name": "eve  smith"}).json()
     assert added["name"] == "eve smith" and added["link"].startswith(f"{server.base}/vote#")
     eve = Client(server.base, added["link"].partition("#")[2])
@@ -131,11 +126,8 @@ def test_the_owner_sees_results_adds_renews_and_excludes(server):
 
 
 def test_results_are_not_made_for_every_request(server, monkeypatch):
-    from dpo_fast.votes import tally
-
-    made = []
-    real = tally.summary_of
-    monkeypatch.setattr(tally, "summary_of", lambda *given: made.append(1) or real(*given))
+    made, make = [], server.session.summaries.make
+    monkeypatch.setattr(server.session.summaries, "make", lambda: made.append(1) or make())
     monkeypatch.setattr(app, "SUMMARY_SECONDS", 0.5)
     owner, ann = server.owner(), server.voter("ann")
     assert owner.get("/api/owner/results").json()["votes"] == 0

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dpo_fast.voting.guard import Limits, Rate
 from dpo_fast.voting.options import VoteConfig
-from tests.helpers.vote_sessions import Client, body, image_folder, png, received, running
+from tests.helpers.vote_sessions import Client, body, image_folder, png, received, running, vote_all
 from tests.voting.conftest import NAMES
 
 
@@ -188,9 +188,7 @@ def test_a_vote_on_a_pair_never_shown_is_refused(server):
 
 
 def test_nobody_votes_twice_on_one_pair_and_question(server):
-    ann = server.voter("ann")
-    while not (now := ann.pairs())["finished"]:
-        ann.vote(now["pairs"][0]["showing"])
+    vote_all(server.voter("ann"))
     cells = Counter((vote.comparison, vote.question) for vote in server.session.store.votes())
     assert len(cells) == 18 and set(cells.values()) == {1}
 
@@ -420,8 +418,9 @@ def test_every_image_has_the_same_headers_and_length_to_the_byte(server):
 def test_conditions_ranges_and_methods_reveal_nothing(server):
     by_model = {model: key for key, model in whose(server, "ann")}
     answers = {}
-    for headers in ((), ("Range: bytes=0-99",), ("Range: bytes=200000-",), ('If-None-Match: "x"',), ("If-None-Match: *",),
-                    ("If-Modified-Since: Tue, 01 Jan 2030 00:00:00 GMT",), ("If-Range: x", "Range: bytes=0-0"),
+    for headers in ((), ("Range: bytes=0-99",), ("Range: bytes=200000-",), ('If-None-Match: "x"',),
+                    ("If-None-Match: *",), ("If-Modified-Since: Tue, 01 Jan 2030 00:00:00 GMT",),
+                    ("If-Range: x", "Range: bytes=0-0"),
                     ("Accept-Encoding: gzip, br",), ("Accept: image/webp",)):  # fmt: skip
         answers[headers] = {head_of(image(server, key, *headers)) for key in by_model.values()}
         assert answers[headers] == answers[()] and len(answers[()]) == 1
@@ -475,9 +474,7 @@ def test_a_repeated_image_comes_with_other_keys_and_other_bytes(server):
 
 def test_left_and_right_are_even_and_drawn(server):
     for name in NAMES:
-        client = server.voter(name)
-        while not (now := client.pairs())["finished"]:
-            client.vote(now["pairs"][0]["showing"])
+        vote_all(server.voter(name))
     left = Counter()
     for vote in server.session.store.votes():
         left[vote.comparison, vote.question] += vote.first_left
