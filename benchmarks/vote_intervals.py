@@ -242,7 +242,7 @@ def methods_table(rows: Sequence[dict]) -> str:
 # ---- strengths -----------------------------------------------------------------------------------------------------
 
 
-def chances(world: World) -> np.ndarray:
+def chances_of(world: World) -> np.ndarray:
     """How often voters prefer the first, call a tie, prefer the second model of each pair: fp64 [3, 3]."""
     scale = math.sqrt(1 + 2 * world.prompt**2 + 2 * world.taste**2)
     pairs = [(0, 1), (0, 2), (1, 2)]
@@ -269,7 +269,7 @@ def draw_table(world: World, prompts: int, voters: int, generator: np.random.Gen
 def strengths_part(sets: int, generator: np.random.Generator, progress: "Progress") -> list[dict]:
     rows, worlds = [], [world for world in WORLDS if not world.busy and world.tie > 0]
     for world in worlds:
-        true = fit(chances(world), np.array([0, 0, 1]), np.array([1, 2, 2])).strengths
+        true = fit(chances_of(world), np.array([0, 0, 1]), np.array([1, 2, 2])).strengths
         for prompts in PROMPTS:
             for voters in VOTERS:
                 found = [strengths(draw_table(world, prompts, voters, generator)) for _ in range(sets)]
