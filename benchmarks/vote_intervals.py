@@ -17,6 +17,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,6 +91,7 @@ def truth(constant: float, world: World, votes: int) -> tuple[float, float]:
     return float(majority(win, tie, votes) @ WEIGHTS), float((win + tie / 2) @ WEIGHTS)
 
 
+@cache
 def constant_for(rate: float, of: int, world: World, votes: int) -> float:
     """The constant that makes the rate (0: by majority, 1: by votes) the one wanted."""
     low, high = -1.0, 15.0
