@@ -95,7 +95,9 @@ def begin(config: EvaluateConfig, run: TrainConfig | None) -> Plan:
 
     Raises BadInput for whatever cannot be read, before anything is generated.
     """
-    _, (_, policy) = sides_of(config)
+    _, (base, policy) = sides_of(config)
+    if config.layout is not None and base.folder is not None:
+        raise BadInput(f"--layout: both sides of SDEdit are generated, and --baseline {config.baseline} is images")
     out = config.output_dir or Path("protocols", policy.name)
     where = Where(config.cache_dir, config.hub_token)
     given = {text.partition("=")[0]: text for text in config.prompts or PROTOCOL_SETS}
