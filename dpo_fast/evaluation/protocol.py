@@ -23,7 +23,7 @@ from dpo_fast.checksums import Damaged, write_signed_json
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.comparison import check_scorers
-from dpo_fast.evaluation.evaluate_options import NOBODY, PROTOCOL_SETS, EvaluateConfig
+from dpo_fast.evaluation.evaluate_options import BY_PEOPLE, PROTOCOL_SETS, EvaluateConfig
 from dpo_fast.evaluation.generation import read_layouts
 from dpo_fast.evaluation.image_names import image_files, images_of, prompt_of
 from dpo_fast.evaluation.prompts import Prompt, Where, read_prompts
@@ -111,8 +111,8 @@ def begin(config: EvaluateConfig, run: TrainConfig | None) -> Plan:
 
     scoring = scoring_of(config, run)
     scorers = tuple(dict.fromkeys(config.scorers))
-    if scorers == (NOBODY,):
-        remarks.append("scores: --scorers none")
+    if scorers == (BY_PEOPLE,):
+        remarks.append("scores: --scorers people")
     elif scorers:
         check_names(scorers)
         texts = [prompt.text for prompts in sets.values() for prompt in prompts] + (layouts[1] if layouts else [])
@@ -206,7 +206,7 @@ def _layout_prompts(path: Path) -> tuple[Path | None, list[str]]:
 
 
 def _scorers_there(scoring: dict[str, object], out: Path) -> tuple[tuple[str, ...], list[str]]:
-    """The paper's scorers whose files are there, or `none`; and a line on each of the others."""
+    """The paper's scorers whose files are there, or `people`; and a line on each of the others."""
     there, lacking = [], []
     for name in PAPERS_SCORERS:
         if not _has_scored(name, out):
@@ -216,7 +216,7 @@ def _scorers_there(scoring: dict[str, object], out: Path) -> tuple[tuple[str, ..
                 lacking.append(f"not scored by {name}: {error}")
                 continue
         there.append(name)
-    return tuple(there) or (NOBODY,), lacking
+    return tuple(there) or (BY_PEOPLE,), lacking
 
 
 def _has_scored(name: str, out: Path) -> bool:

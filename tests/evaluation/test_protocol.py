@@ -190,7 +190,7 @@ def test_what_is_missing_is_named(world, tmp_path, capfd, monkeypatch):
 
 @pytest.mark.parametrize("how", ["no files", "asked"])
 def test_votes_alone_make_the_table(world, tmp_path, capfd, how):
-    flags = ["--scorers", "none"] if how == "asked" else ["--scorer_models", tmp_path]
+    flags = ["--scorers", "people"] if how == "asked" else ["--scorer_models", tmp_path]
     flags += ["--prompts", f"partiprompts={world / 'parti.tsv'}", "--max_prompts", 2]
     flags += ["--closed", f"midjourney={world / 'mj'}"]
     out = protocol(world, tmp_path / "out", *flags)
@@ -201,7 +201,7 @@ def test_votes_alone_make_the_table(world, tmp_path, capfd, how):
     said, found = capfd.readouterr().out, summary(out)
     assert [list(row["scorers"]) for row in found["rows"]] == [[]] * len(found["rows"])
     assert all(row["people"]["general"]["win_rate"] is not None for row in found["rows"]) and "pickscore  " not in said
-    named = ["scores: --scorers none"] if how == "asked" else [f"not scored by {name}: " for name in SCORERS]
+    named = ["scores: --scorers people"] if how == "asked" else [f"not scored by {name}: " for name in SCORERS]
     assert all(any(line.startswith(one) for line in found["missing"]) for one in named)
     if how == "no files":  # once they are there, the same command scores
         protocol(world, out, *flags[2:])
@@ -221,7 +221,7 @@ def test_votes_alone_make_the_table(world, tmp_path, capfd, how):
         (["--closed", "mj=/nowhere"], "--closed mj=/nowhere is no folder"),
         (["--closed", "mj={sketches}"], "holds no image of a prompt of partiprompts or hps"),
         (["--layout", "/nowhere"], "--layout /nowhere does not exist"),
-        (["--scorers", "none", "clip"], "--scorers none clip: none stands alone"),
+        (["--scorers", "people", "clip"], "--scorers people clip: people stands alone"),
         (["--layout", "{sketches}", "--baseline", "{mj}"], "--layout: both sides of SDEdit are generated"),
         (["--scorers", "beauty"], "there is no scorer 'beauty'"),
         (["--prompts", "hps=/nowhere"], "hps=/nowhere"),
