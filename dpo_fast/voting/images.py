@@ -30,7 +30,7 @@ QUALITY = 95
 SMALLEST, LARGEST = 256, 1024  # pixels of the longer side, unless one is asked for
 GREY = (128, 128, 128)  # beside an image of another shape than the box
 LISTING = "images.json"
-TILES, BLURRED = 6, 24  # of a ruined copy: tiles a side, which change places; pixels a side to which it is reduced
+TILES, BLURRED = 6, 16  # of a ruined copy: tiles a side, which change places; pixels a side to which it is reduced
 COMMENT = 65533  # bytes in one JPEG comment, at most
 FORMAT = 1  # of the kept images; any change of the pixels must change it
 

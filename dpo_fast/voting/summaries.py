@@ -16,8 +16,8 @@ from typing import Any
 from dpo_fast.errors import BadInput
 from dpo_fast.votes.store import VoteStore
 
-SECONDS = 120.0  # for one summary, the start of the process included
-NICER = 10  # than the server
+SECONDS = 50.0  # for one summary, the start of the process included
+NICER = 5  # than the server
 
 
 class Summaries:
