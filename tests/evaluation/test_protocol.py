@@ -16,6 +16,8 @@ from dpo_fast.evaluation.protocol import groups_of
 from dpo_fast.evaluation.protocol_table import table_of
 from dpo_fast.vote import main as vote_command
 from dpo_fast.voting.folders import read_folders
+from dpo_fast.voting.options import parse
+from dpo_fast.voting.session import votes_file_of
 from tests.helpers import scorer_files
 from tests.helpers.runs import train
 from tests.helpers.voters import session, vote
@@ -194,6 +196,7 @@ def test_votes_alone_make_the_table(world, tmp_path, capfd, how):
     flags += ["--prompts", f"partiprompts={world / 'parti.tsv'}", "--max_prompts", 2]
     flags += ["--closed", f"midjourney={world / 'mj'}"]
     out = protocol(world, tmp_path / "out", *flags)
+    assert votes_file_of(parse([str(out)])) == out / "votes.sqlite"
     session(out / "votes.sqlite", read_folders([out]).comparisons, votes=1)
     assert vote(out / "votes.sqlite", {"one": likes_policy}) == 3 * 3
     capfd.readouterr()
