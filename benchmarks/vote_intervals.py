@@ -17,6 +17,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,6 +91,7 @@ def truth(constant: float, world: World, votes: int) -> tuple[float, float]:
     return float(majority(win, tie, votes) @ WEIGHTS), float((win + tie / 2) @ WEIGHTS)
 
 
+@cache
 def constant_for(rate: float, of: int, world: World, votes: int) -> float:
     """The constant that makes the rate (0: by majority, 1: by votes) the one wanted."""
     low, high = -1.0, 15.0
@@ -242,7 +244,7 @@ def methods_table(rows: Sequence[dict]) -> str:
 # ---- strengths -----------------------------------------------------------------------------------------------------
 
 
-def chances(world: World) -> np.ndarray:
+def chances_of(world: World) -> np.ndarray:
     """How often voters prefer the first, call a tie, prefer the second model of each pair: fp64 [3, 3]."""
     scale = math.sqrt(1 + 2 * world.prompt**2 + 2 * world.taste**2)
     pairs = [(0, 1), (0, 2), (1, 2)]
@@ -269,7 +271,7 @@ def draw_table(world: World, prompts: int, voters: int, generator: np.random.Gen
 def strengths_part(sets: int, generator: np.random.Generator, progress: "Progress") -> list[dict]:
     rows, worlds = [], [world for world in WORLDS if not world.busy and world.tie > 0]
     for world in worlds:
-        true = fit(chances(world), np.array([0, 0, 1]), np.array([1, 2, 2])).strengths
+        true = fit(chances_of(world), np.array([0, 0, 1]), np.array([1, 2, 2])).strengths
         for prompts in PROMPTS:
             for voters in VOTERS:
                 found = [strengths(draw_table(world, prompts, voters, generator)) for _ in range(sets)]

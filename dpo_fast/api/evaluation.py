@@ -14,7 +14,14 @@ from dpo_fast.config import TrainConfig, public
 from dpo_fast.data import PairIndex, PairsSource, Source, build_index, open_source
 from dpo_fast.errors import out_of_memory
 from dpo_fast.evaluation import evaluate_options
-from dpo_fast.evaluation.comparison import check_scorers, compare, find_pairs, unscored, write_report
+from dpo_fast.evaluation.comparison import (
+    check_scorers,
+    compare,
+    find_pairs,
+    leave_unscored,
+    unscored,
+    write_report,
+)
 from dpo_fast.evaluation.evaluate_options import EvaluateConfig
 from dpo_fast.evaluation.findings import RECORD, REPORT, SUMMARY, Findings
 from dpo_fast.evaluation.implicit import ImplicitAccuracy, accuracy, implicit_rewards
@@ -57,6 +64,8 @@ class Evaluation:
         parts = [str(part) for part in (self.findings, self.implicit) if part is not None]
         if self.findings is not None:
             parts.append(f"report: {self.folder / REPORT}")
+        elif self.implicit is None:
+            parts.append(f"nothing is scored; people can vote: python -m dpo_fast.vote {self.folder}")
         return "\n\n".join(parts)
 
 
@@ -122,6 +131,9 @@ def _evaluate(config: EvaluateConfig) -> Evaluation:
                     summary |= point._asdict()  # of its weights, which are not those of the last step
                 if implicit is not None:
                     summary["implicit"] = implicit.for_summary()
+                if comparison is not None and result is None:
+                    leave_unscored(comparison, pairs, out)
+                    return Evaluation(out, None, implicit)
                 if result is None:
                     write_signed_json(out / SUMMARY, summary)
                     return Evaluation(out, None, implicit)

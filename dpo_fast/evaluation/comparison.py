@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dpo_fast.checksums import write_signed_json
 from dpo_fast.data.image_files import Files
 from dpo_fast.data.images import texts_of
-from dpo_fast.evaluation.findings import REPORT, SAMPLING, About, Findings, judge
+from dpo_fast.evaluation.findings import REPORT, SAMPLING, SUMMARY, About, Findings, judge
 from dpo_fast.evaluation.generation import generate_images, is_complete
 from dpo_fast.evaluation.image_names import PromptImage, images_of
 from dpo_fast.evaluation.pairing import ImagePairs, pair_up
@@ -74,9 +75,14 @@ def find_pairs(comparison: Comparison, out: Path, ranks: Ranks) -> tuple[Compari
 def compare(
     comparison: Comparison, pairs: ImagePairs, out: Path, ranks: Ranks, batch_size: int
 ) -> tuple[Findings, Scored] | None:
-    """Generate and score what is missing, then judge. The main rank returns findings and scores, the others None."""
+    """Generate and score what is missing, then judge. The main rank returns findings and scores, the others None.
+
+    Without scorers (`Comparison.scorers`) all return None: call `leave_unscored` then.
+    """
     if comparison.wanted.models:
         generate_images(comparison.wanted, out / "images", ranks)
+    if not comparison.scorers:
+        return None
     number, both = len(pairs.prompts), Files([*pairs.base.paths, *pairs.policy.paths])
     files = {key: comparison.scoring[key] for key in ("where", "cache_dir")}
     scorers = scorers_by_name(comparison.scorers, comparison.scoring, ranks.device)
@@ -102,14 +108,27 @@ def compare(
         settings,
         [*pairs.remarks, *remarks],
         trained_towards_the_first=comparison.trained_towards_the_first,
-        models={
-            title: revisions(comparison.wanted.models[side.name])
-            for title, side in (("base", comparison.base), ("policy", comparison.policy))
-            if side.folder is None
-        },
+        models=models_of_sides(comparison),
         scorers={name: provenance(name, ranks.device, **files) for name in comparison.scorers},
     )
     return judge(scored, signals, about, compare_medians=comparison.compare_medians), scored
+
+
+def models_of_sides(comparison: Comparison) -> dict[str, dict[str, str]]:
+    """base and policy, where they were generated -> path or repository -> its revision."""
+    return {
+        title: revisions(comparison.wanted.models[side.name])
+        for title, side in (("base", comparison.base), ("policy", comparison.policy))
+        if side.folder is None
+    }
+
+
+def leave_unscored(comparison: Comparison, pairs: ImagePairs, out: Path) -> None:
+    """Write which pairs there are into scores.parquet and summary.json, unless they have been scored."""
+    if not (out / SCORES).is_file():
+        write_scores(out / SCORES, Scored(pairs.prompts, pairs.seeds, {}, {}, pairs.categories))
+        about = {"prompts": len(set(pairs.prompts)), "images": len(pairs.prompts), "notes": pairs.remarks}
+        write_signed_json(out / SUMMARY, about | {"models": models_of_sides(comparison)})
 
 
 def scorers_by_name(

@@ -30,6 +30,7 @@ OF_PAIRS = (
 )
 OF_GENERATION = ("sampling_steps", "sampling_guidance", "layout", "strength")
 OF_IMAGES = (*OF_GENERATION, "seeds", "slice", "max_prompts", "scorers", "scorer_models", "compare")
+BY_PEOPLE = "people"  # as --scorers
 PROTOCOL_SETS = ("partiprompts", "hps")  # of the protocol diffusion-dpo
 RESERVED = ("base", "sdedit", *PROTOCOL_SETS)  # names in a protocol's folder that --closed cannot give
 
@@ -73,8 +74,8 @@ class EvaluateConfig(GenerateConfig):
 
     # ---- scores ------------------------------------------------------------------------------------------------------
     scorers: tuple[str, ...] = ()
-    """Names (docs/evaluation.md), the one that leads first. None: those of the run's evaluation in training; of the
-    protocol, the paper's as far as their files are there."""
+    """Names (docs/evaluation.md), the one that leads first; people: nothing is scored, and people can vote. None:
+    those of the run's evaluation in training; of the protocol, the paper's as far as their files are there."""
     scorer_models: Path | None = None
     """Folder that holds the scorers' models as OWNER/NAME; None: the run's, else the hub."""
     compare: Literal["images", "medians"] | None = None
@@ -131,6 +132,8 @@ def check(config: EvaluateConfig) -> None:
         raise BadInput(f"--max_bad_fraction ({config.max_bad_fraction}) must be in [0, 1]")
     if config.dataloader_num_workers is not None and config.dataloader_num_workers < 0:
         raise BadInput(f"--dataloader_num_workers ({config.dataloader_num_workers}) must be 0 or more")
+    if BY_PEOPLE in config.scorers and len(config.scorers) > 1:
+        raise BadInput(f"--scorers {' '.join(config.scorers)}: people stands alone, leave it out or the others")
     if config.protocol is None:
         refuse_idle(config, ("closed",), "is of a protocol: add --protocol diffusion-dpo, or leave it out")
     else:

@@ -23,7 +23,7 @@ from dpo_fast.checksums import Damaged, write_signed_json
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluation.comparison import check_scorers
-from dpo_fast.evaluation.evaluate_options import PROTOCOL_SETS, EvaluateConfig
+from dpo_fast.evaluation.evaluate_options import BY_PEOPLE, PROTOCOL_SETS, EvaluateConfig
 from dpo_fast.evaluation.generation import read_layouts
 from dpo_fast.evaluation.image_names import image_files, images_of, prompt_of
 from dpo_fast.evaluation.prompts import Prompt, Where, read_prompts
@@ -95,7 +95,9 @@ def begin(config: EvaluateConfig, run: TrainConfig | None) -> Plan:
 
     Raises BadInput for whatever cannot be read, before anything is generated.
     """
-    _, (_, policy) = sides_of(config)
+    _, (base, policy) = sides_of(config)
+    if config.layout is not None and base.folder is not None:
+        raise BadInput(f"--layout: both sides of SDEdit are generated, and --baseline {config.baseline} is images")
     out = config.output_dir or Path("protocols", policy.name)
     where = Where(config.cache_dir, config.hub_token)
     given = {text.partition("=")[0]: text for text in config.prompts or PROTOCOL_SETS}
@@ -109,7 +111,9 @@ def begin(config: EvaluateConfig, run: TrainConfig | None) -> Plan:
 
     scoring = scoring_of(config, run)
     scorers = tuple(dict.fromkeys(config.scorers))
-    if scorers:
+    if scorers == (BY_PEOPLE,):
+        remarks.append("scores: --scorers people")
+    elif scorers:
         check_names(scorers)
         texts = [prompt.text for prompts in sets.values() for prompt in prompts] + (layouts[1] if layouts else [])
         check_scorers([name for name in scorers if not _has_scored(name, out)], scoring, texts)
@@ -202,7 +206,7 @@ def _layout_prompts(path: Path) -> tuple[Path | None, list[str]]:
 
 
 def _scorers_there(scoring: dict[str, object], out: Path) -> tuple[tuple[str, ...], list[str]]:
-    """The paper's scorers whose files are there, and a line on each of the others."""
+    """The paper's scorers whose files are there, or `people`; and a line on each of the others."""
     there, lacking = [], []
     for name in PAPERS_SCORERS:
         if not _has_scored(name, out):
@@ -212,12 +216,7 @@ def _scorers_there(scoring: dict[str, object], out: Path) -> tuple[tuple[str, ..
                 lacking.append(f"not scored by {name}: {error}")
                 continue
         there.append(name)
-    if not there:
-        raise BadInput(
-            f"none of the paper's scorers ({', '.join(PAPERS_SCORERS)}) is there; name a folder with their files"
-            f" (--scorer_models) or other scorers (--scorers): {lacking[0]}"
-        )
-    return tuple(there), lacking
+    return tuple(there) or (BY_PEOPLE,), lacking
 
 
 def _has_scored(name: str, out: Path) -> bool:

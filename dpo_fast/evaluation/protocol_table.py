@@ -17,8 +17,8 @@ from dpo_fast.evaluation.findings import REPORT, SUMMARY, WIDTH, About, judge
 from dpo_fast.evaluation.formats import counted
 from dpo_fast.evaluation.people import LEADS, People
 from dpo_fast.evaluation.protocol import BASE, SDEDIT, Group, groups_of, is_protocol, remarks_of
-from dpo_fast.evaluation.reopened import AGAIN, OF_RUN, is_evaluation, names_of, pairs_of
-from dpo_fast.evaluation.report.html import document, notes, section, table, text
+from dpo_fast.evaluation.reopened import AGAIN, OF_RUN, is_evaluation, is_scored, names_of, pairs_of
+from dpo_fast.evaluation.report.html import document, notes, section, table, text, with_interval
 from dpo_fast.evaluation.scored import SCORES, Scored, read_scores
 from dpo_fast.evaluation.voted import VOTES, people_of, refresh
 from dpo_fast.files import write_text
@@ -41,6 +41,10 @@ class Cell(NamedTuple):
 
     def __str__(self) -> str:
         return " ".join(filter(None, (str(self.rate) if self.rate else "", self.lacking)))
+
+    def html(self) -> str:
+        lacking = f"<small>{text(self.lacking)}</small>" if self.lacking else ""
+        return (with_interval(self.rate, ".3f") if self.rate else "") + lacking
 
 
 @dataclass(frozen=True)
@@ -112,13 +116,16 @@ class ProtocolTable:
         """The table as a page that loads nothing; each row leads to its evaluation's report."""
         rows = []
         for row in self.rows:
-            name, *cells = (text(cell) for cell in self.cells(row))
-            report = self.reports.get(row.group)
-            rows.append([f'<a href="{text(report)}">{name}</a>' if report else name, *cells])
+            name, report = text(row.name), self.reports.get(row.group)
+            of_people = (row.people[question].html() for question in self.questions)
+            of_scorers = (row.scorers[scorer].html() if scorer in row.scorers else "" for scorer in self.scorers)
+            published = [text(cell) for cell in self.cells(row)[2 + len(self.questions) + len(self.scorers) :]]
+            linked = f'<a href="{text(report)}">{name}</a>' if report else name
+            rows.append([linked, str(row.prompts), *of_people, *of_scorers, *published])
         body = [
             f'<header>\n<p class="kind">Protocol diffusion-dpo</p>\n<h1><span class="policy">{text(self.policy)}</span>'
             "</h1>\n</header>",
-            section("Win rates", table([name.capitalize() for name in self.head], rows) + notes(self.notes), "rates"),
+            section("Win rates", table(self.head, rows) + notes(self.notes), "rates"),
             section("What is missing", notes(self.remarks, "warnings"), "missing") if self.remarks else "",
         ]
         return document(f"{self.policy}: protocol diffusion-dpo", body, made_by="dpo_fast.evaluate")
@@ -161,7 +168,8 @@ def show_votes(file: Path) -> str:
     if is_protocol(folder):
         return str(write_table(folder, again=True))
     found = next((home for home in (folder, folder / OF_RUN) if is_evaluation(home)), None)
-    return "" if found is None or not (found / SUMMARY).is_file() else f"report: {refresh(found) / REPORT}"
+    known = found is not None and (found / SUMMARY).is_file() and is_scored(found)
+    return f"report: {refresh(found) / REPORT}" if known else ""
 
 
 def write_table(folder: Path, *, again: bool = False) -> ProtocolTable:
@@ -171,7 +179,8 @@ def write_table(folder: Path, *, again: bool = False) -> ProtocolTable:
     """
     groups = groups_of(folder)
     for group in groups if again else ():
-        refresh(group.folder)
+        if is_scored(group.folder):
+            refresh(group.folder)
     found = table_of(folder)
     with output_folder.hold(folder):
         write_text(folder / MARKDOWN, found.markdown())
@@ -192,8 +201,10 @@ def table_of(folder: Path) -> ProtocolTable:
     lines = [
         f"{', '.join(questions)}: by the majority of people's votes, {wanted} a comparison, {counted(voters, 'voter')};"
         " ties half, intervals over prompts and voters; k of n: comparisons that have all their votes",
-        "then win rates on the same images by scorers, intervals over prompts",
     ]
+    scorers = list(dict.fromkeys(scorer for row in rows for scorer in row.scorers))
+    if scorers:
+        lines.append("then win rates on the same images by scorers, intervals over prompts")
     if any(row.published for row in rows):
         lines.append(
             f"published: {LEADS} preference for DPO-SDXL over SDXL by people, on all prompts (arXiv 2311.12908)"
@@ -205,18 +216,18 @@ def table_of(folder: Path) -> ProtocolTable:
         folder,
         names_of(groups[0].folder)[1] if groups else folder.name,
         questions,
-        list(dict.fromkeys(scorer for row in rows for scorer in row.scorers)),
+        scorers,
         rows,
         lines,
         missing,
-        {group.name: f"{group.folder.name}/{REPORT}" for group in groups},
+        {group.name: f"{group.folder.name}/{REPORT}" for group in groups if (group.folder / REPORT).is_file()},
     )
 
 
 def _rows_of(group: Group, people: People | None, questions: Sequence[str], wanted: int) -> list[Row]:
     """A group's row and, if it has prompts about people, theirs."""
-    summary = read_signed_json(group.folder / SUMMARY, AGAIN, ("scores", "medians_compared", "models"))
-    scored = read_scores(group.folder / SCORES)
+    summary = read_signed_json(group.folder / SUMMARY, AGAIN, ("models",))
+    scored, medians = read_scores(group.folder / SCORES, unscored=True), summary.get("medians_compared", False)
     against, _, on = group.name.rpartition("-")
     name = f"{against}, SDEdit from layouts" if group.kind == SDEDIT else f"{against}, {on}"
     from_sdxl = any(of.rsplit("/", 1)[-1] == SDXL_BASE.rsplit("/", 1)[-1] for of in summary["models"].get("base", ()))
@@ -226,7 +237,7 @@ def _rows_of(group: Group, people: People | None, questions: Sequence[str], want
             name,
             len(set(scored.prompts)),
             {question: _cell(people, question, wanted) for question in questions},
-            _rates(scored, summary["medians_compared"]),
+            _rates(scored, medians),
             PUBLISHED.get(group.name) if from_sdxl else None,
         )
     ]
@@ -239,7 +250,7 @@ def _rows_of(group: Group, people: People | None, questions: Sequence[str], want
                 f"{name}, people",
                 len({scored.prompts[row] for row in places}),
                 {question: _cell(of_people, question, wanted) for question in questions},
-                _rates(scored.of_rows(places), summary["medians_compared"]),
+                _rates(scored.of_rows(places), medians),
                 None,
             )
         )
@@ -255,6 +266,8 @@ def _cell(people: People | None, question: str, wanted: int) -> Cell:
 
 
 def _rates(scored: Scored, medians: bool) -> dict[str, Cell]:
+    if not scored.scorers:
+        return {}
     found = judge(scored, [], About("", "", "", "", {}), compare_medians=medians)
     return {verdict.scorer: Cell(verdict.interval) for verdict in found.overall}
 

@@ -36,7 +36,7 @@ class Reopened:
 
 
 def is_evaluation(folder: Path) -> bool:
-    """Whether a folder is that of an evaluation that was scored."""
+    """Whether a folder is that of an evaluation of images that is done."""
     return (folder / RECORD).is_file() and (home_of(folder) / SCORES).is_file()
 
 
@@ -52,13 +52,18 @@ def names_of(folder: Path) -> tuple[str, str]:
     return record["baseline"]["name"], record["policy"]["name"]
 
 
+def is_scored(folder: Path) -> bool:
+    """Whether an evaluation that is done has a report. Raises Damaged."""
+    return "about" in read_signed_json(folder / SUMMARY, AGAIN)
+
+
 def pairs_of(folder: Path) -> ImagePairs:
     """The pairs of images that an evaluation compared, in the order of its scores.parquet.
 
     Raises Damaged, a BadInput, if the folder's files cannot be read, and BadInput if a folder of images that it was
     compared with is gone, or no longer gives the same pairs.
     """
-    return _pairs(folder, read_scores(home_of(folder) / SCORES))
+    return _pairs(folder, read_scores(home_of(folder) / SCORES, unscored=True))
 
 
 def reopen(folder: Path) -> Reopened:

@@ -21,7 +21,8 @@ MOST_ROWS, MOST_BYTES = 20_000_000, 1 << 30  # of a file that is read: rows, and
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores of base and policy, one pair per row: one prompt, one seed, an image of each model.
+    """Scores of base and policy, one pair per row: one prompt, one seed, an image of each model. Without scorers: the
+    pairs alone.
 
     Raises BadInput for a score that is not finite, which no comparison could count, and for a scorer named like a
     column of the table.
@@ -35,7 +36,7 @@ class Scored:
 
     def __post_init__(self) -> None:
         size = (len(self.prompts),)
-        assert self.base and list(self.base) == list(self.policy) and len(self.seeds) == size[0] > 0
+        assert list(self.base) == list(self.policy) and len(self.seeds) == size[0] > 0
         assert self.categories is None or len(self.categories) == size[0]
         for model, scores in (("base", self.base), ("policy", self.policy)):
             for scorer, values in scores.items():
@@ -89,13 +90,14 @@ def write_scores(path: Path, scored: Scored) -> None:
         pq.write_table(pa.table(columns), os.path.abspath(temporary), compression="zstd", write_page_checksum=True)
 
 
-def read_scores(path: Path) -> Scored:
-    """Read a file of `write_scores`. Raises Damaged for a file that is missing, damaged, or another.
+def read_scores(path: Path, *, unscored: bool = False) -> Scored:
+    """Read a file of `write_scores`. Raises Damaged for a file that is missing, damaged, or another, and for pairs that
+    nobody scored unless `unscored`.
 
     Where only some rows have a category, that of the others is the empty text.
     """
     try:
-        table = _read_table(regular_file(path))
+        table = _read_table(regular_file(path), unscored)
         number, rest = divmod(table.num_rows, 2)
         texts = {name: _texts(table.column(name)) for name in ("prompt", "category", "model")}
         pairs, seeds = (table.column(name).to_numpy() for name in ("pair", "seed"))
@@ -120,12 +122,13 @@ def read_scores(path: Path) -> Scored:
         raise Damaged(f"{path} cannot be read as scores of pairs ({reason}): evaluate again") from error
 
 
-def _read_table(path: Path) -> pa.Table:
+def _read_table(path: Path, unscored: bool) -> pa.Table:
     """The table in a file, if it has the columns of `write_scores` and a size that can be held."""
     text = ("prompt", "category", "model")  # kept as dictionaries, in which a long text counts once
     with pq.ParquetFile(os.path.abspath(path), page_checksum_verification=True, read_dictionary=[*text]) as file:
         names, kinds = file.schema_arrow.names, dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
-        if tuple(names[: len(COLUMNS)]) != COLUMNS or len(names) == len(COLUMNS) or len(kinds) < len(names):
+        lacking = len(names) == len(COLUMNS) and not unscored
+        if tuple(names[: len(COLUMNS)]) != COLUMNS or lacking or len(kinds) < len(names):
             raise ValueError(f"its columns are not {', '.join(COLUMNS)} and scorers")
         wanted = {name: pa.float64() for name in names} | dict.fromkeys(("pair", "seed"), pa.int64())
         wanted |= {name: pa.dictionary(pa.int32(), pa.string()) for name in text}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from dpo_fast.command_line import parse
 from dpo_fast.config import TrainConfig
 from dpo_fast.errors import BadInput
-from dpo_fast.evaluation.evaluate_options import BATCH_SIZE, OF_GENERATION, EvaluateConfig, refuse_idle
+from dpo_fast.evaluation.evaluate_options import BATCH_SIZE, BY_PEOPLE, OF_GENERATION, EvaluateConfig, refuse_idle
 from dpo_fast.evaluation.generate_options import GenerateConfig, seeds_of
 from dpo_fast.evaluation.generation import ImageRequest, wanted_of
 from dpo_fast.evaluation.halving import in_two
@@ -230,7 +230,9 @@ def comparison_of(
             every = [prompt for prompt in every if prompt.text in asked]
         prompts = narrowed([every], people=people, most=config.max_prompts)
     scorers = tuple(dict.fromkeys(config.scorers)) or (run.eval_scorers if run is not None else ())
-    if not scorers:
+    if scorers == (BY_PEOPLE,):
+        scorers = ()
+    elif not scorers:
         raise BadInput(f"no scorer is named: give --scorers, the one that leads first, of {', '.join(MODULE_OF)}")
     check_names(scorers)
     with_base = run is not None and config.baseline in (None, "base")

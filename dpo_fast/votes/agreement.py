@@ -37,13 +37,13 @@ def agreement(votes: Sequence[Vote]) -> Agreement:
     on images that never differ, show nothing of whether they would tell them apart. The interval resamples prompts,
     with all their comparisons (`Bootstrap`): it is of these voters on other prompts. None with a single prompt.
     """
-    rows = {key: row for row, key in enumerate(dict.fromkeys((v.group, v.comparison) for v in votes))}
+    # prompts in an order of their own, so that other orders of votes are resampled alike
+    comparisons = sorted({(vote.prompt, vote.group, vote.comparison) for vote in votes})
+    rows = {key[1:]: row for row, key in enumerate(comparisons)}
     counts = np.zeros((len(rows), len(OUTCOMES)))
-    prompts = [""] * len(rows)
+    prompts = [prompt for prompt, _, _ in comparisons]
     for vote in votes:
-        row = rows[vote.group, vote.comparison]
-        counts[row, OUTCOMES.index(vote.outcome)] += 1
-        prompts[row] = vote.prompt
+        counts[rows[vote.group, vote.comparison], OUTCOMES.index(vote.outcome)] += 1
     shared = counts.sum(1) > 1
     counts, prompts = counts[shared], [prompt for prompt, kept in zip(prompts, shared, strict=True) if kept]
     if not len(counts):

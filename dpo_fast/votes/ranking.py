@@ -50,6 +50,7 @@ def fit(counts: np.ndarray, first: np.ndarray, second: np.ndarray) -> Fit:
     pairs = np.arange(len(first))
     half = np.zeros((len(first), models))  # the derivative of (s_i - s_j) / 2
     half[pairs, first], half[pairs, second] = 0.5, -0.5
+    products = (half[:, :, None] * half[:, None, :]).reshape(len(first), -1)
     number, lead, ties = counts.sum(-1), counts[..., 0] - counts[..., 2], counts[..., 1].sum(-1)
     at = np.zeros((*counts.shape[:-2], models + 1))
     centre = np.zeros((models + 1, models + 1))
@@ -62,9 +63,8 @@ def fit(counts: np.ndarray, first: np.ndarray, second: np.ndarray) -> Fit:
         ahead, tie = chances[..., 0] - chances[..., 2], chances[..., 1]
         slope = np.concatenate([(lead - number * ahead) @ half, (ties - (number * tie).sum(-1))[..., None]], -1)
         information = np.empty((*at.shape, models + 1))
-        information[..., :-1, :-1] = np.einsum(
-            "...k,ki,kj->...ij", number * (1 - tie - ahead**2), half, half, optimize=True
-        )
+        of_strengths = (number * (1 - tie - ahead**2)) @ products
+        information[..., :-1, :-1] = of_strengths.reshape(*of_strengths.shape[:-1], models, models)
         information[..., :-1, -1] = information[..., -1, :-1] = -(number * ahead * tie) @ half
         information[..., -1, -1] = (number * tie * (1 - tie)).sum(-1)
         step = np.linalg.solve(information + centre, slope[..., None])[..., 0]

@@ -155,7 +155,7 @@ def _prompts_of(
     found: dict[str, Prompt] = {}
     seeds: dict[str, dict[int, None]] = {}
     if scores is not None and scores.is_file():
-        scored = read_scores(scores)
+        scored = read_scores(scores, unscored=True)
         categories = scored.categories or [""] * len(scored.prompts)
         triples = zip(scored.prompts, categories, scored.seeds, strict=True)
     elif rows:

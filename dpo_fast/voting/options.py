@@ -32,10 +32,11 @@ FILE = "votes.sqlite"
 class VoteConfig:
     """Serve a page on which people compare images blindly: two images of one prompt, one question.
 
-    Folders are evaluations (dpo_fast.evaluate, or runs that were evaluated), images of dpo_fast.generate, or plain
-    folders of images, one a model, whose prompts are in their names or in what ComfyUI, A1111/Forge or diffusers wrote
-    into them. Votes go into one file; the same command, or --votes_file alone, goes on with it. `vote results FILE`
-    prints what the votes say.
+    Folders are evaluations (dpo_fast.evaluate, or runs that were evaluated), a protocol (evaluate --protocol), images
+    of dpo_fast.generate, or plain folders of images, one a model, whose prompts are in their names or in what ComfyUI,
+    A1111/Forge or diffusers wrote into them. Votes go into one file; the same command, or --votes_file alone, goes on
+    with it. `vote results FILE` prints what the votes say, `vote export FILE --to FILE` writes them as CSV or as pairs
+    to train on.
     """
 
     # ---- what is compared --------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ class VoteConfig:
 def parse(argv: list[str]) -> VoteConfig:
     """Parse a command line. Raises BadInput for an unknown flag and for a value that cannot be used."""
     if asks_help(argv):
-        show_help(Page(PROG, VoteConfig, usage="FOLDER ... [--FLAG VALUE ...] | results FILE"))
+        show_help(Page(PROG, VoteConfig, usage="FOLDER ... [--FLAG VALUE ...] | results FILE | export FILE --to FILE"))
     refuse_empty(argv)
     with one_line_errors(VoteConfig):
         config = tyro.cli(VoteConfig, args=[word for word in argv if word != "--folders"], prog=PROG)

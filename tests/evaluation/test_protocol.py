@@ -16,6 +16,8 @@ from dpo_fast.evaluation.protocol import groups_of
 from dpo_fast.evaluation.protocol_table import table_of
 from dpo_fast.vote import main as vote_command
 from dpo_fast.voting.folders import read_folders
+from dpo_fast.voting.options import parse
+from dpo_fast.voting.session import votes_file_of
 from tests.helpers import scorer_files
 from tests.helpers.runs import train
 from tests.helpers.voters import session, vote
@@ -188,6 +190,28 @@ def test_what_is_missing_is_named(world, tmp_path, capfd, monkeypatch):
     assert [str(cell) for cell in cells if cell.rate is None] == ["0 of 5 votes"] * 2
 
 
+@pytest.mark.parametrize("how", ["no files", "asked"])
+def test_votes_alone_make_the_table(world, tmp_path, capfd, how):
+    flags = ["--scorers", "people"] if how == "asked" else ["--scorer_models", tmp_path]
+    flags += ["--prompts", f"partiprompts={world / 'parti.tsv'}", "--max_prompts", 2]
+    flags += ["--closed", f"midjourney={world / 'mj'}"]
+    out = protocol(world, tmp_path / "out", *flags)
+    assert votes_file_of(parse([str(out)])) == out / "votes.sqlite"
+    session(out / "votes.sqlite", read_folders([out]).comparisons, votes=1)
+    assert vote(out / "votes.sqlite", {"one": likes_policy}) == 3 * 3
+    capfd.readouterr()
+    assert vote_command(["results", str(out / "votes.sqlite")]) == 0
+    said, found = capfd.readouterr().out, summary(out)
+    assert [list(row["scorers"]) for row in found["rows"]] == [[]] * len(found["rows"])
+    assert all(row["people"]["general"]["win_rate"] is not None for row in found["rows"]) and "pickscore  " not in said
+    named = ["scores: --scorers people"] if how == "asked" else [f"not scored by {name}: " for name in SCORERS]
+    assert all(any(line.startswith(one) for line in found["missing"]) for one in named)
+    if how == "no files":  # once they are there, the same command scores
+        protocol(world, out, *flags[2:])
+        assert list(summary(out)["rows"][0]["scorers"]) == list(SCORERS)
+        assert summary(out / "base-partiprompts")["people"]["votes"] == 6
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -200,7 +224,8 @@ def test_what_is_missing_is_named(world, tmp_path, capfd, monkeypatch):
         (["--closed", "mj=/nowhere"], "--closed mj=/nowhere is no folder"),
         (["--closed", "mj={sketches}"], "holds no image of a prompt of partiprompts or hps"),
         (["--layout", "/nowhere"], "--layout /nowhere does not exist"),
-        (["--scorer_models", "/nowhere"], "none of the paper's scorers (pickscore, hpsv2, clip, aesthetic) is there"),
+        (["--scorers", "people", "clip"], "--scorers people clip: people stands alone"),
+        (["--layout", "{sketches}", "--baseline", "{mj}"], "--layout: both sides of SDEdit are generated"),
         (["--scorers", "beauty"], "there is no scorer 'beauty'"),
         (["--prompts", "hps=/nowhere"], "hps=/nowhere"),
     ],
