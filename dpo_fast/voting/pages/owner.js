@@ -407,8 +407,8 @@
       h(
         "p",
         { class: "hint" },
-        "Nobody is excluded but by you. Seconds: the median of a vote. With the majority: how often a vote is that of " +
-          "the others on a comparison.",
+        "Nobody is excluded but by you. Seconds: the median of a vote. With the majority: how often a vote is " +
+          "that of the others on a comparison.",
       ),
       everybody(results).length ? voters(everybody(results)) : h("p", {}, "There is nobody yet: add voters below."),
     );
