@@ -498,6 +498,8 @@ def test_the_owners_page(browser, serve):
     page.wait_for_selector("#by-voter tbody tr")
     row = page.locator("#by-voter tr", has_text="Eve")
     assert page.locator("#by-voter tr", has_text="Finn").locator("td").first.text_content() == "0"  # not yet
+    seen = page.locator("#by-voter tbody tr td:nth-child(8)").all_text_contents()
+    assert seen == ["now", "–"]
     assert row.locator("td").first.text_content() == "3"
     assert page.evaluate("document.documentElement.scrollWidth") <= 390  # tables scroll in their own boxes
     assert page.locator("svg[role=img]").first.get_attribute("aria-label").startswith("vivid against plain: win rate")

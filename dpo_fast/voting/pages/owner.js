@@ -343,7 +343,8 @@
     const known = new Map(voted.map((voter) => [voter.name, voter]));
     const none = { votes: 0, seconds_median: null, left_share: null, tie_share: null, agrees_with_majority: null };
     const waiting = (live?.voters ?? []).filter(({ name }) => !known.has(name));
-    const idle = new Map((live?.voters ?? []).map((voter) => [voter.name, voter.idle_seconds]));
+    const came = (live?.voters ?? []).filter((voter) => voter.done || voter.open); // the others never opened their link
+    const idle = new Map(came.map((voter) => [voter.name, voter.idle_seconds]));
     const rows = [
       ...voted,
       ...waiting.map(({ name }) => ({ name, ...none, checks: 0, checks_failed: 0, excluded: null })),
@@ -407,8 +408,8 @@
       h(
         "p",
         { class: "hint" },
-        "Nobody is excluded but by you. Seconds: the median of a vote. With the majority: how often a vote is that of " +
-          "the others on a comparison.",
+        "Nobody is excluded but by you. Seconds: the median of a vote. With the majority: how often a vote is " +
+          "that of the others on a comparison.",
       ),
       everybody(results).length ? voters(everybody(results)) : h("p", {}, "There is nobody yet: add voters below."),
     );
