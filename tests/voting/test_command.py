@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -45,7 +46,37 @@ class Command:
         return self.process.wait(60)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_it_with_results_and_how_to_go_on(folders, tmp_path, monkeypatch, capfd, number):
+    shown, file = [], tmp_path / "votes.sqlite"
+    monkeypatch.setattr(serving, "show", shown.append)
+    faults = []
+
+    def voter() -> None:
+        try:
+            end = time.monotonic() + 60
+            while not any("Ctrl-C ends the server" in text for text in shown):
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            base, token = re.search(r"ann\s+(http://\S+)/vote#(\S+)", "\n".join(shown)).groups()
+            client = Client(base, token)
+            client.vote(client.pairs()["pairs"][0]["showing"], "right")
+        except BaseException as error:
+            faults.append(error)
+        finally:
+            os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=voter)
+    thread.start()
+    status = main([*map(str, folders), "--votes_file", str(file), "--voters", "ann", "--checks", "0"])
+    thread.join()
+    out, err = capfd.readouterr()
+    assert not faults and status == 0
+    assert f"\n1 votes are in {file}\n" in out and "blurry" in out
+    assert f"go on: python -m dpo_fast.vote --votes_file {file}; results: " in err and "Traceback" not in err
+
+
+@pytest.mark.exhaustive
 def test_it_serves_until_ctrl_c_and_goes_on(folders, tmp_path):
     words = ["--voters", "ann", "bob", "--open_link", "--questions", "general", "--checks", "0"]
     first = Command(tmp_path, *folders, *words)
