@@ -158,7 +158,8 @@ def _claim(out: Path, record: dict[str, object]) -> None:
         for name in ("images", "scores"):
             if (out / name).exists():
                 delete(rename_away(out / name))
-        delete(out / RECORD)
+        delete(out / SUMMARY)
+        write_signed_json(out / RECORD, record)  # votes on the earlier images stay, and do not count any more
     output_folder.claim(out, RECORD, record, what="an evaluation")
 
 

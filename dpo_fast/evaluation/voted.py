@@ -4,18 +4,25 @@ Votes are in `votes.sqlite` in the evaluation's folder, or in that of its run or
 two files count, whatever the session called its groups and models.
 """
 
+import logging
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dpo_fast import output_folder
 from dpo_fast.checksums import read_signed_json, write_signed_json
+from dpo_fast.data.image_files import THREADS
 from dpo_fast.evaluation.comparison import write_report
 from dpo_fast.evaluation.findings import SUMMARY
 from dpo_fast.evaluation.pairing import ImagePairs
 from dpo_fast.evaluation.people import People
 from dpo_fast.evaluation.protocol import is_protocol
 from dpo_fast.evaluation.reopened import AGAIN, home_of, names_of, reopen
+from dpo_fast.files import read_bytes
 from dpo_fast.votes.records import Vote
-from dpo_fast.votes.store import VoteStore
+from dpo_fast.votes.store import ImageFile, VoteStore
+
+logger = logging.getLogger(__name__)
 
 VOTES = "votes.sqlite"
 
@@ -23,7 +30,8 @@ VOTES = "votes.sqlite"
 def people_of(folder: Path, pairs: ImagePairs) -> People | None:
     """The votes on the pairs of the evaluation in `folder`; None without a file of votes on any of them.
 
-    Raises BadInput for a file of votes that cannot be read.
+    Votes on images that have changed since, as those of a run that was trained further have, do not count, and are
+    logged. Raises BadInput for a file of votes that cannot be read.
     """
     above = folder.parent if is_protocol(folder.parent) else home_of(folder)
     files = [folder / VOTES, above / VOTES]
@@ -36,7 +44,7 @@ def people_of(folder: Path, pairs: ImagePairs) -> People | None:
     }
     with VoteStore.read(file) as store:
         settings, of_comparison, shown = store.settings(), store.files(), store.comparisons()
-        votes = store.votes()
+        votes, seen = store.votes(), store.image_files()
     row_of, turned = {}, set()
     for comparison, (first, second) in of_comparison.items():
         first, second = first.resolve(), second.resolve()
@@ -45,6 +53,13 @@ def people_of(folder: Path, pairs: ImagePairs) -> People | None:
         elif (place := row.get((second, first))) is not None:
             row_of[comparison] = place
             turned.add(comparison)
+    voted = {vote.comparison for vote in votes}
+    files = {path for comparison in row_of if comparison in voted for path in of_comparison[comparison]}
+    changed = _changed({path: seen[path] for path in files if path in seen})
+    gone = {comparison for comparison in row_of if changed.intersection(of_comparison[comparison])}
+    if gone:
+        logger.warning("%s: votes on %d pairs do not count, as their images have changed since", file, len(gone))
+        row_of = {comparison: place for comparison, place in row_of.items() if comparison not in gone}
     if not row_of:
         return None
     return People(
@@ -54,6 +69,19 @@ def people_of(folder: Path, pairs: ImagePairs) -> People | None:
         settings["votes"],
         {one.id: one.prompt for one in shown if one.id in row_of},
     )
+
+
+def _changed(seen: Mapping[Path, ImageFile]) -> set[Path]:
+    """The files that are not as they were when people saw them."""
+
+    def is_changed(path: Path) -> bool:
+        try:
+            return path.stat().st_size != seen[path].size or ImageFile.of(read_bytes(path)) != seen[path]
+        except OSError:
+            return True
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return {path for path, changed in zip(seen, pool.map(is_changed, seen), strict=True) if changed}
 
 
 def refresh(folder: Path) -> Path:

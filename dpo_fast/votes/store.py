@@ -76,6 +76,11 @@ class ImageFile(NamedTuple):
     size: int  # bytes
     digest: str
 
+    @classmethod
+    def of(cls, data: bytes) -> "ImageFile":
+        """What a file with these bytes is recorded as."""
+        return cls(len(data), hashlib.blake2b(data, digest_size=16).hexdigest())
+
 
 class VoteStore:
     """An open file of votes, as a context manager.

@@ -6,7 +6,6 @@ A pair is a row of a parquet file in Pick-a-Pic's columns, with the bytes of its
 """
 
 import csv
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -219,6 +218,6 @@ def _image(path: Path, seen: ImageFile | None) -> bytes:
     except OSError as error:
         reason = error.strerror or error
         raise BadInput(f"{path} cannot be read ({reason}): put back the image that was voted on") from error
-    if seen is not None and (len(data), hashlib.blake2b(data, digest_size=16).hexdigest()) != seen:
+    if seen is not None and ImageFile.of(data) != seen:
         raise BadInput(f"{path} has changed since people voted on it: put back the image that was voted on")
     return data

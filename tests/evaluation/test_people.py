@@ -63,7 +63,7 @@ def evaluated(tmp_path):
 
     def run(number: int = PROMPTS) -> Path:
         texts = prompts_in(tmp_path, number)
-        policy, base = images_for(texts, tmp_path / "ours", 120), images_for(texts, tmp_path / "theirs", 100)
+        policy, base = images_for(texts, tmp_path / "ours", 135), images_for(texts, tmp_path / "theirs", 100)
         argv = ["--policy", policy, "--baseline", base, "--prompts", tmp_path / "prompts.txt"]
         argv += ["--scorers", "dark", "bright", "--output_dir", tmp_path / "out"]
         assert main([str(word) for word in argv]) == 0
@@ -172,6 +172,7 @@ def test_people_decide_once_enough_prompts_have_their_votes(evaluated, capsys):
 def test_votes_on_the_evaluation_that_ended_a_run(sd15_path, pairs, tmp_path):
     prompts_in(tmp_path, 3)
     flags = flags_for(sd15_path, pairs, tmp_path / "run", "--sampling_steps", 1, "--eval_scorers", "bright")
+    flags += ["--learning_rate", "1e-2", "--checkpointing_steps", "2"]
     assert train([*flags, "--eval_prompts", str(tmp_path / "prompts.txt")]) == 0
     run, home = tmp_path / "run", tmp_path / "run" / "evaluation"
     before = {name: read(run, name) for name in ("report.html", "summary.json")}
@@ -182,6 +183,22 @@ def test_votes_on_the_evaluation_that_ended_a_run(sd15_path, pairs, tmp_path):
     after = json.loads(read(run, "summary.json"))
     assert after["people"]["votes"] == 9 and after["steps"] == json.loads(before["summary.json"])["steps"]
     assert "agree" in read(run, "report.html") and "people" not in json.loads(before["summary.json"])
+    file = (run / "votes.sqlite").rename(home / "votes.sqlite")  # as if the inner folder had been named
+    further = ["--resume_from_checkpoint", "latest", "--max_train_steps", "6", "--checkpointing_steps", "2"]
+    assert train([*flags, "--eval_prompts", str(tmp_path / "prompts.txt"), *further]) == 0
+    assert "people" not in json.loads(read(run, "summary.json"))  # they were on the images of the earlier result
+    assert file.is_file()
+
+
+def test_votes_on_images_that_have_changed_do_not_count(evaluated, tmp_path, caplog):
+    out = evaluated(4)
+    vote(begin(out, out / "votes.sqlite", votes=1), {"v": likes_bright})
+    pairs = pairs_of(out)
+    assert len(people_of(out, pairs).votes) == 12
+    Image.new("RGB", (16, 16)).save(tmp_path / "ours" / "thing b.png")
+    found = people_of(out, pairs)
+    assert {one.prompt for one in found.votes} == {"thing a", "thing c", "thing d"} and len(found.asked) == 3
+    assert "votes on 1 pairs do not count, as their images have changed since" in caplog.text
 
 
 def test_votes_of_other_images_do_not_count(evaluated, tmp_path):
