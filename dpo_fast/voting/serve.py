@@ -1,6 +1,7 @@
 """Run the server of a session until it is interrupted."""
 
 import errno
+import gc
 import signal
 import socket
 from collections import Counter
@@ -45,6 +46,7 @@ def serve(config: VoteConfig) -> Session:
         with Writer(session.desk) as writer:
             server = make_server(session, writer, listener, config)
             _print_links(config, session, writer, _base(config, listener))
+            gc.freeze()  # a collection that walks through all imported libraries would stop everybody for long
             with on_signals(ENDING, _ender(server)):
                 server.run(sockets=[listener])
     except BaseException:
