@@ -19,9 +19,9 @@ its voter's (Owen, Annals of Applied Statistics 1, 2007, 386), has V(prompts) + 
 the chance of single votes three times, and is far too wide where that chance is what matters most, as with five votes a
 comparison. Rates are sums, so that the variances of infinitely many resamples can be written down: nothing is drawn.
 
-A majority is no sum over voters. Resampled voters would have it found among fewer and heavier votes, which one voter
-sways half as much. So its voters' part comes from leaving out one vote at a time, as the jackknife does (Efron and
-Stein, Annals of Statistics 9, 1981, 586): without it the majority is another, or a tie, or as it was.
+A majority is no sum over voters. Resampled voters would have it found among fewer and heavier votes, and each would
+sway it less. So its voters' part comes from leaving out one vote at a time, as the jackknife does (Efron and Stein,
+Annals of Statistics 9, 1981, 586): without it the majority is another, or a tie, or as it was.
 """
 
 import math

@@ -119,8 +119,12 @@ def tabled(votes: Sequence[Vote]) -> Table:
     outcome = np.where(swapped, 1 - outcome, outcome)
     model.sort(axis=1)
     pairs, pair = np.unique(model, axis=0, return_inverse=True)
-    codes = (np.unique([getattr(vote, of) for vote in votes], return_inverse=True)[1] for of in ("prompt", "voter"))
-    return Table(models.tolist(), *pairs.T, pair.ravel(), np.rint(2 - 2 * outcome).astype(np.int64), *codes)
+    answer = np.rint(2 - 2 * outcome).astype(np.int64)
+    prompt, voter = (
+        np.unique([getattr(vote, of) for vote in votes], return_inverse=True)[1] for of in ("prompt", "voter")
+    )
+    columns = np.stack([pair.ravel(), answer, prompt, voter])
+    return Table(models.tolist(), *pairs.T, *columns[:, np.lexsort(columns)])  # sums round by their order
 
 
 def ranking(votes: Sequence[Vote]) -> dict[str, Any]:
