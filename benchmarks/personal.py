@@ -1,6 +1,6 @@
 """Is one person's own preference learned from that person's votes? The built-in world, two voters of opposite taste.
 
-    python benchmarks/personal.py [--seed 0] [--output_dir DIR] [--json FILE]
+    python -m benchmarks.personal [--seed 0] [--output_dir DIR] [--json FILE]
 
 The base draws every training caption several times; two simulated voters compare these images in a session of
 `dpo_fast.vote`. One likes appealing images (vivid colours without speckles), the other dislikes them; both are noisy
@@ -84,7 +84,7 @@ def main() -> None:
     if arguments.json:
         packages = {name: version(name) for name in ("torch", "diffusers", "transformers")}
         machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        command = "python benchmarks/personal.py " + " ".join(sys.argv[1:])
+        command = "python -m benchmarks.personal " + " ".join(sys.argv[1:])
         about = {"command": command, "machine": machine, "versions": packages, "flags": FLAGS, "votes": number}
         write_json(arguments.json, {**about, "rows": rows})
 
