@@ -35,7 +35,7 @@ PAGES = {  # path -> file among the package's data, and its type
     "/static/owner.js": ("owner.js", "text/javascript; charset=utf-8"),
     "/static/owner.css": ("owner.css", "text/css; charset=utf-8"),
 }
-SUMMARY_SECONDS = 3.0  # between two summaries, at least; a summary that takes longer is made after ten times as long
+SUMMARY_SECONDS = 3.0  # between two summaries, at least; after one that takes longer, as long as that took
 NOT_FOUND = "There is nothing here."
 
 logger = logging.getLogger(__name__)
@@ -252,7 +252,7 @@ class _Asking:
                 begun = time.monotonic()
                 self._summary = await asyncio.to_thread(self._site.summaries.make)
                 took = time.monotonic() - begun
-                self._summarised = state, begun + took + max(SUMMARY_SECONDS, 10 * took)
+                self._summarised = state, begun + took + max(SUMMARY_SECONDS, took)
             return _json({**self._summary, "live": await self._do(lambda desk: desk.live())})
 
     def _state(self) -> tuple[object, ...]:

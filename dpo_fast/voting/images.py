@@ -32,6 +32,7 @@ GREY = (128, 128, 128)  # beside an image of another shape than the box
 LISTING = "images.json"
 TILES, BLURRED = 6, 16  # of a ruined copy: tiles a side, which change places; pixels a side to which it is reduced
 COMMENT = 65533  # bytes in one JPEG comment, at most
+PADDING = 36  # bytes of the longest image, at least: 32 are random, so that no response is ever repeated
 FORMAT = 1  # of the kept images; any change of the pixels must change it
 
 
@@ -120,7 +121,7 @@ def prepare(
         images.pop((file, False), None)
     record = {prepared.file.name: [prepared.length, prepared.digest] for prepared in images.values()}
     write_signed_json(home / LISTING, {"format": FORMAT, "size": [*size], "images": {**kept, **record}}, indent=None)
-    length = max((prepared.length for prepared in images.values()), default=0) + 4  # room for a comment in each
+    length = max((prepared.length for prepared in images.values()), default=0) + PADDING
     return Gallery(size, length, images, sources, broken)
 
 

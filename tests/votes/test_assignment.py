@@ -54,9 +54,8 @@ def test_a_voter_keeps_a_question_for_a_block_and_voters_begin_with_different_on
     for voter, of in enumerate(seen):
         asked = [picked.question for picked in of]
         assert asked == [(voter + block) % 3 for block in range(3) for _ in range(BLOCK)]
-        assert (
-            len({picked.comparison for picked in of}) == 3 * BLOCK
-        )  # none with a second question while there are others
+    (alone,) = fill(Assignment(["pair"] * 40, 3, 5, random.Random(seed)), 1, 3 * BLOCK)
+    assert len({picked.comparison for picked in alone}) == 3 * BLOCK  # none with a second question
 
 
 def test_a_voter_sees_all_pairs_of_models_evenly(seed):
