@@ -424,6 +424,7 @@ def test_two_processes_give_the_same_file_as_one(tmp_path, log):
     assert sorted(once) == sorted(twice)  # each image by one of the processes
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_what_one_process_cannot_load_ends_all_in_one_line(tmp_path):
     pairs, out = write_table(tmp_path / "pairs.parquet", columns()), tmp_path / "out.parquet"

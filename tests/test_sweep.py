@@ -115,6 +115,7 @@ def test_every_combination_is_run_once_and_reported(sdxl_path, pairs, tmp_path, 
     assert "holds a sweep of other settings" in error and "--hflip now" in error
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_run_is_gone_on_with(sdxl_path, pairs, tmp_path, runs, monkeypatch):
     more = ["--learning_rate", "1e-3,2e-3", "--checkpointing_steps", 2]
     argv = flags(sdxl_path, pairs, tmp_path, *more)

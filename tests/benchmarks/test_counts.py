@@ -12,7 +12,6 @@ from tests.benchmarks import tiny
 
 REAL = [name for name in CASES if not CASES[name].mini]
 COUNTED = [name for name in REAL if not CASES[name].turbo]  # turbo launches what sdxl launches, on smaller images
-QUICK = ("sd15-512-full",)
 # TFLOP a latent by another count, made from the public configurations: the forward pass, and with LoRA of rank 8.
 FORWARD = {"sd15-512": (0.803, 0.806), "turbo-512": (1.589, 1.594), "sdxl-1024": (6.761, 6.782)}
 # The whole step a pair, TFLOP, and what its forward keeps, GB.
@@ -27,12 +26,9 @@ STEP = {
 VAE = {512: 1.12, 1024: 4.88}  # TFLOP an image
 
 
-def exhaustive_unless_quick(name: str):
-    return pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive)
-
-
-@pytest.mark.drawn(1)
-@pytest.mark.parametrize("name", [exhaustive_unless_quick(name) for name in COUNTED])
+@pytest.mark.exhaustive
+@pytest.mark.drawn(2)
+@pytest.mark.parametrize("name", COUNTED)
 def test_a_step_costs_what_is_published(name):
     """No more, and no less either: then the tables of the README say too much."""
     now, before = vars(counts.count_step(CASES[name])), counts.known(name)

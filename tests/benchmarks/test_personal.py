@@ -30,6 +30,7 @@ def appeal_of(data: bytes) -> float:
     return appeal(pixels.permute(2, 0, 1)[None] / 255).item()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("few")
 def test_from_votes_to_a_voters_own_policy(tmp_path):
     folders = [personal.images_of_the_base(tmp_path / f"images-{k}", f"{k},") for k in range(2)]

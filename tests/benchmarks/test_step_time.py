@@ -60,7 +60,7 @@ def ours(folder: Path, kind: type[Ours] = Ours) -> Ours:
 CASES_OF = [("sd15", "lora"), ("sdxl", "lora"), ("sd15", "full"), ("sdxl", "full")]
 
 
-@pytest.mark.drawn(2)
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize(("family", "tuning"), CASES_OF)
 def test_ours_and_the_peer_do_the_work_of_the_truth(prepared, family, tuning):
     folder = prepared(family, tuning)

@@ -148,6 +148,7 @@ def test_each_distinct_image_and_caption_is_encoded_once(sdxl_path, tmp_path, ca
     assert (calls["images"], calls["prompts"]) == (0, 1 + empty)
 
 
+@pytest.mark.exhaustive
 def test_a_copied_or_touched_data_set_is_hashed_again_and_not_encoded(sdxl_path, tmp_path, calls):
     data = write_table(tmp_path / "pairs.parquet", recurring())
     more = ["--latent_cache_dir", tmp_path / "cache", "--max_train_steps", 6]
@@ -189,6 +190,7 @@ def test_a_run_goes_on_with_the_cache_or_without(sdxl_path, pairs, tmp_path):
         assert_same_state(whole, tmp_path / name)
 
 
+@pytest.mark.exhaustive
 def test_a_streamed_hub_set_is_read_once_and_not_asked_for_again(sdxl_path, tmp_path, monkeypatch, capsys):
     """A hub set, but for the hub: once what a run needs of it is known, it is not opened."""
     from dpo_fast.training import batches

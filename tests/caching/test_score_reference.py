@@ -309,6 +309,7 @@ def test_resuming_gives_the_weights_of_a_run_that_was_not_interrupted(sdxl_path,
     assert summary(tmp_path / "parts")["initial_margin_rms"] < MARGIN_ROUNDING
 
 
+@pytest.mark.exhaustive
 def test_at_a_resume_the_draws_may_only_change_what_is_to_come(sdxl_path, pairs, tmp_path, where, capfd):
     more = [*where, "--checkpointing_steps", 6]
     folder = train(sdxl_path, pairs, tmp_path / "run", *more, *TWICE, "--cached_reference", 1)  # visited twice
@@ -363,6 +364,7 @@ def test_under_other_facts_it_says_what_differs_and_computes_anew(scored, tmp_pa
     assert len(recipes(tmp_path / "cache")) == before + 1
 
 
+@pytest.mark.exhaustive
 def test_an_edited_recipe_and_a_damaged_record_are_refused(scored, tmp_path, capfd):
     (recipe,) = recipes(tmp_path / "cache")
     good = recipe.read_text()

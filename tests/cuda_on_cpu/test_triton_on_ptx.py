@@ -26,20 +26,15 @@ from tests.kernels.cases import CASES  # noqa: E402
 
 # a thread adds 16 elements of a tile of 2048, a warp five times, four warps twice; a term is rounded four times
 ADDITIONS = 16 + 5 + 2 + 4
-QUICK = "labels_weights_bf16"
-CHOSEN = ["odd", "five_channels", "fp16", "ref_errors", "channels_last", "channels_last_odd", "one_number", QUICK]
+CHOSEN = [
+    *("odd", "five_channels", "fp16", "ref_errors", "channels_last", "channels_last_odd", "one_number"),
+    "labels_weights_bf16",
+]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=[] if case.name == QUICK else pytest.mark.exhaustive)
-        for case in CASES
-        if case.name in CHOSEN
-    ],
-    ids=str,
-)
+@pytest.mark.exhaustive
+@pytest.mark.drawn(2)
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in CHOSEN], ids=str)
 def test_the_ptx_of_triton_gives_the_bits_of_the_native_ops(case, seed):
     with poisoned_memory():
         expected = everything(case, seed)

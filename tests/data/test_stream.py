@@ -255,6 +255,7 @@ class Slow(PairDataset):
         time.sleep(60)
 
 
+@pytest.mark.exhaustive
 def test_a_worker_that_never_answers_ends_the_wait(dataset, monkeypatch):
     monkeypatch.setattr(stream, "PATIENCE", 1)
     order = train_stream(pair_ids=dataset.index.pair_id)

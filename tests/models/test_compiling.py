@@ -131,10 +131,8 @@ class NormBlock(nn.Module):
         return nn.functional.silu(self.norm(x))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mode", "deterministic"), [("regional", True), pytest.param("resnets-tuned", False, marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("mode", "deterministic"), [("regional", True), ("resnets-tuned", False)])
 def test_the_options_reach_every_program_and_nothing_else(monkeypatch, mode, deterministic):
     """Policy, its backward pass, which is compiled later, and the reference without a graph. In place of a UNet's
     blocks, which take a minute, one that is compiled with what they are given."""

@@ -35,7 +35,10 @@ def with_lora(path, targets) -> tuple[Family, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-@pytest.mark.parametrize("targets", ["attention", "attention+ff", "all-linear", "conv"])
+@pytest.mark.parametrize(
+    "targets",
+    ["attention", *(pytest.param(t, marks=pytest.mark.exhaustive) for t in ("attention+ff", "all-linear")), "conv"],
+)
 def test_diffusers_reads_the_kohya_file_to_the_last_layer(request, tmp_path, name, targets):
     path, file = request.getfixturevalue(f"{name}_path"), tmp_path / "lora.safetensors"
     family, state = with_lora(path, [targets])

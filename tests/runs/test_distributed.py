@@ -64,6 +64,7 @@ def test_gradients_of_a_step_lie_as_the_parameters_they_are_reduced_like(sdxl_pa
     assert any(not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
 
 
+@pytest.mark.exhaustive
 def test_two_processes_train_as_one(sdxl_path, pairs, tmp_path):
     """With the same micro-batches the sums are the same sums, so the weights agree to the bit."""
     one = train(sdxl_path, pairs, tmp_path / "one", "--gradient_accumulation_steps", 2, "--objective", "kto")

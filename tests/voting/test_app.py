@@ -125,6 +125,7 @@ def test_the_owner_sees_results_adds_renews_and_excludes(server):
     assert ann.get("/api/pairs").status_code == 200
 
 
+@pytest.mark.exhaustive
 def test_results_are_not_made_for_every_request(server, monkeypatch):
     made, make = [], server.session.summaries.make
     monkeypatch.setattr(server.session.summaries, "make", lambda: made.append(1) or make())
