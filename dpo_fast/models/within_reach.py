@@ -33,12 +33,13 @@ def check_within_reach(source: ModelSource) -> None:
     `load_family` would refuse by its index, its scheduler or the names of its files. Remembers what it found in order.
     """
     refuse_pickle(source.path)
+    if exists(Path(source.path)):
+        check_supplied(source)
     if problems := [problem for one in _repositories(source) if (problem := _problem(one, source))]:
         raise BadInput("; ".join(problems))
     if source.merged is not None:
         local_lora_file(source.merged)
     kind_of(source.path, source.hub())
-    check_supplied(source)
     if Path(source.path).is_dir():
         check_pipeline(Path(source.path), weights=True)
 

@@ -49,7 +49,11 @@ def write_result(
     if "kohya" in formats or "single_file" in formats:
         about = _metadata(family, config, counts)
     if "kohya" in formats:
-        write_kohya(family, folder / KOHYA, weights, about, DTYPES[config.export_dtype or "fp32"])
+        of_lora = {
+            "modelspec.architecture": about["modelspec.architecture"] + "/lora",
+            "ss_network_module": "networks.lora",
+        }
+        write_kohya(family, folder / KOHYA, weights, about | of_lora, DTYPES[config.export_dtype or "fp32"])
     if "single_file" in formats:
         state = merged_state(family, weights) if lora else weights
         dtype = DTYPES[config.export_dtype or "fp16"]
@@ -125,7 +129,7 @@ def _metadata(family: Family, config: TrainConfig, counts: Mapping[str, object])
     resolution = config.resolution or family.default_resolution
     about = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": architecture + "/lora" * (config.tuning == "lora"),
+        "modelspec.architecture": architecture,
         "modelspec.implementation": _IMPLEMENTATION,
         "modelspec.title": config.output_dir.name,
         "modelspec.resolution": f"{resolution}x{resolution}",
@@ -135,7 +139,6 @@ def _metadata(family: Family, config: TrainConfig, counts: Mapping[str, object])
         "ss_zero_terminal_snr": str(family.schedule.rescaled),
         "ss_sd_model_name": public_name(base),
         "ss_output_name": config.output_dir.name,
-        "ss_network_module": "networks.lora",
         "ss_learning_rate": str(config.learning_rate),
         "ss_lr_scheduler": str(config.lr_scheduler),
         "ss_optimizer": str(config.optimizer),
@@ -150,8 +153,6 @@ def _metadata(family: Family, config: TrainConfig, counts: Mapping[str, object])
         "dpo_fast.pairs": str(public_name(config.dataset_name)),
         **{f"dpo_fast.{name}": str(value) for name, value in counts.items()},
     }
-    if config.tuning != "lora":
-        about.pop("ss_network_module")
     if base.endswith(".safetensors"):
         about["ss_new_sd_model_hash"] = sha256_of(Path(base))
     return about

@@ -204,7 +204,7 @@ def test_stable_diffusion_2_by_velocity(pairs, tmp_path):
     assert changed and all(".attn" in key for key in changed)
     about = metadata(out / "single_file.safetensors")
     assert about["ss_base_model_version"] == "sd_v2_v"
-    assert about["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
+    assert about["modelspec.architecture"] == "stable-diffusion-v2-768-v" and "ss_network_dim" not in about
     again = load_model(out / "single_file.safetensors", single_file_config=source, dtype=torch.float32, device="cpu")
     assert again.schedule.prediction_type == "v_prediction" and again.name == "sd15"
 
