@@ -34,9 +34,22 @@ def test_all_votes_and_no_more_are_given_out_and_nobody_sees_anything_twice(seed
 
 def test_it_is_even_whenever_people_stop(seed):
     assignment = Assignment(["pair"] * 30, 1, 5, random.Random(seed))
-    for number in range(1, 120):
-        assert assignment.pick(f"voter {number % 7}", number, 0) is not None
+    for number in range(1, 150):  # each for a voter who has seen nothing
+        assert assignment.pick(number, 0, 0) is not None
         assert np.ptp(assignment.taken) <= 1
+
+
+def test_a_voter_gets_one_of_the_least_voted_on_that_are_new_to_the_voter(seed):
+    assignment = Assignment(["pair"] * 30, 1, 5, random.Random(seed))
+    seen: list[set[int]] = [set() for _ in range(7)]
+    for number in range(140):
+        of, before = seen[number % 7], assignment.taken[0].copy()
+        picked = assignment.pick(number % 7, len(of), 0)
+        if picked is None:
+            continue
+        assert picked.comparison not in of
+        assert before[picked.comparison] == min(before[k] for k in range(30) if k not in of)
+        of.add(picked.comparison)
 
 
 def test_both_orders_are_even_in_every_comparison(seed):
