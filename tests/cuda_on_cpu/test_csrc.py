@@ -27,6 +27,7 @@ ROUTES = [
 
 
 @pytest.mark.exhaustive
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("case", QUICK, ids=str)
 def test_a_small_case(case, seed):
     assert problem(emulated(Variant("source")), case, seed, schedules=2) == ""

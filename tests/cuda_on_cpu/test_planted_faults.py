@@ -125,6 +125,7 @@ def rows(route: str) -> list:
 
 
 @pytest.mark.slow
+@pytest.mark.drawn(5)
 @pytest.mark.parametrize("fault", rows("source"))
 def test_a_fault_in_the_source_is_found(fault, seed):
     said = found(fault, "source", seed)

@@ -9,6 +9,7 @@ from tests.faults.commands import COMMANDS, contents, differences
 pytestmark = pytest.mark.faults
 
 
+@pytest.mark.drawn(9)
 @pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("name", COMMANDS)
 def test_killed_before_or_within_file_system_calls(checks, chance, name, number):
@@ -17,6 +18,7 @@ def test_killed_before_or_within_file_system_calls(checks, chance, name, number)
     assert finding.kills
 
 
+@pytest.mark.drawn(9)
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda sent: sent.name)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_signal_at_any_moment(checks, chance, name, sent):

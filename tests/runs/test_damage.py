@@ -341,6 +341,7 @@ def world_of(sdxl_path, pairs, tmp_path_factory) -> Iterator[Callable[[str], Wor
 
 
 @pytest.mark.slow
+@pytest.mark.drawn(12)
 @pytest.mark.parametrize("name, file", FILES, ids=lambda value: value)
 def test_a_flipped_bit_is_made_good_or_named(world_of, name, file, capfd):
     check(world_of(name), file, capfd, most=1)
