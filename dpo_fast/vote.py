@@ -1,7 +1,7 @@
 """`python -m dpo_fast.vote`: people compare images blindly on a page that this command serves.
 
     vote FOLDER ... [--FLAG VALUE ...]   serve until Ctrl-C; the same command goes on
-    vote results FILE [--json]           what the votes of a file say
+    vote results FILE [--json]           what the votes of a file say; --picture FILE.png: drawn
     vote export FILE --to votes.csv      the votes, one a row
     vote export FILE --to pairs.parquet  pairs of images to train on, labelled by the votes
 
@@ -58,20 +58,37 @@ def _serve(argv: list[str]) -> int:
 
 def _results(argv: list[str]) -> int:
     if any(word in HELP for word in argv):
-        print("usage: python -m dpo_fast.vote results FILE [--json]\n\nprint what votes say; --json: all of it")
+        print(
+            "usage: python -m dpo_fast.vote results FILE [--json] [--picture FILE.png]\n\n"
+            "print what votes say; --json: all of it; --picture: also draw win rates and strengths with intervals"
+        )
         return 0
-    files = [word for word in argv if word != "--json"]
-    if unknown := next((word for word in files if word.startswith("-")), None):
-        raise BadInput(f"{unknown} is no flag of `vote results`: it takes a file, and --json")
-    if len(files) != 1:
+    words = [word for word in argv if word != "--json"]
+    picture = None
+    if "--picture" in words:
+        place = words.index("--picture")
+        if place + 1 == len(words) or not words[place + 1].endswith(".png"):
+            raise BadInput("--picture needs the file to draw, a .png")
+        picture = user_path(Path(words[place + 1]))
+        del words[place : place + 2]
+    if unknown := next((word for word in words if word.startswith("-")), None):
+        raise BadInput(f"{unknown} is no flag of `vote results`: it takes a file, --json and --picture FILE.png")
+    if len(words) != 1:
         raise BadInput("`vote results` takes one file of votes: name votes.sqlite")
-    path = user_path(Path(files[0]))
-    if "--json" in argv:
-        from dpo_fast.voting.summaries import summary_of_file
+    from dpo_fast.voting.summaries import summary_of_file
 
-        show(json.dumps(summary_of_file(path), indent=2, ensure_ascii=False))
+    path = user_path(Path(words[0]))
+    summary = summary_of_file(path)
+    if picture is not None:
+        from dpo_fast.votes.picture import save_picture
+
+        save_picture(summary, picture)
+    if "--json" in argv:
+        show(json.dumps(summary, indent=2, ensure_ascii=False))
         return 0
-    show(_table(path))
+    from dpo_fast.votes.tally import as_text
+
+    show(as_text(summary))
     _show_reports(path)
     return 0
 

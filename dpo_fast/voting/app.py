@@ -5,7 +5,6 @@ no handler uses a path, a query or a condition of a request for anything but a l
 """
 
 import asyncio
-import csv
 import io
 import json
 import logging
@@ -23,6 +22,7 @@ from dpo_fast.errors import BadInput
 from dpo_fast.files import parse_json
 from dpo_fast.votes.desk import Desk, Refused, Screen, Showing
 from dpo_fast.votes.store import CHOICES, VoteStore
+from dpo_fast.voting.export import write_votes
 from dpo_fast.voting.images import Gallery
 from dpo_fast.voting.summaries import Summaries
 from dpo_fast.voting.writer import Writer
@@ -263,9 +263,7 @@ class _Asking:
         with VoteStore.read(self._site.store.path) as store:
             votes = store.votes(excluded=True)
         text = io.StringIO()
-        table = csv.writer(text)
-        table.writerow(votes[0]._fields if votes else ())
-        table.writerows(votes)
+        write_votes(text, votes)
         return text.getvalue()
 
 

@@ -8,10 +8,10 @@ A pair is a row of a parquet file in Pick-a-Pic's columns, with the bytes of its
 import csv
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -118,7 +118,8 @@ def export(config: ExportConfig) -> Written:
         votes = _selected(store, config)
         files, images = store.files(), store.image_files()
     if config.to.suffix == ".csv":
-        _write_csv(config.to, votes)
+        with atomic_file(config.to) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+            write_votes(file, votes)
         return Written(config.to, len(votes), len(votes), None, False)
     soft = config.labels == "soft"
     of = _labels(votes, soft)
@@ -173,13 +174,13 @@ def _labels(votes: Sequence[Vote], soft: bool) -> dict[int, float]:
     return {comparison: sum(outcomes) / len(outcomes) for comparison, outcomes in sorted(of.items())}
 
 
-def _write_csv(path: Path, votes: Sequence[Vote]) -> None:
-    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(CSV_COLUMNS)
-        for vote in votes:
-            *head, models, outcome, voter, left, seconds, at = vote
-            table.writerow([*head, *models, outcome, voter, int(left), f"{seconds:.3f}", f"{at:.3f}"])
+def write_votes(file: TextIO, votes: Iterable[Vote]) -> None:
+    """Write votes as CSV, one a row, with CSV_COLUMNS as the first."""
+    table = csv.writer(file)
+    table.writerow(CSV_COLUMNS)
+    for vote in votes:
+        *head, models, outcome, voter, left, seconds, at = vote
+        table.writerow([*head, *models, outcome, voter, int(left), f"{seconds:.3f}", f"{at:.3f}"])
 
 
 def _write_pairs(

@@ -117,6 +117,7 @@ def test_the_owner_sees_results_adds_renews_and_excludes(server):
         assert owner.post(f"/api/owner/{path}", {"name": "nobody", "excluded": True}).status_code == 404
     table = list(csv.reader(io.StringIO(owner.get("/api/owner/votes.csv").text)))
     assert table[0][:3] == ["group", "question", "comparison"] and len(table) == 1 + 18
+    assert table[0][6:8] == ["model_0", "model_1"] and {tuple(row[6:8]) for row in table[1:]} == {("blurry", "crisp")}
     results = owner.post("/api/owner/exclude", {"name": "ann", "excluded": True, "reason": "sleepy"}).json()
     assert results["votes"] == 0 and [one["excluded"] for one in results["by_voter"]] == ["sleepy"]
     assert ann.get("/api/pairs").status_code == 403

@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+from PIL import Image
 
 from dpo_fast.vote import main
 from dpo_fast.voting import serve as serving
@@ -115,11 +116,17 @@ def test_results_of_a_file(folders, tmp_path, capfd):
         assert "blurry" in out and "crisp" in out and "50" in out
         assert main(["results", str(file), "--json"]) == 0
         assert json.loads(capfd.readouterr().out)["votes"] == 18
+        assert main(["results", "--picture", str(tmp_path / "votes.png"), str(file)]) == 0
+        assert "blurry" in capfd.readouterr().out
+        with Image.open(tmp_path / "votes.png") as picture:
+            assert picture.format == "PNG" and picture.width == 1100 and len(picture.getcolors(1 << 20)) > 8
     for words, said in (
         (["results"], "takes one file of votes"),
         (["results", str(file), "x"], "takes one file of votes"),
         (["results", str(tmp_path / "no.sqlite")], "does not exist"),
         (["results", str(file), "--csv"], "--csv is no flag of `vote results`"),
+        (["results", str(file), "--picture"], "--picture needs the file to draw"),
+        (["results", str(file), "--picture", "votes.gif"], "--picture needs the file to draw"),
     ):
         assert main(words) == 2
         err = capfd.readouterr().err
