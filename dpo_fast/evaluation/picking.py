@@ -44,7 +44,7 @@ from dpo_fast.scorers import MODULE_OF, check_names
 from dpo_fast.scorers.kept_scores import score_images
 from dpo_fast.statistics import Bootstrap, Interval, WinRate, win_rate
 from dpo_fast.training import checkpoint
-from dpo_fast.training.exports import write_result
+from dpo_fast.training.exports import base_sha256, write_result
 from dpo_fast.training.run_folder import SUMMARY, publish
 
 FOLDER = "pick"  # in a run's folder
@@ -355,7 +355,11 @@ def _write(plan: Plan, picked: Picked) -> None:
         weights = family.unet.state_dict()
         if plan.run.tuning == "lora":
             weights = {name: weights[name] for name in read_trained(Path(source.trained)).weights}
-        counts = {"pairs_seen": picked.pick.step * plan.run.pairs_per_step, "strength": picked.pick.strength}
+        counts = {
+            "pairs_seen": picked.pick.step * plan.run.pairs_per_step,
+            "strength": picked.pick.strength,
+            "base_sha256": base_sha256(plan.run),
+        }
         write_result(family, folder, plan.run, weights, counts)
 
     result = publish(plan.out, write)

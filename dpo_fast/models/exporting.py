@@ -72,8 +72,6 @@ def write_single_file(
     tensors = unet_state(state, family.unet.config)
     tensors |= _others(family) | ({} if base is None else _read_others(base))
     tensors = {name: _cast(tensor, dtype, name) for name, tensor in tensors.items()}
-    for mark in (V_PRED, ZTSNR):
-        tensors.pop(mark, None)
     if family.schedule.prediction_type == "v_prediction":
         tensors[V_PRED] = torch.empty(0)
         if family.schedule.rescaled:
@@ -122,9 +120,12 @@ def _others(family: Family) -> dict[str, torch.Tensor]:
 
 
 def _read_others(base: Path) -> dict[str, torch.Tensor]:
-    """Return all weights of a single file but the UNet's and its running average (EMA), which is of the old weights."""
+    """Return all weights of a single file but the UNet's and its running average (EMA), which is of the old weights.
+
+    Left out too are tensors outside any component: the noise schedule of old files, which readers compute, and marks.
+    """
     with safe_open(base, framework="pt") as file:
-        names = [name for name in file.keys() if not name.startswith((UNET, "model_ema."))]
+        names = [name for name in file.keys() if "." in name and not name.startswith((UNET, "model_ema."))]
         return {name: file.get_tensor(name) for name in names}
 
 

@@ -5,7 +5,7 @@ A CLIP text encoder has 77 positions: a start token, 75 tokens of the caption, a
 own. Of the hidden states these are kept, in this order: the start of the first chunk, the 75 tokens of each chunk, and
 the last position of the last chunk.
 
-The facts are those of sd-scripts' `_get_input_ids` (library/strategy_base.py), `SdTextEncodingStrategy.encode_tokens`
+The rule is that of sd-scripts' `_get_input_ids` (library/strategy_base.py), `SdTextEncodingStrategy.encode_tokens`
 (library/strategy_sd.py) and `_get_hidden_states_sdxl` (library/strategy_sdxl.py). What `encode_tokens` means to do with
 the empty chunks of Stable Diffusion 2.x, to copy a padding's state over that of the end token, never happens there: it
 compares a token's number with its text. Nor is it done here.

@@ -32,7 +32,7 @@ def write_result(
     weights: Mapping[
         str, torch.Tensor
     ],  # parameter name in the UNet -> fp32 weight: the adapters', or the whole UNet's
-    counts: Mapping[str, object],  # for the files' metadata: pairs_seen, base_weights
+    counts: Mapping[str, object],  # for the files' metadata: pairs_seen, base_weights, base_sha256 (`base_sha256`)
 ) -> None:
     """Write the result of a run to `folder`, in every format of `--export`.
 
@@ -105,11 +105,18 @@ def bytes_of_result(config: TrainConfig, trained: float, unet: float, others: fl
     return total
 
 
+def base_sha256(config: TrainConfig) -> str | None:
+    """Return the SHA-256 of the single file that a run begins with, if its result will name it."""
+    path = config.pretrained_model_name_or_path
+    needed = set(formats_of(config)) - {"diffusers"}
+    return sha256_of(Path(path)) if needed and path.endswith(".safetensors") else None
+
+
 def _untouched(config: TrainConfig) -> Path | None:
-    """Return the single file whose VAE and text encoders the run used as they are, if it began with one."""
+    """Return the single file whose VAE and text encoders the run used as they are, if there is one."""
     path = config.pretrained_model_name_or_path
     own = config.pretrained_vae_model_name_or_path is None and config.init_lora is None
-    return Path(path) if own and path.endswith(".safetensors") else None
+    return Path(path) if own and path.endswith(".safetensors") and Path(path).is_file() else None
 
 
 def _metadata(family: Family, config: TrainConfig, counts: Mapping[str, object]) -> dict[str, str]:
@@ -151,8 +158,8 @@ def _metadata(family: Family, config: TrainConfig, counts: Mapping[str, object])
         "dpo_fast.objective": str(config.objective),
         "dpo_fast.beta": str(config.beta_dpo),
         "dpo_fast.pairs": str(public_name(config.dataset_name)),
-        **{f"dpo_fast.{name}": str(value) for name, value in counts.items()},
+        **{f"dpo_fast.{name}": str(value) for name, value in counts.items() if name != "base_sha256"},
     }
-    if base.endswith(".safetensors"):
-        about["ss_new_sd_model_hash"] = sha256_of(Path(base))
+    if digest := counts.get("base_sha256"):
+        about["ss_new_sd_model_hash"] = str(digest)
     return about

@@ -62,7 +62,7 @@ from dpo_fast.training.batches import (
 )
 from dpo_fast.training.costs import costs_of
 from dpo_fast.training.cut_captions import cut_captions
-from dpo_fast.training.exports import check_formats, needs_encoders
+from dpo_fast.training.exports import base_sha256, check_formats, needs_encoders
 from dpo_fast.training.metrics import Extent
 from dpo_fast.training.optim import MasterOptimizer, check_optimizer, rate_of
 from dpo_fast.training.resume import (
@@ -114,6 +114,7 @@ class Run:
     captions_cut: int | None = None  # pairs whose caption has more tokens than are encoded; None: unknown
     start: StartCheck | None = None  # how far the policy was from the scored errors before the first step
     sums: dict[str, torch.Tensor] | None = None  # over the pairs since the last line of metrics, when resuming
+    base_sha256: str | None = None  # of the single file that it began with, if the result names it
     overoptimised_lines: int = 0  # consecutive lines that show over-optimisation
     chosen: Chosen = field(default_factory=lambda: Chosen(Choices()))  # what the choices that were "auto" rest on
 
@@ -245,6 +246,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
     ranks.on_main(lambda: _advise(config, ranks, pairs))
     config, family, chosen = opened_model(config, ranks, pairs, resuming=bool(saved))
     check_formats(config, family)
+    sha256 = ranks.from_main(lambda: base_sha256(config))  # now: at the end of a long run the file may be gone
     fingerprints = {"base weights": unet_digest(family), "pairs": pairs.identity}
     model = reference_recipe_facts(family, fingerprints["base weights"]) if config.cached_reference else None
     older = older_fingerprint(family.unet) if saved and "base model" in saved["fingerprints"] else {}
@@ -278,6 +280,7 @@ def _open(config: TrainConfig, ranks: Ranks) -> Run:
                 )
         _restore(masters, kl, files, saved)
     run = Run(config, ranks, sets, batches, validation, prompts, family, masters, reference, fingerprints, step, kl)
+    run.base_sha256 = sha256
     run.cached = cached and cached.counts
     run.captions_cut = captions_cut
     if scored:

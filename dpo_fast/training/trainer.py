@@ -515,5 +515,6 @@ class Trainer:
         counts = {
             "pairs_seen": run.step * self.config.pairs_per_step,
             "base_weights": run.fingerprints["base weights"],
+            "base_sha256": run.base_sha256,
         }
         write_result(self.family, folder, self.config, weights, counts)
