@@ -340,7 +340,8 @@ class VoteStore:
         }
         before = self.image_files()
         for file, now in images.items():
-            if file in voted and before.get(file, now) != now:
+            kept = self._path(self._name(file))
+            if kept in voted and before.get(kept, now) != now:
                 raise BadInput(
                     f"{file} has changed since people voted on it: put it back, or begin another --votes_file"
                 )
@@ -359,7 +360,7 @@ class VoteStore:
                 "SELECT id, in_set, prompt, first_image, second_image FROM comparisons"
             )
         }
-        kept: set[int] = set()
+        shown: set[int] = set()
         for one in comparisons:
             first, second = (ids[file] for file in one.files)
             id_ = known.get((one.group, one.prompt, first, second))
@@ -371,10 +372,10 @@ class VoteStore:
                     second_image, live) VALUES ({", ".join("?" * len(values))}, 1)""",
                     values,
                 ).lastrowid
-            kept.add(id_)
+            shown.add(id_)
         run("UPDATE comparisons SET live = 0")
-        self.connection.executemany("UPDATE comparisons SET live = 1 WHERE id = ?", [(id_,) for id_ in kept])
-        return len(kept - live), len(live - kept)
+        self.connection.executemany("UPDATE comparisons SET live = 1 WHERE id = ?", [(id_,) for id_ in shown])
+        return len(shown - live), len(live - shown)
 
     def _value(self, statement: str, values: Sequence[object] = ()) -> Any:
         return self.connection.execute(statement, values).fetchone()[0]

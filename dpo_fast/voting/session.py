@@ -1,5 +1,6 @@
 """Begin a session of votes, or go on with one: from flags to a store, the images and a desk."""
 
+import os
 import random
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -63,7 +64,7 @@ def open_session(config: VoteConfig) -> Session:
         config, added = _as_recorded(config, store)
         asked = questions_of(config.questions)
         new_questions = changed_questions(settings.get("questions", {}), asked)
-        compared = read_folders(config.folders, against=config.against, most=config.max_comparisons)
+        compared = _absolute(read_folders(config.folders, against=config.against, most=config.max_comparisons))
         for remark in compared.remarks:
             say(remark)
         home = path.with_name(path.name + KEPT)
@@ -93,8 +94,7 @@ def open_session(config: VoteConfig) -> Session:
             new, gone = store.set_comparisons(compared.folders, compared.comparisons, sources)
         if settings:
             _say_changes(added, list(new_questions), new, gone)
-        ids = {id_: file for file, id_ in store.images().items() if (file.absolute(), False) in _absolute(gallery)}
-        gallery = replace(gallery, images=_absolute(gallery))
+        ids = {id_: file for file, id_ in store.images().items() if (file, False) in gallery.images}
         desk = Desk(
             store,
             checks_every=config.checks,
@@ -148,6 +148,14 @@ def _say_changes(folders: Sequence[str], questions: Sequence[str], new: int, gon
         say(f"{gone} pairs of images are no longer shown; their votes are kept")
 
 
+def _absolute(compared: Compared) -> Compared:
+    """The comparisons with their files named as the store names them: absolute, and without `..`."""
+    comparisons = [
+        one._replace(files=tuple(Path(os.path.abspath(file)) for file in one.files)) for one in compared.comparisons
+    ]
+    return replace(compared, comparisons=comparisons)
+
+
 def _without_broken(compared: Compared, gallery: Gallery) -> Compared:
     """The comparisons whose images open. The others are named. Raises BadInput if none is left."""
     if not gallery.broken:
@@ -165,10 +173,6 @@ def _without_broken(compared: Compared, gallery: Gallery) -> Compared:
 def _ruined_sides(rows: Sequence[Row], files: dict[int, Path], gallery: Gallery) -> dict[int, int]:
     """Comparison -> the side whose image has a ruined copy."""
     return {row.id: 1 for row in rows if (files[row.images[1]], True) in gallery.images}
-
-
-def _absolute(gallery: Gallery) -> dict:
-    return {(file.absolute(), ruined): prepared for (file, ruined), prepared in gallery.images.items()}
 
 
 def _spread(files: Sequence[Path], most: int) -> list[Path]:

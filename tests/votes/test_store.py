@@ -118,6 +118,22 @@ def test_an_image_that_changed_after_votes_is_refused(tmp_path):
             store.set_comparisons({"set": "folder"}, rows, images | {rows[0].files[0]: ImageFile(11, "1" * 32)})
 
 
+def test_a_changed_image_is_refused_however_it_is_named(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    with store_of(tmp_path / "votes.sqlite", 1) as store:
+        add_voter(store, "ann")
+        add(store, 1, "left", place=0)
+        files = (Path("../0-a.png"), Path("../0-b.png"))
+        rows = [Comparison("set", "prompt 0", None, 0, ("base", "policy"), files)]
+        with store.transaction():
+            assert store.set_comparisons(
+                {"set": "folder"}, rows, {file: ImageFile(10, "0" * 32) for file in files}
+            ) == (0, 0)
+        with pytest.raises(BadInput, match=r"0-a\.png has changed since people voted on it"):
+            store.set_comparisons({"set": "folder"}, rows, {file: ImageFile(11, "1" * 32) for file in files})
+
+
 def newer(path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version=99")

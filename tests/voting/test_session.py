@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +97,30 @@ def test_a_changed_image_is_noticed(config):
         image_folder(folder, PROMPTS, seed=99)
     with pytest.raises(BadInput, match="has changed since people voted on it"):
         open_session(config)
+
+
+@pytest.mark.parametrize("away", ["", "../"])
+def test_folders_are_named_from_the_current_one(config, tmp_path, monkeypatch, away):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere" if away else tmp_path)
+    config = replace(config, folders=tuple(Path(away + name) for name in ("one", "two")))
+    session = open_session(config)
+    with session.store.transaction():
+        voter = session.desk.voter_of(session.desk.add_voter("bob"))
+        for showing in session.desk.screen(voter).showings:
+            for of in (session.desk.image_of(voter, key) for key in showing.keys):
+                assert session.gallery.response(session.images[of.image], of.ruined)
+    session.close()
+    assert begin(config, votes=4)["comparisons"] == 4
+    monkeypatch.chdir(tmp_path.parent)
+    absolute = replace(config, folders=(tmp_path / "one", tmp_path / "two"))
+    assert begin(absolute)["comparisons"] == 4
+    monkeypatch.chdir(tmp_path / "elsewhere" if away else tmp_path)
+    shutil.rmtree(tmp_path / "one")
+    image_folder(tmp_path / "one", PROMPTS, seed=99)
+    for _ in range(2):  # what was refused is not taken for what was voted on
+        with pytest.raises(BadInput, match="has changed since people voted on it"):
+            open_session(config)
 
 
 def test_broken_images_are_named_with_a_count(config, capsys):
