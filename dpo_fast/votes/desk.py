@@ -140,7 +140,8 @@ class Desk:
             of = self._voters[voter]
             of.next_place = max(of.next_place, place + 1)
             showing = Showing(id_, place, question, comparison, kind, side, bool(first_left), (left, right), now)
-            live = comparison in self._places  # an open showing that is not live is deleted by `tidy`
+            # An open showing that is not live is deleted by `tidy`. Each start ruins other images.
+            live = comparison in self._places and (kind != "obvious" or self._ruined.get(comparison) == side)
             if choice is not None:
                 of.done += 1
                 of.shown += kind is None
@@ -166,12 +167,12 @@ class Desk:
             of.voted.sort(key=lambda one: one[1:])
 
     def tidy(self) -> None:
-        """Write the secret of a new session, and delete open showings of comparisons that are no longer shown."""
+        """Write the secret of a new session, and delete open showings that can no longer be shown."""
         self.store.put(_secret=self._secret)
-        self.store.connection.execute(
-            """DELETE FROM showings WHERE choice IS NULL
-            AND comparison IN (SELECT id FROM comparisons WHERE NOT live)"""
-        )
+        held = {id_ for of in self._voters.values() for id_ in of.open}
+        written = self.store.connection.execute("SELECT id FROM showings WHERE choice IS NULL").fetchall()
+        gone = [row for row in written if row[0] not in held]
+        self.store.connection.executemany("DELETE FROM showings WHERE id = ?", gone)
 
     # ---- who asks ------------------------------------------------------------------------------------------------
 

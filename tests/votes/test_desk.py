@@ -296,6 +296,34 @@ def test_a_restart_goes_on_where_it_was(tmp_path, clock):
         assert len(store.votes()) + len(store.checks()) == 3
 
 
+def test_a_check_beside_a_ruined_copy_that_is_no_more_is_dropped(tmp_path, clock):
+    desk, (voter,) = desk_of(tmp_path, clock, 6, voters=1, checks_every=2, ruined={k: 1 for k in range(1, 7)})
+    open_obvious = answered_obvious = False
+    while not (open_obvious and answered_obvious):
+        vote(desk, voter)
+        answered = desk.store.connection.execute(
+            "SELECT kind FROM showings WHERE choice IS NOT NULL ORDER BY place DESC"
+        ).fetchone()
+        answered_obvious |= answered == ("obvious",)
+        open_obvious = any(one.kind == "obvious" for one in screen(desk, voter).showings)
+    for ruined in ({}, {k: 0 for k in range(1, 7)}):
+        again = Desk(desk.store, clock=clock, checks_every=2, ruined=ruined)
+        with desk.store.transaction():
+            again.tidy()
+        while (now := screen(again, voter)).can_undo:
+            assert len(now.showings) == 2 and not any(one.side == 1 and one.kind == "obvious" for one in now.showings)
+            for showing in now.showings:
+                for of in (again.image_of(voter, key) for key in showing.keys):
+                    assert not of.ruined or ruined
+            with desk.store.transaction():
+                again.undo(voter)
+        held = {one.id for one in now.showings}
+        written = desk.store.connection.execute("SELECT id FROM showings WHERE choice IS NULL").fetchall()
+        assert held <= {id_ for (id_,) in written}
+        for _ in range(3):
+            vote(again, voter)
+
+
 def test_there_is_an_end_to_voters(tmp_path, clock, monkeypatch):
     monkeypatch.setattr(desks, "MOST_VOTERS", 2)
     desk, _ = desk_of(tmp_path, clock, voters=2, open_link=True)
