@@ -364,6 +364,8 @@ class VoteStore:
         for one in comparisons:
             first, second = (ids[file] for file in one.files)
             id_ = known.get((one.group, one.prompt, first, second))
+            if id_ is None:  # folders may be named in another order
+                id_ = known.get((one.group, one.prompt, second, first))
             if id_ is None:
                 seed = None if one.seed is None else str(one.seed)
                 values = [one.group, one.prompt, one.category, seed, *one.models, first, second]

@@ -172,7 +172,7 @@ def _without_broken(compared: Compared, gallery: Gallery) -> Compared:
 
 def _ruined_sides(rows: Sequence[Row], files: dict[int, Path], gallery: Gallery) -> dict[int, int]:
     """Comparison -> the side whose image has a ruined copy."""
-    return {row.id: 1 for row in rows if (files[row.images[1]], True) in gallery.images}
+    return {row.id: side for row in rows for side in (0, 1) if (files[row.images[side]], True) in gallery.images}
 
 
 def _spread(files: Sequence[Path], most: int) -> list[Path]:

@@ -105,6 +105,21 @@ def test_comparisons_come_and_go_and_votes_stay(tmp_path):
         assert store.settings()["comparisons"] == 2
 
 
+def test_the_order_of_the_two_models_makes_no_other_comparison(tmp_path):
+    with store_of(tmp_path / "votes.sqlite", 2) as store:
+        add_voter(store, "ann")
+        add(store, 1, "left", place=0)
+        before = store.comparisons()
+        rows = [
+            Comparison("set", f"prompt {k}", None, k, ("policy", "base"),
+                       (tmp_path / f"{k}-b.png", tmp_path / f"{k}-a.png")) for k in range(2)
+        ]  # fmt: skip
+        with store.transaction():
+            images = {file: ImageFile(10, "0" * 32) for row in rows for file in row.files}
+            assert store.set_comparisons({"set": "folder"}, rows, images) == (0, 0)
+        assert store.comparisons() == before and store.votes()[0].outcome == 1.0
+
+
 def test_an_image_that_changed_after_votes_is_refused(tmp_path):
     with store_of(tmp_path / "votes.sqlite", 2) as store:
         add_voter(store, "ann")

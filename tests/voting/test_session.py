@@ -52,6 +52,15 @@ def test_the_same_command_and_the_file_alone_go_on(config, capsys):
     assert settings["answers"] == 4
 
 
+def test_the_order_of_folders_does_not_matter(config, capsys):
+    begin(config, votes=2)
+    said(capsys)
+    session = open_session(replace(config, folders=config.folders[::-1]))
+    assert session.store.settings()["comparisons"] == 4 and "pairs" not in said(capsys)
+    assert len(session.desk._ruined) == 4  # checks have ruined copies as before
+    session.close()
+
+
 def test_what_can_be_added_is_added_and_said(config, capsys, tmp_path):
     begin(config, votes=2)
     three = image_folder(tmp_path / "three", PROMPTS[:2], seed=3)
