@@ -84,7 +84,7 @@ def open_session(config: VoteConfig) -> Session:
             if config.votes is not None:
                 store.put(votes=config.votes)
             store.put(
-                _folders=[str(folder.resolve()) for folder in config.folders],
+                _folders=[store.name_of(folder) for folder in config.folders],
                 _against=config.against,
                 _max_comparisons=config.max_comparisons,
                 _image_size=config.image_size,
@@ -116,9 +116,9 @@ def _as_recorded(config: VoteConfig, store: VoteStore | None) -> tuple[VoteConfi
     """
     if store is None:
         return config, []
-    recorded = [Path(name) for name in store.private("_folders") or ()]
+    recorded = [store.path_of(name) for name in store.private("_folders") or ()]
     if config.folders:
-        named = [folder.resolve() for folder in config.folders]
+        named = [Path(os.path.abspath(folder)) for folder in config.folders]
         if lacking := next((folder for folder in recorded if folder not in named), None):
             raise BadInput(
                 f"{store.path} holds votes on {lacking}, which is not named: name it too, or another --votes_file"

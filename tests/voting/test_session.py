@@ -1,5 +1,6 @@
 """A session begins, goes on, grows, and refuses what it cannot hold."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,40 @@ def test_the_order_of_folders_does_not_matter(config, capsys):
     assert session.store.settings()["comparisons"] == 4 and "pairs" not in said(capsys)
     assert len(session.desk._ruined) == 4  # checks have ruined copies as before
     session.close()
+
+
+def test_a_folder_with_its_file_of_votes_can_be_moved(config, capsys, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(tmp_path / name, tmp_path / "here" / name)
+    folders = tuple(tmp_path / "here" / name for name in ("one", "two"))
+    begin(replace(config, folders=folders, votes_file=tmp_path / "here" / "votes.sqlite"), votes=2)
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    said(capsys)
+    settings = begin(VoteConfig(votes_file=tmp_path / "there" / "votes.sqlite"))
+    assert settings["comparisons"] == 4 and settings["answers"] == 2
+    folders = tuple(tmp_path / "there" / name for name in ("one", "two"))
+    begin(replace(config, folders=folders, votes_file=tmp_path / "there" / "votes.sqlite"))
+    assert not re.search("added|no longer", said(capsys))
+
+
+def test_an_evaluation_can_be_renamed(capsys, tmp_path):
+    before = begin(VoteConfig(folders=(evaluated(tmp_path / "before"),), checks=0), votes=1)
+    shutil.move(tmp_path / "before", tmp_path / "after")
+    said(capsys)
+    after = begin(VoteConfig(votes_file=tmp_path / "after" / "votes.sqlite"))
+    assert (after["comparisons"], after["answers"]) == (before["comparisons"], 1)
+    assert not re.search("added|no longer", said(capsys)) and list(after["groups"]) == ["before"]
+
+
+def test_folders_behind_a_link_go_on(config, capsys, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    linked = replace(config, folders=tuple(tmp_path / "link" / name for name in ("one", "two")))
+    begin(linked, votes=2)
+    said(capsys)
+    for again in (linked, VoteConfig(votes_file=config.votes_file)):
+        settings = begin(again)
+        assert settings["comparisons"] == 4 and settings["answers"] == 2
+    assert not re.search("added|no longer", said(capsys))
 
 
 def test_what_can_be_added_is_added_and_said(config, capsys, tmp_path):
