@@ -72,7 +72,7 @@ class Screen(NamedTuple):
     done: int
     target: int | None
     can_undo: bool
-    finished: bool
+    finished: bool  # False without showings: others hold the last ones, and may leave them
 
 
 class KeyOf(NamedTuple):
@@ -274,7 +274,8 @@ class Desk:
             self._insert(of, showing)
             self._open(of, showing)
         showings = list(of.open.values())[:OPEN]
-        return Screen(showings, of.done, self._target(of), self._undoable(of) is not None, not showings)
+        finished = not showings and not (self._may_see_more(of) and self._others_hold(of))
+        return Screen(showings, of.done, self._target(of), self._undoable(of) is not None, finished)
 
     def resume(self, voter: int) -> None:
         """Begin to time a voter's open showings anew: the page was opened, or loaded again."""
@@ -361,6 +362,15 @@ class Desk:
 
     def _may_see_more(self, of: Voter) -> bool:
         return self._most is None or of.done + len(of.open) < self._most
+
+    def _others_hold(self, of: Voter) -> bool:
+        """Whether others have open what this voter may get once they leave it."""
+        return any(
+            showing.reserved and showing.kind is None and not self._assignment.has_seen(of.id, self._picked(showing))
+            for other in self._voters.values()
+            if other is not of and not other.excluded
+            for showing in other.open.values()
+        )
 
     def _target(self, of: Voter) -> int | None:
         """The showings that are this voter's share, or None if that is not known, or reached."""
