@@ -105,8 +105,9 @@ class Desk:
         self.load()
 
     def load(self) -> None:
-        """Read everything from the store again."""
+        """Read everything from the store again. Who was seen when, and what was shown when, stays as it is known."""
         store = self.store
+        known: dict[int, Voter] = getattr(self, "_voters", {})
         settings = store.settings()
         self.wanted: int = settings["votes"]
         self.questions: dict[str, str] = settings["questions"]
@@ -128,8 +129,14 @@ class Desk:
         self._released_at = float("-inf")
         now = self._clock()
         run = store.connection.execute
-        for id_, name, token, excluded in run("SELECT id, name, token, excluded FROM voters ORDER BY id"):
-            self._voters[id_] = Voter(id_, name, excluded is not None, seen_at=now)
+        voters = run(
+            """SELECT v.id, name, token, excluded, max(since, coalesce(max(at), since))
+            FROM voters v LEFT JOIN showings s ON s.voter = v.id GROUP BY v.id ORDER BY v.id"""
+        )
+        for id_, name, token, excluded, seen_at in voters.fetchall():
+            before = known.get(id_)
+            seen_at = seen_at if before is None else max(before.seen_at, seen_at)
+            self._voters[id_] = Voter(id_, name, excluded is not None, seen_at=seen_at)
             self._tokens[token] = id_
         rows = run(
             """SELECT id, voter, place, question, comparison, kind, side, first_left, left_key, right_key, choice, at

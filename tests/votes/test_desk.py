@@ -340,6 +340,25 @@ def test_a_check_beside_a_ruined_copy_that_is_no_more_is_dropped(tmp_path, clock
             vote(again, voter)
 
 
+def test_nobody_was_seen_at_a_start_or_when_another_is_excluded(tmp_path, clock):
+    desk, (ann, idle, _) = desk_of(tmp_path, clock, 2, votes=1, voters=3)
+    clock.now += 10
+    held = {(one.comparison, one.question) for one in screen(desk, idle).showings}
+    vote(desk, ann)
+    clock.now += RESERVED_SECONDS / 2
+    screen(desk, ann)
+    with desk.store.transaction():
+        desk.exclude("voter 2", True)
+    assert [one["idle_seconds"] for one in desk.live()["voters"]][:2] == [0, RESERVED_SECONDS / 2]
+    clock.now += 5
+    vote(desk, ann)
+    assert desk.store.votes()[-1].seconds == 5  # its time goes on
+    clock.now += RESERVED_SECONDS / 2 + 10
+    again = Desk(desk.store, clock=clock)
+    assert again.live()["voters"][0]["idle_seconds"] == RESERVED_SECONDS / 2 + 10
+    assert held & {(one.comparison, one.question) for one in screen(again, ann).showings}  # and nothing is prolonged
+
+
 def test_there_is_an_end_to_voters(tmp_path, clock, monkeypatch):
     monkeypatch.setattr(desks, "MOST_VOTERS", 2)
     desk, _ = desk_of(tmp_path, clock, voters=2, open_link=True)
