@@ -129,7 +129,13 @@ class VoteStore:
         """Open an existing file for reading."""
         try:
             return cls._checked(path, "ro")
-        except sqlite3.OperationalError:  # a folder that cannot be written holds no WAL of a running process
+        except sqlite3.OperationalError:  # a folder that cannot be written
+            log = path.with_name(path.name + "-wal")
+            if exists(log) and log.stat().st_size:  # it holds votes that SQLite cannot read there
+                raise BadInput(
+                    f"{path} cannot be read without {log.name}, in a folder that cannot be written: copy both to one"
+                    " that can"
+                ) from None
             with _refused(path):
                 return cls._checked(path, "ro&immutable=1")
 

@@ -237,6 +237,45 @@ def test_a_folder_that_cannot_be_written_can_be_read(tmp_path):
         path.parent.chmod(0o700)
 
 
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root writes into any folder")
+def test_votes_that_are_not_in_the_file_itself_are_not_left_out(tmp_path):
+    log = _with_log(tmp_path)
+    log.parent.chmod(0o500)
+    try:
+        with pytest.raises(BadInput, match=r"without votes\.sqlite-wal.*copy both"):
+            VoteStore.read(tmp_path / "kept" / "votes.sqlite")
+    finally:
+        log.parent.chmod(0o700)
+
+
+def test_a_log_with_votes_is_named(tmp_path, monkeypatch):
+    path = _with_log(tmp_path).with_name("votes.sqlite")
+    checked = VoteStore._checked.__func__
+
+    def unwritable(cls, path, mode):
+        if mode == "ro":
+            raise sqlite3.OperationalError("unable to open database file")
+        return checked(cls, path, mode)
+
+    monkeypatch.setattr(VoteStore, "_checked", classmethod(unwritable))
+    with pytest.raises(BadInput, match=r"without votes\.sqlite-wal.*copy both"):
+        VoteStore.read(path)
+    path.with_name("votes.sqlite-wal").write_bytes(b"")
+    VoteStore.read(path).close()
+
+
+def _with_log(home: Path) -> Path:
+    """A copy of a file of votes, and of its log, while it is written."""
+    (home / "kept").mkdir()
+    with store_of(home / "votes.sqlite", 2):
+        for name in ("votes.sqlite", "votes.sqlite-wal"):
+            shutil.copy(home / name, home / "kept" / name)
+    log = home / "kept" / "votes.sqlite-wal"
+    assert log.stat().st_size
+    shutil.copy(home / "votes.sqlite", log.parent)  # the file alone is whole as well
+    return log
+
+
 def test_the_application_is_noted(tmp_path):
     path = tmp_path / "votes.sqlite"
     with store_of(path, 1):
