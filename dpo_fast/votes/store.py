@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,6 +182,11 @@ class VoteStore:
             wrong = " OR ".join(f"typeof({name}) NOT IN ({kinds})" for name, kinds in columns.items())
             if self._value(f"SELECT count(*) FROM {table} WHERE {wrong}"):
                 raise BadInput(f"{self.path} is damaged (values of another type in {table}): put it back from a copy")
+        for name, value in self.connection.execute("SELECT name, value FROM settings"):
+            if name in _SETTINGS and not _SETTINGS[name](json.loads(value)):
+                raise BadInput(f"{self.path} is damaged (its setting {name:.40}): put it back from a copy")
+        if self.private("votes") is None:
+            raise BadInput(f"{self.path} is damaged (its setting votes): put it back from a copy")
 
     def close(self) -> None:
         """Close the file. What was committed is in it."""
@@ -455,6 +460,32 @@ _TYPES = {
         "seconds": _REAL_OR_NULL, "at": _REAL_OR_NULL,
     },
 }  # fmt: skip
+
+
+def _is_number(value: object, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+
+
+def _is_hex(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 64 and all(one in "0123456789abcdef" for one in value)
+
+
+_SETTINGS: dict[str, Callable[[Any], bool]] = {
+    "votes": lambda value: _is_number(value, 1),
+    "created": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+    "versions": lambda value: isinstance(value, dict),
+    "_secret": lambda value: isinstance(value, str),
+    "_owner": _is_hex,
+    "_invitations": lambda value: isinstance(value, list) and all(map(_is_hex, value)),
+    "_folders": lambda value: (
+        isinstance(value, list) and all(isinstance(one, str) and "\0" not in one for one in value)
+    ),
+    "_against": lambda value: value is None or isinstance(value, str),
+    "_max_comparisons": lambda value: value is None or _is_number(value, 1),
+    "_image_size": lambda value: value is None or _is_number(value, 1),
+    "_checks": lambda value: value is None or _is_number(value),
+    "_max_votes": lambda value: value is None or _is_number(value, 1),
+}  # what a stranger's file must have, where it has them
 
 
 @contextmanager

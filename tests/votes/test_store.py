@@ -219,6 +219,24 @@ def test_other_files_are_refused_in_one_line(tmp_path, spoil, said):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("votes", '"x"'), ("votes", "0"), ("votes", "null"), ("votes", "true"), ("votes", "1e999"), ("created", "[]"),
+        ("_folders", "5"), ("_folders", "[1]"), ("_owner", "1"), ("_owner", '"no"'), ("_invitations", '{"a": 1}'),
+        ("_invitations", '["x"]'), ("_secret", "[]"), ("_against", "1"), ("_max_comparisons", '"x"'),
+        ("_image_size", "{}"), ("_checks", "-1"), ("_max_votes", "[]"), ("_owner", "{"),
+    ],
+)  # fmt: skip
+def test_settings_of_another_type_are_refused(tmp_path, name, value):
+    path = tmp_path / "votes.sqlite"
+    with store_of(path, 1) as store:
+        store.connection.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", [name, value])
+    for opening in (VoteStore.open, VoteStore.read):
+        with pytest.raises(BadInput, match=rf"is damaged \(its setting {name}\)|cannot be read as a file of votes"):
+            opening(path)
+
+
 def test_nothing_is_left_of_a_file_that_could_not_be_created(tmp_path):
     with pytest.raises(TypeError):
         VoteStore.create(tmp_path / "votes.sqlite", {"votes": object()}, QUESTIONS)
