@@ -150,7 +150,7 @@ def questions_of(given: tuple[str, ...]) -> dict[str, str]:
         text = " ".join(one.split())
         if text in QUESTIONS:
             name, text = text, QUESTIONS[text]
-        elif len(text.split()) < 2:
+        elif len(text.split()) < 2 and not re.fullmatch(r".*\w.*[?\uff1f]", text):  # not all languages write spaces
             raise BadInput(f"--questions {one!r:.80} is none of {', '.join(QUESTIONS)}: name one, or write a question")
         elif len(text) > LONGEST_QUESTION or not text.isprintable():
             raise BadInput(f"--questions {one!r:.80}: a question is one line of at most {LONGEST_QUESTION} characters")

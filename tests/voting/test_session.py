@@ -249,3 +249,5 @@ def test_own_questions():
         "general": "Which image do you prefer?",
         "which-fox-is-more-of-a-fox": "Which fox is more of a fox?",
     }
+    for text in ("哪张图片更好\uff1f", "どちらが好きですか?"):
+        assert list(questions_of((text,)).values()) == [text]
