@@ -15,7 +15,7 @@ from dpo_fast.votes.desk import Desk
 from dpo_fast.votes.store import Row, VoteStore
 from dpo_fast.voting.folders import Compared, is_own_set, read_folders
 from dpo_fast.voting.images import Gallery, prepare
-from dpo_fast.voting.options import FILE, QUESTIONS, VOTES, VoteConfig, changed_questions, questions_of
+from dpo_fast.voting.options import CHECKS, FILE, QUESTIONS, VOTES, VoteConfig, changed_questions, questions_of
 from dpo_fast.voting.summaries import Summaries
 
 KEPT = ".images"  # behind the name of the file of votes: the folder of the images that are ready to be shown
@@ -88,6 +88,8 @@ def open_session(config: VoteConfig) -> Session:
                 _against=config.against,
                 _max_comparisons=config.max_comparisons,
                 _image_size=config.image_size,
+                _checks=config.checks,
+                _max_votes=config.max_votes,
             )
             store.add_questions(new_questions)
             sources = {file: gallery.sources[file] for one in compared.comparisons for file in one.files}
@@ -115,7 +117,7 @@ def _as_recorded(config: VoteConfig, store: VoteStore | None) -> tuple[VoteConfi
     Raises BadInput if folders of the session are not among those that are named.
     """
     if store is None:
-        return config, []
+        return replace(config, checks=CHECKS if config.checks is None else config.checks), []
     recorded = [store.path_of(name) for name in store.private("_folders") or ()]
     if config.folders:
         named = [Path(os.path.abspath(folder)) for folder in config.folders]
@@ -134,6 +136,11 @@ def _as_recorded(config: VoteConfig, store: VoteStore | None) -> tuple[VoteConfi
         config = replace(config, max_comparisons=store.private("_max_comparisons"))
     if config.image_size is None:
         config = replace(config, image_size=store.private("_image_size"))
+    if config.max_votes is None:
+        config = replace(config, max_votes=store.private("_max_votes"))
+    if config.checks is None:
+        checks = store.private("_checks")
+        config = replace(config, checks=CHECKS if checks is None else checks)
     return config, added
 
 

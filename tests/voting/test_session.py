@@ -96,6 +96,17 @@ def test_folders_behind_a_link_go_on(config, capsys, tmp_path):
     assert not re.search("added|no longer", said(capsys))
 
 
+def test_the_file_alone_goes_on_with_its_checks_and_its_most_votes(config):
+    begin(replace(config, checks=0, max_votes=7))
+    for change, expected in (({}, (0, 7)), ({"checks": 4}, (4, 7)), ({"max_votes": 9}, (4, 9)), ({}, (4, 9))):
+        session = open_session(replace(VoteConfig(votes_file=config.votes_file), **change))
+        assert (session.desk._every, session.desk._most) == expected
+        session.close()
+    session = open_session(replace(config, checks=None, votes_file=config.votes_file.with_name("new.sqlite")))
+    assert (session.desk._every, session.desk._most) == (20, None)
+    session.close()
+
+
 def test_what_can_be_added_is_added_and_said(config, capsys, tmp_path):
     begin(config, votes=2)
     three = image_folder(tmp_path / "three", PROMPTS[:2], seed=3)
