@@ -483,7 +483,7 @@ _SETTINGS: dict[str, Callable[[Any], bool]] = {
     "_against": lambda value: value is None or isinstance(value, str),
     "_max_comparisons": lambda value: value is None or _is_number(value, 1),
     "_image_size": lambda value: value is None or _is_number(value, 1),
-    "_checks": lambda value: value is None or _is_number(value),
+    "_checks": lambda value: value is None or value == 0 or _is_number(value, 2),
     "_max_votes": lambda value: value is None or _is_number(value, 1),
 }  # what a stranger's file must have, where it has them
 
@@ -493,7 +493,7 @@ def _refused(path: Path, reading: bool = False) -> Iterator[None]:
     """Raise what SQLite raises in the block as BadInput; with `reading`, let pass that it cannot open the file."""
     try:
         yield
-    except (sqlite3.Error, ValueError, OverflowError) as error:
+    except (sqlite3.Error, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, BadInput) or (reading and isinstance(error, sqlite3.OperationalError)):
             raise
         raise BadInput(

@@ -225,7 +225,8 @@ def test_other_files_are_refused_in_one_line(tmp_path, spoil, said):
         ("votes", '"x"'), ("votes", "0"), ("votes", "null"), ("votes", "true"), ("votes", "1e999"), ("created", "[]"),
         ("_folders", "5"), ("_folders", "[1]"), ("_owner", "1"), ("_owner", '"no"'), ("_invitations", '{"a": 1}'),
         ("_invitations", '["x"]'), ("_secret", "[]"), ("_against", "1"), ("_max_comparisons", '"x"'),
-        ("_image_size", "{}"), ("_checks", "-1"), ("_max_votes", "[]"), ("_owner", "{"),
+        ("_image_size", "{}"), ("_checks", "-1"), ("_checks", "1"), ("_max_votes", "[]"), ("_owner", "{"),
+        ("_folders", "[" * 100_000),
     ],
 )  # fmt: skip
 def test_settings_of_another_type_are_refused(tmp_path, name, value):
