@@ -106,6 +106,10 @@ class Assignment:
         """Whether fewer than the wanted votes and reservations are there."""
         return bool(self.taken[picked.question, picked.comparison] < self._wanted)
 
+    def has_seen(self, voter: Hashable, picked: Picked) -> bool:
+        """Whether a voter has voted on a comparison and question, or has it open."""
+        return bool(self._of(voter).seen[picked.question, picked.comparison])
+
     def _of(self, voter: Hashable) -> _Voter:
         if voter not in self._voters:
             self._voters[voter] = _Voter(*self.taken.shape, self._kinds)

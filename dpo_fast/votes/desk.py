@@ -72,7 +72,7 @@ class Screen(NamedTuple):
     done: int
     target: int | None
     can_undo: bool
-    finished: bool
+    finished: bool  # False without showings: others hold the last ones, and may leave them
 
 
 class KeyOf(NamedTuple):
@@ -105,8 +105,9 @@ class Desk:
         self.load()
 
     def load(self) -> None:
-        """Read everything from the store again."""
+        """Read everything from the store again. Who was seen when, and what was shown when, stays as it is known."""
         store = self.store
+        known: dict[int, Voter] = getattr(self, "_voters", {})
         settings = store.settings()
         self.wanted: int = settings["votes"]
         self.questions: dict[str, str] = settings["questions"]
@@ -128,8 +129,14 @@ class Desk:
         self._released_at = float("-inf")
         now = self._clock()
         run = store.connection.execute
-        for id_, name, token, excluded in run("SELECT id, name, token, excluded FROM voters ORDER BY id"):
-            self._voters[id_] = Voter(id_, name, excluded is not None, seen_at=now)
+        voters = run(
+            """SELECT v.id, name, token, excluded, max(since, coalesce(max(at), since))
+            FROM voters v LEFT JOIN showings s ON s.voter = v.id GROUP BY v.id ORDER BY v.id"""
+        )
+        for id_, name, token, excluded, seen_at in voters.fetchall():
+            before = known.get(id_)
+            seen_at = seen_at if before is None else max(before.seen_at, seen_at)
+            self._voters[id_] = Voter(id_, name, excluded is not None, seen_at=seen_at)
             self._tokens[token] = id_
         rows = run(
             """SELECT id, voter, place, question, comparison, kind, side, first_left, left_key, right_key, choice, at
@@ -140,7 +147,8 @@ class Desk:
             of = self._voters[voter]
             of.next_place = max(of.next_place, place + 1)
             showing = Showing(id_, place, question, comparison, kind, side, bool(first_left), (left, right), now)
-            live = comparison in self._places  # an open showing that is not live is deleted by `tidy`
+            # An open showing that is not live is deleted by `tidy`. Each start ruins other images.
+            live = comparison in self._places and (kind != "obvious" or self._ruined.get(comparison) == side)
             if choice is not None:
                 of.done += 1
                 of.shown += kind is None
@@ -166,12 +174,12 @@ class Desk:
             of.voted.sort(key=lambda one: one[1:])
 
     def tidy(self) -> None:
-        """Write the secret of a new session, and delete open showings of comparisons that are no longer shown."""
+        """Write the secret of a new session, and delete open showings that can no longer be shown."""
         self.store.put(_secret=self._secret)
-        self.store.connection.execute(
-            """DELETE FROM showings WHERE choice IS NULL
-            AND comparison IN (SELECT id FROM comparisons WHERE NOT live)"""
-        )
+        held = {id_ for of in self._voters.values() for id_ in of.open}
+        written = self.store.connection.execute("SELECT id FROM showings WHERE choice IS NULL").fetchall()
+        gone = [row for row in written if row[0] not in held]
+        self.store.connection.executemany("DELETE FROM showings WHERE id = ?", gone)
 
     # ---- who asks ------------------------------------------------------------------------------------------------
 
@@ -273,7 +281,8 @@ class Desk:
             self._insert(of, showing)
             self._open(of, showing)
         showings = list(of.open.values())[:OPEN]
-        return Screen(showings, of.done, self._target(of), self._undoable(of) is not None, not showings)
+        finished = not showings and not (self._may_see_more(of) and self._others_hold(of))
+        return Screen(showings, of.done, self._target(of), self._undoable(of) is not None, finished)
 
     def resume(self, voter: int) -> None:
         """Begin to time a voter's open showings anew: the page was opened, or loaded again."""
@@ -360,6 +369,15 @@ class Desk:
 
     def _may_see_more(self, of: Voter) -> bool:
         return self._most is None or of.done + len(of.open) < self._most
+
+    def _others_hold(self, of: Voter) -> bool:
+        """Whether others have open what this voter may get once they leave it."""
+        return any(
+            showing.reserved and showing.kind is None and not self._assignment.has_seen(of.id, self._picked(showing))
+            for other in self._voters.values()
+            if other is not of and not other.excluded
+            for showing in other.open.values()
+        )
 
     def _target(self, of: Voter) -> int | None:
         """The showings that are this voter's share, or None if that is not known, or reached."""

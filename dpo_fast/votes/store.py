@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,7 +129,13 @@ class VoteStore:
         """Open an existing file for reading."""
         try:
             return cls._checked(path, "ro")
-        except sqlite3.OperationalError:  # a folder that cannot be written holds no WAL of a running process
+        except sqlite3.OperationalError:  # a folder that cannot be written
+            log = path.with_name(path.name + "-wal")
+            if exists(log) and log.stat().st_size:  # it holds votes that SQLite cannot read there
+                raise BadInput(
+                    f"{path} cannot be read without {log.name}, in a folder that cannot be written: copy both to one"
+                    " that can"
+                ) from None
             with _refused(path):
                 return cls._checked(path, "ro&immutable=1")
 
@@ -176,6 +182,11 @@ class VoteStore:
             wrong = " OR ".join(f"typeof({name}) NOT IN ({kinds})" for name, kinds in columns.items())
             if self._value(f"SELECT count(*) FROM {table} WHERE {wrong}"):
                 raise BadInput(f"{self.path} is damaged (values of another type in {table}): put it back from a copy")
+        for name, value in self.connection.execute("SELECT name, value FROM settings"):
+            if name in _SETTINGS and not _SETTINGS[name](json.loads(value)):
+                raise BadInput(f"{self.path} is damaged (its setting {name:.40}): put it back from a copy")
+        if self.private("votes") is None:
+            raise BadInput(f"{self.path} is damaged (its setting votes): put it back from a copy")
 
     def close(self) -> None:
         """Close the file. What was committed is in it."""
@@ -246,12 +257,12 @@ class VoteStore:
             """SELECT c.id, a.path, b.path FROM comparisons c JOIN images a ON a.id = c.first_image
             JOIN images b ON b.id = c.second_image ORDER BY c.id"""
         )
-        return {comparison: (self._path(first), self._path(second)) for comparison, first, second in rows}
+        return {comparison: (self.path_of(first), self.path_of(second)) for comparison, first, second in rows}
 
     def image_files(self) -> dict[Path, ImageFile]:
         """Return the image files as they were when the session last read them."""
         rows = self.connection.execute("SELECT path, size, digest FROM images WHERE digest IS NOT NULL")
-        return {self._path(path): ImageFile(size, digest) for path, size, digest in rows}
+        return {self.path_of(path): ImageFile(size, digest) for path, size, digest in rows}
 
     def settings(self) -> dict[str, Any]:
         """Return what the session is: votes (wanted of each comparison and question), questions {id: text}, models,
@@ -288,7 +299,16 @@ class VoteStore:
 
     def images(self) -> dict[Path, int]:
         """Return the file -> id of all images."""
-        return {self._path(path): id_ for id_, path in self.connection.execute("SELECT id, path FROM images")}
+        return {self.path_of(path): id_ for id_, path in self.connection.execute("SELECT id, path FROM images")}
+
+    def name_of(self, file: Path) -> str:
+        """Return the stored path of an image or a folder: POSIX, and relative below the folder of the file of votes."""
+        whole, home = Path(os.path.abspath(file)), Path(os.path.abspath(self.path.parent))
+        return (whole.relative_to(home) if whole.is_relative_to(home) else whole).as_posix()
+
+    def path_of(self, name: str) -> Path:
+        """Return the absolute path that is stored as `name`."""
+        return Path(os.path.abspath(self.path.parent), name)
 
     # ---- writing -------------------------------------------------------------------------------------------------
 
@@ -329,10 +349,8 @@ class VoteStore:
         longer shown stay. Raises BadInput for an image with votes that has changed since.
         """
         run = self.connection.execute
-        for name, folder in folders.items():
-            run("INSERT OR IGNORE INTO sets VALUES (?, ?)", [name, folder])
         voted = {
-            self._path(path)
+            self.path_of(path)
             for (path,) in run(
                 """SELECT DISTINCT i.path FROM showings s JOIN comparisons c ON c.id = s.comparison
                 JOIN images i ON i.id IN (c.first_image, c.second_image) WHERE s.choice IS NOT NULL"""
@@ -340,7 +358,8 @@ class VoteStore:
         }
         before = self.image_files()
         for file, now in images.items():
-            if file in voted and before.get(file, now) != now:
+            kept = self.path_of(self.name_of(file))
+            if kept in voted and before.get(kept, now) != now:
                 raise BadInput(
                     f"{file} has changed since people voted on it: put it back, or begin another --votes_file"
                 )
@@ -349,9 +368,9 @@ class VoteStore:
             run(
                 """INSERT INTO images (path, size, digest) VALUES (?, ?, ?)
                 ON CONFLICT (path) DO UPDATE SET size = excluded.size, digest = excluded.digest""",
-                [self._name(file), *now],
+                [self.name_of(file), *now],
             )
-            (ids[file],) = run("SELECT id FROM images WHERE path = ?", [self._name(file)]).fetchone()
+            (ids[file],) = run("SELECT id FROM images WHERE path = ?", [self.name_of(file)]).fetchone()
         live = {id_ for (id_,) in run("SELECT id FROM comparisons WHERE live")}
         known = {
             (group, prompt, first, second): id_
@@ -359,10 +378,17 @@ class VoteStore:
                 "SELECT id, in_set, prompt, first_image, second_image FROM comparisons"
             )
         }
-        kept: set[int] = set()
+        comparisons = list(comparisons)
+        names = self._earlier_names(folders, comparisons, ids)
+        for name, folder in folders.items():
+            run("INSERT OR IGNORE INTO sets VALUES (?, ?)", [names.get(name, name), folder])
+        shown: set[int] = set()
         for one in comparisons:
+            one = one._replace(group=names.get(one.group, one.group))
             first, second = (ids[file] for file in one.files)
             id_ = known.get((one.group, one.prompt, first, second))
+            if id_ is None:  # folders may be named in another order
+                id_ = known.get((one.group, one.prompt, second, first))
             if id_ is None:
                 seed = None if one.seed is None else str(one.seed)
                 values = [one.group, one.prompt, one.category, seed, *one.models, first, second]
@@ -371,21 +397,39 @@ class VoteStore:
                     second_image, live) VALUES ({", ".join("?" * len(values))}, 1)""",
                     values,
                 ).lastrowid
-            kept.add(id_)
+            shown.add(id_)
         run("UPDATE comparisons SET live = 0")
-        self.connection.executemany("UPDATE comparisons SET live = 1 WHERE id = ?", [(id_,) for id_ in kept])
-        return len(kept - live), len(live - kept)
+        self.connection.executemany("UPDATE comparisons SET live = 1 WHERE id = ?", [(id_,) for id_ in shown])
+        return len(shown - live), len(live - shown)
+
+    def _earlier_names(
+        self, folders: Mapping[str, str], comparisons: Iterable[Comparison], ids: Mapping[Path, int]
+    ) -> dict[str, str]:
+        """The names that groups had before their folders were renamed: groups of the same models and images."""
+        run = self.connection.execute
+        recorded = {name for (name,) in run("SELECT name FROM sets")}
+        earlier: dict[tuple[str, frozenset[int]], str] = {}
+        models: dict[str, set[str]] = {}
+        for group, prompt, first, second, *two in run(
+            """SELECT in_set, prompt, first_image, second_image, first_model, second_model FROM comparisons
+            ORDER BY live, id DESC"""
+        ):
+            if group not in folders:
+                earlier[prompt, frozenset((first, second))] = group
+                models.setdefault(group, set()).update(two)
+        now: dict[str, set[str]] = {}
+        for one in comparisons:
+            now.setdefault(one.group, set()).update(one.models)
+        names: dict[str, str] = {}
+        for one in comparisons:
+            if one.group not in recorded and one.group not in names:
+                before = earlier.get((one.prompt, frozenset(ids[file] for file in one.files)))
+                if before is not None and before not in names.values() and models[before] == now[one.group]:
+                    names[one.group] = before
+        return names
 
     def _value(self, statement: str, values: Sequence[object] = ()) -> Any:
         return self.connection.execute(statement, values).fetchone()[0]
-
-    def _name(self, file: Path) -> str:
-        """The path of an image as it is stored: POSIX and relative if it lies below the file's folder."""
-        whole, home = Path(os.path.abspath(file)), Path(os.path.abspath(self.path.parent))
-        return (whole.relative_to(home) if whole.is_relative_to(home) else whole).as_posix()
-
-    def _path(self, name: str) -> Path:
-        return Path(os.path.abspath(self.path.parent), name)
 
 
 def token_digest(token: str) -> bytes:
@@ -418,12 +462,38 @@ _TYPES = {
 }  # fmt: skip
 
 
+def _is_number(value: object, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+
+
+def _is_hex(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 64 and all(one in "0123456789abcdef" for one in value)
+
+
+_SETTINGS: dict[str, Callable[[Any], bool]] = {
+    "votes": lambda value: _is_number(value, 1),
+    "created": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+    "versions": lambda value: isinstance(value, dict),
+    "_secret": lambda value: isinstance(value, str),
+    "_owner": _is_hex,
+    "_invitations": lambda value: isinstance(value, list) and all(map(_is_hex, value)),
+    "_folders": lambda value: (
+        isinstance(value, list) and all(isinstance(one, str) and "\0" not in one for one in value)
+    ),
+    "_against": lambda value: value is None or isinstance(value, str),
+    "_max_comparisons": lambda value: value is None or _is_number(value, 1),
+    "_image_size": lambda value: value is None or _is_number(value, 1),
+    "_checks": lambda value: value is None or value == 0 or _is_number(value, 2),
+    "_max_votes": lambda value: value is None or _is_number(value, 1),
+}  # what a stranger's file must have, where it has them
+
+
 @contextmanager
 def _refused(path: Path, reading: bool = False) -> Iterator[None]:
     """Raise what SQLite raises in the block as BadInput; with `reading`, let pass that it cannot open the file."""
     try:
         yield
-    except (sqlite3.Error, ValueError, OverflowError) as error:
+    except (sqlite3.Error, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, BadInput) or (reading and isinstance(error, sqlite3.OperationalError)):
             raise
         raise BadInput(

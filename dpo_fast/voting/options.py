@@ -23,6 +23,7 @@ QUESTIONS = {  # those of the published win rates
     "alignment": "Which image fits the text better?",
 }
 VOTES = 5
+CHECKS = 20
 LONGEST_QUESTION = 200  # characters
 MOST_PIXELS = 2048  # of --image_size
 FILE = "votes.sqlite"
@@ -55,10 +56,11 @@ class VoteConfig:
     votes: int | None = None
     """Votes for each pair and question, each by another voter. None: 5; going on with a file, the file's."""
     max_votes: int | None = None
-    """Pairs that one voter is shown at most, checks included; None: as long as there are any."""
-    checks: int = 20
+    """Pairs that one voter is shown at most, checks included. None: as long as there are any; going on with a file, the
+    file's."""
+    checks: int | None = None
     """One showing in N is no comparison but a check whether the voter looks: an image beside itself, or beside a ruined
-    copy. Checks are counted apart. 0: none."""
+    copy. Checks are counted apart. 0: none. None: 20; going on with a file, the file's."""
 
     # ---- who votes ---------------------------------------------------------------------------------------------------
     voters: tuple[str, ...] = ()
@@ -121,7 +123,7 @@ def check(config: VoteConfig) -> None:
         value = getattr(config, name)
         if value is not None and not least <= value <= most:
             raise BadInput(f"--{name} ({value}) must be from {least} to {most}")
-    if config.checks != 0 and not 2 <= config.checks <= 10_000:
+    if config.checks not in (None, 0) and not 2 <= config.checks <= 10_000:
         raise BadInput(f"--checks ({config.checks}) must be 0, for none, or from 2 to 10000: one showing in so many")
     questions_of(config.questions)
     names = []
@@ -150,7 +152,7 @@ def questions_of(given: tuple[str, ...]) -> dict[str, str]:
         text = " ".join(one.split())
         if text in QUESTIONS:
             name, text = text, QUESTIONS[text]
-        elif len(text.split()) < 2:
+        elif len(text.split()) < 2 and not re.fullmatch(r".*\w.*[?\uff1f]", text):  # not all languages write spaces
             raise BadInput(f"--questions {one!r:.80} is none of {', '.join(QUESTIONS)}: name one, or write a question")
         elif len(text) > LONGEST_QUESTION or not text.isprintable():
             raise BadInput(f"--questions {one!r:.80}: a question is one line of at most {LONGEST_QUESTION} characters")

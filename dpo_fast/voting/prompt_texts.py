@@ -68,22 +68,24 @@ def _of_comfy(texts: Mapping[str, str]) -> tuple[str, int | None] | None:
         inputs = node["inputs"]
         if "positive" not in inputs and "guider" not in inputs:
             continue
-        text = _text_at(nodes, next(inputs[name] for name in SAMPLERS if name in inputs), DEEPEST)
+        text = _text_at(nodes, next(inputs[name] for name in SAMPLERS if name in inputs), DEEPEST, set())
         if text:
             return text, _seed_of(nodes, inputs)
     return None
 
 
-def _text_at(nodes: Mapping[str, Any], link: Any, deep: int) -> str | None:
-    """The text that a link [node, output] leads to; or the text itself."""
+def _text_at(nodes: Mapping[str, Any], link: Any, deep: int, seen: set[str]) -> str | None:
+    """The text that a link [node, output] leads to, by nodes that are not in `seen`; or the text itself."""
     if isinstance(link, str):
         return link
-    node = nodes.get(str(link[0])) if isinstance(link, list) and link else None
-    if node is None or not deep:
+    key = str(link[0]) if isinstance(link, list) and link else ""
+    node = nodes.get(key)
+    if node is None or not deep or key in seen:  # each node once: links of a stranger's file may form a cycle
         return None
+    seen.add(key)
     inputs = node["inputs"]
     for name in ("text", "text_g", "prompt", "string", "value", "t5xxl", "clip_l", *SAMPLERS):
-        found = _text_at(nodes, inputs[name], deep - 1) if name in inputs else None
+        found = _text_at(nodes, inputs[name], deep - 1, seen) if name in inputs else None
         if found:
             return found
     return None

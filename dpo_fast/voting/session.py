@@ -1,5 +1,6 @@
 """Begin a session of votes, or go on with one: from flags to a store, the images and a desk."""
 
+import os
 import random
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from dpo_fast.votes.desk import Desk
 from dpo_fast.votes.store import Row, VoteStore
 from dpo_fast.voting.folders import Compared, is_own_set, read_folders
 from dpo_fast.voting.images import Gallery, prepare
-from dpo_fast.voting.options import FILE, QUESTIONS, VOTES, VoteConfig, changed_questions, questions_of
+from dpo_fast.voting.options import CHECKS, FILE, QUESTIONS, VOTES, VoteConfig, changed_questions, questions_of
 from dpo_fast.voting.summaries import Summaries
 
 KEPT = ".images"  # behind the name of the file of votes: the folder of the images that are ready to be shown
@@ -63,7 +64,7 @@ def open_session(config: VoteConfig) -> Session:
         config, added = _as_recorded(config, store)
         asked = questions_of(config.questions)
         new_questions = changed_questions(settings.get("questions", {}), asked)
-        compared = read_folders(config.folders, against=config.against, most=config.max_comparisons)
+        compared = _absolute(read_folders(config.folders, against=config.against, most=config.max_comparisons))
         for remark in compared.remarks:
             say(remark)
         home = path.with_name(path.name + KEPT)
@@ -83,18 +84,19 @@ def open_session(config: VoteConfig) -> Session:
             if config.votes is not None:
                 store.put(votes=config.votes)
             store.put(
-                _folders=[str(folder.resolve()) for folder in config.folders],
+                _folders=[store.name_of(folder) for folder in config.folders],
                 _against=config.against,
                 _max_comparisons=config.max_comparisons,
                 _image_size=config.image_size,
+                _checks=config.checks,
+                _max_votes=config.max_votes,
             )
             store.add_questions(new_questions)
             sources = {file: gallery.sources[file] for one in compared.comparisons for file in one.files}
             new, gone = store.set_comparisons(compared.folders, compared.comparisons, sources)
         if settings:
             _say_changes(added, list(new_questions), new, gone)
-        ids = {id_: file for file, id_ in store.images().items() if (file.absolute(), False) in _absolute(gallery)}
-        gallery = replace(gallery, images=_absolute(gallery))
+        ids = {id_: file for file, id_ in store.images().items() if (file, False) in gallery.images}
         desk = Desk(
             store,
             checks_every=config.checks,
@@ -115,10 +117,10 @@ def _as_recorded(config: VoteConfig, store: VoteStore | None) -> tuple[VoteConfi
     Raises BadInput if folders of the session are not among those that are named.
     """
     if store is None:
-        return config, []
-    recorded = [Path(name) for name in store.private("_folders") or ()]
+        return replace(config, checks=CHECKS if config.checks is None else config.checks), []
+    recorded = [store.path_of(name) for name in store.private("_folders") or ()]
     if config.folders:
-        named = [folder.resolve() for folder in config.folders]
+        named = [Path(os.path.abspath(folder)) for folder in config.folders]
         if lacking := next((folder for folder in recorded if folder not in named), None):
             raise BadInput(
                 f"{store.path} holds votes on {lacking}, which is not named: name it too, or another --votes_file"
@@ -134,6 +136,11 @@ def _as_recorded(config: VoteConfig, store: VoteStore | None) -> tuple[VoteConfi
         config = replace(config, max_comparisons=store.private("_max_comparisons"))
     if config.image_size is None:
         config = replace(config, image_size=store.private("_image_size"))
+    if config.max_votes is None:
+        config = replace(config, max_votes=store.private("_max_votes"))
+    if config.checks is None:
+        checks = store.private("_checks")
+        config = replace(config, checks=CHECKS if checks is None else checks)
     return config, added
 
 
@@ -146,6 +153,14 @@ def _say_changes(folders: Sequence[str], questions: Sequence[str], new: int, gon
         say(f"added {new} pairs of images")
     if gone:
         say(f"{gone} pairs of images are no longer shown; their votes are kept")
+
+
+def _absolute(compared: Compared) -> Compared:
+    """The comparisons with their files named as the store names them: absolute, and without `..`."""
+    comparisons = [
+        one._replace(files=tuple(Path(os.path.abspath(file)) for file in one.files)) for one in compared.comparisons
+    ]
+    return replace(compared, comparisons=comparisons)
 
 
 def _without_broken(compared: Compared, gallery: Gallery) -> Compared:
@@ -164,11 +179,7 @@ def _without_broken(compared: Compared, gallery: Gallery) -> Compared:
 
 def _ruined_sides(rows: Sequence[Row], files: dict[int, Path], gallery: Gallery) -> dict[int, int]:
     """Comparison -> the side whose image has a ruined copy."""
-    return {row.id: 1 for row in rows if (files[row.images[1]], True) in gallery.images}
-
-
-def _absolute(gallery: Gallery) -> dict:
-    return {(file.absolute(), ruined): prepared for (file, ruined), prepared in gallery.images.items()}
+    return {row.id: side for row in rows for side in (0, 1) if (files[row.images[side]], True) in gallery.images}
 
 
 def _spread(files: Sequence[Path], most: int) -> list[Path]:

@@ -62,6 +62,9 @@ class Writer:
                 return
 
     def _do(self, batch: list[tuple[Callable[[Desk], object], Future]]) -> None:
+        batch = [one for one in batch if one[1].set_running_or_notify_cancel()]  # a request may be gone by now
+        if not batch:
+            return
         done: list[tuple[Future, object, Exception | None]] = []
         try:
             with self._desk.store.transaction():

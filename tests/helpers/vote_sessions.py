@@ -116,7 +116,7 @@ class Client:
 def vote_all(client: Client, choice: str = "left") -> int:
     """Vote until there is nothing left; return the number of votes."""
     now, number = client.pairs(), 0
-    while not now["finished"]:
+    while now["pairs"]:
         now = client.vote(now["pairs"][0]["showing"], choice).json()
         number += 1
     return number

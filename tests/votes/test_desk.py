@@ -135,18 +135,34 @@ def test_undo_goes_back_step_by_step_and_ends_with_time(tmp_path, clock):
 def test_reservations_expire_and_no_comparison_gets_more_votes_than_wanted(tmp_path, clock):
     desk, (slow, quick) = desk_of(tmp_path, clock, 1, votes=1, voters=2)
     held = screen(desk, slow)
-    assert len(held.showings) == 2 and screen(desk, quick).finished
+    assert len(held.showings) == 2
+    waiting = screen(desk, quick)
+    assert not waiting.showings and not waiting.finished  # the other may leave them
     clock.now += RESERVED_SECONDS + 2
     taken = screen(desk, quick)
     assert len(taken.showings) == 2
     vote(desk, quick)
     again = screen(desk, slow)  # what was not given away stays, what was is gone: here both were
-    assert again.finished and len(desk.store.votes()) == 1
+    assert not again.showings and len(desk.store.votes()) == 1
     for showing in held.showings:
         with refused(404):
             vote(desk, slow, "left", showing.id)
     vote(desk, quick)
-    assert len(desk.store.votes()) == 2
+    assert len(desk.store.votes()) == 2 and screen(desk, slow).finished and screen(desk, quick).finished
+
+
+def test_who_has_seen_all_is_done_though_others_are_not(tmp_path, clock):
+    desk, (quick, slow) = desk_of(tmp_path, clock, 1, votes=2, voters=2)
+    screen(desk, slow)
+    vote(desk, quick)
+    assert not screen(desk, quick).finished
+    vote(desk, quick)
+    assert screen(desk, quick).finished and len(screen(desk, slow).showings) == 2
+    desk, (quick, slow) = desk_of(tmp_path / "most", clock, 3, votes=1, voters=2, most=2)
+    screen(desk, slow)
+    vote(desk, quick)
+    vote(desk, quick)
+    assert screen(desk, quick).finished
 
 
 def test_a_voter_who_comes_back_in_time_keeps_the_pair(tmp_path, clock):
@@ -230,7 +246,7 @@ def test_an_excluded_voter_is_out_and_the_votes_are_wanted_of_others(tmp_path, c
     desk, (bad, good) = desk_of(tmp_path, clock, 2, votes=1, voters=2)
     for _ in range(3):
         vote(desk, bad)
-    assert len(screen(desk, bad).showings) == 1 and screen(desk, good).finished
+    assert len(screen(desk, bad).showings) == 1 and not screen(desk, good).showings
     with desk.store.transaction():
         desk.exclude("voter 0", True, "  fails\nchecks \x1b[31m")
     assert desk.store.excluded() == {"voter 0": "fails checks"} and desk.store.votes() == []
@@ -294,6 +310,53 @@ def test_a_restart_goes_on_where_it_was(tmp_path, clock):
         with store.transaction():
             again.undo(voter)
         assert len(store.votes()) + len(store.checks()) == 3
+
+
+def test_a_check_beside_a_ruined_copy_that_is_no_more_is_dropped(tmp_path, clock):
+    desk, (voter,) = desk_of(tmp_path, clock, 6, voters=1, checks_every=2, ruined={k: 1 for k in range(1, 7)})
+    open_obvious = answered_obvious = False
+    while not (open_obvious and answered_obvious):
+        vote(desk, voter)
+        answered = desk.store.connection.execute(
+            "SELECT kind FROM showings WHERE choice IS NOT NULL ORDER BY place DESC"
+        ).fetchone()
+        answered_obvious |= answered == ("obvious",)
+        open_obvious = any(one.kind == "obvious" for one in screen(desk, voter).showings)
+    for ruined in ({}, {k: 0 for k in range(1, 7)}):
+        again = Desk(desk.store, clock=clock, checks_every=2, ruined=ruined)
+        with desk.store.transaction():
+            again.tidy()
+        while (now := screen(again, voter)).can_undo:
+            assert len(now.showings) == 2 and not any(one.side == 1 and one.kind == "obvious" for one in now.showings)
+            for showing in now.showings:
+                for of in (again.image_of(voter, key) for key in showing.keys):
+                    assert not of.ruined or ruined
+            with desk.store.transaction():
+                again.undo(voter)
+        held = {one.id for one in now.showings}
+        written = desk.store.connection.execute("SELECT id FROM showings WHERE choice IS NULL").fetchall()
+        assert held <= {id_ for (id_,) in written}
+        for _ in range(3):
+            vote(again, voter)
+
+
+def test_nobody_was_seen_at_a_start_or_when_another_is_excluded(tmp_path, clock):
+    desk, (ann, idle, _) = desk_of(tmp_path, clock, 2, votes=1, voters=3)
+    clock.now += 10
+    held = {(one.comparison, one.question) for one in screen(desk, idle).showings}
+    vote(desk, ann)
+    clock.now += RESERVED_SECONDS / 2
+    screen(desk, ann)
+    with desk.store.transaction():
+        desk.exclude("voter 2", True)
+    assert [one["idle_seconds"] for one in desk.live()["voters"]][:2] == [0, RESERVED_SECONDS / 2]
+    clock.now += 5
+    vote(desk, ann)
+    assert desk.store.votes()[-1].seconds == 5  # its time goes on
+    clock.now += RESERVED_SECONDS / 2 + 10
+    again = Desk(desk.store, clock=clock)
+    assert again.live()["voters"][0]["idle_seconds"] == RESERVED_SECONDS / 2 + 10
+    assert held & {(one.comparison, one.question) for one in screen(again, ann).showings}  # and nothing is prolonged
 
 
 def test_there_is_an_end_to_voters(tmp_path, clock, monkeypatch):

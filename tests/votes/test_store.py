@@ -105,6 +105,21 @@ def test_comparisons_come_and_go_and_votes_stay(tmp_path):
         assert store.settings()["comparisons"] == 2
 
 
+def test_the_order_of_the_two_models_makes_no_other_comparison(tmp_path):
+    with store_of(tmp_path / "votes.sqlite", 2) as store:
+        add_voter(store, "ann")
+        add(store, 1, "left", place=0)
+        before = store.comparisons()
+        rows = [
+            Comparison("set", f"prompt {k}", None, k, ("policy", "base"),
+                       (tmp_path / f"{k}-b.png", tmp_path / f"{k}-a.png")) for k in range(2)
+        ]  # fmt: skip
+        with store.transaction():
+            images = {file: ImageFile(10, "0" * 32) for row in rows for file in row.files}
+            assert store.set_comparisons({"set": "folder"}, rows, images) == (0, 0)
+        assert store.comparisons() == before and store.votes()[0].outcome == 1.0
+
+
 def test_an_image_that_changed_after_votes_is_refused(tmp_path):
     with store_of(tmp_path / "votes.sqlite", 2) as store:
         add_voter(store, "ann")
@@ -116,6 +131,22 @@ def test_an_image_that_changed_after_votes_is_refused(tmp_path):
             store.set_comparisons({"set": "folder"}, rows, images | {rows[1].files[0]: ImageFile(11, "1" * 32)})
         with pytest.raises(BadInput, match=r"0-a\.png has changed since people voted on it"):
             store.set_comparisons({"set": "folder"}, rows, images | {rows[0].files[0]: ImageFile(11, "1" * 32)})
+
+
+def test_a_changed_image_is_refused_however_it_is_named(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    with store_of(tmp_path / "votes.sqlite", 1) as store:
+        add_voter(store, "ann")
+        add(store, 1, "left", place=0)
+        files = (Path("../0-a.png"), Path("../0-b.png"))
+        rows = [Comparison("set", "prompt 0", None, 0, ("base", "policy"), files)]
+        with store.transaction():
+            assert store.set_comparisons(
+                {"set": "folder"}, rows, {file: ImageFile(10, "0" * 32) for file in files}
+            ) == (0, 0)
+        with pytest.raises(BadInput, match=r"0-a\.png has changed since people voted on it"):
+            store.set_comparisons({"set": "folder"}, rows, {file: ImageFile(11, "1" * 32) for file in files})
 
 
 def newer(path: Path) -> None:
@@ -188,6 +219,25 @@ def test_other_files_are_refused_in_one_line(tmp_path, spoil, said):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("votes", '"x"'), ("votes", "0"), ("votes", "null"), ("votes", "true"), ("votes", "1e999"), ("created", "[]"),
+        ("_folders", "5"), ("_folders", "[1]"), ("_owner", "1"), ("_owner", '"no"'), ("_invitations", '{"a": 1}'),
+        ("_invitations", '["x"]'), ("_secret", "[]"), ("_against", "1"), ("_max_comparisons", '"x"'),
+        ("_image_size", "{}"), ("_checks", "-1"), ("_checks", "1"), ("_max_votes", "[]"), ("_owner", "{"),
+        ("_folders", "[" * 100_000),
+    ],
+)  # fmt: skip
+def test_settings_of_another_type_are_refused(tmp_path, name, value):
+    path = tmp_path / "votes.sqlite"
+    with store_of(path, 1) as store:
+        store.connection.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", [name, value])
+    for opening in (VoteStore.open, VoteStore.read):
+        with pytest.raises(BadInput, match=rf"is damaged \(its setting {name}\)|cannot be read as a file of votes"):
+            opening(path)
+
+
 def test_nothing_is_left_of_a_file_that_could_not_be_created(tmp_path):
     with pytest.raises(TypeError):
         VoteStore.create(tmp_path / "votes.sqlite", {"votes": object()}, QUESTIONS)
@@ -204,6 +254,45 @@ def test_a_folder_that_cannot_be_written_can_be_read(tmp_path):
             assert len(store.comparisons()) == 2
     finally:
         path.parent.chmod(0o700)
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root writes into any folder")
+def test_votes_that_are_not_in_the_file_itself_are_not_left_out(tmp_path):
+    log = _with_log(tmp_path)
+    log.parent.chmod(0o500)
+    try:
+        with pytest.raises(BadInput, match=r"without votes\.sqlite-wal.*copy both"):
+            VoteStore.read(tmp_path / "kept" / "votes.sqlite")
+    finally:
+        log.parent.chmod(0o700)
+
+
+def test_a_log_with_votes_is_named(tmp_path, monkeypatch):
+    path = _with_log(tmp_path).with_name("votes.sqlite")
+    checked = VoteStore._checked.__func__
+
+    def unwritable(cls, path, mode):
+        if mode == "ro":
+            raise sqlite3.OperationalError("unable to open database file")
+        return checked(cls, path, mode)
+
+    monkeypatch.setattr(VoteStore, "_checked", classmethod(unwritable))
+    with pytest.raises(BadInput, match=r"without votes\.sqlite-wal.*copy both"):
+        VoteStore.read(path)
+    path.with_name("votes.sqlite-wal").write_bytes(b"")
+    VoteStore.read(path).close()
+
+
+def _with_log(home: Path) -> Path:
+    """A copy of a file of votes, and of its log, while it is written."""
+    (home / "kept").mkdir()
+    with store_of(home / "votes.sqlite", 2):
+        for name in ("votes.sqlite", "votes.sqlite-wal"):
+            shutil.copy(home / name, home / "kept" / name)
+    log = home / "kept" / "votes.sqlite-wal"
+    assert log.stat().st_size
+    shutil.copy(home / "votes.sqlite", log.parent)  # the file alone is whole as well
+    return log
 
 
 def test_the_application_is_noted(tmp_path):

@@ -227,6 +227,12 @@ def test_prompts_of_tools(tmp_path, texts, expected):
     assert prompt_image(png(tmp_path / "a.png", texts)) == expected
 
 
+def test_a_graph_that_links_to_itself_has_no_prompt(tmp_path):
+    names = ("text", "text_g", "prompt", "string", "value", "t5xxl", "clip_l", "positive")
+    graph = {str(k): {"inputs": {name: [str(1 - k), 0] for name in names}} for k in (0, 1)}  # it was 8^20 steps
+    assert prompt_image(png(tmp_path / "a.png", {"prompt": json.dumps(graph)})) is None
+
+
 def test_images_of_two_tools_meet(tmp_path):
     png(tmp_path / "comfy" / "ComfyUI_00001_.png", {"prompt": json.dumps(COMFY)})
     png(tmp_path / "comfy" / "ComfyUI_00002_.png", {"prompt": json.dumps(COMFY).replace("red fox", "blue bird")})

@@ -46,7 +46,7 @@ def vote_until_dead(base: str, token: str, acknowledged: dict[str, str], unanswe
     client, choose = Client(base, token), random.Random(token)
     try:
         now = client.pairs()
-        while not now["finished"]:
+        while now["pairs"]:
             showing, choice = now["pairs"][0]["showing"], choose.choice(["left", "right", "tie"])
             unanswered[showing] = choice
             response = client.vote(showing, choice)

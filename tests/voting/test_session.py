@@ -1,7 +1,9 @@
 """A session begins, goes on, grows, and refuses what it cannot hold."""
 
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +53,60 @@ def test_the_same_command_and_the_file_alone_go_on(config, capsys):
     assert settings["answers"] == 4
 
 
+def test_the_order_of_folders_does_not_matter(config, capsys):
+    begin(config, votes=2)
+    said(capsys)
+    session = open_session(replace(config, folders=config.folders[::-1]))
+    assert session.store.settings()["comparisons"] == 4 and "pairs" not in said(capsys)
+    assert len(session.desk._ruined) == 4  # checks have ruined copies as before
+    session.close()
+
+
+def test_a_folder_with_its_file_of_votes_can_be_moved(config, capsys, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(tmp_path / name, tmp_path / "here" / name)
+    folders = tuple(tmp_path / "here" / name for name in ("one", "two"))
+    begin(replace(config, folders=folders, votes_file=tmp_path / "here" / "votes.sqlite"), votes=2)
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    said(capsys)
+    settings = begin(VoteConfig(votes_file=tmp_path / "there" / "votes.sqlite"))
+    assert settings["comparisons"] == 4 and settings["answers"] == 2
+    folders = tuple(tmp_path / "there" / name for name in ("one", "two"))
+    begin(replace(config, folders=folders, votes_file=tmp_path / "there" / "votes.sqlite"))
+    assert not re.search("added|no longer", said(capsys))
+
+
+def test_an_evaluation_can_be_renamed(capsys, tmp_path):
+    before = begin(VoteConfig(folders=(evaluated(tmp_path / "before"),), checks=0), votes=1)
+    shutil.move(tmp_path / "before", tmp_path / "after")
+    said(capsys)
+    after = begin(VoteConfig(votes_file=tmp_path / "after" / "votes.sqlite"))
+    assert (after["comparisons"], after["answers"]) == (before["comparisons"], 1)
+    assert not re.search("added|no longer", said(capsys)) and list(after["groups"]) == ["before"]
+
+
+def test_folders_behind_a_link_go_on(config, capsys, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    linked = replace(config, folders=tuple(tmp_path / "link" / name for name in ("one", "two")))
+    begin(linked, votes=2)
+    said(capsys)
+    for again in (linked, VoteConfig(votes_file=config.votes_file)):
+        settings = begin(again)
+        assert settings["comparisons"] == 4 and settings["answers"] == 2
+    assert not re.search("added|no longer", said(capsys))
+
+
+def test_the_file_alone_goes_on_with_its_checks_and_its_most_votes(config):
+    begin(replace(config, checks=0, max_votes=7))
+    for change, expected in (({}, (0, 7)), ({"checks": 4}, (4, 7)), ({"max_votes": 9}, (4, 9)), ({}, (4, 9))):
+        session = open_session(replace(VoteConfig(votes_file=config.votes_file), **change))
+        assert (session.desk._every, session.desk._most) == expected
+        session.close()
+    session = open_session(replace(config, checks=None, votes_file=config.votes_file.with_name("new.sqlite")))
+    assert (session.desk._every, session.desk._most) == (20, None)
+    session.close()
+
+
 def test_what_can_be_added_is_added_and_said(config, capsys, tmp_path):
     begin(config, votes=2)
     three = image_folder(tmp_path / "three", PROMPTS[:2], seed=3)
@@ -96,6 +152,30 @@ def test_a_changed_image_is_noticed(config):
         image_folder(folder, PROMPTS, seed=99)
     with pytest.raises(BadInput, match="has changed since people voted on it"):
         open_session(config)
+
+
+@pytest.mark.parametrize("away", ["", "../"])
+def test_folders_are_named_from_the_current_one(config, tmp_path, monkeypatch, away):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere" if away else tmp_path)
+    config = replace(config, folders=tuple(Path(away + name) for name in ("one", "two")))
+    session = open_session(config)
+    with session.store.transaction():
+        voter = session.desk.voter_of(session.desk.add_voter("bob"))
+        for showing in session.desk.screen(voter).showings:
+            for of in (session.desk.image_of(voter, key) for key in showing.keys):
+                assert session.gallery.response(session.images[of.image], of.ruined)
+    session.close()
+    assert begin(config, votes=4)["comparisons"] == 4
+    monkeypatch.chdir(tmp_path.parent)
+    absolute = replace(config, folders=(tmp_path / "one", tmp_path / "two"))
+    assert begin(absolute)["comparisons"] == 4
+    monkeypatch.chdir(tmp_path / "elsewhere" if away else tmp_path)
+    shutil.rmtree(tmp_path / "one")
+    image_folder(tmp_path / "one", PROMPTS, seed=99)
+    for _ in range(2):  # what was refused is not taken for what was voted on
+        with pytest.raises(BadInput, match="has changed since people voted on it"):
+            open_session(config)
 
 
 def test_broken_images_are_named_with_a_count(config, capsys):
@@ -180,3 +260,5 @@ def test_own_questions():
         "general": "Which image do you prefer?",
         "which-fox-is-more-of-a-fox": "Which fox is more of a fox?",
     }
+    for text in ("哪张图片更好\uff1f", "どちらが好きですか?"):
+        assert list(questions_of((text,)).values()) == [text]
