@@ -19,12 +19,11 @@ from dpo_fast.evaluation.people import People
 from dpo_fast.evaluation.protocol import is_protocol
 from dpo_fast.evaluation.reopened import AGAIN, home_of, names_of, reopen
 from dpo_fast.files import read_bytes
+from dpo_fast.votes.records import FILE as VOTES
 from dpo_fast.votes.records import Vote
 from dpo_fast.votes.store import ImageFile, VoteStore
 
 logger = logging.getLogger(__name__)
-
-VOTES = "votes.sqlite"
 
 
 def people_of(folder: Path, pairs: ImagePairs) -> People | None:

@@ -25,7 +25,6 @@ QUESTIONS = {  # those of the published win rates
 VOTES = 5
 LONGEST_QUESTION = 200  # characters
 MOST_PIXELS = 2048  # of --image_size
-FILE = "votes.sqlite"
 
 
 @dataclass(frozen=True)
