@@ -165,6 +165,7 @@ def _against(shared: EvaluateConfig, out: Path, policy: Side, folder: Path, give
         sampling_steps=None,
         sampling_guidance=None,
         resolution=None,
+        max_token_length=None,
         mixed_precision=None,
     )
 

@@ -11,9 +11,11 @@ from PIL import Image
 
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluate import main
+from dpo_fast.evaluation.evaluate_options import EvaluateConfig
 from dpo_fast.evaluation.image_names import file_stem, prompt_of
-from dpo_fast.evaluation.protocol import groups_of
+from dpo_fast.evaluation.protocol import _against, groups_of
 from dpo_fast.evaluation.protocol_table import table_of
+from dpo_fast.evaluation.sides import Side, sides_of
 from dpo_fast.vote import main as vote_command
 from dpo_fast.voting.folders import read_folders
 from dpo_fast.voting.options import parse
@@ -235,6 +237,15 @@ def test_what_cannot_be_compared_is_refused_in_a_line(world, tmp_path, capfd, fl
     protocol(world, tmp_path / "out", *flags, status=2)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "error: " in line]
     assert message in line and not (tmp_path / "out").exists()
+
+
+def test_images_are_compared_with_none_of_the_flags_of_generation(tmp_path):
+    for folder in (tmp_path / "mine", tmp_path / "mj"):
+        images_for(["a fox"], folder)
+    shared = EvaluateConfig(policy="mine", max_token_length=225, sampling_steps=2, resolution=64, is_turbo=True)
+    mine = Side("mine", tmp_path / "mine")
+    config = _against(shared, tmp_path, mine, tmp_path / "mj", str(tmp_path / "prompts.txt"), "hps")
+    assert [side.folder for side in sides_of(config)[1]] == [tmp_path / "mj", tmp_path / "mine"]
 
 
 def test_flags_of_a_protocol_alone(world, capfd):
