@@ -23,6 +23,8 @@ from dpo_fast.votes.records import FILE as VOTES
 from dpo_fast.votes.records import Vote
 from dpo_fast.votes.store import ImageFile, VoteStore
 
+OWN = ("run", "implicit", "step", "strength")  # in summary.json, besides the findings
+
 logger = logging.getLogger(__name__)
 
 
@@ -92,7 +94,7 @@ def refresh(folder: Path) -> Path:
     findings = found.findings.with_people(people_of(folder, found.pairs), found.scored)
     with output_folder.hold(folder):
         before = read_signed_json(folder / SUMMARY, AGAIN)
-        more = {name: before[name] for name in ("run", "implicit") if name in before}
+        more = {name: before[name] for name in OWN if name in before}
         write_report(home, findings, found.scored, found.pairs, found.implicit)
         write_signed_json(folder / SUMMARY, findings.for_summary() | more)
         if home != folder:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from dpo_fast.checksums import write_signed_json
 from dpo_fast.evaluate import main
 from dpo_fast.evaluation import comparison, run_evaluation, sides
 from dpo_fast.evaluation.protocol_table import show_votes
 from dpo_fast.evaluation.reopened import names_of, pairs_of, reopen
-from dpo_fast.evaluation.voted import people_of
+from dpo_fast.evaluation.voted import people_of, refresh
 from dpo_fast.scorers import Scorer
 from dpo_fast.train import main as train
 from dpo_fast.votes.records import Vote
@@ -102,6 +103,16 @@ def test_a_report_is_written_again_as_it_was(evaluated):
     begin(out, out / "votes.sqlite")
     assert show_votes(out / "votes.sqlite") == f"report: {out / 'report.html'}"  # a session without votes
     assert {name: read(out, name) for name in before} == before
+
+
+def test_what_an_evaluation_says_of_its_policy_stays(evaluated):
+    out = evaluated(3)
+    own = {"run": {"seed": 1}, "step": 400, "strength": 0.5}
+    summary = json.loads(read(out, "summary.json"))
+    del summary["digest"]
+    write_signed_json(out / "summary.json", summary | own)
+    refresh(out)
+    assert own.items() <= json.loads(read(out, "summary.json")).items()
 
 
 @pytest.mark.parametrize("turned", [False, True])
