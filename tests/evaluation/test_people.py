@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from dpo_fast.evaluate import main
 from dpo_fast.evaluation import comparison, run_evaluation, sides
 from dpo_fast.evaluation.protocol_table import show_votes
 from dpo_fast.evaluation.reopened import names_of, pairs_of, reopen
+from dpo_fast.evaluation.sides import Side
 from dpo_fast.evaluation.voted import people_of, refresh
 from dpo_fast.scorers import Scorer
 from dpo_fast.train import main as train
@@ -113,6 +115,24 @@ def test_what_an_evaluation_says_of_its_policy_stays(evaluated):
     write_signed_json(out / "summary.json", summary | own)
     refresh(out)
     assert own.items() <= json.loads(read(out, "summary.json")).items()
+
+
+def test_without_scorers_the_summary_says_what_else_was_measured(evaluated, tmp_path):
+    out = evaluated(3)
+    pairs, before = pairs_of(out), json.loads(read(out, "summary.json"))
+    sides_ = SimpleNamespace(base=Side("theirs", tmp_path), policy=Side("ours", tmp_path))
+    measured = {"implicit": {"accuracy": 0.75}, "step": 400}
+    comparison.leave_unscored(sides_, pairs, out, measured)  # scored before: all that was said stays
+    after = json.loads(read(out, "summary.json"))
+    assert {name: after[name] for name in before if name != "digest"} == {
+        name: value for name, value in before.items() if name != "digest"
+    }
+    assert measured.items() <= after.items()
+    other = tmp_path / "unscored"
+    other.mkdir()
+    comparison.leave_unscored(sides_, pairs, other, measured)
+    found = json.loads(read(other, "summary.json"))
+    assert measured.items() <= found.items() and found["prompts"] == 3
 
 
 @pytest.mark.parametrize("turned", [False, True])
