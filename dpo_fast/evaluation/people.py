@@ -55,7 +55,7 @@ class People:
     row_of: Mapping[int, int]  # comparison -> row of the pairs
     questions: Mapping[str, str]  # all that were asked, id -> text
     wanted: int  # votes of a comparison and question
-    asked: Mapping[int, str]  # comparison -> its prompt, of all that voters are shown
+    asked: Mapping[int, str]  # comparison -> its prompt, of all that voters are shown or have voted on
 
     @property
     def voters(self) -> int:
@@ -90,10 +90,7 @@ class People:
     def _opinion(self, question: str) -> Opinion:
         (pair,) = self.summary["questions"][question]["pairs"]
         number = Counter(vote.comparison for vote in self.votes if vote.question == question)
-        of_prompt: dict[str, bool] = {}
-        for vote in self.votes:
-            if vote.question == question:
-                of_prompt[vote.prompt] = of_prompt.get(vote.prompt, True) and number[vote.comparison] >= self.wanted
+        lacking = {prompt for comparison, prompt in self.asked.items() if number[comparison] < self.wanted}
         return Opinion(
             question,
             Interval(pair["win_rate"], *pair["ci95"]),
@@ -101,7 +98,7 @@ class People:
             pair["comparisons"],
             pair["undecided"],
             pair["votes"],
-            sum(of_prompt.values()),
+            len({*self.asked.values()} - lacking),
         )
 
     @property

@@ -63,12 +63,14 @@ def people_of(folder: Path, pairs: ImagePairs) -> People | None:
         row_of = {comparison: place for comparison, place in row_of.items() if comparison not in gone}
     if not row_of:
         return None
+    votes = [vote for vote in votes if vote.comparison in row_of]
+    asked = {vote.comparison: vote.prompt for vote in votes} | {one.id: one.prompt for one in shown if one.id in row_of}
     return People(
-        [_as_here(vote, vote.comparison in turned, folder) for vote in votes if vote.comparison in row_of],
+        [_as_here(vote, vote.comparison in turned, folder) for vote in votes],
         row_of,
         settings["questions"],
         settings["votes"],
-        {one.id: one.prompt for one in shown if one.id in row_of},
+        asked,
     )
 
 

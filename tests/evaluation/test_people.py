@@ -12,6 +12,7 @@ from PIL import Image
 from dpo_fast.checksums import write_signed_json
 from dpo_fast.evaluate import main
 from dpo_fast.evaluation import comparison, run_evaluation, sides
+from dpo_fast.evaluation.people import People
 from dpo_fast.evaluation.protocol_table import show_votes
 from dpo_fast.evaluation.reopened import names_of, pairs_of, reopen
 from dpo_fast.evaluation.sides import Side
@@ -19,7 +20,7 @@ from dpo_fast.evaluation.voted import people_of, refresh
 from dpo_fast.scorers import Scorer
 from dpo_fast.train import main as train
 from dpo_fast.votes.records import Vote
-from dpo_fast.votes.store import Comparison
+from dpo_fast.votes.store import Comparison, VoteStore
 from dpo_fast.votes.tally import summary_of
 from tests.helpers.runs import flags_for
 from tests.helpers.voters import QUESTIONS, session, vote
@@ -219,6 +220,28 @@ def test_votes_on_the_evaluation_that_ended_a_run(sd15_path, pairs, tmp_path):
     assert train([*flags, "--eval_prompts", str(tmp_path / "prompts.txt"), *further]) == 0
     assert "people" not in json.loads(read(run, "summary.json"))  # they were on the images of the earlier result
     assert file.is_file()
+
+
+def test_a_prompt_is_complete_once_all_its_seeds_are():
+    votes = [
+        Vote("g", "general", place, prompt, None, 0, ("base", "policy"), 1.0, f"v{voter}", True, 1.0, 1.0)
+        for place, prompt in ((0, "a"), (4, "b"))
+        for voter in range(2)
+    ]
+    asked = {0: "a", 1: "a", 2: "a", 3: "a", 4: "b"}  # of a one of four pictures has its votes, of b its only one
+    people = People(votes, {place: place for place in asked}, {"general": "Which?"}, 2, asked)
+    assert people.opinions["general"].prompts == 1
+
+
+def test_pairs_that_are_no_longer_shown_are_asked_as_long_as_they_have_votes(evaluated):
+    out = evaluated(4)
+    file = begin(out, out / "votes.sqlite", questions={"general": "Which?"}, votes=1)
+    vote(file, {"v": likes_bright})
+    with VoteStore.open(file) as store, store.transaction():
+        store.connection.execute("UPDATE comparisons SET live = 0 WHERE id > 1")
+    people = people_of(out, pairs_of(out))
+    said = people.opinions["general"]
+    assert (said.comparisons, said.prompts, len(people.asked)) == (4, 4, 4)
 
 
 def test_votes_on_images_that_have_changed_do_not_count(evaluated, tmp_path, caplog):
