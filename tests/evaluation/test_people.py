@@ -222,6 +222,17 @@ def test_votes_on_the_evaluation_that_ended_a_run(sd15_path, pairs, tmp_path):
     assert file.is_file()
 
 
+def test_one_voter_does_not_decide_and_a_note_says_why(evaluated):
+    out = evaluated()
+    vote(begin(out, out / "votes.sqlite", questions={"general": "Which?"}, votes=1), {"v": likes_bright})
+    show_votes(out / "votes.sqlite")
+    found = json.loads(read(out, "summary.json"))
+    assert not found["people"]["decides"] and found["verdict"]["scorer"] == "dark"
+    (note,) = (line for line in found["notes"] if line.startswith("people on general: "))
+    assert "voter" in note and note in read(out, "report.html")
+    assert any("by 2 voters or more" in line for line in found["notes"])
+
+
 def test_a_prompt_is_complete_once_all_its_seeds_are():
     votes = [
         Vote("g", "general", place, prompt, None, 0, ("base", "policy"), 1.0, f"v{voter}", True, 1.0, 1.0)
