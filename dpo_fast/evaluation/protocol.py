@@ -81,7 +81,7 @@ def remarks_of(folder: Path) -> list[str]:
     for name in PROTOCOL_SETS:
         if f"{BASE}-{name}" not in names:
             lines.append(f"{name} is not evaluated: --prompts {name}, or leave --prompts out")
-    of_closed = {group.name.rpartition("-")[0] for group in groups if group.kind == CLOSED_MODEL}
+    of_closed = {group.name.rpartition("-")[0].lower() for group in groups if group.kind == CLOSED_MODEL}
     for name in CLOSED:
         if name not in of_closed:
             lines.append(f"no images of {name.capitalize()}: --closed {name}=FOLDER compares with those you have")

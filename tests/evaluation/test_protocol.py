@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dpo_fast.checksums import write_signed_json
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluate import main
 from dpo_fast.evaluation.evaluate_options import EvaluateConfig
 from dpo_fast.evaluation.image_names import file_stem, prompt_of
-from dpo_fast.evaluation.protocol import _against, groups_of
+from dpo_fast.evaluation.protocol import BASE, CLOSED_MODEL, _against, groups_of, remarks_of
 from dpo_fast.evaluation.protocol_table import table_of
 from dpo_fast.evaluation.sides import Side, sides_of
 from dpo_fast.vote import main as vote_command
@@ -246,6 +247,19 @@ def test_images_are_compared_with_none_of_the_flags_of_generation(tmp_path):
     mine = Side("mine", tmp_path / "mine")
     config = _against(shared, tmp_path, mine, tmp_path / "mj", str(tmp_path / "prompts.txt"), "hps")
     assert [side.folder for side in sides_of(config)[1]] == [tmp_path / "mj", tmp_path / "mine"]
+
+
+def test_a_closed_model_is_known_by_its_name_in_any_case(tmp_path):
+    names = ("Midjourney-hps", "base-hps")
+    kinds = (CLOSED_MODEL, BASE)
+    groups = [{"name": n, "folder": n, "kind": kind, "people": []} for n, kind in zip(names, kinds, strict=True)]
+    for name in names:
+        (tmp_path / name).mkdir()
+        for file in ("evaluation.json", "scores.parquet"):
+            (tmp_path / name / file).touch()
+    write_signed_json(tmp_path / "protocol.json", {"protocol": "diffusion-dpo", "groups": groups, "remarks": []})
+    lines = " ".join(remarks_of(tmp_path))
+    assert "no images of Midjourney" not in lines and "no images of Emu" in lines
 
 
 def test_flags_of_a_protocol_alone(world, capfd):
