@@ -112,7 +112,7 @@ def begin(config: EvaluateConfig, run: TrainConfig | None) -> Plan:
     scoring = scoring_of(config, run)
     scorers = tuple(dict.fromkeys(config.scorers))
     if scorers == (BY_PEOPLE,):
-        remarks.append("scores: --scorers people")
+        remarks.append("no scores, as --scorers people asked for votes alone")
     elif scorers:
         check_names(scorers)
         texts = [prompt.text for prompts in sets.values() for prompt in prompts] + (layouts[1] if layouts else [])

@@ -207,7 +207,11 @@ def test_votes_alone_make_the_table(world, tmp_path, capfd, how):
     said, found = capfd.readouterr().out, summary(out)
     assert [list(row["scorers"]) for row in found["rows"]] == [[]] * len(found["rows"])
     assert all(row["people"]["general"]["win_rate"] is not None for row in found["rows"]) and "pickscore  " not in said
-    named = ["scores: --scorers people"] if how == "asked" else [f"not scored by {name}: " for name in SCORERS]
+    named = (
+        ["no scores, as --scorers people asked for votes alone"]
+        if how == "asked"
+        else [f"not scored by {name}: " for name in SCORERS]
+    )
     assert all(any(line.startswith(one) for line in found["missing"]) for one in named)
     if how == "no files":  # once they are there, the same command scores
         protocol(world, out, *flags[2:])
