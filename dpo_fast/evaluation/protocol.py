@@ -135,6 +135,7 @@ def begin(config: EvaluateConfig, run: TrainConfig | None) -> Plan:
     ]
     if layouts is not None:
         start = {"prompts": (str(layouts[0] or out / LAYOUTS),), "layout": config.layout, "strength": config.strength}
+        start["max_prompts"] = None  # layouts may go by the prompts' order
         parts.append(_part(out, f"{BASE}-{SDEDIT}", SDEDIT, (), replace(shared, **start)))
     parts += [
         _part(out, f"{name}-{of}", CLOSED_MODEL, people[of], _against(shared, out, policy, folder, given[of], of))

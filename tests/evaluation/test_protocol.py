@@ -12,6 +12,7 @@ from PIL import Image
 from dpo_fast.checksums import write_signed_json
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluate import main
+from dpo_fast.evaluation import protocol as protocol_
 from dpo_fast.evaluation.evaluate_options import EvaluateConfig
 from dpo_fast.evaluation.image_names import file_stem, prompt_of
 from dpo_fast.evaluation.protocol import BASE, CLOSED_MODEL, _against, groups_of, remarks_of
@@ -264,6 +265,22 @@ def test_a_closed_model_is_known_by_its_name_in_any_case(tmp_path):
     write_signed_json(tmp_path / "protocol.json", {"protocol": "diffusion-dpo", "groups": groups, "remarks": []})
     lines = " ".join(remarks_of(tmp_path))
     assert "no images of Midjourney" not in lines and "no images of Emu" in lines
+
+
+def test_fewer_prompts_leave_each_layout_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(protocol_, "sides_of", lambda config: ({}, (Side("base"), Side("mine"))))
+    monkeypatch.setattr(protocol_, "scoring_of", lambda config, run: {"where": None})
+    monkeypatch.setattr(protocol_, "batch_size_of", lambda config, run: 1)
+    images_for(["1", "2", "3"], tmp_path / "layouts")
+    (tmp_path / "layouts" / "prompts.txt").write_text("a fox\na tower\na bridge\n")
+    (tmp_path / "parti.tsv").write_text(PARTI)
+    given = {"prompts": (f"partiprompts={tmp_path / 'parti.tsv'}",), "layout": tmp_path / "layouts", "max_prompts": 2}
+    config = EvaluateConfig(
+        policy="mine", protocol="diffusion-dpo", scorers=("people",), output_dir=tmp_path / "out", **given
+    )
+    of_set, of_layouts = protocol_.begin(config, None).parts
+    assert (of_set.config.max_prompts, of_layouts.config.max_prompts) == (2, None)
+    assert of_layouts.config.prompts == (str(tmp_path / "layouts" / "prompts.txt"),)
 
 
 def test_flags_of_a_protocol_alone(world, capfd):
