@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_fast.checksums import write_signed_json
+from dpo_fast.checksums import Damaged, write_signed_json
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluate import main
 from dpo_fast.evaluation import protocol as protocol_
@@ -301,6 +301,15 @@ def test_flags_of_a_protocol_alone(world, capfd):
 def test_the_prompt_that_a_name_states(tmp_path, name, prompt):
     Image.new("RGB", (8, 8)).save(tmp_path / name)
     assert prompt_of(tmp_path / name, tmp_path) == prompt
+
+
+def test_a_damaged_record_is_refused(tmp_path):
+    write_signed_json(tmp_path / "protocol.json", {"protocol": "diffusion-dpo", "groups": [], "remarks": []})
+    assert groups_of(tmp_path) == []
+    text = (tmp_path / "protocol.json").read_text()
+    (tmp_path / "protocol.json").write_text(text.replace("remarks", "remarkt"))
+    with pytest.raises(Damaged, match=r"protocol.json cannot be read or is damaged"):
+        groups_of(tmp_path)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
