@@ -1,4 +1,4 @@
-"""Makes the picture of docs/vote.md from a run: the voter's page beside the owner's, docs/vote.png.
+"""Makes the picture of README.md from a run: the voter's page beside the owner's, docs/vote.png.
 
     python -m dpo_fast.train --output_dir RUN && python -m benchmarks.vote_pictures RUN
 

@@ -132,7 +132,7 @@ def _evaluate(config: EvaluateConfig) -> Evaluation:
                 if implicit is not None:
                     summary["implicit"] = implicit.for_summary()
                 if comparison is not None and result is None:
-                    leave_unscored(comparison, pairs, out)
+                    leave_unscored(comparison, pairs, out, summary)
                     return Evaluation(out, None, implicit)
                 if result is None:
                     write_signed_json(out / SUMMARY, summary)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dpo_fast.checksums import write_signed_json
+from dpo_fast.checksums import read_signed_json, write_signed_json
 from dpo_fast.data.image_files import Files
 from dpo_fast.data.images import texts_of
 from dpo_fast.evaluation.findings import REPORT, SAMPLING, SUMMARY, About, Findings, judge
@@ -123,12 +123,18 @@ def models_of_sides(comparison: Comparison) -> dict[str, dict[str, str]]:
     }
 
 
-def leave_unscored(comparison: Comparison, pairs: ImagePairs, out: Path) -> None:
-    """Write which pairs there are into scores.parquet and summary.json, unless they have been scored."""
-    if not (out / SCORES).is_file():
+def leave_unscored(comparison: Comparison, pairs: ImagePairs, out: Path, more: Mapping[str, object]) -> None:
+    """Write which pairs there are into scores.parquet and summary.json, unless they have been scored.
+
+    more: what else summary.json says, beside what it says already. Raises Damaged for a summary that cannot be read.
+    """
+    if (out / SCORES).is_file() and (out / SUMMARY).is_file():
+        said = read_signed_json(out / SUMMARY, "evaluate again, with scorers")
+    else:
         write_scores(out / SCORES, Scored(pairs.prompts, pairs.seeds, {}, {}, pairs.categories))
-        about = {"prompts": len(set(pairs.prompts)), "images": len(pairs.prompts), "notes": pairs.remarks}
-        write_signed_json(out / SUMMARY, about | {"models": models_of_sides(comparison)})
+        said = {"prompts": len(set(pairs.prompts)), "images": len(pairs.prompts), "notes": pairs.remarks}
+        said |= {"models": models_of_sides(comparison)}
+    write_signed_json(out / SUMMARY, said | more)
 
 
 def scorers_by_name(

@@ -153,7 +153,7 @@ class Findings:
 
     def _notes_on_people(self) -> list[str]:
         people = self.people
-        lines = [f"people: {people.summary['rule']}; intervals over prompts and voters"]
+        lines = [f"people: {people.summary['rule']}; intervals over prompts and voters", *people.notes]
         if people.verdict is None:
             said = people.opinions.get(people.leading)
             number = 0 if said is None else said.prompts

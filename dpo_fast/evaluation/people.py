@@ -15,7 +15,8 @@ from dpo_fast.votes.tally import majority_of, summary_of
 
 LEADS = "general"  # the question that decides, where it was asked; else the first
 ENOUGH = 20  # prompts with all their votes, from which on people decide
-ENOUGH_RULE = f"people decide once {ENOUGH} prompts have all the votes that were asked for"
+VOTERS = 2  # at least, or the interval says nothing of other people
+ENOUGH_RULE = f"people decide once {ENOUGH} prompts have all the votes that were asked for, by {VOTERS} voters or more"
 
 
 class Opinion(NamedTuple):
@@ -28,6 +29,8 @@ class Opinion(NamedTuple):
     undecided: int  # of these, with fewer votes than asked for
     votes: int
     prompts: int  # with all votes that were asked for, on every comparison
+    voters: int
+    note: str | None  # what the intervals do not say
 
     @property
     def interval(self) -> Interval:
@@ -55,11 +58,16 @@ class People:
     row_of: Mapping[int, int]  # comparison -> row of the pairs
     questions: Mapping[str, str]  # all that were asked, id -> text
     wanted: int  # votes of a comparison and question
-    asked: Mapping[int, str]  # comparison -> its prompt, of all that voters are shown
+    asked: Mapping[int, str]  # comparison -> its prompt, of all that voters are shown or have voted on
 
     @property
     def voters(self) -> int:
         return len({vote.voter for vote in self.votes})
+
+    @property
+    def notes(self) -> list[str]:
+        """What the intervals do not say, one line for each question of which that is so."""
+        return [f"people on {name}: {of.note}" for name, of in self.opinions.items() if of.note]
 
     @property
     def leading(self) -> str:
@@ -90,10 +98,7 @@ class People:
     def _opinion(self, question: str) -> Opinion:
         (pair,) = self.summary["questions"][question]["pairs"]
         number = Counter(vote.comparison for vote in self.votes if vote.question == question)
-        of_prompt: dict[str, bool] = {}
-        for vote in self.votes:
-            if vote.question == question:
-                of_prompt[vote.prompt] = of_prompt.get(vote.prompt, True) and number[vote.comparison] >= self.wanted
+        lacking = {prompt for comparison, prompt in self.asked.items() if number[comparison] < self.wanted}
         return Opinion(
             question,
             Interval(pair["win_rate"], *pair["ci95"]),
@@ -101,14 +106,17 @@ class People:
             pair["comparisons"],
             pair["undecided"],
             pair["votes"],
-            sum(of_prompt.values()),
+            len({*self.asked.values()} - lacking),
+            len({vote.voter for vote in self.votes if vote.question == question}),
+            pair["note"],
         )
 
     @property
     def verdict(self) -> Opinion | None:
-        """The answer that decides the evaluation; None: too few prompts have all their votes."""
+        """The answer that decides the evaluation; None: too few prompts have all their votes, or one person voted."""
         found = self.opinions.get(self.leading)
-        return found if found is not None and found.prompts >= ENOUGH else None
+        enough = found is not None and found.prompts >= ENOUGH and found.voters >= VOTERS
+        return found if enough else None
 
     def agreement(self, scored: Scored, scorer: str, question: str) -> Agreement:
         """How far a scorer and the majority of people prefer the same images. scored: of the pairs of `row_of`."""

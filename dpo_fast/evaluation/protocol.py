@@ -81,7 +81,7 @@ def remarks_of(folder: Path) -> list[str]:
     for name in PROTOCOL_SETS:
         if f"{BASE}-{name}" not in names:
             lines.append(f"{name} is not evaluated: --prompts {name}, or leave --prompts out")
-    of_closed = {group.name.rpartition("-")[0] for group in groups if group.kind == CLOSED_MODEL}
+    of_closed = {group.name.rpartition("-")[0].lower() for group in groups if group.kind == CLOSED_MODEL}
     for name in CLOSED:
         if name not in of_closed:
             lines.append(f"no images of {name.capitalize()}: --closed {name}=FOLDER compares with those you have")
@@ -112,7 +112,7 @@ def begin(config: EvaluateConfig, run: TrainConfig | None) -> Plan:
     scoring = scoring_of(config, run)
     scorers = tuple(dict.fromkeys(config.scorers))
     if scorers == (BY_PEOPLE,):
-        remarks.append("scores: --scorers people")
+        remarks.append("no scores, as --scorers people asked for votes alone")
     elif scorers:
         check_names(scorers)
         texts = [prompt.text for prompts in sets.values() for prompt in prompts] + (layouts[1] if layouts else [])
@@ -135,6 +135,7 @@ def begin(config: EvaluateConfig, run: TrainConfig | None) -> Plan:
     ]
     if layouts is not None:
         start = {"prompts": (str(layouts[0] or out / LAYOUTS),), "layout": config.layout, "strength": config.strength}
+        start["max_prompts"] = None  # layouts may go by the prompts' order
         parts.append(_part(out, f"{BASE}-{SDEDIT}", SDEDIT, (), replace(shared, **start)))
     parts += [
         _part(out, f"{name}-{of}", CLOSED_MODEL, people[of], _against(shared, out, policy, folder, given[of], of))
@@ -165,6 +166,7 @@ def _against(shared: EvaluateConfig, out: Path, policy: Side, folder: Path, give
         sampling_steps=None,
         sampling_guidance=None,
         resolution=None,
+        max_token_length=None,
         mixed_precision=None,
     )
 

@@ -19,12 +19,13 @@ from dpo_fast.evaluation.people import People
 from dpo_fast.evaluation.protocol import is_protocol
 from dpo_fast.evaluation.reopened import AGAIN, home_of, names_of, reopen
 from dpo_fast.files import read_bytes
+from dpo_fast.votes.records import FILE as VOTES
 from dpo_fast.votes.records import Vote
 from dpo_fast.votes.store import ImageFile, VoteStore
 
-logger = logging.getLogger(__name__)
+OWN = ("run", "implicit", "step", "strength")  # in summary.json, besides the findings
 
-VOTES = "votes.sqlite"
+logger = logging.getLogger(__name__)
 
 
 def people_of(folder: Path, pairs: ImagePairs) -> People | None:
@@ -62,12 +63,14 @@ def people_of(folder: Path, pairs: ImagePairs) -> People | None:
         row_of = {comparison: place for comparison, place in row_of.items() if comparison not in gone}
     if not row_of:
         return None
+    votes = [vote for vote in votes if vote.comparison in row_of]
+    asked = {vote.comparison: vote.prompt for vote in votes} | {one.id: one.prompt for one in shown if one.id in row_of}
     return People(
-        [_as_here(vote, vote.comparison in turned, folder) for vote in votes if vote.comparison in row_of],
+        [_as_here(vote, vote.comparison in turned, folder) for vote in votes],
         row_of,
         settings["questions"],
         settings["votes"],
-        {one.id: one.prompt for one in shown if one.id in row_of},
+        asked,
     )
 
 
@@ -93,7 +96,7 @@ def refresh(folder: Path) -> Path:
     findings = found.findings.with_people(people_of(folder, found.pairs), found.scored)
     with output_folder.hold(folder):
         before = read_signed_json(folder / SUMMARY, AGAIN)
-        more = {name: before[name] for name in ("run", "implicit") if name in before}
+        more = {name: before[name] for name in OWN if name in before}
         write_report(home, findings, found.scored, found.pairs, found.implicit)
         write_signed_json(folder / SUMMARY, findings.for_summary() | more)
         if home != folder:

@@ -11,7 +11,8 @@ from dpo_fast.files import read_text
 from dpo_fast.hub_revisions import public_name
 
 CONFIG = "config.yaml"  # uploaded with paths shortened by `public_name`
-NOT_UPLOADED = ["checkpoint-*", "evaluation/*", "logs/*", ".tmp-*", ".lock*", ".publishing/*", CONFIG]
+VOTES = ["*.sqlite", "*.sqlite-*", "*.sqlite.images/*"]  # with voters' names, whatever the file is called
+NOT_UPLOADED = ["checkpoint-*", "evaluation/*", "logs/*", ".tmp-*", ".lock*", ".publishing/*", *VOTES, CONFIG]
 
 # Every exception of the hub client is caught: it passes on the errors of its HTTP library, which has changed twice.
 
@@ -33,7 +34,7 @@ def public_config(config: dict[str, object]) -> dict[str, object]:
 
 
 def push(folder: Path, repository: str | None, token: str | None) -> str:
-    """Upload `folder` without its checkpoints, and its settings without local paths; return the URL.
+    """Upload `folder` without its checkpoints and people's votes, and its settings without local paths; return the URL.
 
     Raises BadInput when the upload fails; the run in `folder` stays intact.
     """

@@ -19,6 +19,7 @@ from dpo_fast.files import (
     check_writable,
     contents,
     delete,
+    exists,
     free_bytes,
     is_inside,
     read_json,
@@ -27,6 +28,7 @@ from dpo_fast.files import (
     write_text,
 )
 from dpo_fast.output_folder import BAD_ROWS, is_free, not_writable, refuse_file
+from dpo_fast.votes.records import FILE as VOTES
 
 SUMMARY = "summary.json"
 # What a run writes before its first checkpoint, besides its report, its trackers' logs and temporary files.
@@ -55,7 +57,7 @@ def check_claim(folder: Path, *, overwrite: bool, resuming: bool) -> bool:
     """Return whether `folder` holds anything; nothing is written.
 
     Raises BadInput if the folder is not free (`is_free`) and neither `overwrite` nor `resuming` is set, if `overwrite`
-    is set but the folder is not a run's, and if it cannot be written.
+    is set but the folder is not a run's or holds people's votes, and if it cannot be written.
     """
     try:
         refuse_file(folder)
@@ -67,6 +69,9 @@ def check_claim(folder: Path, *, overwrite: bool, resuming: bool) -> bool:
             )
         if occupied and overwrite and not (folder / "config.yaml").is_file():
             raise BadInput(f"--overwrite: {folder} does not look like a run (no config.yaml); empty it yourself")
+        of_votes = (inner for inner in (folder, folder / "evaluation") if overwrite and exists(inner / VOTES))
+        if voted := next(of_votes, None):
+            raise BadInput(f"--overwrite: {voted} holds people's votes ({VOTES}): move that file away first")
         check_writable(folder)
     except OSError as error:
         raise not_writable(folder, error) from error

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+FILE = "votes.sqlite"  # people's votes on the images of a folder, in it
+
 
 class Vote(NamedTuple):
     """What one voter answered to one question about two images of one prompt."""

@@ -19,7 +19,7 @@ from dpo_fast.evaluation.image_names import PromptImage, composed, image_files, 
 from dpo_fast.evaluation.pairing import UNCATEGORISED, pair_up
 from dpo_fast.evaluation.prompts import Prompt
 from dpo_fast.evaluation.protocol import PROTOCOL, groups_of
-from dpo_fast.evaluation.run_evaluation import FOLDER as OF_RUN
+from dpo_fast.evaluation.reopened import IMAGES, OF_RUN
 from dpo_fast.evaluation.scored import SCORES, read_scores
 from dpo_fast.files import is_inside
 from dpo_fast.votes.store import Comparison
@@ -104,19 +104,17 @@ def _evaluation(home: Path, scores: Path, name: str, folder: Path) -> ImageSet:
     sides = [record.get(title) if isinstance(record, dict) else None for title in ("baseline", "policy")]
     if not all(isinstance(side, dict) and isinstance(side.get("name"), str) for side in sides):
         raise BadInput(f"{folder} compares no images (it was evaluated on pairs): name an evaluation of images")
-    names = [side["name"] for side in sides]
-    listing = _listing(home / "images") if (home / "images" / LISTING).is_file() else None
+    listing = _listing(home / IMAGES) if (home / IMAGES / LISTING).is_file() else None
     prompts, seeds = _prompts_of(scores, listing, folder)
     models = {}
     for side in sides:
         if listing is not None and side["name"] in {row["model"] for row in listing}:
-            models[side["name"]] = _images_of(listing, home / "images", side["name"])
+            models[side["name"]] = _images_of(listing, home / IMAGES, side["name"])
             continue
         images = Path(str(side.get("of")))
         if not images.is_dir():
             raise BadInput(f"{folder}: the images of {side['name']} are not in {images} any more; put them back")
         models[side["name"]] = images_of(images, [prompt.text for prompt in prompts]).images
-    assert len(names) == 2
     return ImageSet(name, str(folder), models, prompts, None if record.get("seeds") == "all" else seeds)
 
 

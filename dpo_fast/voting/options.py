@@ -26,7 +26,6 @@ VOTES = 5
 CHECKS = 20
 LONGEST_QUESTION = 200  # characters
 MOST_PIXELS = 2048  # of --image_size
-FILE = "votes.sqlite"
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from dpo_fast.cli import say
 from dpo_fast.errors import BadInput, printable
 from dpo_fast.files import exists
 from dpo_fast.votes.desk import Desk
+from dpo_fast.votes.records import FILE
 from dpo_fast.votes.store import Row, VoteStore
 from dpo_fast.voting.folders import Compared, is_own_set, read_folders
 from dpo_fast.voting.images import Gallery, prepare
-from dpo_fast.voting.options import CHECKS, FILE, QUESTIONS, VOTES, VoteConfig, changed_questions, questions_of
+from dpo_fast.voting.options import CHECKS, QUESTIONS, VOTES, VoteConfig, changed_questions, questions_of
 from dpo_fast.voting.summaries import Summaries
 
 KEPT = ".images"  # behind the name of the file of votes: the folder of the images that are ready to be shown

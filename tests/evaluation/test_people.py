@@ -2,21 +2,25 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from dpo_fast.checksums import write_signed_json
 from dpo_fast.evaluate import main
 from dpo_fast.evaluation import comparison, run_evaluation, sides
+from dpo_fast.evaluation.people import People
 from dpo_fast.evaluation.protocol_table import show_votes
 from dpo_fast.evaluation.reopened import names_of, pairs_of, reopen
-from dpo_fast.evaluation.voted import people_of
+from dpo_fast.evaluation.sides import Side
+from dpo_fast.evaluation.voted import people_of, refresh
 from dpo_fast.scorers import Scorer
 from dpo_fast.train import main as train
 from dpo_fast.votes.records import Vote
-from dpo_fast.votes.store import Comparison
+from dpo_fast.votes.store import Comparison, VoteStore
 from dpo_fast.votes.tally import summary_of
 from tests.helpers.runs import flags_for
 from tests.helpers.voters import QUESTIONS, session, vote
@@ -104,6 +108,34 @@ def test_a_report_is_written_again_as_it_was(evaluated):
     assert {name: read(out, name) for name in before} == before
 
 
+def test_what_an_evaluation_says_of_its_policy_stays(evaluated):
+    out = evaluated(3)
+    own = {"run": {"seed": 1}, "step": 400, "strength": 0.5}
+    summary = json.loads(read(out, "summary.json"))
+    del summary["digest"]
+    write_signed_json(out / "summary.json", summary | own)
+    refresh(out)
+    assert own.items() <= json.loads(read(out, "summary.json")).items()
+
+
+def test_without_scorers_the_summary_says_what_else_was_measured(evaluated, tmp_path):
+    out = evaluated(3)
+    pairs, before = pairs_of(out), json.loads(read(out, "summary.json"))
+    sides_ = SimpleNamespace(base=Side("theirs", tmp_path), policy=Side("ours", tmp_path))
+    measured = {"implicit": {"accuracy": 0.75}, "step": 400}
+    comparison.leave_unscored(sides_, pairs, out, measured)  # scored before: all that was said stays
+    after = json.loads(read(out, "summary.json"))
+    assert {name: after[name] for name in before if name != "digest"} == {
+        name: value for name, value in before.items() if name != "digest"
+    }
+    assert measured.items() <= after.items()
+    other = tmp_path / "unscored"
+    other.mkdir()
+    comparison.leave_unscored(sides_, pairs, other, measured)
+    found = json.loads(read(other, "summary.json"))
+    assert measured.items() <= found.items() and found["prompts"] == 3
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_votes_stand_beside_the_scorers(evaluated, turned, capsys):
     out = evaluated()
@@ -188,6 +220,39 @@ def test_votes_on_the_evaluation_that_ended_a_run(sd15_path, pairs, tmp_path):
     assert train([*flags, "--eval_prompts", str(tmp_path / "prompts.txt"), *further]) == 0
     assert "people" not in json.loads(read(run, "summary.json"))  # they were on the images of the earlier result
     assert file.is_file()
+
+
+def test_one_voter_does_not_decide_and_a_note_says_why(evaluated):
+    out = evaluated()
+    vote(begin(out, out / "votes.sqlite", questions={"general": "Which?"}, votes=1), {"v": likes_bright})
+    show_votes(out / "votes.sqlite")
+    found = json.loads(read(out, "summary.json"))
+    assert not found["people"]["decides"] and found["verdict"]["scorer"] == "dark"
+    (note,) = (line for line in found["notes"] if line.startswith("people on general: "))
+    assert "voter" in note and note in read(out, "report.html")
+    assert any("by 2 voters or more" in line for line in found["notes"])
+
+
+def test_a_prompt_is_complete_once_all_its_seeds_are():
+    votes = [
+        Vote("g", "general", place, prompt, None, 0, ("base", "policy"), 1.0, f"v{voter}", True, 1.0, 1.0)
+        for place, prompt in ((0, "a"), (4, "b"))
+        for voter in range(2)
+    ]
+    asked = {0: "a", 1: "a", 2: "a", 3: "a", 4: "b"}  # of a one of four pictures has its votes, of b its only one
+    people = People(votes, {place: place for place in asked}, {"general": "Which?"}, 2, asked)
+    assert people.opinions["general"].prompts == 1
+
+
+def test_pairs_that_are_no_longer_shown_are_asked_as_long_as_they_have_votes(evaluated):
+    out = evaluated(4)
+    file = begin(out, out / "votes.sqlite", questions={"general": "Which?"}, votes=1)
+    vote(file, {"v": likes_bright})
+    with VoteStore.open(file) as store, store.transaction():
+        store.connection.execute("UPDATE comparisons SET live = 0 WHERE id > 1")
+    people = people_of(out, pairs_of(out))
+    said = people.opinions["general"]
+    assert (said.comparisons, said.prompts, len(people.asked)) == (4, 4, 4)
 
 
 def test_votes_on_images_that_have_changed_do_not_count(evaluated, tmp_path, caplog):

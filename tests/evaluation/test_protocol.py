@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dpo_fast.checksums import Damaged, write_signed_json
 from dpo_fast.errors import BadInput
 from dpo_fast.evaluate import main
+from dpo_fast.evaluation import protocol as protocol_
+from dpo_fast.evaluation.evaluate_options import EvaluateConfig
 from dpo_fast.evaluation.image_names import file_stem, prompt_of
-from dpo_fast.evaluation.protocol import groups_of
+from dpo_fast.evaluation.protocol import BASE, CLOSED_MODEL, _against, groups_of, remarks_of
 from dpo_fast.evaluation.protocol_table import table_of
+from dpo_fast.evaluation.sides import Side, sides_of
 from dpo_fast.vote import main as vote_command
 from dpo_fast.voting.folders import read_folders
 from dpo_fast.voting.options import parse
@@ -204,7 +208,11 @@ def test_votes_alone_make_the_table(world, tmp_path, capfd, how):
     said, found = capfd.readouterr().out, summary(out)
     assert [list(row["scorers"]) for row in found["rows"]] == [[]] * len(found["rows"])
     assert all(row["people"]["general"]["win_rate"] is not None for row in found["rows"]) and "pickscore  " not in said
-    named = ["scores: --scorers people"] if how == "asked" else [f"not scored by {name}: " for name in SCORERS]
+    named = (
+        ["no scores, as --scorers people asked for votes alone"]
+        if how == "asked"
+        else [f"not scored by {name}: " for name in SCORERS]
+    )
     assert all(any(line.startswith(one) for line in found["missing"]) for one in named)
     if how == "no files":  # once they are there, the same command scores
         protocol(world, out, *flags[2:])
@@ -237,6 +245,44 @@ def test_what_cannot_be_compared_is_refused_in_a_line(world, tmp_path, capfd, fl
     assert message in line and not (tmp_path / "out").exists()
 
 
+def test_images_are_compared_with_none_of_the_flags_of_generation(tmp_path):
+    for folder in (tmp_path / "mine", tmp_path / "mj"):
+        images_for(["a fox"], folder)
+    shared = EvaluateConfig(policy="mine", max_token_length=225, sampling_steps=2, resolution=64, is_turbo=True)
+    mine = Side("mine", tmp_path / "mine")
+    config = _against(shared, tmp_path, mine, tmp_path / "mj", str(tmp_path / "prompts.txt"), "hps")
+    assert [side.folder for side in sides_of(config)[1]] == [tmp_path / "mj", tmp_path / "mine"]
+
+
+def test_a_closed_model_is_known_by_its_name_in_any_case(tmp_path):
+    names = ("Midjourney-hps", "base-hps")
+    kinds = (CLOSED_MODEL, BASE)
+    groups = [{"name": n, "folder": n, "kind": kind, "people": []} for n, kind in zip(names, kinds, strict=True)]
+    for name in names:
+        (tmp_path / name).mkdir()
+        for file in ("evaluation.json", "scores.parquet"):
+            (tmp_path / name / file).touch()
+    write_signed_json(tmp_path / "protocol.json", {"protocol": "diffusion-dpo", "groups": groups, "remarks": []})
+    lines = " ".join(remarks_of(tmp_path))
+    assert "no images of Midjourney" not in lines and "no images of Emu" in lines
+
+
+def test_fewer_prompts_leave_each_layout_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(protocol_, "sides_of", lambda config: ({}, (Side("base"), Side("mine"))))
+    monkeypatch.setattr(protocol_, "scoring_of", lambda config, run: {"where": None})
+    monkeypatch.setattr(protocol_, "batch_size_of", lambda config, run: 1)
+    images_for(["1", "2", "3"], tmp_path / "layouts")
+    (tmp_path / "layouts" / "prompts.txt").write_text("a fox\na tower\na bridge\n")
+    (tmp_path / "parti.tsv").write_text(PARTI)
+    given = {"prompts": (f"partiprompts={tmp_path / 'parti.tsv'}",), "layout": tmp_path / "layouts", "max_prompts": 2}
+    config = EvaluateConfig(
+        policy="mine", protocol="diffusion-dpo", scorers=("people",), output_dir=tmp_path / "out", **given
+    )
+    of_set, of_layouts = protocol_.begin(config, None).parts
+    assert (of_set.config.max_prompts, of_layouts.config.max_prompts) == (2, None)
+    assert of_layouts.config.prompts == (str(tmp_path / "layouts" / "prompts.txt"),)
+
+
 def test_flags_of_a_protocol_alone(world, capfd):
     assert main(["--policy", str(world / "mine"), "--closed", f"mj={world / 'mj'}"]) == 2
     assert "--closed is of a protocol: add --protocol diffusion-dpo" in capfd.readouterr().err
@@ -255,6 +301,15 @@ def test_flags_of_a_protocol_alone(world, capfd):
 def test_the_prompt_that_a_name_states(tmp_path, name, prompt):
     Image.new("RGB", (8, 8)).save(tmp_path / name)
     assert prompt_of(tmp_path / name, tmp_path) == prompt
+
+
+def test_a_damaged_record_is_refused(tmp_path):
+    write_signed_json(tmp_path / "protocol.json", {"protocol": "diffusion-dpo", "groups": [], "remarks": []})
+    assert groups_of(tmp_path) == []
+    text = (tmp_path / "protocol.json").read_text()
+    (tmp_path / "protocol.json").write_text(text.replace("remarks", "remarkt"))
+    with pytest.raises(Damaged, match=r"protocol.json cannot be read or is damaged"):
+        groups_of(tmp_path)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

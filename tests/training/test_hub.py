@@ -55,6 +55,7 @@ def api(monkeypatch) -> type[FakeApi]:
 def folder(tmp_path) -> Path:
     names = ["README.md", "unet/a.safetensors", "checkpoint-5/weights.safetensors", "logs/events/x", ".tmp-a/b"]
     names += [".lock", ".lock.lease", "evaluation/images/base/a.png", "evaluation/evaluation.json"]
+    names += [f"votes.sqlite{end}" for end in ("", "-wal", "-shm", ".images/ab.jpg")]  # with voters' names
     for name in ["metrics.jsonl", "samples/step-1.png", "checkpoint-5/sub/x", *names]:
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).touch()

@@ -64,6 +64,19 @@ def test_what_is_no_run_is_never_overwritten(tmp_path):
     assert entries(tmp_path) == {"thesis.tex"}
 
 
+@pytest.mark.parametrize("inner", ["", "evaluation"])
+def test_votes_are_never_overwritten(tmp_path, inner):
+    folder = a_run(tmp_path / "run")
+    file = folder / inner / "votes.sqlite"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"votes")
+    with pytest.raises(BadInput, match=r"--overwrite: .* holds people's votes \(votes.sqlite\): move that file away"):
+        run_folder.claim(folder, overwrite=True, resuming=False)
+    run_folder.claim(folder, overwrite=False, resuming=True)
+    file.rename(tmp_path / "votes.sqlite")
+    run_folder.claim(folder, overwrite=True, resuming=False)
+
+
 def test_beginning_keeps_or_clears_the_earlier_run(tmp_path):
     folder = a_run(tmp_path / "run")
     outside = tmp_path / "outside"

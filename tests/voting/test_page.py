@@ -474,6 +474,16 @@ def test_the_page_offers_a_break(browser, serve):
     visit.close()
 
 
+def test_one_vote_is_not_many(browser, serve):
+    visit = Visit(browser, serve(["Fay"], PROMPTS[:1]).links["Fay"], viewport={"width": 1000, "height": 700})
+    voter = Voter(visit)
+    voter.ready()
+    voter.vote("left", voter.press("1"))
+    visit.page.wait_for_selector("body[data-state=finished]")
+    assert "Your vote is saved. You can" in visit.page.locator("#message-text").text_content()
+    visit.close()
+
+
 def test_links_that_do_not_work_say_so(browser, site):
     for ending, said in (("#wrong", "This link does not work"), ("", "This link is not whole")):
         visit = Visit(browser, site.links["Ada"].partition("#")[0] + ending)

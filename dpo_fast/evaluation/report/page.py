@@ -221,7 +221,8 @@ def _people(findings: Findings) -> str:
     ]
     return (
         f'<p class="hint">{counted(people.summary["votes"], "vote")} by {counted(people.voters, "voter")}. Win rate by'
-        f" majority: {text(people.summary['rule'])}. 95% intervals over prompts and voters; {text(ENOUGH_RULE)}.</p>"
+        f" majority: {text(people.summary['rule'])}. 95% intervals over prompts and voters; {text(ENOUGH_RULE)}."
+        f"{''.join(f' {text(note)}.' for note in people.notes)}</p>"
         f"{legend()}{chart}"
         + table(("Question", "Share of votes", "Comparisons", "Votes", "Krippendorff's alpha"), rows)
         + "<h3>How far the scorers agree with people</h3>"

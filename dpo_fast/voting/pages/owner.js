@@ -90,7 +90,9 @@
 
   // Krippendorff's usual limits, 0.667 and 0.8; below them he would draw no conclusions from single answers.
   const agreement = (alpha) => {
-    if (alpha === null) return "It can be computed once two people have voted on one comparison.";
+    if (alpha === null) {
+      return "It can be computed once two people have voted on one comparison and not all votes are equal.";
+    }
     if (alpha >= 0.8) return "The voters agree closely: nearly any of them would give the same result.";
     if (alpha >= 0.667) return "The voters agree well.";
     if (alpha >= 0.2) return "The voters share a taste in part: the majority says more than one person's vote.";

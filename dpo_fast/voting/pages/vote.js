@@ -353,11 +353,13 @@
     message("pause", title, text, { goOn: "Go on", back: state.can_undo });
   };
 
+  const yours = (number) => (number === 1 ? "Your vote is" : `Your ${many(number, "vote")} are`);
+
   const finish = () => {
     shown = null;
     const back = state.can_undo;
     if (state.finished)
-      message("finished", "Done. Thank you!", `Your ${many(state.done, "vote")} are saved. You can close this page.`, {
+      message("finished", "Done. Thank you!", `${yours(state.done)} saved. You can close this page.`, {
         back,
       });
     else
