@@ -195,8 +195,7 @@ class _Asking:
         if not isinstance(excluded, bool) or not isinstance(reason, str):
             raise Refused(400, "The request needs excluded (true or false), and its reason is a text.")
         await self._do(lambda desk: desk.exclude(name, excluded, reason))
-        self._summarised = (None, 0.0)
-        return await self._results()
+        return await self._results(anew=True)
 
     async def votes_csv(self, request: Request) -> Response:
         await self._as_owner(request)
@@ -245,10 +244,11 @@ class _Asking:
             "height": self._site.gallery.size.height,
         }
 
-    async def _results(self) -> Response:
+    async def _results(self, anew: bool = False) -> Response:
+        """The results. anew: those of this moment, also if a summary is being made or was made just now."""
         async with self._summarising:
             state, after = await asyncio.to_thread(self._state), self._summarised[1]
-            if self._summary is None or (state != self._summarised[0] and time.monotonic() >= after):
+            if anew or self._summary is None or (state != self._summarised[0] and time.monotonic() >= after):
                 begun = time.monotonic()
                 self._summary = await asyncio.to_thread(self._site.summaries.make)
                 took = time.monotonic() - begun

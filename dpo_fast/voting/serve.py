@@ -173,9 +173,11 @@ def _within_files(limits: Limits, *, behind_proxy: bool) -> Limits:
 
 
 def _print_links(config: VoteConfig, session: Session, writer: Writer, base: str) -> None:
+    names = [" ".join(name.split()) for name in config.voters]
+    before = set(session.store.voters())
+
     def work(desk) -> tuple[str, dict[str, str], str | None]:
         known = set(session.store.voters())
-        names = [" ".join(name.split()) for name in config.voters]
         links = {name: desk.add_voter(name) for name in names if name not in known}
         return desk.new_owner(), links, desk.new_invitation() if config.open_link else None
 
@@ -192,6 +194,8 @@ def _print_links(config: VoteConfig, session: Session, writer: Writer, base: str
         show("\none for each voter (keep them: they are not shown again; your page can make new ones):")
         for name, token in links.items():
             show(f"  {name.ljust(width)}  {base}/vote#{token}")
+    if have := [name for name in names if name in before]:
+        show(f"\n{', '.join(have)}: with a link already, which stays valid; your page can make a new one")
     if invitation is not None:
         show(f"\nfor everyone whom you send it:\n  {base}/vote#join={invitation}")
     if not session.store.voters() and invitation is None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import threading
 import time
 
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from dpo_fast.voting import app
 from dpo_fast.voting.options import QUESTIONS, VoteConfig
+from dpo_fast.voting.summaries import summary_of_file
 from tests.helpers.vote_sessions import Client, running, vote_all
 from tests.voting.conftest import NAMES
 
@@ -164,3 +166,30 @@ def test_bad_requests_get_one_sentence(server, path, content, kind, said):
     response = server.voter("ann").post(path, content=content, headers={"content-type": kind})
     assert response.status_code == 400 and said in response.json()["error"]
     assert server.session.store.votes() == []
+
+
+def test_results_after_an_exclusion_are_new_though_others_are_being_made(server, monkeypatch):
+    ann, summaries = server.voter("ann"), server.session.summaries
+    for _ in range(4):
+        ann.vote(ann.pairs()["pairs"][0]["showing"])
+    made, go_on = threading.Event(), threading.Event()
+
+    def make():  # without the start of a process
+        return summary_of_file(server.session.store.path)
+
+    def slow():
+        try:
+            return make()
+        finally:
+            made.set()
+            go_on.wait(20)
+
+    monkeypatch.setattr(summaries, "make", slow)
+    thread = threading.Thread(target=lambda: server.owner().get("/api/owner/results", timeout=120))
+    thread.start()
+    assert made.wait(60)
+    monkeypatch.setattr(summaries, "make", make)
+    threading.Timer(0.5, go_on.set).start()
+    asked = {"name": "ann", "excluded": True}
+    assert server.owner().post("/api/owner/exclude", asked, timeout=120).json()["votes"] == 0
+    thread.join(20)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -17,6 +18,8 @@ from dpo_fast.vote import main
 from dpo_fast.voting import serve as serving
 from dpo_fast.voting.guard import Limits, Rate
 from dpo_fast.voting.options import VoteConfig
+from dpo_fast.voting.session import open_session
+from dpo_fast.voting.writer import Writer
 from tests.helpers.runs import environment
 from tests.helpers.vote_sessions import Client, running, vote_all
 
@@ -100,6 +103,20 @@ def test_it_serves_until_ctrl_c_and_goes_on(folders, tmp_path):
     assert "30 votes; 4 are in votes.sqlite" in second.said() and "ann" not in second.said()
     assert Client(f"http://127.0.0.1:{first_port}", ann).pairs()["done"] == 4  # the link of before
     assert second.end(signal.SIGTERM) == 0
+
+
+def test_a_voter_who_has_a_link_is_named(folders, tmp_path, capfd):
+    config = VoteConfig(folders=tuple(folders), voters=("ann",), votes_file=tmp_path / "votes.sqlite")
+    for voters, expected in ((("ann",), ()), (("bob", "ann"), ("ann: with a link already, which stays valid",))):
+        session = open_session(replace(config, voters=voters))
+        try:
+            with Writer(session.desk) as writer:
+                serving._print_links(replace(config, voters=voters), session, writer, "http://127.0.0.1:1")
+        finally:
+            session.close()
+        lines = capfd.readouterr().out
+        assert all(line in lines for line in expected) and ("already" in lines) == bool(expected)
+        assert len(re.findall("/vote#", lines)) == 1
 
 
 def free_port() -> int:
