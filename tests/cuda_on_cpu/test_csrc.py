@@ -35,7 +35,7 @@ def test_a_small_case(case, seed):
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
-@pytest.mark.drawn(4)
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("how", [[], ["--low_limits"], ["--sanitized"], ["--large"]], ids=lambda how: " ".join(how))
 @pytest.mark.parametrize("route", ROUTES)
 def test_every_case(route, how, seed):

@@ -125,7 +125,7 @@ def rows(route: str) -> list:
 
 
 @pytest.mark.slow
-@pytest.mark.drawn(5)
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("fault", rows("source"))
 def test_a_fault_in_the_source_is_found(fault, seed):
     said = found(fault, "source", seed)
@@ -135,7 +135,7 @@ def test_a_fault_in_the_source_is_found(fault, seed):
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(reason_against("ptx")), reason=reason_against("ptx"))
-@pytest.mark.drawn(4)
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("fault", rows("ptx"))
 def test_a_fault_in_the_instructions_is_found(fault, seed):
     said = found(fault, "ptx", seed)

@@ -348,7 +348,7 @@ def test_a_flipped_bit_is_made_good_or_named(world_of, name, file, capfd):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.drawn(8)
+@pytest.mark.drawn(5)
 @pytest.mark.parametrize("name, file", FILES, ids=lambda value: value)
 def test_any_damage_is_made_good_or_named(world_of, name, file, capfd):
     check(world_of(name), file, capfd, most=None)
