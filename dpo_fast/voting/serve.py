@@ -53,6 +53,7 @@ def serve(config: VoteConfig) -> Session:
         session.close()
         raise
     finally:
+        gc.unfreeze()  # else libraries complain at the end of what was never freed
         listener.close()
     return session
 
