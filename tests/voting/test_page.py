@@ -10,6 +10,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -493,6 +494,11 @@ def test_links_that_do_not_work_say_so(browser, site):
         visit.close()
 
 
+def fixed(value: float, digits: int) -> str:
+    """A number as JavaScript's toFixed writes it: halves away from 0, where Python takes the even neighbour."""
+    return str(Decimal(value).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
+
+
 # ---- the owner -------------------------------------------------------------------------------------------------------
 
 
@@ -592,16 +598,19 @@ def test_the_owners_page_of_several_models(browser, serve, seed):
     page.wait_for_selector("#by-voter tbody tr")
     spoken = page.locator("svg[role=img]").evaluate_all("(all) => all.map((one) => one.getAttribute('aria-label'))")
     expected = [
-        f"{second} against {first}: win rate {pair['win_rate']:.3f}, 95% interval {low:.3f} to {high:.3f}"
+        f"{second} against {first}: win rate {fixed(pair['win_rate'], 3)},"
+        f" 95% interval {fixed(low, 3)} to {fixed(high, 3)}"
         for pair in summary["pairs"]
         for (first, second), (low, high) in [(pair["models"], pair["ci95"])]
     ]
     expected += [
-        f"{row['model']}: strength {row['strength']:.2f}, 95% interval {row['ci95'][0]:.2f} to {row['ci95'][1]:.2f}"
+        f"{row['model']}: strength {fixed(row['strength'], 2)},"
+        f" 95% interval {fixed(row['ci95'][0], 2)} to {fixed(row['ci95'][1], 2)}"
         for row in summary["ranking"]
     ]
     assert len(spoken) == 6 + 4 and spoken == [line.replace("-", "\N{MINUS SIGN}") for line in expected]
-    assert f"alpha {summary['alpha']:.2f}".replace("-", "\N{MINUS SIGN}") in page.locator(".agreement").text_content()
+    alpha = f"alpha {fixed(summary['alpha'], 2)}".replace("-", "\N{MINUS SIGN}")
+    assert alpha in page.locator(".agreement").text_content()
     table = page.locator("#questions table").first
     page.locator("summary").first.click()
     won = [[str(pair[name]) for name in ("wins", "ties", "losses", "votes")] for pair in summary["pairs"]]
