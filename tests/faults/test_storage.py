@@ -8,7 +8,7 @@ from tests.faults.commands import COMMANDS
 pytestmark = pytest.mark.faults
 
 
-@pytest.mark.drawn(36)
+@pytest.mark.drawn(24)
 @pytest.mark.parametrize("kind, error", [(kind, error) for kind in ERRNOS for error in ERRNOS[kind]])
 def test_an_error_at_a_file_system_call(checks, chance, kind, error):
     """Every error at every kind of call, each in one of the commands that make it."""
