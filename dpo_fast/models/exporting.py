@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from dpo_fast.errors import BadInput
 from dpo_fast.models.family import Family
 from dpo_fast.models.lora import ADAPTER, sort_metadata
+from dpo_fast.models.marks import V_PRED, ZTSNR
+from dpo_fast.models.merging import Update
 from dpo_fast.models.original_layout import (
     UNET,
     clip_state,
@@ -28,8 +30,6 @@ from dpo_fast.models.original_layout import (
 
 KOHYA, SINGLE_FILE = "kohya_lora_weights.safetensors", "single_file.safetensors"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-V_PRED, ZTSNR = "v_pred", "ztsnr"  # keys, of empty tensors, that ComfyUI and Forge look for
-_OPEN_CLIP_LAYERS = "cond_stage_model.model."  # of Stable Diffusion 2.x
 
 
 def write_kohya(
@@ -81,7 +81,7 @@ def write_single_file(
 
 
 def merged_state(family: Family, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the UNet's weights with the LoRA `state` (as for `save_lora`) merged, fp32, under the base's names."""
+    """Return the UNet's weights under the base's names, with the LoRA `state` (as for `save_lora`) merged in fp32."""
     config = family.unet.peft_config[ADAPTER]
     scale, merged = config.lora_alpha / config.r, {}
     for name, tensor in family.unet.state_dict().items():
@@ -90,9 +90,8 @@ def merged_state(family: Family, state: Mapping[str, torch.Tensor]) -> dict[str,
         layer, adapted = name.replace(".base_layer.", "."), name.removesuffix(".base_layer.weight")
         merged[layer] = tensor
         if name.endswith(".base_layer.weight"):
-            a, b = (state[f"{adapted}.lora_{which}.{ADAPTER}.weight"].float() for which in "AB")
-            delta = (b.flatten(1) @ a.flatten(1)).view(tensor.shape)
-            merged[layer] = tensor.float() + delta.to(tensor.device) * scale
+            a, b = (state[f"{adapted}.lora_{which}.{ADAPTER}.weight"] for which in "AB")
+            merged[layer] = Update(a, b, scale).merged(tensor.float())
     return merged
 
 
@@ -114,8 +113,8 @@ def _others(family: Family) -> dict[str, torch.Tensor]:
         tensors |= open_clip_state(pipeline.text_encoder_2.state_dict(), "conditioner.embedders.1.model.")
     elif pipeline.text_encoder.config.hidden_act == "quick_gelu":  # OpenAI's CLIP
         tensors |= clip_state(pipeline.text_encoder.state_dict(), "cond_stage_model.transformer.")
-    else:
-        tensors |= open_clip_state(pipeline.text_encoder.state_dict(), _OPEN_CLIP_LAYERS)
+    else:  # OpenCLIP, in Stable Diffusion 2.x
+        tensors |= open_clip_state(pipeline.text_encoder.state_dict(), "cond_stage_model.model.")
     return tensors
 
 

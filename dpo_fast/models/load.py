@@ -388,7 +388,7 @@ def _absent_parts(
     path: str,
     kind: type[Family],
     dtype: torch.dtype,
-    named: str,  # single_file_config
+    named: str | None,  # single_file_config
     other_vae: bool,  # whether another VAE is named, which will replace this one
     where: dict,
 ) -> dict[str, nn.Module]:

@@ -15,6 +15,7 @@ from dpo_fast.errors import BadInput
 
 logger = logging.getLogger(__name__)
 
+V_PRED, ZTSNR = "v_pred", "ztsnr"  # keys, of empty tensors, that ComfyUI and Forge look for
 _EDM = {
     "edm_mean": "Playground v2.5",
     "edm_std": "Playground v2.5",
@@ -54,8 +55,8 @@ def marks_of_file(path: str, names: Collection[str], metadata: Mapping[str, str]
     `prediction_type` is given, which decides.
     """
     says: dict[str, list[str]] = {}  # prediction type -> what says so
-    if "v_pred" in names:
-        says.setdefault("v_prediction", []).append("key v_pred")
+    if V_PRED in names:
+        says.setdefault("v_prediction", []).append(f"key {V_PRED}")
     word = str(metadata.get("modelspec.prediction_type", "")).strip().lower()
     if word:
         kind = next((kind for kind, words in _WORDS.items() if word in words), None)
@@ -72,7 +73,7 @@ def marks_of_file(path: str, names: Collection[str], metadata: Mapping[str, str]
         claims = " but ".join(f"{', '.join(by)} for {kind}" for kind, by in says.items())
         raise BadInput(f"{path} contradicts itself ({claims}): say --prediction_type epsilon or v_prediction")
     kind, by = next(iter(says.items()), (None, []))
-    return Marks(kind, ", ".join(by), True if "ztsnr" in names else None, "key ztsnr")
+    return Marks(kind, ", ".join(by), True if ZTSNR in names else None, f"key {ZTSNR}")
 
 
 def marks_of_scheduler(config: Mapping) -> Marks:

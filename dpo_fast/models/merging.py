@@ -44,7 +44,7 @@ _SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True)
-class _Update:
+class Update:
     """A file's update of one layer: W + scale B A or, for DoRA, magnitude (W + scale B A) / |W + scale B A|."""
 
     a: torch.Tensor  # [r, in] or [r, in, h, w]
@@ -123,7 +123,7 @@ def merge_lora(
 
 def _updates(
     state: Mapping[str, torch.Tensor], metadata: Mapping, pipeline: DiffusionPipeline, layers: Mapping[str, Mapping]
-) -> tuple[dict[tuple[str, str], _Update], list[str]]:
+) -> tuple[dict[tuple[str, str], Update], list[str]]:
     """Return (component, layer) -> update, and the names of the tensors that belong to no update."""
     updates, used = {}, set()
     for name, (component, layer) in _places(state, pipeline).items():
@@ -138,7 +138,7 @@ def _updates(
             scale = state[stem + _ALPHA].item() / len(a)
         else:
             scale = _scale(metadata, component, layer, len(a))
-        updates[component, layer] = _Update(a, b, scale, None if magnitude is None else state[magnitude])
+        updates[component, layer] = Update(a, b, scale, None if magnitude is None else state[magnitude])
     return updates, [name for name in state if name not in used]
 
 

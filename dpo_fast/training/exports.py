@@ -29,10 +29,8 @@ def write_result(
     family: Family,
     folder: Path,
     config: TrainConfig,
-    weights: Mapping[
-        str, torch.Tensor
-    ],  # parameter name in the UNet -> fp32 weight: the adapters', or the whole UNet's
-    counts: Mapping[str, object],  # for the files' metadata: pairs_seen, base_weights, base_sha256 (`base_sha256`)
+    weights: Mapping[str, torch.Tensor],  # parameter name in the UNet -> fp32: the adapters', or the whole UNet's
+    counts: Mapping[str, object],  # for the metadata: pairs_seen, base_sha256 (of that function), and others
 ) -> None:
     """Write the result of a run to `folder`, in every format of `--export`.
 

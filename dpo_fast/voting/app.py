@@ -100,10 +100,8 @@ class _Asking:
     def __init__(self, site: Site) -> None:
         self._site = site
         self._summary: dict[str, Any] | None = None
-        self._summarised: tuple[object, float] = (
-            None,
-            0.0,
-        )  # the store's state of the summary, and when the next one may be made
+        # the store's state of that summary, and when the next one may be made
+        self._summarised: tuple[object, float] = (None, 0.0)
         self._summarising = asyncio.Lock()
 
     # ---- voters --------------------------------------------------------------------------------------------------
